@@ -1,0 +1,39 @@
+"""Packaging. Tool settings live in pyproject.toml; the versions that CI tests, in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "vitkernels" / "__init__.py").read_text(), re.M).group(1)
+
+# CPU builds of torch come without Triton, CUDA builds with their own. ROCm and XPU builds bring it under other
+# names, which a hard requirement would overwrite: it is an extra.
+TRITON = ["triton>=3.6; platform_system == 'Linux'"]
+TIMM = ["timm>=1.0.20", "torchvision"]
+DEMO = [*TRITON, "matplotlib", "numpy", "pillow", "rich", "safetensors", "scikit-learn"]
+BENCH = [*TRITON, *TIMM, "matplotlib", "numpy", "pytest-benchmark", "rich"]
+TEST = [*DEMO, *TIMM, "expecttest", "hypothesis", "pytest", "pytest-benchmark", "pytest-timeout", "pytest-xdist"]
+
+setup(
+    name="vitkernels",
+    version=VERSION,
+    description="Triton kernels for Vision Transformers, forward and backward, and one call that swaps them in",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.10",
+    packages=find_packages(include=["vitkernels", "vitkernels.*"]),
+    package_data={"vitkernels": ["py.typed", "tuning/tables/*.json", "demo/*.safetensors"]},
+    install_requires=["torch>=2.11"],
+    extras_require={
+        "triton": TRITON,
+        "timm": TIMM,
+        "hf": ["transformers>=4.50", "safetensors"],
+        "demo": DEMO,
+        "bench": BENCH,
+        "test": TEST,
+        "dev": [*TEST, "ruff"],
+    },
+    entry_points={"console_scripts": ["vitkernels = vitkernels.cli:main"]},
+)

@@ -1,0 +1,72 @@
+"""Set-up that must come before the first import of Triton or torchvision."""
+
+import os
+
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    # Fixed when a kernel is decorated, so it must be set before anything imports Triton.
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)
+
+import pytest  # noqa: E402
+
+
+def _import_torchvision() -> torch.library.Library | None:
+    """Import torchvision, which timm needs, also where its wheel was built for CUDA and torch was not.
+
+    There its binary cannot be loaded, and the import stops at two fakes whose ops nobody defined: define them.
+    """
+    try:
+        import torchvision
+    except ImportError:
+        return None
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import torchvision  # noqa: F401
+
+        return library
+    return None
+
+
+_TORCHVISION = _import_torchvision()
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The device that kernels run on: the GPU, or the CPU under Triton's interpreter."""
+    return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_randomness_and_poisoned_memory(request):
+    """Seed by the test's name, and let ``torch.empty`` hand out NaN, so that an unwritten element shows."""
+    import zlib
+
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture
+def no_launch(monkeypatch):
+    """Fail the test if a kernel is launched."""
+    import triton
+
+    def refuse(self, grid):
+        raise AssertionError("a kernel was launched")
+
+    kinds = [triton.JITFunction]
+    if not HAS_GPU:
+        from triton.runtime.interpreter import InterpretedFunction
+
+        kinds.append(InterpretedFunction)
+    for kind in kinds:
+        monkeypatch.setattr(kind, "__getitem__", refuse)

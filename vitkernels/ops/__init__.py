@@ -1,0 +1,19 @@
+"""Ops on tensors: each checks its input, then runs Triton kernels or, on a CPU, :mod:`vitkernels.reference`."""
+
+from vitkernels.ops._registry import uses_kernels
+from vitkernels.ops.attention import attention, attention_qkvpacked
+from vitkernels.ops.layer_norm import add_layer_norm, layer_norm
+from vitkernels.ops.linear import linear
+from vitkernels.ops.mlp import mlp
+from vitkernels.ops.patch_embed import patch_embed
+
+__all__ = [
+    "add_layer_norm",
+    "attention",
+    "attention_qkvpacked",
+    "layer_norm",
+    "linear",
+    "mlp",
+    "patch_embed",
+    "uses_kernels",
+]

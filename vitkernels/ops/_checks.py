@@ -1,0 +1,54 @@
+"""The checks that public ops make before any launch. Each error says what came and what is wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensor(op: str, name: str, x: torch.Tensor, *, hint: str = "") -> None:
+    """Require a dense floating-point tensor.
+
+    Raises:
+        TypeError: ``x`` is no tensor, a DTensor, or of a dtype other than fp16, bf16, fp32 and fp64.
+        NotImplementedError: ``x`` is nested, sparse or quantized.
+    """
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{op}: {name} is a {type(x).__name__}; expected a torch.Tensor")
+    if type(x).__name__ == "DTensor":
+        raise TypeError(
+            f"{op}: {name} is a DTensor; kernels work on local tensors: "
+            "call the op through torch.distributed.tensor.experimental.local_map"
+        )
+    if x.dtype not in FLOATING:
+        raise TypeError(f"{op}: {name} has dtype {x.dtype}; expected float16, bfloat16, float32 or float64{hint}")
+    if x.is_nested or x.layout != torch.strided or x.is_quantized:
+        kind = "nested" if x.is_nested else "quantized" if x.is_quantized else str(x.layout)
+        raise NotImplementedError(f"{op}: {name} is {kind}; expected a dense (strided) tensor")
+
+
+def check_like(op: str, name: str, x: torch.Tensor, like_name: str, like: torch.Tensor, *, dtype: bool = True) -> None:
+    """Require ``x`` to be a dense tensor on the device (and, unless ``dtype=False``, of the dtype) of ``like``.
+
+    Raises:
+        ValueError: The devices differ.
+        TypeError: The dtypes differ, or ``x`` is no dense floating-point tensor.
+    """
+    check_tensor(op, name, x)
+    if x.device != like.device:
+        raise ValueError(f"{op}: {name} is on {x.device}, {like_name} on {like.device}; expected one device")
+    if dtype and x.dtype != like.dtype:
+        raise TypeError(f"{op}: {name} has dtype {x.dtype}, {like_name} has {like.dtype}; expected the same dtype")
+
+
+def check_shape(op: str, name: str, x: torch.Tensor, expected: Sequence[int], why: str) -> None:
+    """Require ``x.shape == expected``, where ``why`` tells where the expectation comes from.
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    if tuple(x.shape) != tuple(expected):
+        raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}; expected {tuple(expected)}, {why}")

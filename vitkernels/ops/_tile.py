@@ -1,0 +1,86 @@
+"""Arithmetic on loaded tiles: products, rounding, activations and their derivatives. No pointers.
+
+Three things differ under Triton's interpreter, and are mended here alone: it multiplies the raw bits of
+bf16 operands, it truncates fp32 to bf16 where hardware rounds to nearest even, and it lacks libdevice.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vitkernels.ops import _triton
+from vitkernels.ops._triton import tl, triton
+
+INTERPRETED = tl.constexpr(_triton.INTERPRETED)
+LOG2_E = tl.constexpr(1.4426950408889634)
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
+SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
+QUICK = tl.constexpr(1.702)
+
+
+def accumulator(dtype: torch.dtype) -> tl.dtype:
+    """The Triton dtype in which sums over values of ``dtype`` are kept."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """x in ``dtype``, rounded to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16 and x.dtype != tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        # Rounding must not carry a NaN's payload into the exponent, or an infinity into a NaN.
+        finite = (bits & 0x7F800000) != 0x7F800000
+        x = tl.where(finite, rounded, bits).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b, accumulated in ``acc``'s dtype (fp32, or fp64 for fp64 operands)."""
+    if INTERPRETED and a.dtype == tl.bfloat16:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def activate(z, KIND: tl.constexpr):
+    """The activation ``KIND`` of pre-activations ``z``, in ``z``'s dtype (fp32 or fp64)."""
+    if KIND == "gelu":  # x Φ(x), arXiv 1606.08415
+        return 0.5 * z * (1.0 + tl.erf(z * SQRT_HALF))
+    elif KIND == "gelu_tanh":  # ½(1 + tanh u) = σ(2u)
+        return z * _sigmoid(2.0 * SQRT_2_OVER_PI * (z + 0.044715 * z * z * z))
+    elif KIND == "quick_gelu":
+        return z * _sigmoid(QUICK * z)
+    elif KIND == "silu":
+        return z * _sigmoid(z)
+    else:
+        return z
+
+
+@triton.jit
+def activate_grad(z, KIND: tl.constexpr):
+    """The derivative of :func:`activate` at ``z``."""
+    if KIND == "gelu":
+        cdf = 0.5 * (1.0 + tl.erf(z * SQRT_HALF))
+        return cdf + z * INV_SQRT_2PI * tl.exp(-0.5 * z * z)
+    elif KIND == "gelu_tanh":
+        s = _sigmoid(2.0 * SQRT_2_OVER_PI * (z + 0.044715 * z * z * z))
+        return s + z * s * (1.0 - s) * 2.0 * SQRT_2_OVER_PI * (1.0 + 0.134145 * z * z)
+    elif KIND == "quick_gelu":
+        s = _sigmoid(QUICK * z)
+        return s + QUICK * z * s * (1.0 - s)
+    elif KIND == "silu":
+        s = _sigmoid(z)
+        return s + z * s * (1.0 - s)
+    else:
+        return tl.full(z.shape, 1.0, z.dtype)
+
+
+@triton.jit
+def _sigmoid(u):
+    # exp of a non-positive number cannot overflow.
+    e = tl.exp(-tl.abs(u))
+    return tl.where(u >= 0, 1.0, e) / (1.0 + e)

@@ -1,0 +1,120 @@
+"""The specification: every op in plain PyTorch.
+
+This is the truth that the kernels are held against (on fp64 inputs), the yardstick for their error (on
+inputs of the kernels' own dtype), and what runs on a CPU. Shape letters: B batch, N tokens, C channels,
+H heads, D head dim, F hidden features, P patch size, I image channels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu")
+
+
+def activate(z: Tensor, activation: str | None) -> Tensor:
+    """Apply an activation elementwise: GELU with erf or tanh (arXiv 1606.08415), x·σ(1.702 x), SiLU, or none."""
+    if activation is None:
+        return z
+    if activation == "gelu":
+        return F.gelu(z)
+    if activation == "gelu_tanh":
+        return F.gelu(z, approximate="tanh")
+    if activation == "quick_gelu":
+        return z * torch.sigmoid(1.702 * z)
+    if activation == "silu":
+        return F.silu(z)
+    raise ValueError(f"unknown activation {activation!r}; expected one of {', '.join(ACTIVATIONS)} or None")
+
+
+def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    """(x − mean) / √(var + eps) · weight + bias over the last dim (arXiv 1607.06450)."""
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    layer_scale: Tensor | None = None,
+    drop_path_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``r = residual + drop_path_scale[b] · layer_scale · x``; returns ``(layer_norm(r), r)``."""
+    if layer_scale is not None:
+        x = x * layer_scale
+    if drop_path_scale is not None:
+        x = x * drop_path_scale.reshape(-1, *[1] * (x.ndim - 1))
+    new_residual = residual + x
+    return layer_norm(new_residual, weight, bias, eps), new_residual
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+) -> Tensor:
+    """``residual + layer_scale · activation(x Wᵀ + bias)``."""
+    y = activate(F.linear(x, weight, bias), activation)
+    if layer_scale is not None:
+        y = y * layer_scale
+    return y if residual is None else residual + y
+
+
+def mlp(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    activation: str | None = "gelu",
+    residual: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+) -> Tensor:
+    """``residual + layer_scale · (activation(x W1ᵀ + b1) W2ᵀ + b2)``, with W1 (F, C) and W2 (C', F)."""
+    return linear(linear(x, w1, b1, activation=activation), w2, b2, residual=residual, layer_scale=layer_scale)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+    """``softmax(scale · q kᵀ) v`` over (B, H, N, D); scale is 1/√D unless given (arXiv 1706.03762)."""
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+def attention_qkvpacked(qkv: Tensor, *, scale: float | None = None) -> Tensor:
+    """:func:`attention` from (B, N, 3, H, D), the output of a qkv projection, to (B, N, H, D)."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    return attention(q, k, v, scale=scale).transpose(1, 2)
+
+
+def patch_embed(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    pos_embed: Tensor | None = None,
+    prefix_tokens: Tensor | None = None,
+    pos_embed_prefix: bool = True,
+) -> Tensor:
+    """Images (B, I, Y, X) to tokens (B, R + N, C): one P×P patch a token, R prefix tokens in front.
+
+    Patches in row-major order; the weight is a Conv2d's, (C, I, P, P). ``pos_embed`` (1, R + N, C) is added
+    to all tokens, or, with ``pos_embed_prefix=False``, (1, N, C) to the patches alone (arXiv 2010.11929).
+    """
+    tokens = F.conv2d(images, weight, bias, stride=weight.shape[-2:]).flatten(2).transpose(1, 2)
+    if pos_embed is not None and not pos_embed_prefix:
+        tokens = tokens + pos_embed
+    if prefix_tokens is not None:
+        prefix = prefix_tokens.reshape(1, -1, tokens.shape[-1]).expand(tokens.shape[0], -1, -1)
+        tokens = torch.cat([prefix, tokens], dim=1)
+    if pos_embed is not None and pos_embed_prefix:
+        tokens = tokens + pos_embed
+    return tokens

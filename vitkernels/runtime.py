@@ -1,0 +1,143 @@
+"""Which backend runs, what the device is, and how tensors are laid out.
+
+Nothing here imports Triton or touches a device until it is asked to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import threading
+from collections.abc import Iterator
+
+import torch
+
+BACKENDS = ("auto", "triton", "torch")
+
+_override = threading.local()  # a ContextVar would break fullgraph compilation
+
+
+def backend() -> str:
+    """Return the backend that is asked for: ``"auto"``, ``"triton"`` or ``"torch"``.
+
+    ``auto`` runs the kernels on GPUs (and on the CPU where Triton's interpreter is on) and
+    PyTorch elsewhere; ``triton`` insists on the kernels; ``torch`` runs PyTorch everywhere.
+    Taken from :func:`use_backend`, else from the variable ``VITKERNELS_BACKEND``.
+
+    Raises:
+        ValueError: ``VITKERNELS_BACKEND`` names none of the three.
+    """
+    chosen = getattr(_override, "backend", None)
+    if chosen is None:
+        chosen = os.environ.get("VITKERNELS_BACKEND", "auto")
+    if chosen not in BACKENDS:
+        raise ValueError(f"VITKERNELS_BACKEND is {chosen!r}; expected one of {', '.join(BACKENDS)}")
+    return chosen
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Choose the backend for this thread within a ``with`` block.
+
+    Args:
+        name: ``"auto"``, ``"triton"`` or ``"torch"``, as for :func:`backend`.
+
+    Raises:
+        ValueError: ``name`` is none of the three.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; expected one of {', '.join(BACKENDS)}")
+    before = getattr(_override, "backend", None)
+    _override.backend = name
+    try:
+        yield
+    finally:
+        _override.backend = before
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceFacts:
+    """What a launch configuration depends on.
+
+    Attributes:
+        name: The device's name, and its tuning table's.
+        arch: ``sm_90``, ``gfx942``, ``xpu`` or ``interpreter``.
+        num_sms: Streaming multiprocessors (compute units).
+        shared_memory: Bytes of shared memory that one program may use.
+    """
+
+    name: str
+    arch: str
+    num_sms: int
+    shared_memory: int
+
+
+INTERPRETER = DeviceFacts("interpreter", "interpreter", 2, 1 << 20)
+
+
+def device_facts(device: torch.device) -> DeviceFacts:
+    """Return the facts of ``device``; the first call for a GPU asks the driver, later ones a cache."""
+    if device.type == "cuda":
+        index = device.index if device.index is not None else torch.cuda.current_device()
+        return _cuda_facts(index)
+    if device.type == "xpu":
+        return _xpu_facts(device.index if device.index is not None else torch.xpu.current_device())
+    return INTERPRETER
+
+
+@functools.cache
+def _cuda_facts(index: int) -> DeviceFacts:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        arch = properties.gcnArchName.split(":")[0]
+        shared = properties.shared_memory_per_block
+    else:
+        arch = f"sm_{properties.major}{properties.minor}"
+        shared = properties.shared_memory_per_block_optin
+    return DeviceFacts(properties.name, arch, properties.multi_processor_count, shared)
+
+
+@functools.cache
+def _xpu_facts(index: int) -> DeviceFacts:
+    properties = torch.xpu.get_device_properties(index)
+    return DeviceFacts(properties.name, "xpu", properties.gpu_subslice_count, properties.local_mem_size)
+
+
+def device_guard(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Make ``x``'s device current for a launch: Triton launches on the current device, not on the tensor's."""
+    if x.device.type == "cuda":
+        return torch.cuda.device(x.device)
+    if x.device.type == "xpu":
+        return torch.xpu.device(x.device)
+    return contextlib.nullcontext()
+
+
+def dot_precision() -> str:
+    """Return the precision of fp32 products: ``"tf32"`` where torch allows it, else ``"ieee"``."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """Return the dtype that autocast gives products on ``x``'s device, or None outside autocast."""
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """View ``x`` (..., C) as (M, C) with unit stride along C; copy only where no such view exists."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.shape[1] == 1 or rows.stride(1) == 1 else rows.contiguous()
+
+
+def cdiv(a: int, b: int) -> int:
+    """Return ``a / b`` rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """Return the smallest power of two that is at least ``n`` (and at least 1)."""
+    return 1 << max(n - 1, 0).bit_length()

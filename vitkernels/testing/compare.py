@@ -1,0 +1,148 @@
+"""The error rule: the truth is fp64, the yardstick is PyTorch's own error in the same dtype.
+
+fp32 and fp64: max error ≤ 2 × PyTorch's + a noise floor. fp16 and bf16: RMS error ≤ 1.5 ×, worst row ≤ 10 ×,
+and gain |⟨err, truth⟩ / ⟨truth, truth⟩| ≤ max(eps / 32, 1e-6), the last because bf16 alone hides a result
+that is off by a constant factor. "PyTorch's error" is never taken to be less than the error of rounding the
+truth to the dtype, which nobody can beat.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """One tensor's judgement.
+
+    Attributes:
+        name: Which output or gradient.
+        passed: Whether every limit of the rule holds.
+        ratio: The error over PyTorch's (max in fp32 and fp64, RMS in fp16 and bf16), to compare runs with.
+        detail: Each figure with its limit, for a person.
+    """
+
+    name: str
+    passed: bool
+    ratio: float
+    detail: str
+
+
+def check(name: str, actual: Tensor, yardstick: Tensor, truth: Tensor) -> Verdict:
+    """Judge ``actual`` against the fp64 ``truth``, with PyTorch's ``yardstick`` in ``actual``'s dtype.
+
+    Shape, dtype and the places of NaN and ±Inf must agree as well.
+    """
+    if actual.shape != truth.shape:
+        return Verdict(name, False, float("inf"), f"shape {tuple(actual.shape)}, expected {tuple(truth.shape)}")
+    if actual.dtype != yardstick.dtype:
+        return Verdict(name, False, float("inf"), f"dtype {actual.dtype}, PyTorch gives {yardstick.dtype}")
+    dtype = actual.dtype
+    got, torch_got, want = (t.detach().double() for t in (actual, yardstick, truth))
+    finite = want.isfinite() & torch_got.isfinite()
+    bad = got.isfinite() != finite
+    if bad.any():
+        worst = tuple(bad.nonzero()[0].tolist())
+        return Verdict(
+            name,
+            False,
+            float("inf"),
+            f"{int(bad.sum())} elements finite in one and not in the other, first at {worst}: "
+            f"got {got[worst]:.6g}, expected {want[worst]:.6g}",
+        )
+    got, torch_got, want = (t.where(finite, 0.0) for t in (got, torch_got, want))
+    if got.numel() == 0:
+        return Verdict(name, True, 0.0, "empty")
+    rounding = (want.to(dtype).double() - want).abs()
+    rounding = rounding.where(rounding.isfinite(), 0.0)
+    error, torch_error = (got - want).abs(), (torch_got - want).abs()
+    worst = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
+
+    if dtype in (torch.float32, torch.float64):
+        shifted = want.to(dtype) + 0.3 - 0.3
+        floor = 2.0 * (shifted.double() - want.to(dtype).double()).abs().max().item()
+        limit = 2.0 * torch_error.max().item() + floor
+        passed = error.max().item() <= limit
+        ratio = error.max().item() / max(torch_error.max().item(), rounding.max().item(), 1e-300)
+        detail = f"max error {error.max():.3g} at {worst}, limit {limit:.3g} (PyTorch's {torch_error.max():.3g})"
+        return Verdict(name, passed, ratio, detail)
+
+    rms, torch_rms = _rms(error), max(_rms(torch_error), _rms(rounding))
+    row, torch_row = _worst_row(error), max(_worst_row(torch_error), _worst_row(rounding))
+    power = (want * want).sum().item()
+    gain = abs(((got - want) * want).sum().item()) / power if power else 0.0
+    torch_gain = abs(((torch_got - want) * want).sum().item()) / power if power else 0.0
+    # The roundings of few elements do not average out: four standard deviations of what they add to the gain.
+    spacing = torch.finfo(dtype).eps * torch.exp2(want.abs().clamp_min(torch.finfo(dtype).tiny).log2().floor())
+    noise = 4.0 * (spacing * want).square().sum().div(12.0).sqrt().item() / power if power else 0.0
+    gain_limit = max(torch.finfo(dtype).eps / 32, 1e-6, noise, torch_gain)
+    passed = rms <= 1.5 * torch_rms and row <= 10.0 * torch_row and gain <= gain_limit
+    detail = (
+        f"RMS error {rms:.3g} (limit {1.5 * torch_rms:.3g}), worst row {row:.3g} (limit {10 * torch_row:.3g}), "
+        f"gain {gain:.2g} (limit {gain_limit:.2g}), max at {worst}"
+    )
+    return Verdict(name, passed, rms / max(torch_rms, 1e-300), detail)
+
+
+def check_op(
+    function: Callable,
+    reference: Callable,
+    tensors: Mapping[str, Tensor | None],
+    *,
+    options: Mapping[str, object] | None = None,
+    upstream: Callable[[Tensor], Tensor] = torch.randn_like,
+) -> list[Verdict]:
+    """Judge every output of ``function(**tensors, **options)`` and the gradient of each tensor that requires one.
+
+    Args:
+        function: The op under test.
+        reference: The same in PyTorch: in fp64 the truth, in the tensors' dtype the yardstick.
+        tensors: Inputs by argument name; those that require gradients are checked for them. Strides are kept.
+        options: Further arguments by name.
+        upstream: Makes the upstream gradient for an output; any strides.
+
+    Raises:
+        AssertionError: An output or gradient breaks the rule, or ``function`` changed an input.
+    """
+    options = dict(options or {})
+    before = {name: t.detach().clone() for name, t in tensors.items() if t is not None}
+    outputs, grads, upstreams = _run(function, tensors, options, None, upstream)
+    for name, t in before.items():
+        torch.testing.assert_close(tensors[name].detach(), t, rtol=0, atol=0, equal_nan=True, msg=f"{name} was changed")
+    torch_outputs, torch_grads, _ = _run(reference, tensors, options, upstreams, None)
+    wide = {
+        name: None if t is None else t.detach().double().requires_grad_(t.requires_grad) for name, t in tensors.items()
+    }
+    wide_upstreams = [u.double() for u in upstreams]
+    truth_outputs, truth_grads, _ = _run(reference, wide, options, wide_upstreams, None)
+    verdicts = [
+        check(f"output {i}", *triple)
+        for i, triple in enumerate(zip(outputs, torch_outputs, truth_outputs, strict=True))
+    ]
+    verdicts += [check(f"d{name}", grads[name], torch_grads[name], truth_grads[name]) for name in grads]
+    failed = [v for v in verdicts if not v.passed]
+    assert not failed, "\n".join(f"{v.name}: {v.detail}" for v in failed)
+    return verdicts
+
+
+def _run(function, tensors, options, upstreams, make_upstream):
+    leaves = {name: None if t is None else t.detach().requires_grad_(t.requires_grad) for name, t in tensors.items()}
+    outputs = function(**leaves, **options)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    wanted = {name: leaf for name, leaf in leaves.items() if leaf is not None and leaf.requires_grad}
+    if upstreams is None:
+        upstreams = [make_upstream(o.detach()) for o in outputs]
+    grads = torch.autograd.grad(outputs, list(wanted.values()), upstreams) if wanted else ()
+    return outputs, dict(zip(wanted, grads, strict=True)), upstreams
+
+
+def _rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+def _worst_row(x: Tensor) -> float:
+    return x.reshape(-1, x.shape[-1]).square().mean(-1).sqrt().max().item() if x.ndim else x.abs().item()

@@ -1,9 +1,16 @@
 """The error rule: the truth is fp64, the yardstick is PyTorch's own error in the same dtype.
 
-fp32 and fp64: max error ≤ 2 × PyTorch's + a noise floor. fp16 and bf16: RMS error ≤ 1.5 ×, worst row ≤ 10 ×,
-and gain |⟨err, truth⟩ / ⟨truth, truth⟩| ≤ max(eps / 32, 1e-6), the last because bf16 alone hides a result
-that is off by a constant factor. "PyTorch's error" is never taken to be less than the error of rounding the
-truth to the dtype, which nobody can beat.
+fp32 and fp64: max error ≤ 2 × PyTorch's + 2 · max(|truth + 0.3 − 0.3 − truth|, eps · |truth|), each largest over
+the tensor. fp16 and bf16: RMS error ≤ 1.5 ×, worst row ≤ 10 ×, and gain |⟨err, truth⟩ / ⟨truth, truth⟩| ≤
+max(eps / 32, 1e-6, noise), the last because bf16 alone hides a result that is off by a constant factor. In RMS and
+worst row "PyTorch's error" is never taken to be less than the error of rounding the truth to the dtype, which
+nobody can beat.
+
+The terms for noise count in small tensors. eps · |truth|: of two ways to sum a bias gradient of 100 rows and 36
+features, γ · Σ dy and Σ γ · dy, equally exact (RMS 9.2e-7 and 9.4e-7 over 300 seeds), each fails against twice the
+other in 4 of 100 seeds without that term, in none with it. The gain's noise: four standard deviations of what
+random roundings add to it, read off PyTorch's own errors. Over 150 seeds of a bf16 MLP of 100 rows and 36 → 72 → 36
+features PyTorch's gain on dW2 deviates by 3.4e-4 and ours by 2.0e-4, where eps / 32 is 2.4e-4.
 """
 
 from __future__ import annotations
@@ -32,8 +39,11 @@ class Verdict:
     detail: str
 
 
-def check(name: str, actual: Tensor, yardstick: Tensor, truth: Tensor) -> Verdict:
+def check(name: str, actual: Tensor, yardstick: Tensor, truth: Tensor, *, gain_counts: bool = True) -> Verdict:
     """Judge ``actual`` against the fp64 ``truth``, with PyTorch's ``yardstick`` in ``actual``'s dtype.
+
+    ``gain_counts=False`` leaves out the gain: through a whole network one rounding moves all of a gradient, so that
+    the gain of a single run is a matter of luck, PyTorch's as well. Judge it over several runs then.
 
     Shape, dtype and the places of NaN and ±Inf must agree as well.
     """
@@ -65,6 +75,7 @@ def check(name: str, actual: Tensor, yardstick: Tensor, truth: Tensor) -> Verdic
     if dtype in (torch.float32, torch.float64):
         shifted = want.to(dtype) + 0.3 - 0.3
         floor = 2.0 * (shifted.double() - want.to(dtype).double()).abs().max().item()
+        floor = max(floor, 2.0 * torch.finfo(dtype).eps * want.abs().max().item())
         limit = 2.0 * torch_error.max().item() + floor
         passed = error.max().item() <= limit
         ratio = error.max().item() / max(torch_error.max().item(), rounding.max().item(), 1e-300)
@@ -76,11 +87,10 @@ def check(name: str, actual: Tensor, yardstick: Tensor, truth: Tensor) -> Verdic
     power = (want * want).sum().item()
     gain = abs(((got - want) * want).sum().item()) / power if power else 0.0
     torch_gain = abs(((torch_got - want) * want).sum().item()) / power if power else 0.0
-    # The roundings of few elements do not average out: four standard deviations of what they add to the gain.
     spacing = torch.finfo(dtype).eps * torch.exp2(want.abs().clamp_min(torch.finfo(dtype).tiny).log2().floor())
-    noise = 4.0 * (spacing * want).square().sum().div(12.0).sqrt().item() / power if power else 0.0
+    noise = 4.0 * max(_gain_deviation(torch_got - want, want), _gain_deviation(spacing * 12**-0.5, want))
     gain_limit = max(torch.finfo(dtype).eps / 32, 1e-6, noise, torch_gain)
-    passed = rms <= 1.5 * torch_rms and row <= 10.0 * torch_row and gain <= gain_limit
+    passed = rms <= 1.5 * torch_rms and row <= 10.0 * torch_row and (gain <= gain_limit or not gain_counts)
     detail = (
         f"RMS error {rms:.3g} (limit {1.5 * torch_rms:.3g}), worst row {row:.3g} (limit {10 * torch_row:.3g}), "
         f"gain {gain:.2g} (limit {gain_limit:.2g}), max at {worst}"
@@ -138,6 +148,19 @@ def _run(function, tensors, options, upstreams, make_upstream):
         upstreams = [make_upstream(o.detach()) for o in outputs]
     grads = torch.autograd.grad(outputs, list(wanted.values()), upstreams) if wanted else ()
     return outputs, dict(zip(wanted, grads, strict=True)), upstreams
+
+
+def _gain_deviation(error: Tensor, truth: Tensor) -> float:
+    """Standard deviation of the gain, if errors are alike within a slice of the tensor and independent between slices.
+
+    Taken along each dim, as a rounded weight errs alike in every row and a rounded row in every column; the largest.
+    """
+    power = truth.square().sum().item()
+    if not power:
+        return 0.0
+    parts = error * truth
+    slices = [parts.sum([d for d in range(parts.ndim) if d != dim]) for dim in range(parts.ndim)] or [parts]
+    return max(s.square().sum().sqrt().item() for s in [*slices, parts]) / power
 
 
 def _rms(x: Tensor) -> float:

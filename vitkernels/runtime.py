@@ -133,6 +133,11 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     return rows if rows.shape[1] == 1 or rows.stride(1) == 1 else rows.contiguous()
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which sums over values of ``dtype`` are kept: fp32, or fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def cdiv(a: int, b: int) -> int:
     """Return ``a / b`` rounded up."""
     return -(-a // b)

@@ -114,8 +114,8 @@ def test_frozen_inputs_cost_nothing(frozen, device, monkeypatch):
 
 @pytest.mark.parametrize("path", [False, True])
 def test_gradcheck(path, device):
-    tensors = [make(2, 2, 11, dtype=torch.float64, device=device) for _ in range(2)]
-    tensors += [make(11, dtype=torch.float64, device=device) for _ in range(3)]
+    tensors = [make(2, 1, 7, dtype=torch.float64, device=device) for _ in range(2)]
+    tensors += [make(7, dtype=torch.float64, device=device) for _ in range(3)]
     scale = torch.tensor([0.5, 2.0], dtype=torch.float64, device=device) if path else None
 
     def add(x, residual, w, b, gamma):
@@ -127,7 +127,7 @@ def test_gradcheck(path, device):
 
 
 def test_only_one_output_used(device):
-    tensors = [make(2, 2, 11, dtype=torch.float64, device=device) for _ in range(2)]
+    tensors = [make(2, 1, 7, dtype=torch.float64, device=device) for _ in range(2)]
     for i in (0, 1):
         assert torch.autograd.gradcheck(lambda x, r, i=i: ops.add_layer_norm(x, r)[i], tensors, eps=1e-6)
 

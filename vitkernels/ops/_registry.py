@@ -16,6 +16,7 @@ from vitkernels import runtime
 from vitkernels.ops import _triton
 
 _LIBRARY = torch.library.Library("vitkernels", "DEF")
+REFERENCES: dict[str, Callable] = {}  # each op's CPU implementation, by name
 
 
 def register(schema: str, *, launcher: Callable, reference: Callable, fake: Callable):
@@ -36,6 +37,7 @@ def register(schema: str, *, launcher: Callable, reference: Callable, fake: Call
     for key in ("CUDA", "XPU"):
         _LIBRARY.impl(name, launch, key)
     _LIBRARY.impl(name, launcher if _triton.INTERPRETED else reference, "CPU")
+    REFERENCES[name] = reference
     torch.library.register_fake(f"vitkernels::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.vitkernels, name).default
 

@@ -1,7 +1,8 @@
 """Arithmetic on loaded tiles: products, rounding, activations and their derivatives. No pointers.
 
-Three things differ under Triton's interpreter, and are mended here alone: it multiplies the raw bits of
-bf16 operands, it truncates fp32 to bf16 where hardware rounds to nearest even, and it lacks libdevice.
+Four things differ under Triton's interpreter, and are mended here alone: it multiplies the raw bits of bf16
+operands, it truncates fp32 to bf16 where hardware rounds to nearest even, it lacks libdevice, and it adds the
+rows of a tile one after the other where hardware adds them as a tree.
 """
 
 from __future__ import annotations
@@ -46,14 +47,24 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def sum_rows(x):
+    """The sum over the rows of a (BLOCK_M, BLOCK_N) tile, BLOCK_M a power of two."""
+    if INTERPRETED:
+        while x.shape[0] > 1:
+            x = tl.sum(tl.reshape(x, (2, x.shape[0] // 2, x.shape[1])), axis=0)
+    return tl.sum(x, axis=0)
+
+
+@triton.jit
 def activate(z, KIND: tl.constexpr):
     """The activation ``KIND`` of pre-activations ``z``, in ``z``'s dtype (fp32 or fp64)."""
+    # A constant stands right of its tensor: interpreted, a constexpr on the left takes no tensor.
     if KIND == "gelu":  # x Φ(x), arXiv 1606.08415
         return 0.5 * z * (1.0 + tl.erf(z * SQRT_HALF))
     elif KIND == "gelu_tanh":  # ½(1 + tanh u) = σ(2u)
-        return z * _sigmoid(2.0 * SQRT_2_OVER_PI * (z + 0.044715 * z * z * z))
+        return z * _sigmoid((z + 0.044715 * z * z * z) * 2.0 * SQRT_2_OVER_PI)
     elif KIND == "quick_gelu":
-        return z * _sigmoid(QUICK * z)
+        return z * _sigmoid(z * QUICK)
     elif KIND == "silu":
         return z * _sigmoid(z)
     else:
@@ -67,11 +78,11 @@ def activate_grad(z, KIND: tl.constexpr):
         cdf = 0.5 * (1.0 + tl.erf(z * SQRT_HALF))
         return cdf + z * INV_SQRT_2PI * tl.exp(-0.5 * z * z)
     elif KIND == "gelu_tanh":
-        s = _sigmoid(2.0 * SQRT_2_OVER_PI * (z + 0.044715 * z * z * z))
+        s = _sigmoid((z + 0.044715 * z * z * z) * 2.0 * SQRT_2_OVER_PI)
         return s + z * s * (1.0 - s) * 2.0 * SQRT_2_OVER_PI * (1.0 + 0.134145 * z * z)
     elif KIND == "quick_gelu":
-        s = _sigmoid(QUICK * z)
-        return s + QUICK * z * s * (1.0 - s)
+        s = _sigmoid(z * QUICK)
+        return s + z * QUICK * s * (1.0 - s)
     elif KIND == "silu":
         s = _sigmoid(z)
         return s + z * s * (1.0 - s)

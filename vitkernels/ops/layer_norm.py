@@ -27,7 +27,7 @@ from vitkernels.ops import _tile
 from vitkernels.ops._checks import check_like, check_shape, check_tensor
 from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
 from vitkernels.ops._triton import tl, triton
-from vitkernels.runtime import DeviceFacts, as_rows, cdiv
+from vitkernels.runtime import DeviceFacts, as_rows, cdiv, wide_dtype
 
 MAX_WHOLE_ROW = 8192  # channels that one program holds at once; wider rows pass by in chunks, read several times
 
@@ -45,7 +45,8 @@ class LayerNormConfig:
 def choose_config(M: int, C: int, facts: DeviceFacts) -> LayerNormConfig:
     """Choose a configuration for M rows of C channels: the tuning table's, else a heuristic."""
     block_c = min(runtime.next_power_of_2(C), MAX_WHOLE_ROW)
-    block_m = max(1, min(8, 1024 // block_c))
+    # The interpreter pays for each program, whatever its size.
+    block_m = max(1, min(8, 1024 // block_c) if facts.arch != "interpreter" else min(64, (1 << 16) // block_c))
     config = {
         "block_m": block_m,
         "block_c": block_c,
@@ -229,8 +230,8 @@ def _layer_norm_bwd_kernel(
             r = tl.load(r_rows + offs_c[None, :], mask=mask, other=0.0).to(ACC)
             x_hat = tl.where(mask, (r - mean[:, None]) * rstd[:, None], 0.0)
             g = dy * weight[None, :]
-            dbias += tl.sum(dy, axis=0)
-            dweight += tl.sum(dy * x_hat, axis=0)
+            dbias += _tile.sum_rows(dy)
+            dweight += _tile.sum_rows(dy * x_hat)
 
             if NEEDS_DRESIDUAL or NEEDS_DX or NEEDS_DGAMMA:
                 if WHOLE_ROW:
@@ -256,7 +257,7 @@ def _layer_norm_bwd_kernel(
                 if NEEDS_DGAMMA:
                     x_rows = x_ptr + offs_m[:, None] * stride_x_row
                     x = tl.load(x_rows + offs_c[None, :], mask=mask, other=0.0).to(ACC)
-                    dgamma += tl.sum(tl.where(mask, dr * x, 0.0), axis=0)
+                    dgamma += _tile.sum_rows(tl.where(mask, dr * x, 0.0))
 
         if NEEDS_DWEIGHT:
             tl.store(dweight_ptr + pid * C + offs_c, dweight, mask=mask_c)
@@ -425,20 +426,16 @@ def _vector(v: Tensor | None, placeholder: Tensor) -> Tensor:
     return placeholder if v is None else v.contiguous()
 
 
-def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _forward_outputs(x, residual, weight, bias, gamma, path, eps, out_dtype):
     y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     sum_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     r = torch.empty((0,) if residual is None else x.shape, dtype=sum_dtype, device=x.device)
-    mean = torch.empty(x.shape[:-1].numel(), dtype=_statistics_dtype(x.dtype), device=x.device)
+    mean = torch.empty(x.shape[:-1].numel(), dtype=wide_dtype(x.dtype), device=x.device)
     return y, r, mean, torch.empty_like(mean)
 
 
 def _reference_forward(x, residual, weight, bias, gamma, path, eps, out_dtype):
-    statistics = _statistics_dtype(x.dtype)
+    statistics = wide_dtype(x.dtype)
     r = x
     if residual is not None:
         r = reference.add_layer_norm(x, residual, layer_scale=gamma, drop_path_scale=path)[1]
@@ -461,10 +458,9 @@ def _reference_backward(dy, dr, r, x, weight, gamma, path, mean, rstd, eps, x_dt
     branch = d_sum if path is None else d_sum * path.reshape(-1, *[1] * (r.ndim - 1))
     dgamma = (branch * x).sum(dim=tuple(range(r.ndim - 1))) if needed[4] else d_sum.new_empty(0)
     dx = (branch if gamma is None else branch * gamma).to(x_dtype, copy=True)
-    none = d_sum.new_empty(0)
     return (
-        dx if needed[0] else none.to(x_dtype),
-        d_sum.to(r.dtype, copy=True) if needed[1] else none.to(r.dtype),
+        dx if needed[0] else dx.new_empty(0),
+        d_sum.to(r.dtype, copy=True) if needed[1] else r.new_empty(0),
         dweight,
         dbias,
         dgamma.to(statistics),

@@ -1,0 +1,138 @@
+"""mlp against fp64: activations, dtypes, layouts, gradients, bad input."""
+
+import pytest
+import torch
+
+from vitkernels import ops, reference
+from vitkernels.testing import check_op
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+ACTIVATIONS = [None, *reference.ACTIVATIONS]
+
+
+def make(*shape, dtype=torch.float32, device="cpu", scale=1.0):
+    return (scale * torch.randn(*shape, dtype=torch.float64)).to(device, dtype).requires_grad_()
+
+
+def layers(B, N, C, F, out=None, *, dtype=torch.float32, device="cpu", epilogue=True):
+    out = out or C
+    tensors = {
+        "x": make(B, N, C, dtype=dtype, device=device),
+        "w1": make(F, C, dtype=dtype, device=device, scale=C**-0.5),
+        "b1": make(F, dtype=dtype, device=device),
+        "w2": make(out, F, dtype=dtype, device=device, scale=F**-0.5),
+        "b2": make(out, dtype=dtype, device=device),
+    }
+    if epilogue:
+        tensors["residual"] = make(B, N, out, dtype=dtype, device=device)
+        tensors["layer_scale"] = make(out, dtype=dtype, device=device)
+    return tensors
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("epilogue", [True, False], ids=["residual-gamma", "bare"])
+def test_activations(activation, epilogue, dtype, device):
+    tensors = layers(2, 50, 36, 72, dtype=dtype, device=device, epilogue=epilogue)
+    check_op(ops.mlp, reference.mlp, tensors, options={"activation": activation})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 20, 30, 12), (2, 197, 48, 192), (1, 257, 36, 130), (1, 20, 24, 2730), (1, 20, 24, 4304)], ids=str
+)
+def test_shapes(shape, dtype, device):
+    check_op(ops.mlp, reference.mlp, layers(*shape, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("missing", [["b1"], ["b2"], ["b1", "b2", "residual"], ["b2", "layer_scale"]], ids=str)
+def test_optional_inputs(missing, device):
+    tensors = layers(2, 7, 20, 36, device=device)
+    check_op(ops.mlp, reference.mlp, {name: None if name in missing else t for name, t in tensors.items()})
+
+
+@pytest.mark.parametrize("frozen", [["x"], ["w1", "b1"], ["x", "w1", "b1"], ["w2", "b2"], ["layer_scale"]], ids=str)
+def test_frozen_inputs(frozen, device):
+    tensors = layers(2, 7, 20, 36, device=device)
+    for name in frozen:
+        tensors[name].requires_grad_(False)
+    check_op(ops.mlp, reference.mlp, tensors)
+
+
+LAYOUTS = {
+    "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    "strided": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "expanded": lambda x: x[:1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_inputs_and_upstream(layout, device):
+    strided = LAYOUTS[layout]
+    tensors = {
+        name: strided(t.detach()).requires_grad_() if t.ndim > 1 else t
+        for name, t in layers(3, 7, 20, 36, device=device).items()
+    }
+    check_op(ops.mlp, reference.mlp, tensors, upstream=lambda y: strided(torch.randn_like(y)))
+    check_op(ops.mlp, reference.mlp, tensors, upstream=lambda y: y.new_ones(()).expand_as(y))
+
+
+def test_empty_batch_gives_zero_gradients(device):
+    tensors = layers(0, 5, 20, 36, device=device)
+    ops.mlp(**tensors).sum().backward()
+    for name in ("w1", "b1", "w2", "b2", "layer_scale"):
+        assert torch.equal(tensors[name].grad, torch.zeros_like(tensors[name])), name
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradcheck(activation, device):
+    tensors = layers(1, 3, 4, 5, dtype=torch.float64, device=device)
+
+    def call(x, w1, b1, w2, b2, residual, gamma):
+        return ops.mlp(x, w1, b1, w2, b2, activation=activation, residual=residual, layer_scale=gamma)
+
+    assert torch.autograd.gradcheck(call, list(tensors.values()), eps=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_layer_scale_of_1e_5(dtype, device):
+    tensors = layers(2, 9, 24, 48, dtype=dtype, device=device)
+    tensors["layer_scale"] = torch.full((24,), 1e-5, device=device, requires_grad=True)
+    check_op(ops.mlp, reference.mlp, tensors, upstream=lambda y: 1024 * torch.randn_like(y))
+
+
+def test_saves_less_than_pytorch(device):
+    saved = {"ours": [], "torch": []}
+    tensors = layers(2, 50, 24, 96, device=device, epilogue=False)
+    for name, function in (("ours", ops.mlp), ("torch", reference.mlp)):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, n=name: saved[n].append(t.numel()) or t, lambda t: t):
+            function(**tensors)
+    hidden = 2 * 50 * 96
+    assert saved["ours"].count(hidden) == 1
+    assert saved["torch"].count(hidden) == 2
+
+
+X, W1, W2 = torch.zeros(2, 3, 8), torch.zeros(16, 8), torch.zeros(8, 16)
+BAD = {
+    "integer": (lambda: ops.mlp(X.int(), W1, None, W2, None), TypeError, "x has dtype torch.int32"),
+    "w1 width": (lambda: ops.mlp(X, W2, None, W1, None), ValueError, r"w1 has shape \(8, 16\); expected .*8\)"),
+    "w2 width": (lambda: ops.mlp(X, W1, None, W1, None), ValueError, r"w2 has shape \(16, 8\); expected .*16\)"),
+    "b1 shape": (lambda: ops.mlp(X, W1, torch.zeros(8), W2, None), ValueError, r"b1 has shape \(8,\)"),
+    "b2 dtype": (lambda: ops.mlp(X, W1, None, W2, torch.zeros(8).half()), TypeError, "b2 has dtype torch.float16"),
+    "w2 device": (lambda: ops.mlp(X, W1, None, W2.to("meta"), None), ValueError, "w2 is on meta, x on cpu"),
+    "activation": (lambda: ops.mlp(X, W1, None, W2, None, activation="relu"), ValueError, "'relu'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case, no_launch):
+    call, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_double_backward_is_an_error(device):
+    tensors = layers(1, 3, 8, 16, device=device, epilogue=False)
+    (dx,) = torch.autograd.grad(ops.mlp(**tensors).square().sum(), tensors["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()

@@ -1,0 +1,362 @@
+"""Matrix products with an epilogue: what linear.py and mlp.py multiply with.
+
+    product         y = residual + γ · act(z),  z = alpha · a b + bias
+    product_dact    dz = alpha · a b · act'(z),  with act(z) and Σ dz on the side
+
+Shapes, as a GEMM's: a (M, K), b (K, N), any strides. Sums are fp32 (fp64 for fp64). On a GPU a product that has
+nothing to fuse goes to torch.mm, which is cuBLAS: a Triton product reaches 0.80 to 0.97 of it (H100, bf16) and
+pays only where its epilogue saves a pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from vitkernels import runtime, tuning
+from vitkernels.ops import _tile
+from vitkernels.ops._triton import tl, triton
+from vitkernels.runtime import DeviceFacts, cdiv, next_power_of_2, wide_dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class ProductConfig:
+    """Who multiplies (``triton`` or ``torch``), and the kernel's tiles, warps and pipeline stages."""
+
+    provider: str
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def choose_config(M: int, N: int, K: int, dtype: torch.dtype, *, fused: bool, facts: DeviceFacts) -> ProductConfig:
+    """Choose how to compute an (M, K) by (K, N) product: by the tuning table, else by a heuristic.
+
+    Args:
+        M, N, K: Rows, columns and the summed dim.
+        dtype: The operands'.
+        fused: Whether an epilogue saves a pass; torch multiplies otherwise.
+        facts: The device's.
+    """
+    interpreted = facts.arch == "interpreter"
+    if interpreted:  # few, large tiles: what costs here is the number of programs
+        block_m, block_n, block_k, num_warps = 128, 128, 256, 4
+    elif dtype.itemsize == 2:
+        block_m, block_n, block_k, num_warps = 128, 128, 64, 8
+        if cdiv(M, 128) * cdiv(N, 128) < facts.num_sms:
+            block_m, block_n, num_warps = 64, 64, 4
+    else:
+        block_m, block_n, block_k, num_warps = 64, 64, 128 // dtype.itemsize, 4
+    # A product on tensor cores takes at least 16 in each dim.
+    block_m, block_n, block_k = (
+        max(16, min(b, next_power_of_2(size))) for b, size in ((block_m, M), (block_n, N), (block_k, K))
+    )
+    stage = (block_m + block_n) * block_k * dtype.itemsize
+    config = {
+        "provider": "triton" if fused or interpreted else "torch",
+        "block_m": block_m,
+        "block_n": block_n,
+        "block_k": block_k,
+        "num_warps": num_warps,
+        "num_stages": max(1, min(3, facts.shared_memory // stage)),
+    }
+    key = f"{str(dtype).removeprefix('torch.')},N={N},K={K},{'fused' if fused else 'plain'}"
+    config |= tuning.lookup("linear", facts.name, key) or {}
+    return ProductConfig(**config)
+
+
+@triton.jit
+def _product_kernel(
+    a_ptr,  # (M, K)
+    b_ptr,  # (K, N)
+    alpha_ptr,  # (1,), with HAS_ALPHA
+    bias_ptr,  # (N,)
+    gamma_ptr,  # (N,), LayerScale
+    residual_ptr,  # (M, N)
+    z_ptr,  # (M, N), contiguous: alpha · a b + bias, with SAVE_Z
+    y_ptr,  # (M, N), contiguous: residual + gamma · act(z)
+    stride_a_row,
+    stride_a_col,
+    stride_b_row,
+    stride_b_col,
+    stride_residual_row,
+    M,
+    N,
+    K,
+    HAS_ALPHA: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_GAMMA: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    SAVE_Z: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    pid_m, pid_n = _tile_of_program(M, N, BLOCK_M, BLOCK_N)
+    first_m, first_n = pid_m * BLOCK_M, pid_n * BLOCK_N
+    offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    mask_m, mask_n = offs_m < M - first_m, offs_n < N - first_n
+    z = _accumulate(
+        a_ptr + first_m * stride_a_row, b_ptr + first_n * stride_b_col,
+        stride_a_row, stride_a_col, stride_b_row, stride_b_col,
+        offs_m, offs_n, mask_m, mask_n, K, EVEN_K, PRECISION, ACC, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    mask = mask_m[:, None] & mask_n[None, :]
+    offs_out = offs_m[:, None] * N + offs_n[None, :]
+    if HAS_ALPHA:
+        z *= tl.load(alpha_ptr).to(ACC)
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + first_n + offs_n, mask=mask_n, other=0.0).to(ACC)[None, :]
+    if SAVE_Z:
+        tl.store(z_ptr + first_m * N + first_n + offs_out, _tile.cast(z, z_ptr.dtype.element_ty), mask=mask)
+    y = _tile.activate(z, ACTIVATION)
+    if HAS_GAMMA:
+        y *= tl.load(gamma_ptr + first_n + offs_n, mask=mask_n, other=0.0).to(ACC)[None, :]
+    if HAS_RESIDUAL:
+        residual_ptrs = residual_ptr + first_m * stride_residual_row + first_n
+        residual_ptrs += offs_m[:, None] * stride_residual_row + offs_n[None, :]
+        y += tl.load(residual_ptrs, mask=mask, other=0.0).to(ACC)
+    tl.store(y_ptr + first_m * N + first_n + offs_out, _tile.cast(y, y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _product_dact_kernel(
+    a_ptr,  # (M, K), upstream gradient of the layer after the activation
+    b_ptr,  # (K, N), that layer's weight
+    alpha_ptr,  # (1,), with HAS_ALPHA
+    z_ptr,  # (M, N), contiguous: pre-activations
+    dz_ptr,  # (M, N), contiguous: alpha · a b · act'(z)
+    act_ptr,  # (M, N), contiguous: act(z), with SAVE_ACT
+    dbias_ptr,  # (blocks of M, N): each block's column sums of dz, with SUM_DZ
+    stride_a_row,
+    stride_a_col,
+    stride_b_row,
+    stride_b_col,
+    M,
+    N,
+    K,
+    HAS_ALPHA: tl.constexpr,
+    SAVE_ACT: tl.constexpr,
+    SUM_DZ: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    pid_m, pid_n = _tile_of_program(M, N, BLOCK_M, BLOCK_N)
+    first_m, first_n = pid_m * BLOCK_M, pid_n * BLOCK_N
+    offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    mask_m, mask_n = offs_m < M - first_m, offs_n < N - first_n
+    da = _accumulate(
+        a_ptr + first_m * stride_a_row, b_ptr + first_n * stride_b_col,
+        stride_a_row, stride_a_col, stride_b_row, stride_b_col,
+        offs_m, offs_n, mask_m, mask_n, K, EVEN_K, PRECISION, ACC, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    mask = mask_m[:, None] & mask_n[None, :]
+    first_out = first_m * N + first_n
+    offs_out = offs_m[:, None] * N + offs_n[None, :]
+    if HAS_ALPHA:
+        da *= tl.load(alpha_ptr).to(ACC)
+    z = tl.load(z_ptr + first_out + offs_out, mask=mask, other=0.0).to(ACC)
+    if SAVE_ACT:
+        act = _tile.cast(_tile.activate(z, ACTIVATION), act_ptr.dtype.element_ty)
+        tl.store(act_ptr + first_out + offs_out, act, mask=mask)
+    dz = da * _tile.activate_grad(z, ACTIVATION)
+    tl.store(dz_ptr + first_out + offs_out, _tile.cast(dz, dz_ptr.dtype.element_ty), mask=mask)
+    if SUM_DZ:
+        dbias = _tile.sum_rows(tl.where(mask, dz, 0.0))
+        tl.store(dbias_ptr + pid_m * N + first_n + offs_n, dbias, mask=mask_n)
+
+
+@triton.jit
+def _tile_of_program(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where this program's tile lies: walked eight tiles down, then one across, so that L2 holds both operands."""
+    GROUP: tl.constexpr = 8
+    pid = tl.program_id(0)
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    first_m = pid // (GROUP * blocks_n) * GROUP
+    height = tl.minimum(blocks_m - first_m, GROUP)
+    pid_m = first_m + pid % height
+    pid_n = pid % (GROUP * blocks_n) // height
+    return pid_m.to(tl.int64), pid_n.to(tl.int64)
+
+
+@triton.jit
+def _accumulate(
+    a_ptr,
+    b_ptr,
+    stride_a_row,
+    stride_a_col,
+    stride_b_row,
+    stride_b_col,
+    offs_m,
+    offs_n,
+    mask_m,
+    mask_n,
+    K,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The (BLOCK_M, BLOCK_N) tile of a b whose first row and column the pointers give.
+
+    Offsets within a tile are 32 bits wide, which halves the registers that hold them.
+    """
+    offs_k = tl.arange(0, BLOCK_K)
+    a_ptrs = a_ptr + offs_m[:, None] * stride_a_row + offs_k[None, :] * stride_a_col
+    b_ptrs = b_ptr + offs_k[:, None] * stride_b_row + offs_n[None, :] * stride_b_col
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    for start in range(0, K, BLOCK_K):
+        if EVEN_K:
+            a = tl.load(a_ptrs, mask=mask_m[:, None], other=0.0)
+            b = tl.load(b_ptrs, mask=mask_n[None, :], other=0.0)
+        else:
+            mask_k = offs_k < K - start
+            a = tl.load(a_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+            b = tl.load(b_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+        acc = _tile.dot(a, b, acc, PRECISION)
+        a_ptrs += BLOCK_K * stride_a_col
+        b_ptrs += BLOCK_K * stride_b_row
+    return acc
+
+
+def product(
+    a: Tensor,
+    b: Tensor,
+    *,
+    out_dtype: torch.dtype | None = None,
+    alpha: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    gamma: Tensor | None = None,
+    residual: Tensor | None = None,
+    save_z: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``(residual + γ · act(z), z)`` with ``z = alpha · a b + bias``; z is empty unless saved.
+
+    Args:
+        a, b: (M, K) and (K, N), any strides, one dtype.
+        out_dtype: The result's; the operands' if None.
+        alpha: (1,).
+        bias, gamma: (N,).
+        residual: (M, N), unit stride along N.
+    """
+    (M, K), N = a.shape, b.shape[1]
+    a, b = within_reach(a), within_reach(b)
+    out_dtype = out_dtype or a.dtype
+    facts = runtime.device_facts(a.device)
+    fused = any(t is not None for t in (alpha, activation, gamma, residual))
+    config = choose_config(M, N, K, a.dtype, fused=fused, facts=facts)
+    # torch.mm widens its result on NVIDIA's GPUs only.
+    if config.provider == "torch" and not fused and (out_dtype == a.dtype or torch.version.cuda):
+        if out_dtype != a.dtype:
+            y = torch.mm(a, b, out_dtype=out_dtype)
+        else:
+            y = torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+        return y, a.new_empty(0)
+    y = torch.empty((M, N), dtype=out_dtype, device=a.device)
+    z = torch.empty((M, N) if save_z else (0,), dtype=a.dtype, device=a.device)
+    if y.numel() == 0:
+        return y, z
+    _product_kernel[(cdiv(M, config.block_m) * cdiv(N, config.block_n),)](
+        a_ptr=a,
+        b_ptr=b,
+        alpha_ptr=a if alpha is None else alpha,
+        bias_ptr=a if bias is None else bias.contiguous(),
+        gamma_ptr=a if gamma is None else gamma.contiguous(),
+        residual_ptr=a if residual is None else residual,
+        z_ptr=z,
+        y_ptr=y,
+        stride_a_row=a.stride(0),
+        stride_a_col=a.stride(1),
+        stride_b_row=b.stride(0),
+        stride_b_col=b.stride(1),
+        stride_residual_row=0 if residual is None else residual.stride(0),
+        M=M,
+        N=N,
+        K=K,
+        HAS_ALPHA=alpha is not None,
+        HAS_BIAS=bias is not None,
+        HAS_GAMMA=gamma is not None,
+        HAS_RESIDUAL=residual is not None,
+        SAVE_Z=save_z,
+        ACTIVATION=activation or "none",
+        EVEN_K=K % config.block_k == 0,
+        PRECISION=runtime.dot_precision(),
+        ACC=_tile.accumulator(a.dtype),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return y, z
+
+
+def product_dact(
+    a: Tensor, b: Tensor, z: Tensor, activation: str | None, *, alpha: Tensor | None, save_act: bool, sum_dz: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(dz, act(z), Σ dz)`` with ``dz = alpha · a b · act'(z)``: the gradient of a product through an activation.
+
+    Args:
+        a, b: (M, K) and (K, N), any strides.
+        z: (M, N), contiguous.
+        save_act, sum_dz: Whether the second and third result are wanted; they are empty otherwise.
+    """
+    (M, K), N = a.shape, b.shape[1]
+    a, b = within_reach(a), within_reach(b)
+    config = choose_config(M, N, K, a.dtype, fused=True, facts=runtime.device_facts(a.device))
+    blocks_m = cdiv(M, config.block_m)
+    dz = torch.empty_like(z)
+    act = torch.empty_like(z) if save_act else z.new_empty(0)
+    shares = torch.empty((blocks_m, N) if sum_dz else (0, 0), dtype=wide_dtype(z.dtype), device=z.device)
+    if M > 0:
+        _product_dact_kernel[(blocks_m * cdiv(N, config.block_n),)](
+            a_ptr=a,
+            b_ptr=b,
+            alpha_ptr=a if alpha is None else alpha,
+            z_ptr=z,
+            dz_ptr=dz,
+            act_ptr=act,
+            dbias_ptr=shares,
+            stride_a_row=a.stride(0),
+            stride_a_col=a.stride(1),
+            stride_b_row=b.stride(0),
+            stride_b_col=b.stride(1),
+            M=M,
+            N=N,
+            K=K,
+            HAS_ALPHA=alpha is not None,
+            SAVE_ACT=save_act,
+            SUM_DZ=sum_dz,
+            ACTIVATION=activation or "none",
+            EVEN_K=K % config.block_k == 0,
+            PRECISION=runtime.dot_precision(),
+            ACC=_tile.accumulator(a.dtype),
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return dz, act, shares.sum(0)
+
+
+def within_reach(matrix: Tensor) -> Tensor:
+    """Return ``matrix``, or a copy where 32 bits would not hold the offsets within a tile of 256 rows and columns."""
+    return matrix if max(matrix.stride()) < 1 << 22 else matrix.contiguous()

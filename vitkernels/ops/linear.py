@@ -1,0 +1,379 @@
+"""Linear layer with its epilogue in the product: bias, activation, LayerScale, residual.
+
+Forward:     z = x Wᵀ + b,  y = residual + γ · act(z)
+Backward:    dz = γ · dy · act'(z),  dx = dz W,  dW = dzᵀ x,  db = Σ dz,  dγ = Σ dy · act(z),  dresidual = dy
+Without an activation LayerScale costs no pass over the activations, by an exact identity: with G = dyᵀ x,
+             dx = dy (γ ∘ W),  dW = γ ∘ G,  dγⱼ = Σᵢ Wⱼᵢ Gⱼᵢ + bⱼ Σ dyⱼ
+
+Shapes, as a GEMM's: rows M (all leading dims), N output features, K input features. Products accumulate in fp32
+(fp64 for fp64). Saved for backward: x, W and, with an activation, z in x's dtype.
+Sources: GELU arXiv 1606.08415, LayerScale arXiv 2103.17239.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vitkernels import reference, runtime
+from vitkernels.ops import _tile
+from vitkernels.ops._checks import check_like, check_shape, check_tensor
+from vitkernels.ops._product import product, within_reach
+from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
+from vitkernels.ops._triton import tl, triton
+from vitkernels.runtime import cdiv, next_power_of_2, wide_dtype
+
+
+@triton.jit
+def _activation_bwd_kernel(
+    dy_ptr,  # (M, N)
+    z_ptr,  # (M, N), contiguous
+    gamma_ptr,  # (N,)
+    dz_ptr,  # (M, N), contiguous
+    dbias_ptr,  # (programs of M, N), this and the next: each program's share
+    dgamma_ptr,  # (programs of M, N)
+    stride_dy_row,
+    stride_dy_col,
+    programs_m,
+    M,
+    N,
+    HAS_GAMMA: tl.constexpr,
+    NEEDS_DBIAS: tl.constexpr,
+    NEEDS_DGAMMA: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    pid_m = pid % programs_m
+    offs_n = pid // programs_m * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    gamma = tl.full((BLOCK_N,), 1.0, ACC)
+    if HAS_GAMMA:
+        gamma = tl.load(gamma_ptr + offs_n, mask=mask_n, other=0.0).to(ACC)
+    dbias = tl.zeros((BLOCK_N,), ACC)
+    dgamma = tl.zeros((BLOCK_N,), ACC)
+    for first_m in range(pid_m * BLOCK_M, M, programs_m * BLOCK_M):
+        offs_m = first_m + tl.arange(0, BLOCK_M).to(tl.int64)
+        mask = (offs_m < M)[:, None] & mask_n[None, :]
+        offs_z = offs_m[:, None] * N + offs_n[None, :]
+        offs_dy = offs_m[:, None] * stride_dy_row + offs_n[None, :] * stride_dy_col
+        dy = tl.load(dy_ptr + offs_dy, mask=mask, other=0.0).to(ACC)
+        z = tl.load(z_ptr + offs_z, mask=mask, other=0.0).to(ACC)
+        dz = dy * gamma[None, :] * _tile.activate_grad(z, ACTIVATION)
+        tl.store(dz_ptr + offs_z, _tile.cast(dz, dz_ptr.dtype.element_ty), mask=mask)
+        dbias += _tile.sum_rows(dz)
+        if NEEDS_DGAMMA:
+            dgamma += _tile.sum_rows(dy * _tile.activate(z, ACTIVATION))
+    if NEEDS_DBIAS:
+        tl.store(dbias_ptr + pid_m * N + offs_n, dbias, mask=mask_n)
+    if NEEDS_DGAMMA:
+        tl.store(dgamma_ptr + pid_m * N + offs_n, dgamma, mask=mask_n)
+
+
+def activation_backward(
+    dy: Tensor, z: Tensor, gamma: Tensor | None, activation: str, *, needs_dbias: bool, needs_dgamma: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(dz, Σ dz, Σ dy · act(z))`` with ``dz = γ · dy · act'(z)``, the sums over rows and empty unless needed."""
+    M, N = z.shape
+    block_m, block_n = 16, min(256, next_power_of_2(N))
+    if runtime.device_facts(z.device).arch == "interpreter":
+        block_m = min(256, next_power_of_2(M))
+    blocks_n = cdiv(N, block_n)
+    # About four programs an SM in all: the shares do not grow with M.
+    programs_m = max(1, min(cdiv(M, block_m), 4 * runtime.device_facts(z.device).num_sms // blocks_n))
+    dz = torch.empty_like(z)
+    shares = [
+        torch.empty((programs_m if M else 0, N if needed else 0), dtype=wide_dtype(z.dtype), device=z.device)
+        for needed in (needs_dbias, needs_dgamma)
+    ]
+    if M > 0:
+        _activation_bwd_kernel[(programs_m * blocks_n,)](
+            dy_ptr=dy,
+            z_ptr=z,
+            gamma_ptr=z if gamma is None else gamma.contiguous(),
+            dz_ptr=dz,
+            dbias_ptr=shares[0],
+            dgamma_ptr=shares[1],
+            stride_dy_row=dy.stride(0),
+            stride_dy_col=dy.stride(1),
+            programs_m=programs_m,
+            M=M,
+            N=N,
+            HAS_GAMMA=gamma is not None,
+            NEEDS_DBIAS=needs_dbias,
+            NEEDS_DGAMMA=needs_dgamma,
+            ACTIVATION=activation,
+            ACC=_tile.accumulator(z.dtype),
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            num_warps=4,
+        )
+    return dz, shares[0].sum(0), shares[1].sum(0)
+
+
+def fold_layer_scale(weight: Tensor, gamma: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return ``(W', alpha)`` with ``alpha · W' = γ ∘ W``, γ scaling the rows; alpha is None for 1.
+
+    In fp16 γ = 1e-5, where LayerScale starts, would push W' below the smallest number: alpha, a power of two,
+    keeps the largest |γ| in W' between 1 and 2.
+    """
+    if gamma is None:
+        return weight, None
+    gamma = gamma.to(wide_dtype(weight.dtype))
+    alpha = None
+    if weight.dtype == torch.float16:
+        alpha = torch.exp2(gamma.abs().amax().clamp_min(1e-30).log2().floor()).reshape(1)
+        gamma = gamma / alpha
+    return (weight.to(gamma.dtype) * gamma.unsqueeze(1)).to(weight.dtype), alpha
+
+
+def weight_gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    needs_dweight: bool,
+    needs_dbias: bool,
+    needs_dgamma: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of W, b and γ of ``γ · (x Wᵀ + b)`` for upstream ``dy``, empty unless needed.
+
+    Args:
+        dy: (M, N), any strides.
+        x: (M, K), any strides.
+    """
+    sums_dtype = wide_dtype(x.dtype)
+    dweight, dgamma = dy.new_empty(0), dy.new_empty(0)
+    if needs_dweight or needs_dgamma:
+        dweight, _ = product(dy.t(), x, out_dtype=sums_dtype if gamma is not None else None)
+    sums = needs_dbias or (needs_dgamma and bias is not None)
+    dbias = dy.sum(0, dtype=sums_dtype) if sums else dy.new_empty(0)
+    if gamma is None:
+        return dweight, dbias, dgamma
+    if needs_dgamma:
+        dgamma = (weight.to(sums_dtype) * dweight).sum(1)
+        if bias is not None:
+            dgamma = dgamma + bias.to(sums_dtype) * dbias
+    wide_gamma = gamma.to(sums_dtype)
+    return (
+        (dweight * wide_gamma.unsqueeze(1)).to(weight.dtype) if needs_dweight else dy.new_empty(0),
+        dbias * wide_gamma if needs_dbias else dy.new_empty(0),
+        dgamma,
+    )
+
+
+def linear_forward(x, weight, bias, gamma, residual, activation, out_dtype, save_z):
+    """Launch the forward on (..., K): ``(y, z)``."""
+    M, N = x.shape[:-1].numel(), weight.shape[0]
+    y, z = product(
+        x.reshape(M, x.shape[-1]),
+        weight.t(),
+        out_dtype=out_dtype,
+        bias=bias,
+        activation=activation,
+        gamma=gamma,
+        residual=None if residual is None else _unit_stride(within_reach(residual.reshape(M, N))),
+        save_z=save_z,
+    )
+    return y.view(*x.shape[:-1], N), z.view(*x.shape[:-1], N) if save_z else z
+
+
+def linear_backward(dy, x, weight, bias, z, gamma, activation, needed):
+    """Launch the backward: gradients of (x, weight, bias, gamma), empty where not ``needed``."""
+    needs_dx, needs_dweight, needs_dbias, needs_dgamma = needed
+    M, K, N = x.shape[:-1].numel(), x.shape[-1], weight.shape[0]
+    rows, dy = x.reshape(M, K), dy.reshape(M, N).to(x.dtype)
+    if activation is None:
+        folded, alpha = fold_layer_scale(weight, gamma)
+        dx, _ = product(dy, folded, alpha=alpha) if needs_dx else (x.new_empty(0), None)
+        dweight, dbias, dgamma = weight_gradients(
+            dy, rows, weight, bias, gamma, needs_dweight, needs_dbias, needs_dgamma
+        )
+    else:
+        dz, dbias, dgamma = activation_backward(
+            dy, z.reshape(M, N), gamma, activation, needs_dbias=needs_dbias, needs_dgamma=needs_dgamma
+        )
+        dx, _ = product(dz, weight) if needs_dx else (x.new_empty(0), None)
+        dweight, _ = product(dz.t(), rows) if needs_dweight else (x.new_empty(0), None)
+    return dx.view(x.shape) if needs_dx else dx, dweight, dbias.to(x.dtype), dgamma.to(wide_dtype(x.dtype))
+
+
+def _unit_stride(rows: Tensor) -> Tensor:
+    return rows if rows.shape[1] == 1 or rows.stride(1) == 1 else rows.contiguous()
+
+
+def _fake_forward(x, weight, bias, gamma, residual, activation, out_dtype, save_z):
+    shape = (*x.shape[:-1], weight.shape[0])
+    return x.new_empty(shape, dtype=out_dtype), x.new_empty(shape if save_z else (0,))
+
+
+def _fake_backward(dy, x, weight, bias, z, gamma, activation, needed):
+    shapes = (x.shape, weight.shape, weight.shape[:1], weight.shape[:1])
+    dtypes = (x.dtype, x.dtype, x.dtype, wide_dtype(x.dtype))
+    return tuple(
+        x.new_empty(shape if n else (0,), dtype=dtype) for shape, dtype, n in zip(shapes, dtypes, needed, strict=True)
+    )
+
+
+def _reference_forward(x, weight, bias, gamma, residual, activation, out_dtype, save_z):
+    y = reference.linear(x, weight, bias, activation=activation, residual=residual, layer_scale=gamma)
+    z = reference.linear(x, weight, bias) if save_z else x.new_empty(0)
+    return y.to(out_dtype).contiguous(), z.contiguous()
+
+
+def _reference_backward(dy, x, weight, bias, z, gamma, activation, needed):
+    grads = reference_gradients(
+        lambda x, w, b, gamma: reference.linear(x, w, b, activation=activation, layer_scale=gamma),
+        (x, weight, bias, None if gamma is None else gamma.to(x.dtype)),
+        (dy.to(x.dtype),),
+        needed,
+    )
+    return *grads[:3], grads[3].to(wide_dtype(x.dtype))
+
+
+_linear_fwd = register(
+    "linear_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? residual, str? activation, "
+    "ScalarType out_dtype, bool save_z) -> (Tensor, Tensor)",
+    launcher=linear_forward,
+    reference=_reference_forward,
+    fake=_fake_forward,
+)
+_linear_bwd = register(
+    "linear_bwd(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? z, Tensor? gamma, str? activation, "
+    "bool[] needed) -> (Tensor, Tensor, Tensor, Tensor)",
+    launcher=linear_backward,
+    reference=_reference_backward,
+    fake=_fake_backward,
+)
+
+
+class LinearFunction(torch.autograd.Function):
+    """Autograd for :func:`linear`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, gamma, residual, activation, out_dtype):
+        save_z = activation is not None and any(ctx.needs_input_grad[:4])
+        y, z = _linear_fwd(x, weight, bias, gamma, residual, activation, out_dtype, save_z)
+        ctx.save_for_backward(x, weight, bias, z if save_z else None, gamma)
+        ctx.activation = activation
+        ctx.gamma_dtype = None if gamma is None else gamma.dtype
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        needed = list(ctx.needs_input_grad[:4])
+        grads = [None] * 4
+        if any(needed):
+            results = _linear_bwd(dy, *ctx.saved_tensors, ctx.activation, needed)
+            grads = [g if n else None for g, n in zip(results, needed, strict=True)]
+        if needed[3]:
+            grads[3] = grads[3].to(ctx.gamma_dtype)
+        dresidual = dy.to(ctx.residual_dtype) if ctx.needs_input_grad[4] else None
+        return *grads, dresidual, None, None
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+) -> Tensor:
+    """``residual + layer_scale · activation(x Wᵀ + bias)`` in one pass.
+
+    Args:
+        x: (..., K), fp16, bf16, fp32 or fp64, any strides; leading dims may be empty.
+        weight: (N, K), as ``nn.Linear``'s, in ``x``'s dtype.
+        bias: (N,), in ``x``'s dtype, or None.
+        activation: ``gelu`` (with erf), ``gelu_tanh``, ``quick_gelu`` (x·σ(1.702 x)), ``silu`` or None.
+        residual: (..., N), any floating dtype, or None.
+        layer_scale: γ of LayerScale, (N,), any floating dtype, or None.
+
+    Returns:
+        (..., N), contiguous, in the widest dtype among ``x``, ``residual`` and ``layer_scale``. Under autocast the
+        product is taken in autocast's dtype, as PyTorch's is.
+
+    Raises:
+        ValueError: A shape, device or activation does not fit.
+        TypeError: A dtype does not fit.
+        NotImplementedError: A tensor is nested, sparse or quantized.
+
+    Reference: arXiv 1606.08415 (GELU), 2103.17239 (LayerScale).
+    """
+    op = "linear"
+    check_input(op, x)
+    check_activation(op, activation)
+    dtype = runtime.autocast_dtype(x)
+    check_weights(op, "weight", weight, "bias", bias, "x", x, x.shape[-1], dtype=dtype is None)
+    check_epilogue(op, residual, layer_scale, x, weight)
+    if not uses_kernels(x):
+        return reference.linear(x, weight, bias, activation=activation, residual=residual, layer_scale=layer_scale)
+    if dtype is not None:
+        x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
+    out_dtype = epilogue_dtype(x, residual, layer_scale)
+    if needs_grad(x, weight, bias, residual, layer_scale):
+        return LinearFunction.apply(x, weight, bias, layer_scale, residual, activation, out_dtype)
+    return _linear_fwd(x, weight, bias, layer_scale, residual, activation, out_dtype, False)[0]
+
+
+def epilogue_dtype(x: Tensor, *others: Tensor | None) -> torch.dtype:
+    """The dtype of a sum of ``x`` and ``others``: the widest."""
+    dtype = x.dtype
+    for t in others:
+        if t is not None:
+            dtype = torch.promote_types(dtype, t.dtype)
+    return dtype
+
+
+def check_input(op: str, x: Tensor) -> None:
+    """Require a floating-point (..., K) with K ≥ 1."""
+    check_tensor(op, "x", x)
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}; expected at least one feature in the last dim")
+
+
+def check_activation(op: str, activation: str | None) -> None:
+    """Require an activation that the kernels know."""
+    if activation is not None and activation not in reference.ACTIVATIONS:
+        raise ValueError(
+            f"{op}: activation is {activation!r}; expected one of {', '.join(reference.ACTIVATIONS)} or None"
+        )
+
+
+def check_weights(
+    op: str,
+    name: str,
+    weight: Tensor,
+    bias_name: str,
+    bias: Tensor | None,
+    x_name: str,
+    x: Tensor,
+    K: int,
+    *,
+    dtype: bool,
+) -> None:
+    """Require a (N, K) weight with N ≥ 1, a (N,) bias or None, on ``x``'s device and, with ``dtype``, of its dtype."""
+    check_like(op, name, weight, x_name, x, dtype=dtype)
+    if weight.ndim != 2 or weight.shape[1] != K or weight.shape[0] == 0:
+        raise ValueError(f"{op}: {name} has shape {tuple(weight.shape)}; expected (out features, {K})")
+    if bias is not None:
+        check_like(op, bias_name, bias, x_name, x, dtype=dtype)
+        check_shape(op, bias_name, bias, weight.shape[:1], f"the rows of {name}")
+
+
+def check_epilogue(op: str, residual: Tensor | None, layer_scale: Tensor | None, x: Tensor, weight: Tensor) -> None:
+    """Require a residual of the output's shape and a LayerScale of its width, on ``x``'s device."""
+    if residual is not None:
+        check_like(op, "residual", residual, "x", x, dtype=False)
+        check_shape(op, "residual", residual, (*x.shape[:-1], weight.shape[0]), "the output's shape")
+    if layer_scale is not None:
+        check_like(op, "layer_scale", layer_scale, "x", x, dtype=False)
+        check_shape(op, "layer_scale", layer_scale, weight.shape[:1], "the output's width")

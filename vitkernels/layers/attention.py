@@ -1,0 +1,67 @@
+"""Multi-head self-attention."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from vitkernels import ops
+from vitkernels.layers import fused
+from vitkernels.layers._plain import has_plain_children
+
+_CHILDREN = {"qkv": (nn.Linear,), "proj": (nn.Linear,), "proj_drop": (nn.Dropout,)}
+
+
+class Attention(nn.Module):
+    """``proj(attention(qkv(x)))`` over (B, N, C), read from the packed projection in place (arXiv 1706.03762).
+
+    Args:
+        dim: Channels of the input.
+        num_heads: Heads.
+        attn_head_dim: Channels a head; ``dim / num_heads`` unless given.
+        dim_out: Channels of the output; ``dim`` unless given.
+        qkv_bias: Whether the projection to queries, keys and values has a bias.
+        proj_bias: Whether the output projection has one.
+        attn_drop: Dropout rate of the attention weights; 0 only.
+        proj_drop: Dropout rate of the output.
+
+    Raises:
+        ValueError: ``num_heads`` does not divide ``dim``.
+        NotImplementedError: ``attn_drop`` is not 0.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        attn_head_dim: int | None = None,
+        dim_out: int | None = None,
+        qkv_bias: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        *,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        if attn_head_dim is None and dim % num_heads:
+            raise ValueError(f"num_heads {num_heads} does not divide dim {dim}; choose another or give attn_head_dim")
+        if attn_drop:
+            raise NotImplementedError(f"attn_drop is {attn_drop}; the attention kernels have no dropout, expected 0")
+        self.num_heads = num_heads
+        self.head_dim = attn_head_dim or dim // num_heads
+        self.scale = self.head_dim**-0.5
+        attn_dim = num_heads * self.head_dim
+        self.qkv = nn.Linear(dim, 3 * attn_dim, bias=qkv_bias, device=device, dtype=dtype)
+        self.proj = nn.Linear(attn_dim, dim_out or dim, bias=proj_bias, device=device, dtype=dtype)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def fuses(self) -> bool:
+        """Tell whether the fused forward may run: no adapter or hook on a child, which it would not call."""
+        return has_plain_children(self, _CHILDREN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fuses():
+            return fused.attention(self, x)
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        return self.proj_drop(self.proj(ops.attention_qkvpacked(qkv, scale=self.scale).flatten(2)))

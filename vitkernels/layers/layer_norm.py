@@ -1,0 +1,24 @@
+"""LayerNorm over the last dim."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from vitkernels.layers import fused
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm (arXiv 1607.06450) on :func:`vitkernels.ops.layer_norm`, with timm's arguments and defaults.
+
+    Args:
+        num_channels: Size of the last dim.
+        eps: Added to the variance; 1e-6 where PyTorch's default is 1e-5.
+        affine: Whether there are ``weight`` and ``bias``.
+        **kwargs: ``bias``, ``device`` and ``dtype``, as for ``nn.LayerNorm``.
+    """
+
+    def __init__(self, num_channels: int, eps: float = 1e-6, affine: bool = True, **kwargs) -> None:
+        super().__init__(num_channels, eps=eps, elementwise_affine=affine, **kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fused.layer_norm(self, x)

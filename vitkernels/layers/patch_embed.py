@@ -1,0 +1,105 @@
+"""Images to tokens."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from vitkernels.layers import fused
+
+
+def to_pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Return ``size`` as (height, width)."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+class PatchEmbed(nn.Module):
+    """Patches of an image to tokens, position embedding and prefix tokens included, in one op (arXiv 2010.11929).
+
+    Args:
+        img_size: Height and width of the images, in pixels; the patch divides both.
+        patch_size: Height and width of a patch, in pixels.
+        in_chans: Channels of the images.
+        embed_dim: Channels of the tokens.
+        bias: Whether the projection has a bias.
+        strict_img_size: Refuse images of another size than ``img_size``.
+
+    Raises:
+        ValueError: The patch does not divide the image.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        bias: bool = True,
+        strict_img_size: bool = True,
+        *,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        self.patch_size = to_pair(patch_size)
+        self.strict_img_size = strict_img_size
+        self.set_input_size(img_size)
+        self.proj = nn.Conv2d(
+            in_chans, embed_dim, self.patch_size, stride=self.patch_size, bias=bias, device=device, dtype=dtype
+        )
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Set the size of the images that follow."""
+        img_size = to_pair(img_size)
+        self.grid_size = self.grid_of(img_size)
+        self.img_size = img_size
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+
+    def grid_of(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """Return how many patches (down, across) an image of (height, width) has.
+
+        Raises:
+            ValueError: The patch does not divide the image.
+        """
+        (height, width), (patch_height, patch_width) = img_size, self.patch_size
+        if height < patch_height or width < patch_width or height % patch_height or width % patch_width:
+            raise ValueError(
+                f"image of {height}×{width} pixels does not divide into patches of {patch_height}×{patch_width}; "
+                "crop or resize it to a multiple"
+            )
+        return height // patch_height, width // patch_width
+
+    def check_images(self, images: Tensor) -> None:
+        """Require floating-point images (B, I, Y, X) of a size and channels that this module takes.
+
+        Raises:
+            ValueError: Another rank, number of channels or size.
+            TypeError: No floating-point tensor.
+        """
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
+            raise TypeError(f"images are {kind}; expected floating-point values, scaled and normalised")
+        if images.ndim != 4:
+            raise ValueError(f"images have shape {tuple(images.shape)}; expected (batch, channels, height, width)")
+        if images.shape[1] != self.proj.in_channels:
+            raise ValueError(f"images have {images.shape[1]} channels; expected {self.proj.in_channels}")
+        size = tuple(images.shape[2:])
+        if self.strict_img_size and size != self.img_size:
+            raise ValueError(
+                f"images are {size[0]}×{size[1]} pixels; expected {self.img_size[0]}×{self.img_size[1]} "
+                "(dynamic_img_size=True takes any size, set_input_size another one)"
+            )
+        self.grid_of(size)
+
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        pos_embed: Tensor | None = None,
+        prefix_tokens: Tensor | None = None,
+        pos_embed_prefix: bool = True,
+    ) -> Tensor:
+        """Images (B, I, Y, X) to tokens (B, R + N, C); the rest as for :func:`vitkernels.ops.patch_embed`."""
+        self.check_images(images)
+        return fused.patch_embed(
+            self.proj, images, pos_embed=pos_embed, prefix_tokens=prefix_tokens, pos_embed_prefix=pos_embed_prefix
+        )

@@ -1,0 +1,69 @@
+"""Position embeddings: fixed sine and cosine tables, and resampling to another grid."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def sincos1d(length: int, dim: int, *, device=None, dtype=None) -> Tensor:
+    """Return the table (1, length, dim) of sines (even channels) and cosines (odd) of the place in the sequence.
+
+    ``table[p, 2i] = sin(p / 10000^(2i/dim))``, ``table[p, 2i + 1] = cos(p / 10000^(2i/dim))`` (arXiv 1706.03762 §3.5).
+
+    Raises:
+        ValueError: ``dim`` is odd.
+    """
+    if dim % 2:
+        raise ValueError(f"sincos1d needs an even number of channels, got {dim}")
+    angles = _angles(torch.arange(length, device=device), dim // 2)
+    table = torch.stack([angles.sin(), angles.cos()], dim=-1).reshape(1, length, dim)
+    return table.to(dtype or torch.get_default_dtype())
+
+
+def sincos2d(grid_size: tuple[int, int], dim: int, *, num_prefix_tokens: int = 0, device=None, dtype=None) -> Tensor:
+    """Return the table (1, prefix + rows · columns, dim) of MAE (arXiv 2111.06377): zeros for the prefix tokens.
+
+    A patch at column x and row y has ``[sin(x·ω), cos(x·ω), sin(y·ω), cos(y·ω)]``, ``ω_i = 10000^(−i/(dim/4))``.
+    MoCo v3 (arXiv 2104.02057) has the two halves the other way round, which is the same but for a permutation.
+
+    Raises:
+        ValueError: ``dim`` is no multiple of 4.
+    """
+    if dim % 4:
+        raise ValueError(f"sincos2d needs a number of channels that 4 divides, got {dim}")
+    rows, columns = grid_size
+    y = _angles(torch.arange(rows, device=device), dim // 4)[:, None].expand(-1, columns, -1)
+    x = _angles(torch.arange(columns, device=device), dim // 4)[None, :].expand(rows, -1, -1)
+    table = torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=-1).reshape(1, rows * columns, dim)
+    return F.pad(table, (0, 0, num_prefix_tokens, 0)).to(dtype or torch.get_default_dtype())
+
+
+def _angles(positions: Tensor, frequencies: int) -> Tensor:
+    exponents = torch.arange(frequencies, device=positions.device, dtype=torch.float64) / frequencies
+    return positions.double()[:, None] * 10000.0**-exponents
+
+
+def resample_pos_embed(
+    pos_embed: Tensor, new_size: tuple[int, int], old_size: tuple[int, int], num_prefix_tokens: int = 1
+) -> Tensor:
+    """Resample a position embedding (1, prefix + old patches, C) to another grid, bicubic with antialiasing.
+
+    Equal to ``resample_abs_pos_embed`` of timm, but that fp64 stays fp64. The prefix is kept as it is.
+
+    Args:
+        pos_embed: The embedding; differentiable.
+        new_size: Rows and columns of the grid that is wanted.
+        old_size: Rows and columns of the grid that is there.
+        num_prefix_tokens: Tokens in front that are no patches.
+    """
+    if tuple(new_size) == tuple(old_size):
+        return pos_embed
+    prefix, patches = pos_embed[:, :num_prefix_tokens], pos_embed[:, num_prefix_tokens:]
+    grid = patches.reshape(1, *old_size, -1).permute(0, 3, 1, 2)
+    # Not every device interpolates half precision with antialiasing.
+    grid = grid if grid.dtype == torch.float64 else grid.float()
+    grid = F.interpolate(grid, size=tuple(new_size), mode="bicubic", antialias=True)
+    patches = grid.permute(0, 2, 3, 1).reshape(1, -1, pos_embed.shape[-1]).to(pos_embed.dtype)
+    return torch.cat([prefix, patches], dim=1)

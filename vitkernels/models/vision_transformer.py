@@ -1,0 +1,473 @@
+"""Vision Transformer (arXiv 2010.11929), with timm's argument names, defaults and state-dict keys.
+
+A checkpoint of a timm ``VisionTransformer`` built with the same arguments loads with ``strict=True``, and back.
+Shape letters: B batch, R prefix tokens (class and register tokens), N patches, C channels.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vitkernels.layers import (
+    Block,
+    LayerNorm,
+    Linear,
+    PatchDropout,
+    PatchEmbed,
+    resample_pos_embed,
+    sincos1d,
+    sincos2d,
+)
+
+POOLS = ("", "token", "avg", "avgmax", "max")
+POS_EMBEDS = ("learn", "none", "sincos1d", "sincos2d")
+
+# Arguments of timm that have no counterpart here, with the value under which they mean nothing.
+_UNSUPPORTED = {
+    "qk_norm": False,
+    "scale_attn_norm": False,
+    "scale_mlp_norm": False,
+    "dynamic_img_pad": False,
+    "fix_init": False,
+    "embed_layer": None,
+    "embed_norm_layer": None,
+    "block_fn": None,
+    "mlp_layer": None,
+    "attn_layer": None,
+}
+
+
+class VisionTransformer(nn.Module):
+    """Images (B, I, Y, X) to logits (B, num_classes).
+
+    Args:
+        img_size: Height and width of the images, in pixels.
+        patch_size: Height and width of a patch, in pixels; divides ``img_size``.
+        in_chans: Channels of the images.
+        num_classes: Logits; 0 leaves the head out.
+        global_pool: What goes to the head: ``"token"`` the class token; ``"avg"``, ``"max"`` or ``"avgmax"`` (half of
+            both) over the patches; ``""`` every token.
+        embed_dim: Channels C of a token.
+        depth: Blocks.
+        num_heads: Heads of each attention; divides ``embed_dim``.
+        mlp_ratio: Hidden features of an MLP over ``embed_dim``.
+        qkv_bias: Whether the qkv projections have biases.
+        proj_bias: Whether the blocks' other linear layers have them.
+        init_values: Where LayerScale starts (arXiv 2103.17239); no LayerScale if None or 0.
+        class_token: Whether there is a class token.
+        pos_embed: ``"learn"``; ``"none"``; ``"sincos1d"`` over the sequence (arXiv 1706.03762), ``"sincos2d"`` over the
+            grid of patches (arXiv 2111.06377), see :mod:`vitkernels.layers.pos_embed`. The fixed two are a persistent
+            buffer: the key in the state dict is ``pos_embed`` as for the learned one, so that checkpoints of either
+            kind load and a resampled table is saved with the weights, and no optimizer meets it.
+        no_embed_class: Position embedding for the patches alone.
+        reg_tokens: Register tokens (arXiv 2309.16588), after the class token.
+        pre_norm: A LayerNorm before the blocks, and no bias in the patch embedding, as in CLIP.
+        final_norm: A LayerNorm after the blocks.
+        fc_norm: That LayerNorm after pooling rather than before; None: where the pool is over patches.
+        pool_include_prefix: Pool over the prefix tokens too.
+        dynamic_img_size: Take images of any size that the patch divides, resampling the position embedding.
+        drop_rate: Dropout rate before the head.
+        pos_drop_rate: Dropout rate after the position embedding.
+        patch_drop_rate: Share of the patches dropped in training (arXiv 2212.00794).
+        proj_drop_rate: Dropout rate after the blocks' linear layers.
+        attn_drop_rate: Dropout rate of the attention weights; 0 only.
+        drop_path_rate: Stochastic depth (arXiv 1603.09382): 0 in the first block, rising linearly to this in the last.
+        weight_init: ``""`` timm's, ``"skip"`` PyTorch's (position, class and register tokens are then zero).
+        norm_layer: Makes a LayerNorm, for another eps: ``functools.partial(nn.LayerNorm, eps=1e-5)``. Default: 1e-6.
+        act_layer: As for :func:`vitkernels.layers.create_activation`; None for GELU.
+        representation_size: Features of one tanh hidden layer before the head, ``pre_logits.fc``, as in the
+            original's pre-training (arXiv 2010.11929 §3.1); None leaves it out.
+        device, dtype: Of the parameters.
+
+    Raises:
+        ValueError: Arguments that exclude one another, or an unknown name.
+        NotImplementedError: An argument of timm's for something that is not supported here.
+        TypeError: An argument that neither this nor timm's has.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        *,
+        proj_bias: bool = True,
+        init_values: float | None = None,
+        class_token: bool = True,
+        pos_embed: str = "learn",
+        no_embed_class: bool = False,
+        reg_tokens: int = 0,
+        pre_norm: bool = False,
+        final_norm: bool = True,
+        fc_norm: bool | None = None,
+        pool_include_prefix: bool = False,
+        dynamic_img_size: bool = False,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        patch_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        weight_init: str = "",
+        norm_layer: Callable[..., nn.Module] | str | None = None,
+        act_layer: Callable[[], nn.Module] | str | None = None,
+        representation_size: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **others,
+    ) -> None:
+        super().__init__()
+        _refuse(others)
+        _check_pool(global_pool, class_token)
+        pos_embed = pos_embed or "none"
+        if pos_embed not in POS_EMBEDS:
+            raise ValueError(f"unknown pos_embed {pos_embed!r}; expected one of {', '.join(POS_EMBEDS)}")
+        if weight_init not in ("", "skip"):
+            raise NotImplementedError(f"weight_init is {weight_init!r}; expected '' (timm's default) or 'skip'")
+        dd = {"device": device, "dtype": dtype}
+        norm = _norm_factory(norm_layer)
+        use_fc_norm = global_pool in ("avg", "avgmax", "max") if fc_norm is None else fc_norm
+
+        self.num_classes = num_classes
+        self.global_pool = global_pool
+        self.num_features = self.embed_dim = embed_dim
+        self.head_hidden_size = representation_size or embed_dim
+        self.has_class_token = class_token
+        self.num_reg_tokens = reg_tokens
+        self.num_prefix_tokens = int(class_token) + reg_tokens
+        self.no_embed_class = no_embed_class
+        self.pool_include_prefix = pool_include_prefix
+        self.dynamic_img_size = dynamic_img_size
+        self.grad_checkpointing = False
+
+        self.patch_embed = PatchEmbed(
+            img_size,
+            patch_size,
+            in_chans,
+            embed_dim,
+            bias=not pre_norm,  # the norm that follows has one
+            strict_img_size=not dynamic_img_size,
+            **dd,
+        )
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim, **dd)) if class_token else None
+        self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim, **dd)) if reg_tokens else None
+        embed_prefix = 0 if no_embed_class else self.num_prefix_tokens
+        embed_len = embed_prefix + self.patch_embed.num_patches
+        if pos_embed == "learn":
+            self.pos_embed = nn.Parameter(torch.zeros(1, embed_len, embed_dim, **dd))
+        elif pos_embed == "sincos1d":
+            self.register_buffer("pos_embed", sincos1d(embed_len, embed_dim, **dd))
+        elif pos_embed == "sincos2d":
+            grid_size = self.patch_embed.grid_size
+            self.register_buffer("pos_embed", sincos2d(grid_size, embed_dim, num_prefix_tokens=embed_prefix, **dd))
+        else:
+            self.pos_embed = None
+        self.pos_drop = nn.Dropout(pos_drop_rate)
+        self.patch_drop = PatchDropout(patch_drop_rate, self.num_prefix_tokens) if patch_drop_rate else nn.Identity()
+        self.norm_pre = norm(embed_dim, **dd) if pre_norm else nn.Identity()
+        self.blocks = nn.Sequential(
+            *(
+                Block(
+                    embed_dim,
+                    num_heads,
+                    mlp_ratio,
+                    qkv_bias=qkv_bias,
+                    proj_bias=proj_bias,
+                    proj_drop=proj_drop_rate,
+                    attn_drop=attn_drop_rate,
+                    init_values=init_values,
+                    drop_path=drop_path,
+                    act_layer=act_layer,
+                    norm_layer=norm,
+                    **dd,
+                )
+                for drop_path in torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
+            )
+        )
+        self.norm = norm(embed_dim, **dd) if final_norm and not use_fc_norm else nn.Identity()
+        self.fc_norm = norm(embed_dim, **dd) if final_norm and use_fc_norm else nn.Identity()
+        if representation_size:
+            hidden = Linear(embed_dim, representation_size, **dd)
+            self.pre_logits = nn.Sequential(collections.OrderedDict(fc=hidden, act=nn.Tanh()))
+        else:
+            self.pre_logits = nn.Identity()
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = Linear(self.head_hidden_size, num_classes, **dd) if num_classes else nn.Identity()
+        if weight_init != "skip":
+            self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw the weights of linear layers, position, class and register tokens anew, as timm does."""
+        if isinstance(self.pos_embed, nn.Parameter):
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for token in (self.cls_token, self.reg_token):
+            if token is not None:
+                nn.init.normal_(token, std=1e-6)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of parameters that optimizers should not decay."""
+        return {"pos_embed", "cls_token", "reg_token"}
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Return the patterns by which timm's layer-wise learning rates group the parameters."""
+        return {
+            "stem": r"^cls_token|reg_token|pos_embed|patch_embed|norm_pre",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute each block's activations again in the backward instead of keeping them (arXiv 1604.06174)."""
+        self.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        """Return the head."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Put a fresh head in place, with PyTorch's initialisation, and another pool if one is given.
+
+        Raises:
+            ValueError: An unknown pool, or ``"token"`` without a class token.
+        """
+        if global_pool is not None:
+            _check_pool(global_pool, self.has_class_token)
+            self.global_pool = global_pool
+        like = self.patch_embed.proj.weight
+        self.num_classes = num_classes
+        self.head = (
+            Linear(self.head_hidden_size, num_classes, device=like.device, dtype=like.dtype)
+            if num_classes
+            else nn.Identity()
+        )
+        self.head.train(self.training)
+
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """Take images of another size from now on, resampling the position embedding: a new Parameter.
+
+        Raises:
+            ValueError: The patch does not divide the image.
+            NotImplementedError: Another patch size than the model's.
+        """
+        if patch_size is not None and patch_size not in (self.patch_embed.patch_size, self.patch_embed.patch_size[0]):
+            raise NotImplementedError(f"patch_size is {patch_size}; expected the model's {self.patch_embed.patch_size}")
+        if img_size is None:
+            return
+        old_size = self.patch_embed.grid_size
+        self.patch_embed.set_input_size(img_size)
+        if self.pos_embed is None or self.patch_embed.grid_size == old_size:
+            return
+        resampled = self._resampled(self.pos_embed.detach(), self.patch_embed.grid_size, old_size)
+        if isinstance(self.pos_embed, nn.Parameter):
+            resampled = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
+        self.pos_embed = resampled
+
+    def _resampled(self, pos_embed: Tensor, new_size: tuple[int, int], old_size: tuple[int, int]) -> Tensor:
+        prefix = 0 if self.no_embed_class else self.num_prefix_tokens
+        return resample_pos_embed(pos_embed, new_size, old_size, prefix)
+
+    def _embed(self, images: Tensor) -> Tensor:
+        """Images (B, I, Y, X) to the tokens (B, R + N, C) that enter the blocks."""
+        pos_embed = self.pos_embed
+        if pos_embed is not None and self.dynamic_img_size:
+            self.patch_embed.check_images(images)  # before their shape is used
+            grid_size = self.patch_embed.grid_of(tuple(images.shape[2:]))
+            pos_embed = self._resampled(pos_embed, grid_size, self.patch_embed.grid_size)
+        prefix = [token for token in (self.cls_token, self.reg_token) if token is not None]
+        x = self.patch_embed(
+            images,
+            pos_embed=pos_embed,
+            prefix_tokens=torch.cat(prefix, dim=1) if prefix else None,
+            pos_embed_prefix=not self.no_embed_class,
+        )
+        if pos_embed is not None:
+            x = self.pos_drop(x)
+        return self.norm_pre(self.patch_drop(x))
+
+    def _run_block(self, block: nn.Module, x: Tensor) -> Tensor:
+        return checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing else block(x)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (B, I, Y, X) to tokens (B, R + N, C) after the blocks and ``norm``."""
+        x = self._embed(x)
+        for block in self.blocks:
+            x = self._run_block(block, x)
+        return self.norm(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+    ) -> list | tuple[Tensor, list] | dict[str, Tensor | list]:
+        """Return what comes out of chosen blocks, in timm's forms.
+
+        Args:
+            x: Images (B, I, Y, X).
+            indices: The last so many blocks, or the blocks of these indices (negative ones count from the end), or all.
+            return_prefix_tokens: Give each block's prefix tokens (B, R, C) too.
+            norm: Apply ``norm`` to each.
+            stop_early: Skip the blocks after the last that is wanted.
+            output_fmt: ``"NCHW"`` for maps (B, C, rows, columns), ``"NLC"`` for patch tokens (B, N, C).
+            intermediates_only: Leave the final features out.
+            output_dict: Return a dictionary.
+
+        Returns:
+            ``(features, intermediates)``, with features (B, R + N, C) as of :meth:`forward_features`; or
+            ``intermediates`` alone; each of these a tensor, or (tensor, prefix tokens) with ``return_prefix_tokens``;
+            or the keys ``image_features``, ``image_intermediates`` and ``image_intermediates_prefix``.
+
+        Raises:
+            ValueError: An unknown ``output_fmt``, or an index beyond the blocks.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"unknown output_fmt {output_fmt!r}; expected 'NCHW' or 'NLC'")
+        wanted = self._block_indices(indices)
+        size = tuple(x.shape[2:])
+        x = self._embed(x)
+        grid_size = self.patch_embed.grid_of(size)
+        intermediates, prefixes = [], []
+        for i, block in enumerate(self.blocks[: max(wanted) + 1] if stop_early else self.blocks):
+            x = self._run_block(block, x)
+            if i not in wanted:
+                continue
+            tokens = self.norm(x) if norm else x
+            prefixes.append(tokens[:, : self.num_prefix_tokens])
+            patches = tokens[:, self.num_prefix_tokens :]
+            if output_fmt == "NCHW":
+                patches = patches.unflatten(1, grid_size).permute(0, 3, 1, 2).contiguous()
+            intermediates.append(patches)
+        return_prefix_tokens = return_prefix_tokens and self.num_prefix_tokens > 0
+        if output_dict:
+            result = {"image_intermediates": intermediates}
+            if return_prefix_tokens:
+                result["image_intermediates_prefix"] = prefixes
+            if not intermediates_only:
+                result["image_features"] = self.norm(x)
+            return result
+        if return_prefix_tokens:
+            intermediates = list(zip(intermediates, prefixes, strict=True))
+        return intermediates if intermediates_only else (self.norm(x), intermediates)
+
+    def _block_indices(self, indices: int | Sequence[int] | None) -> set[int]:
+        depth = len(self.blocks)
+        if indices is None:
+            indices = depth
+        if isinstance(indices, int):
+            if not 0 < indices <= depth:
+                raise ValueError(f"the last {indices} blocks are asked for; expected 1 to {depth}")
+            return set(range(depth - indices, depth))
+        for i in indices:
+            if not -depth <= i < depth:
+                raise ValueError(f"block {i} is asked for; expected {-depth} to {depth - 1}")
+        return {i % depth for i in indices}
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> list:
+        """Return the intermediates of :meth:`forward_intermediates`: the call of DINO and DINOv2.
+
+        Args:
+            x: Images (B, I, Y, X).
+            n: The last n blocks, or the blocks of these indices.
+            reshape: Give maps (B, C, rows, columns) rather than patch tokens (B, N, C).
+            return_prefix_tokens: Give each block's prefix tokens too.
+            norm: Apply ``norm`` to each.
+        """
+        return self.forward_intermediates(
+            x,
+            n,
+            return_prefix_tokens=return_prefix_tokens,
+            norm=norm,
+            output_fmt="NCHW" if reshape else "NLC",
+            intermediates_only=True,
+        )
+
+    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
+        """Tokens (B, R + N, C) to one (B, C), or unchanged where the pool is ``""``."""
+        pool_type = self.global_pool if pool_type is None else pool_type
+        _check_pool(pool_type, self.has_class_token)
+        if not pool_type:
+            return x
+        if pool_type == "token":
+            return x[:, 0]
+        if not self.pool_include_prefix:
+            x = x[:, self.num_prefix_tokens :]
+        if pool_type == "avg":
+            return x.mean(dim=1)
+        if pool_type == "max":
+            return x.amax(dim=1)
+        return 0.5 * (x.amax(dim=1) + x.mean(dim=1))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens (B, R + N, C) to logits, or to what the head would be given, with ``pre_logits``."""
+        x = self.head_drop(self.pre_logits(self.fc_norm(self.pool(x))))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, I, Y, X) to logits (B, num_classes); (B, R + N, num_classes) where the pool is ``""``.
+
+        Raises:
+            ValueError: Images of another rank, number of channels or size than the model takes.
+            TypeError: Images that are no floating-point tensor.
+        """
+        return self.forward_head(self.forward_features(x))
+
+
+def _refuse(others: dict[str, object]) -> None:
+    for name, value in others.items():
+        if name not in _UNSUPPORTED:
+            raise TypeError(f"VisionTransformer has no argument {name!r}")
+        if value != _UNSUPPORTED[name]:
+            raise NotImplementedError(f"{name}={value!r} is not supported; expected {_UNSUPPORTED[name]!r}")
+
+
+def _check_pool(pool: str, class_token: bool) -> None:
+    if pool in ("map", "prr"):
+        raise NotImplementedError(f"attention pooling ({pool!r}) is not supported; expected one of {POOLS}")
+    if pool not in POOLS:
+        raise ValueError(f"unknown pool {pool!r}; expected one of {POOLS}")
+    if pool == "token" and not class_token:
+        raise ValueError("the 'token' pool needs a class token: class_token=True, or another pool")
+
+
+def _norm_factory(norm_layer: Callable[..., nn.Module] | str | None) -> Callable[..., LayerNorm]:
+    """Make the LayerNorms that ``norm_layer`` would make, on the ops here."""
+    if norm_layer is None or norm_layer == "layernorm":
+        return LayerNorm
+    made = norm_layer(1, device="meta") if callable(norm_layer) else norm_layer
+    if not isinstance(made, nn.LayerNorm) or type(made).__name__ != "LayerNorm":
+        raise NotImplementedError(f"norm_layer is {norm_layer!r}; expected nn.LayerNorm or one with another eps")
+    return functools.partial(
+        LayerNorm, eps=made.eps, affine=made.weight is not None, bias=made.weight is None or made.bias is not None
+    )

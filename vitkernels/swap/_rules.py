@@ -1,0 +1,131 @@
+"""When a module may run fused: checked when it is swapped in, and again at every call (compiled: when it is traced).
+
+A fused forward reads the parameters of a module's children and never calls them. So whatever makes a child more
+than its class (a LoRA adapter, a hook, a parametrization, a quantized weight) would be ignored without a word.
+Everything here fails closed: what is not known exactly keeps its own forward, with a reason for the report.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.nn.modules import module as torch_module
+
+from vitkernels import ops
+from vitkernels.ops._checks import FLOATING
+
+# The parameters of the classes that a fused forward may read instead of calling; the others have none.
+PARAMETERS: dict[type[nn.Module], frozenset[str]] = {
+    nn.Conv2d: frozenset({"weight", "bias"}),
+    nn.Linear: frozenset({"weight", "bias"}),
+}
+
+# torch.export puts fakes in the place of parameters.
+PLAIN = (nn.Parameter, FakeTensor)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How one class is swapped.
+
+    Attributes:
+        original: The class, matched exactly: a subclass may compute something else.
+        fused: Its subclass with a fused forward and no state of its own.
+        bypassed: The children that the fused forward reads and does not call: their allowed classes by name.
+        called: The children that it calls as ever.
+        parameters: The names of the module's own parameters.
+        attributes: The public attributes that are known; another one may switch on something unknown.
+        limit: What else rules a module out: its reason, or None.
+    """
+
+    original: type[nn.Module]
+    fused: type[nn.Module]
+    bypassed: Mapping[str, tuple[type[nn.Module], ...]] = dataclasses.field(default_factory=dict)
+    called: frozenset[str] = frozenset()
+    parameters: frozenset[str] = frozenset()
+    attributes: frozenset[str] = frozenset()
+    limit: Callable[[nn.Module], str | None] = lambda module: None
+
+
+def runs_fused(rule: Rule, module: nn.Module, x: Tensor) -> bool:
+    """Tell whether ``module`` runs its fused forward on ``x`` in this call."""
+    # A tracer's proxy is no tensor: torch.fx sees the original forward.
+    return isinstance(x, Tensor) and ops.uses_kernels(x) and why_not(rule, module) is None
+
+
+def why_not(rule: Rule, module: nn.Module) -> str | None:
+    """Return why ``module`` cannot run fused as it is now, or None where it can."""
+    if rule.bypassed and torch_module._has_any_global_hook():
+        return "a global module hook is registered, which must see every child called"
+    dtypes: set[torch.dtype] = set()
+    reason = _blocked(rule, module, dtypes)
+    if reason is None and len(dtypes) > 1:
+        names = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        reason = f"its parameters are of mixed dtypes: {', '.join(names)}"
+    return reason
+
+
+def why_not_swap(rule: Rule, module: nn.Module) -> str | None:
+    """Return why ``module`` is not swapped: :func:`why_not`, or something that the class swap itself cannot cover."""
+    if "forward" in vars(module):
+        return "its forward is bound to the instance, which hides that of any class"
+    for name, value in vars(module).items():
+        known = name[0] == "_" or name == "training" or name in rule.attributes
+        if not known and value is not None and value is not False:
+            return f"it has an attribute {name!r} that is unknown here and may change what it computes"
+    return why_not(rule, module)
+
+
+def _blocked(rule: Rule, module: nn.Module, dtypes: set[torch.dtype]) -> str | None:
+    reason = _strange_parameters(module, rule.parameters, dtypes)
+    if reason is not None:
+        return reason
+    for name, child in module._modules.items():
+        if child is not None and name not in rule.bypassed and name not in rule.called:
+            return f"it has a child {name!r} ({type(child).__name__}) that is unknown here"
+    for name, classes in rule.bypassed.items():
+        child = module._modules.get(name)
+        inner = RULES.get(type(child))
+        original = type(child) if inner is None else inner.original
+        if original not in classes:
+            wanted = " or ".join(cls.__name__ for cls in classes)
+            return f"{name} is a {type(child).__name__}, not exactly {wanted}"
+        if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
+            return f"a hook on {name}, which fusion would not call"
+        if "forward" in vars(child):
+            return f"the forward of {name} is bound to the instance, and fusion would not call it"
+        if inner is None:
+            reason = _strange_parameters(child, PARAMETERS.get(original, frozenset()), dtypes)
+        else:
+            reason = _blocked(inner, child, dtypes)
+        if reason is not None:
+            return f"{name}: {reason}"
+    return rule.limit(module)
+
+
+def _strange_parameters(module: nn.Module, names: frozenset[str], dtypes: set[torch.dtype]) -> str | None:
+    if module._parameters.keys() != names:
+        return f"its parameters are {sorted(module._parameters)}, not {sorted(names)}"
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            continue
+        if type(parameter) not in PLAIN:
+            return f"{name} is a {type(parameter).__name__}, not a plain Parameter"
+        if parameter.dtype not in FLOATING:
+            return f"{name} has dtype {str(parameter.dtype).removeprefix('torch.')}"
+        dtypes.add(parameter.dtype)
+    return None
+
+
+# By class, the original's and the fused one's; each library's file adds its own.
+RULES: dict[type[nn.Module], Rule] = {}
+
+
+def add(*rules: Rule) -> None:
+    """Make ``rules`` known."""
+    for rule in rules:
+        RULES[rule.original] = RULES[rule.fused] = rule

@@ -1,0 +1,106 @@
+"""What was swapped, and what was not and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+
+
+@dataclasses.dataclass(frozen=True)
+class Swapped:
+    """One swapped module.
+
+    Attributes:
+        module: Its path in the model; "" is the model itself.
+        was: Its class's name before.
+        now: Its class's name after.
+    """
+
+    module: str
+    was: str
+    now: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """One module that keeps its own forward.
+
+    Attributes:
+        module: Its path in the model; "" is the model itself.
+        cls: Its class's name.
+        reason: Why, for a person.
+        known: Whether modules of this class are swapped where nothing speaks against it.
+    """
+
+    module: str
+    cls: str
+    reason: str
+    known: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The outcome of :func:`vitkernels.accelerate`, ``restore`` or ``explain``.
+
+    Attributes:
+        swapped: The swapped modules, in the model's order.
+        kept: The modules that hold parameters, or might have been swapped, and run as they were; those that a
+            swapped module reads by itself, such as the Linears of an attention, are in neither list.
+    """
+
+    swapped: tuple[Swapped, ...]
+    kept: tuple[Kept, ...]
+
+    def to_dict(self) -> dict[str, list[dict[str, str]]]:
+        """Return ``{"swapped": [{"module", "was", "now"}], "kept": [{"module", "class", "reason"}]}``."""
+        return {
+            "swapped": [dataclasses.asdict(entry) for entry in self.swapped],
+            "kept": [{"module": k.module, "class": k.cls, "reason": k.reason} for k in self.kept],
+        }
+
+    def print(self) -> None:
+        """Print a table, in colour where rich is installed; modules alike in a row of blocks share a line."""
+        try:
+            from rich.console import Console
+            from rich.markup import escape
+            from rich.table import Table
+        except ImportError:
+            print(self)
+            return
+        table = Table(title=self._title(), title_justify="left")
+        for heading in ("module", "", "class", "runs"):
+            table.add_column(heading, justify="right" if not heading else "left", overflow="fold")
+        for style, rows in (("green", self._swapped_rows()), ("yellow", self._kept_rows())):
+            for module, count, cls, runs in rows:
+                table.add_row(escape(module), count, escape(cls), escape(runs), style=style)
+            table.add_section()
+        Console().print(table)
+
+    def __str__(self) -> str:
+        rows = [*self._swapped_rows(), *self._kept_rows()]
+        widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
+        module, count, cls = widths
+        lines = [f"  {row[0]:<{module}} {row[1]:>{count}}  {row[2]:<{cls}}  {row[3]}" for row in rows]
+        return "\n".join([self._title(), *lines])
+
+    def _title(self) -> str:
+        return f"vitkernels: {len(self.swapped)} swapped, {len(self.kept)} kept"
+
+    def _swapped_rows(self) -> list[tuple[str, str, str, str]]:
+        return _grouped((s.module, s.was, f"→ {s.now}") for s in self.swapped)
+
+    def _kept_rows(self) -> list[tuple[str, str, str, str]]:
+        return _grouped((k.module, k.cls, f"kept: {k.reason}") for k in self.kept)
+
+
+def _grouped(entries: Iterable[tuple[str, str, str]]) -> list[tuple[str, str, str, str]]:
+    """Join entries that differ in the numbers of their path alone: ``blocks.*.attn``, ``×12``."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for module, cls, runs in entries:
+        groups.setdefault((re.sub(r"(?<![^.])\d+(?![^.])", "*", module), cls, runs), []).append(module)
+    rows = []
+    for (pattern, cls, runs), modules in groups.items():
+        many = len(modules) > 1
+        rows.append(((pattern if many else modules[0]) or "(the model)", f"×{len(modules)}" if many else "", cls, runs))
+    return rows

@@ -1,0 +1,33 @@
+"""What is swapped of torch.nn itself: LayerNorm, in any model."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from vitkernels.layers import fused
+from vitkernels.swap._rules import Rule, add, runs_fused
+
+
+class FusedLayerNorm(nn.LayerNorm):
+    """``torch.nn.LayerNorm`` over the last dim on :func:`vitkernels.ops.layer_norm`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if runs_fused(LAYER_NORM, self, input):
+            return fused.layer_norm(self, input)
+        return super().forward(input)
+
+
+def one_dim(norm: nn.LayerNorm) -> str | None:
+    """Return why ``norm`` has no kernel: it normalises over more than the last dim."""
+    dims = len(norm.normalized_shape)
+    return None if dims == 1 else f"it normalises over the last {dims} dims; the kernel over the last one"
+
+
+LAYER_NORM = Rule(
+    nn.LayerNorm,
+    FusedLayerNorm,
+    parameters=frozenset({"weight", "bias"}),
+    attributes=frozenset({"normalized_shape", "eps", "elementwise_affine"}),
+    limit=one_dim,
+)
+add(LAYER_NORM)

@@ -1,0 +1,1 @@
+"""What ``vitkernels demo`` and ``vitkernels classify`` do: data, comparison, pictures."""

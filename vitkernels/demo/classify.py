@@ -1,0 +1,210 @@
+"""``vitkernels classify``: any image by any Vision Transformer of timm."""
+
+from __future__ import annotations
+
+import difflib
+import pickle
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vitkernels import runtime, swap
+from vitkernels.demo import measure
+from vitkernels.demo.attention import class_token_attention, position_similarity
+from vitkernels.demo.console import UserError, busy, one_line
+from vitkernels.demo.figure import draw_classification
+
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
+
+
+def classify(image_path: Path, name: str, weights: Path | None, out: Path) -> None:
+    """Print the five likeliest classes of an image, and draw ``out``.
+
+    Args:
+        image_path: PNG, JPEG or WebP.
+        name: A model of timm.
+        weights: A state dict, safetensors or of ``torch.save``; None for timm's pretrained weights.
+        out: The picture.
+
+    Raises:
+        UserError: A file, the name or a package is not as it should be; the text says what is.
+    """
+    picture = open_image(image_path)
+    timm = _import_timm()
+    device = measure.pick_device()
+    no_kernels = measure.why_no_kernels(device)
+    with busy(f"Loading {name}"):
+        model = load_model(timm, name, weights).eval().to(device)
+    config = timm.data.resolve_model_data_config(model)
+    images = timm.data.create_transform(**config, is_training=False)(picture)[None].to(device)
+
+    # Interpreted, a model of real size takes minutes: on a CPU that is for those who ask for it.
+    interpreted = device.type == "cpu" and no_kernels is None
+    if interpreted and runtime.backend() == "auto":
+        no_kernels = "there is no GPU; PyTorch ran instead (the kernels run interpreted in `vitkernels demo`)."
+    if no_kernels is None:
+        truth = measure.fp64_logits(model, images)
+        runs = {"plain": measure.run_torch(model, images, truth)}
+        swap.accelerate(model).print()
+        runs["accelerated"] = measure.run_kernels(model, images, truth)
+        measure.print_runs(runs)
+        logits = runs["accelerated"].logits[0]
+    else:
+        swap.accelerate(model).print()
+        with runtime.use_backend("torch"), torch.inference_mode():
+            logits = model(images)[0].cpu()
+        print(f"The kernels were not run: {no_kernels}")
+
+    probabilities, classes = logits.float().softmax(-1).topk(min(5, len(logits)))
+    names = _class_names(timm, model, len(logits))
+    top = [
+        (names[i] if names else f"class {i}", p) for i, p in zip(classes.tolist(), probabilities.tolist(), strict=True)
+    ]
+    print(f"{image_path.name} by {name}:")
+    for text, p in top:
+        print(f"  {100 * p:5.1f} %  {text}")
+    is_vit = isinstance(model, timm.models.vision_transformer.VisionTransformer)
+    draw_classification(
+        out,
+        _as_seen(images[0], config),
+        [(text.split(",")[0], p) for text, p in top],
+        class_token_attention(model, images)[0] if is_vit and _has_readable_class_token(timm, model) else None,
+        position_similarity(model) if is_vit else None,
+        f"{image_path.name} by {name}",
+    )
+    print(f"Wrote {out}")
+
+
+def open_image(path: Path):
+    """Return the image at ``path`` as Pillow's RGB image, upright.
+
+    Raises:
+        UserError: No file, no image of a known format, a broken one, or one of more pixels than Pillow's limit.
+    """
+    try:
+        from PIL import Image, ImageOps, UnidentifiedImageError
+    except ImportError as error:
+        raise UserError(f"images need Pillow, which cannot be imported ({error}): pip install pillow") from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=IMAGE_FORMATS) as image:
+                return ImageOps.exif_transpose(image).convert("RGB")
+    except UnidentifiedImageError as error:
+        raise UserError(f"{path} is no image of a known format; expected {', '.join(IMAGE_FORMATS)}") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UserError(f"{path} has too many pixels to be opened safely: {one_line(error)}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or one_line(error)}") from error
+    except (SyntaxError, ValueError) as error:  # Pillow's, for broken chunks
+        raise UserError(f"{path} is a broken image: {one_line(error)}") from error
+
+
+def load_model(timm, name: str, weights: Path | None) -> nn.Module:
+    """Build timm's model ``name`` with the weights at ``weights``, or with timm's pretrained ones.
+
+    Raises:
+        UserError: No such model, no weights to be had, weights that do not fit, or a model without a head.
+    """
+    if not timm.is_model(name) and ":" not in name:
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise UserError(f"timm has no model {name!r}" + (f"; near it are {', '.join(near)}" if near else ""))
+    if weights is None:
+        try:
+            model = timm.create_model(name, pretrained=True)
+        except Exception as error:  # hub, network and cache fail in many ways; all end the same for the user
+            raise UserError(
+                f"no pretrained weights for {name} ({type(error).__name__}: {one_line(error)}); "
+                "check the network, or give a file with --weights FILE"
+            ) from error
+    else:
+        state = read_weights(weights)
+        head = state.get("head.weight")
+        options = {} if head is None or head.ndim != 2 else {"num_classes": head.shape[0]}
+        try:
+            model = timm.create_model(name, pretrained=False, **options)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"timm cannot build {name}: {one_line(error)}") from error
+        _check_fits(weights, state, model)
+        model.load_state_dict(state)
+    if not getattr(model, "num_classes", 0):
+        raise UserError(f"{name} has no classification head; give fine-tuned weights that have one with --weights FILE")
+    return model
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the state dict at ``path``; nothing in the file is executed.
+
+    Raises:
+        UserError: No file, a broken one, or something other than tensors by name.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load as load_safetensors
+
+            state = load_safetensors(path.read_bytes())
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError as error:
+        raise UserError(f"{path} needs safetensors, which cannot be imported: pip install safetensors") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or one_line(error)}") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} is no state dict of plain tensors, or is broken: {one_line(error)}") from error
+    except Exception as error:  # each reader has its own errors for bytes that make no sense
+        raise UserError(f"{path} cannot be read as weights: {one_line(error)}") from error
+    for nest in ("state_dict", "model"):  # training scripts, timm's and DeiT's
+        if isinstance(state, dict) and isinstance(state.get(nest), dict):
+            state = state[nest]
+    if not isinstance(state, dict) or not state or not all(isinstance(t, Tensor) for t in state.values()):
+        raise UserError(f"{path} holds no state dict; expected tensors by name")
+    return state
+
+
+def _check_fits(path: Path, state: dict[str, Tensor], model: nn.Module) -> None:
+    wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    wrong = [
+        f"{name} has shape {tuple(state[name].shape)}, expected {shape}"
+        for name, shape in wanted.items()
+        if name in state and tuple(state[name].shape) != shape
+    ]
+    wrong += [f"{name} is missing" for name in wanted if name not in state]
+    wrong += [f"{name} is unexpected" for name in state if name not in wanted]
+    if wrong:
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"{path} does not fit the model: {'; '.join(wrong[:3])}{more}")
+
+
+def _import_timm():
+    try:
+        import timm
+        import timm.data
+        import timm.layers
+        import timm.models.vision_transformer
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision, built for another torch
+        raise UserError(
+            f"timm cannot be imported ({one_line(error)}); install timm and the torchvision that belongs to "
+            f"torch {torch.__version__}: pip install timm torchvision"
+        ) from error
+    return timm
+
+
+def _class_names(timm, model: nn.Module, classes: int) -> list[str] | None:
+    """Return ImageNet's names where the head has as many classes as one of its versions, else None."""
+    subset = timm.data.infer_imagenet_subset(model)
+    info = timm.data.ImageNetInfo(subset) if subset else None
+    return info.label_descriptions() if info and info.num_classes() == classes else None
+
+
+def _has_readable_class_token(timm, model: nn.Module) -> bool:
+    block = model.blocks[-1]
+    own_block = isinstance(block, timm.models.vision_transformer.Block)
+    return model.has_class_token and own_block and isinstance(block.attn, timm.layers.Attention)
+
+
+def _as_seen(image: Tensor, config: dict):
+    """Undo the normalisation of ``image`` (3, Y, X): (Y, X, 3) from 0 to 1."""
+    mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
+    return (image.cpu() * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()

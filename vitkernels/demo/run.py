@@ -1,0 +1,53 @@
+"""``vitkernels demo``: digits that the model has not seen, through PyTorch and through the kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vitkernels.demo import measure
+from vitkernels.demo.attention import class_token_attention, position_similarity
+from vitkernels.demo.digits import load_digits, load_model
+from vitkernels.demo.figure import draw_digits
+
+INTERPRETED_IMAGES = 16
+
+
+def run_demo(out: Path) -> None:
+    """Classify the held-out digits, print how the plain and the accelerated model compare, and draw ``out``.
+
+    Raises:
+        UserError: A package is missing, the backend that is asked for cannot run, or ``out`` cannot be written.
+    """
+    device = measure.pick_device()
+    no_kernels = measure.why_no_kernels(device)
+    model = load_model().to(device)
+    _, digits = load_digits()
+    images = digits.images.to(device)
+    print(f"{len(images)} handwritten digits that the model has not seen, on {measure.device_name(device)}:")
+
+    truth = measure.fp64_logits(model, images)
+    runs = {"plain": measure.run_torch(model, images, truth)}
+    if no_kernels is None:
+        few = images if device.type != "cpu" else images[:INTERPRETED_IMAGES]
+        runs["accelerated"] = measure.run_kernels(model, few, truth)
+    measure.print_runs(runs, digits.labels)
+    if no_kernels is not None:
+        print(f"The kernels were not run: {no_kernels}")
+    elif device.type == "cpu":
+        print(
+            f"There is no GPU here: the kernels ran in Triton's interpreter, on {INTERPRETED_IMAGES} of the images.\n"
+            "This shows that they compute the right thing. An interpreter's images/s is no performance figure."
+        )
+
+    logits = runs["plain"].logits
+    right = (logits.argmax(-1) == digits.labels).sum().item()
+    draw_digits(
+        out,
+        digits.images,
+        digits.labels,
+        logits,
+        class_token_attention(model, images),
+        position_similarity(model),
+        f"{len(images)} held-out digits, {right} right ({100 * right / len(images):.1f} %)",
+    )
+    print(f"Wrote {out}")

@@ -1,0 +1,243 @@
+"""What PyTorch does with ops and modules, done to a block on interpreted kernels (or on a GPU's)."""
+
+import copy
+import sys
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from vitkernels import ops, reference, use_backend
+from vitkernels.layers import Block
+from vitkernels.models import VisionTransformer
+from vitkernels.testing import check
+
+
+@pytest.fixture
+def block(device):
+    return Block(32, 2, qkv_bias=True, init_values=0.5).to(device)
+
+
+@pytest.fixture
+def x(device):
+    return torch.randn(2, 10, 32, device=device)
+
+
+def gradients(function, block, x):
+    """The output and the gradients of the input and of every parameter, upstream all ones over the output's size."""
+    x = x.detach().requires_grad_()
+    y = function(x)
+    y.square().mean().backward()
+    grads = [x.grad, *(p.grad for p in block.parameters())]
+    block.zero_grad(set_to_none=True)
+    return [y.detach(), *grads]
+
+
+def kernels_in(graph: torch.fx.Graph) -> set[str]:
+    return {str(n.target).split(".")[1] for n in graph.nodes if str(n.target).startswith("vitkernels.")}
+
+
+def test_fullgraph_compile_equals_eager(block, x):
+    expected = gradients(block, block, x)
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for got, want in zip(gradients(compiled, block, x), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_inductor_compile_equals_eager(block, x):
+    expected = gradients(block, block, x)
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True)
+    for got, want in zip(gradients(compiled, block, x), expected, strict=True):
+        torch.testing.assert_close(got, want)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x.transpose(0, 1)), block(x.transpose(0, 1)))
+
+
+def test_export_keeps_the_ops(block, x):
+    program = torch.export.export(block.eval(), (x,))
+    expected = {"layer_norm_fwd", "linear_fwd", "attention_qkvpacked_fwd", "mlp_fwd"}
+    got = kernels_in(program.graph)
+    assert expected - {"attention_qkvpacked_fwd"} <= got
+    assert any(name.startswith("attention") for name in got)
+    torch.testing.assert_close(program.module()(x), block(x), rtol=0, atol=0)
+
+
+def test_export_of_a_model(device):
+    model = VisionTransformer(
+        img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=5, reg_tokens=2, device=device
+    ).eval()
+    images = torch.randn(2, 3, 16, 16, device=device)
+    program = torch.export.export(model, (images,))
+    assert "patch_embed_fwd" in kernels_in(program.graph)
+    torch.testing.assert_close(program.module()(images), model(images), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(block, x, reentrant):
+    expected = gradients(block, block, x)
+    got = gradients(lambda x: checkpoint(block, x, use_reentrant=reentrant), block, x)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_selective_checkpointing_by_op(block, x):
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    seen = []
+
+    def policy(ctx, op, *args, **kwargs):
+        seen.append(str(op))
+        attention = str(op).startswith("vitkernels.attention")
+        return CheckpointPolicy.MUST_SAVE if attention else CheckpointPolicy.PREFER_RECOMPUTE
+
+    expected = gradients(block, block, x)
+    got = gradients(
+        lambda x: checkpoint(
+            block, x, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(policy)
+        ),
+        block,
+        x,
+    )
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert any(op.startswith("vitkernels.attention") for op in seen)
+
+
+def test_inference_mode(block, x):
+    expected = block(x).detach()
+    with torch.inference_mode():
+        y = block(x)
+        assert y.is_inference()
+        torch.testing.assert_close(y, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(block, x, dtype, device):
+    with use_backend("torch"):
+        truth_block = copy.deepcopy(block).double()
+        truth = gradients(truth_block, truth_block, x.double())
+
+    def run(x):
+        with torch.autocast(device.type, dtype=dtype):
+            return block(x)
+
+    with use_backend("torch"):
+        yardstick = gradients(run, block, x)
+    got = gradients(run, block, x)
+    names = ["y", "dx", *(f"d{name}" for name, _ in block.named_parameters())]
+    for name, actual, torch_got, want in zip(names, got, yardstick, truth, strict=True):
+        assert actual.dtype == torch_got.dtype, name
+        # The values are of half precision, whatever dtype they are kept in.
+        verdict = check(name, actual.to(dtype), torch_got.to(dtype), want, gain_counts=False)
+        assert verdict.passed, f"{verdict.name}: {verdict.detail}"
+
+
+def test_deepcopy_and_pickle(block, x, tmp_path):
+    torch.save(block, tmp_path / "block.pt")
+    loaded = torch.load(tmp_path / "block.pt", weights_only=False)
+    for twin in (copy.deepcopy(block), loaded):
+        torch.testing.assert_close(twin(x), block(x), rtol=0, atol=0)
+
+
+def test_meta_and_fake_tensors():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    y = Block(32, 2, device="meta")(torch.empty(2, 10, 32, device="meta"))
+    assert (y.device.type, y.shape) == ("meta", (2, 10, 32))
+    with FakeTensorMode():  # of a GPU, on any machine
+        shapes = (2, 10, 32), (64, 32), (64,), (32, 64)
+        x, w1, b1, w2 = (torch.empty(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
+        y = ops.mlp(ops.layer_norm(x), w1, b1, w2, None)
+        assert (y.device.type, y.dtype, y.shape) == ("cuda", torch.bfloat16, (2, 10, 32))
+
+
+def opcheck_cases(device):
+    """Each registered op with arguments, taken from what a forward and a backward of everything calls."""
+    calls = {}
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "vitkernels":
+                calls.setdefault(func, []).append(
+                    tuple(a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args)
+                )
+            return func(*args, **(kwargs or {}))
+
+    def randn(*shape):
+        return torch.randn(*shape, device=device, requires_grad=True)
+
+    with Record():
+        x, w = randn(2, 5, 16), randn(16)
+        outputs = [ops.layer_norm(x, w, w), *ops.add_layer_norm(x, x, w, w, layer_scale=w)]
+        outputs += [ops.linear(x, randn(8, 16), randn(8), activation="gelu"), ops.linear(x, randn(16, 16), residual=x)]
+        outputs += [ops.mlp(x, randn(24, 16), randn(24), randn(16, 24), randn(16), layer_scale=w)]
+        outputs += [ops.attention(*(randn(2, 2, 5, 16) for _ in range(3)))]
+        outputs += [ops.attention_qkvpacked(randn(2, 5, 3, 2, 16))]
+        outputs += [ops.patch_embed(randn(2, 3, 8, 8), randn(16, 3, 4, 4), randn(16), pos_embed=randn(1, 4, 16),
+                                    pos_embed_prefix=False, prefix_tokens=randn(1, 1, 16))]  # fmt: skip
+        sum(o.sum() for o in outputs).backward()
+        with torch.no_grad():
+            ops.mlp(x, randn(24, 16), None, randn(16, 24), None)
+    return calls
+
+
+def test_opcheck(device):
+    calls = opcheck_cases(device)
+    registered = {
+        name.split("::")[1].split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("vitkernels::")
+    }
+    assert {f.name().split("::")[1] for f in calls} == registered, "an op is never called here"
+    for op, argument_lists in calls.items():
+        for args in argument_lists:
+            torch.library.opcheck(op, args)
+
+
+def test_registered_ops_without_kernels_agree(device):
+    """A graph exported with the ops in it runs on a machine without Triton: the CPU implementations agree."""
+    registry = sys.modules["vitkernels.ops._registry"]
+    for op, argument_lists in opcheck_cases(device).items():
+        function = registry.REFERENCES[op.name().split("::")[1]]
+        for args in argument_lists:
+            got = op(*args)
+            want = function(*args)
+            got, want = (r if isinstance(r, tuple) else (r,) for r in (got, want))
+            for g, w in zip(got, want, strict=True):
+                assert (g.shape, g.stride(), g.dtype) == (w.shape, w.stride(), w.dtype), op
+                torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4, msg=lambda m, op=op: f"{op}: {m}")
+
+
+def test_backend_is_chosen_by_thread_and_checked(x, monkeypatch):
+    import threading
+
+    assert ops.uses_kernels(x)
+    seen = []
+    with use_backend("torch"):
+        assert not ops.uses_kernels(x)
+        thread = threading.Thread(target=lambda: seen.append(ops.uses_kernels(x)))
+        thread.start()
+        thread.join()
+    assert seen == [True]
+    monkeypatch.setenv("VITKERNELS_BACKEND", "torch")
+    assert not ops.uses_kernels(x)
+    monkeypatch.setenv("VITKERNELS_BACKEND", "cuda")
+    with pytest.raises(ValueError, match=r"VITKERNELS_BACKEND is 'cuda'; expected one of auto, triton, torch"):
+        ops.uses_kernels(x)
+    with pytest.raises(ValueError, match="unknown backend 'cuda'"), use_backend("cuda"):
+        pass
+
+
+def test_eight_threads(device):
+    from concurrent.futures import ThreadPoolExecutor
+
+    if device.type == "cpu":
+        pytest.skip("Triton's interpreter keeps the program's index in one global: it is not for threads")
+    x, w = torch.randn(64, 40, device=device), torch.randn(24, 40, device=device)
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda _: ops.linear(x, w, activation="gelu"), range(8)))
+    for result in results:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=0)
+    torch.testing.assert_close(results[0], reference.linear(x, w, activation="gelu"), rtol=1e-3, atol=1e-3)

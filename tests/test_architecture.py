@@ -77,9 +77,11 @@ def test_no_circles():
         assert related or not (b in edges[a] and a in edges[b]), f"{a} and {b} import each other"
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks").rglob("*.py")), ids=str)
-def test_benchmarks_do_not_import_tests(file):
-    assert not [m for m in imports(file) if m.split(".")[0] == "tests"]
+def test_nothing_imports_tests():
+    files = [f for folder in ("vitkernels", "examples", "benchmarks") for f in (ROOT / folder).rglob("*.py")]
+    assert any("examples" in f.parts for f in files)
+    for file in files:
+        assert "tests" not in {m.split(".")[0] for m in imports(file)}, file
 
 
 def test_library_asserts_nothing_of_users():

@@ -120,9 +120,9 @@ def dot_precision() -> str:
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
-    """Return the dtype that autocast gives products on ``x``'s device, or None outside autocast."""
+    """Return the dtype that autocast gives products of ``x``; None outside autocast, which leaves fp64 alone too."""
     kind = x.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
+    if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 

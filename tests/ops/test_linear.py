@@ -183,12 +183,12 @@ def test_double_backward_and_transforms_are_errors(device):
 def test_config_says_who_multiplies():
     h200 = DeviceFacts("h200", "sm_90", 132, 227 << 10)
     bf16 = torch.bfloat16
-    assert choose_config(50_432, 2304, 768, bf16, fused=False, facts=h200).provider == "torch"
-    fc1 = choose_config(50_432, 3072, 768, bf16, fused=True, facts=h200)
+    assert choose_config(50_432, 2304, 768, bf16, kind="plain", facts=h200).provider == "torch"
+    fc1 = choose_config(50_432, 3072, 768, bf16, kind="epilogue", facts=h200)
     assert (fc1.provider, fc1.block_m, fc1.block_n, fc1.num_stages) == ("triton", 128, 128, 3)
-    assert choose_config(197, 768, 768, bf16, fused=True, facts=h200).block_m == 64
-    assert choose_config(197, 768, 768, bf16, fused=False, facts=INTERPRETER).provider == "triton"
+    assert choose_config(197, 768, 768, bf16, kind="epilogue", facts=h200).block_m == 64
+    assert choose_config(197, 768, 768, bf16, kind="plain", facts=INTERPRETER).provider == "triton"
     for arch, shared in (("sm_120", 99 << 10), ("gfx942", 64 << 10)):
         for dtype in (torch.bfloat16, torch.float32, torch.float64):
-            c = choose_config(50_432, 3072, 768, dtype, fused=True, facts=DeviceFacts(arch, arch, 100, shared))
+            c = choose_config(50_432, 3072, 768, dtype, kind="epilogue", facts=DeviceFacts(arch, arch, 100, shared))
             assert c.num_stages * (c.block_m + c.block_n) * c.block_k * dtype.itemsize <= shared

@@ -33,20 +33,21 @@ class ProductConfig:
     num_stages: int
 
 
-def choose_config(M: int, N: int, K: int, dtype: torch.dtype, *, fused: bool, facts: DeviceFacts) -> ProductConfig:
+def choose_config(M: int, N: int, K: int, dtype: torch.dtype, *, kind: str, facts: DeviceFacts) -> ProductConfig:
     """Choose how to compute an (M, K) by (K, N) product: by the tuning table, else by a heuristic.
 
     Args:
         M, N, K: Rows, columns and the summed dim.
         dtype: The operands'.
-        fused: Whether an epilogue saves a pass; torch multiplies otherwise.
+        kind: ``plain``; ``epilogue``, which saves a pass; or ``dact``, whose epilogue holds three tiles.
         facts: The device's.
     """
     interpreted = facts.arch == "interpreter"
     if interpreted:  # few, large tiles: what costs here is the number of programs
         block_m, block_n, block_k, num_warps = 128, 128, 256, 4
     elif dtype.itemsize == 2:
-        block_m, block_n, block_k, num_warps = 128, 128, 64, 8
+        # 128 columns of dact would spill registers on sm_90.
+        block_m, block_n, block_k, num_warps = 128, 64 if kind == "dact" else 128, 64, 8
         if cdiv(M, 128) * cdiv(N, 128) < facts.num_sms:
             block_m, block_n, num_warps = 64, 64, 4
     else:
@@ -57,14 +58,14 @@ def choose_config(M: int, N: int, K: int, dtype: torch.dtype, *, fused: bool, fa
     )
     stage = (block_m + block_n) * block_k * dtype.itemsize
     config = {
-        "provider": "triton" if fused or interpreted else "torch",
+        "provider": "torch" if kind == "plain" and not interpreted else "triton",
         "block_m": block_m,
         "block_n": block_n,
         "block_k": block_k,
         "num_warps": num_warps,
         "num_stages": max(1, min(3, facts.shared_memory // stage)),
     }
-    key = f"{str(dtype).removeprefix('torch.')},N={N},K={K},{'fused' if fused else 'plain'}"
+    key = f"{str(dtype).removeprefix('torch.')},N={N},K={K},{kind}"
     config |= tuning.lookup("linear", facts.name, key) or {}
     return ProductConfig(**config)
 
@@ -261,7 +262,7 @@ def product(
     out_dtype = out_dtype or a.dtype
     facts = runtime.device_facts(a.device)
     fused = any(t is not None for t in (alpha, activation, gamma, residual))
-    config = choose_config(M, N, K, a.dtype, fused=fused, facts=facts)
+    config = choose_config(M, N, K, a.dtype, kind="epilogue" if fused else "plain", facts=facts)
     # torch.mm widens its result on NVIDIA's GPUs only.
     if config.provider == "torch" and not fused and (out_dtype == a.dtype or torch.version.cuda):
         if out_dtype != a.dtype:
@@ -320,7 +321,7 @@ def product_dact(
     """
     (M, K), N = a.shape, b.shape[1]
     a, b = within_reach(a), within_reach(b)
-    config = choose_config(M, N, K, a.dtype, fused=True, facts=runtime.device_facts(a.device))
+    config = choose_config(M, N, K, a.dtype, kind="dact", facts=runtime.device_facts(a.device))
     blocks_m = cdiv(M, config.block_m)
     dz = torch.empty_like(z)
     act = torch.empty_like(z) if save_act else z.new_empty(0)

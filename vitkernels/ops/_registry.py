@@ -8,6 +8,7 @@ tensors, export, fullgraph compilation and opcheck with interpreted kernels too.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,7 +17,18 @@ from vitkernels import runtime
 from vitkernels.ops import _triton
 
 _LIBRARY = torch.library.Library("vitkernels", "DEF")
-REFERENCES: dict[str, Callable] = {}  # each op's CPU implementation, by name
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementations:
+    """An op's three: on Triton kernels, in PyTorch, and on shapes alone."""
+
+    launcher: Callable
+    reference: Callable
+    fake: Callable
+
+
+OPS: dict[str, Implementations] = {}
 
 
 def register(schema: str, *, launcher: Callable, reference: Callable, fake: Callable):
@@ -37,7 +49,7 @@ def register(schema: str, *, launcher: Callable, reference: Callable, fake: Call
     for key in ("CUDA", "XPU"):
         _LIBRARY.impl(name, launch, key)
     _LIBRARY.impl(name, launcher if _triton.INTERPRETED else reference, "CPU")
-    REFERENCES[name] = reference
+    OPS[name] = Implementations(launcher, reference, fake)
     torch.library.register_fake(f"vitkernels::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.vitkernels, name).default
 

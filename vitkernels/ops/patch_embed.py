@@ -388,7 +388,7 @@ def _launch_bwd_images(dout: Tensor, weight: Tensor, dimages: Tensor) -> None:
 
 def _launch_bwd_weight(dout: Tensor, images: Tensor, weight: Tensor, dweight: Tensor) -> None:
     images, dweight, PY, PX = _in_pixel_order(images, dweight)
-    C, K = dweight.shape[0], dweight[0].numel()
+    C, K = dweight.shape[0], dweight.shape[1:].numel()
     N = _patches(images, PY, PX)
     M = images.shape[0] * N
     facts = runtime.device_facts(images.device)

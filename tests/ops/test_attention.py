@@ -1,0 +1,435 @@
+"""attention and attention_qkvpacked against fp64: dtypes, shapes, layouts, gradients, bad input."""
+
+import sys
+
+import pytest
+import torch
+
+from vitkernels import ops, reference
+from vitkernels.ops._triton import tl
+from vitkernels.ops.attention.config import choose_config, shared_bytes
+from vitkernels.ops.attention.forward import LOG2_E, addressing
+from vitkernels.runtime import INTERPRETER, DeviceFacts
+from vitkernels.testing import check_op
+
+FILE = sys.modules["vitkernels.ops.attention"]  # the package's attribute of that name is the function
+FORWARD = sys.modules["vitkernels.ops.attention.forward"]
+BACKWARD = sys.modules["vitkernels.ops.attention.backward"]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+KERNELS = ("_attention_bwd_delta_kernel", "_attention_bwd_dkv_kernel", "_attention_bwd_dq_kernel")
+
+
+def make(*shape, dtype=torch.float32, device="cpu", grad=True):
+    return torch.randn(*shape, dtype=torch.float64).to(device, dtype).requires_grad_(grad)
+
+
+def make_qkv(B, H, N_q, N_kv, D, **kwargs):
+    return {
+        "q": make(B, H, N_q, D, **kwargs), "k": make(B, H, N_kv, D, **kwargs), "v": make(B, H, N_kv, D, **kwargs)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("N", "D"), [(50, 20), (50, 36), (50, 64), (50, 72), (197, 20), (197, 64), (197, 72), (257, 36), (257, 72)]
+)
+def test_attention(N, D, dtype, device):
+    # Few rows average few roundings out: the shorter the sequence, the more heads.
+    H = 12 if N == 50 else 3
+    check_op(ops.attention, reference.attention, make_qkv(1, H, N, N, D, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("N", "H", "D"), [(50, 12, 36), (197, 3, 20), (197, 2, 72), (257, 2, 64)])
+def test_qkvpacked(N, H, D, dtype, device):
+    qkv = make(1, N, 3, H, D, dtype=dtype, device=device)
+    check_op(ops.attention_qkvpacked, reference.attention_qkvpacked, {"qkv": qkv})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("D", [1, 16, 80, 100, 128])
+def test_other_head_dims(D, dtype, device):
+    check_op(ops.attention, reference.attention, make_qkv(1, 8, 67, 67, D, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("N_q", "N_kv"), [(1, 1), (1, 197), (197, 1), (65, 130), (130, 64)])
+def test_cross_lengths(N_q, N_kv, dtype, device):
+    tensors = make_qkv(2, 2, N_q, N_kv, 24, dtype=dtype, device=device)
+    if N_kv == 1:  # the gradients of q and k are exactly zero: see the next test
+        tensors["q"].requires_grad_(False)
+        tensors["k"].requires_grad_(False)
+    check_op(ops.attention, reference.attention, tensors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("N_q", [1, 50])
+def test_one_key_gives_its_value_and_no_gradient_to_the_scores(N_q, dtype, device):
+    tensors = make_qkv(2, 3, N_q, 1, 36, dtype=dtype, device=device)
+    out = ops.attention(**tensors)
+    assert torch.equal(out, tensors["v"].expand_as(out))
+    do = torch.randn_like(out)
+    dq, dk, _ = torch.autograd.grad(out, list(tensors.values()), do)
+    # dS = do · v − do · o is 0, but for two fp32 sums of D equal terms in whatever order.
+    q, k, v = (t.detach().double() for t in tensors.values())
+    d_score = 2 * 36 * torch.finfo(torch.float32).eps * (do.double() * v).abs().sum(-1, keepdim=True)
+    assert (dq.double().abs() <= 36**-0.5 * d_score * k.abs()).all()
+    assert (dk.double().abs() <= 36**-0.5 * (d_score * q.abs()).sum(2, keepdim=True)).all()
+
+
+@pytest.mark.parametrize("scale", [0.3, 2, 0.0, -0.2])
+def test_scale(scale, device):
+    check_op(ops.attention, reference.attention, make_qkv(1, 2, 70, 70, 20, device=device), options={"scale": scale})
+    qkv = {"qkv": make(1, 70, 3, 2, 20, device=device)}
+    check_op(ops.attention_qkvpacked, reference.attention_qkvpacked, qkv, options={"scale": scale})
+
+
+LAYOUTS = {
+    "tokens first": lambda x: x.transpose(0, 2).contiguous().transpose(0, 2),
+    "heads inside": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "last dim strided": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "last dim outermost": lambda x: x.movedim(-1, 0).contiguous().movedim(0, -1),
+    "expanded heads": lambda x: x[:, :1].expand_as(x),
+    "expanded tokens": lambda x: x[:, :, :1].expand_as(x),
+    "sliced": lambda x: torch.cat([x, x], -1)[..., x.shape[-1] :],
+    "misaligned": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_inputs_and_upstream(layout, device):
+    strided = LAYOUTS[layout]
+    tensors = {
+        name: strided(t).requires_grad_() for name, t in make_qkv(2, 3, 70, 70, 24, device=device, grad=False).items()
+    }
+    check_op(ops.attention, reference.attention, tensors, upstream=lambda o: strided(torch.randn_like(o)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_packed_inputs_and_upstream(layout, device):
+    strided = LAYOUTS[layout]
+    qkv = strided(make(2, 3, 70, 3 * 24, device=device, grad=False)).unflatten(-1, (3, 24)).permute(0, 2, 3, 1, 4)
+    check_op(
+        ops.attention_qkvpacked,
+        reference.attention_qkvpacked,
+        {"qkv": qkv.requires_grad_()},
+        upstream=lambda o: strided(torch.randn_like(o).transpose(1, 2)).transpose(1, 2),
+    )
+
+
+def test_stride_zero_upstream(device):
+    check_op(
+        ops.attention, reference.attention, make_qkv(1, 2, 50, 50, 24, device=device),
+        upstream=lambda o: o.new_ones(()).expand_as(o),
+    )  # fmt: skip
+    qkv = make(1, 50, 3, 2, 24, device=device)
+    ops.attention_qkvpacked(qkv).sum().backward()
+    assert qkv.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("B", "H"), [(0, 2), (2, 0)])
+def test_empty_batch(B, H, device):
+    tensors = make_qkv(B, H, 5, 7, 16, device=device)
+    out = ops.attention(**tensors)
+    out.sum().backward()
+    assert out.shape == (B, H, 5, 16)
+    for name, t in tensors.items():
+        assert t.grad.shape == t.shape, name
+    qkv = make(B, 5, 3, H, 16, device=device)
+    out = ops.attention_qkvpacked(qkv)
+    out.sum().backward()
+    assert out.shape == (B, 5, H, 16) and qkv.grad.shape == qkv.shape
+
+
+@pytest.mark.parametrize("trained", ["q", "k", "v", "qk", "qv", "kv"])
+def test_frozen_inputs_run_only_the_kernels_needed(trained, device, monkeypatch):
+    tensors = make_qkv(1, 2, 70, 50, 24, device=device)
+    for name, t in tensors.items():
+        t.requires_grad_(name in trained)
+    launched = []
+    for name in KERNELS:
+        kernel = getattr(BACKWARD, name)
+        monkeypatch.setattr(BACKWARD, name, _Spy(kernel, lambda name=name: launched.append(name)))
+    check_op(ops.attention, reference.attention, tensors)
+    delta, dkv, dq = KERNELS
+    assert launched == [delta] + [dkv] * ("k" in trained or "v" in trained) + [dq] * ("q" in trained)
+
+
+class _Spy:
+    def __init__(self, kernel, note):
+        self.kernel, self.note = kernel, note
+
+    def __getitem__(self, grid):
+        self.note()
+        return self.kernel[grid]
+
+
+def test_gradcheck(device):
+    tensors = make_qkv(1, 2, 3, 2, 3, dtype=torch.float64, device=device)
+    assert torch.autograd.gradcheck(ops.attention, list(tensors.values()), eps=1e-6)
+    qkv = make(2, 2, 3, 1, 3, dtype=torch.float64, device=device)
+    assert torch.autograd.gradcheck(lambda x: ops.attention_qkvpacked(x, scale=0.7), [qkv], eps=1e-6)
+
+
+def test_gradcheck_over_several_blocks(device):
+    tensors = make_qkv(1, 1, 70, 66, 3, dtype=torch.float64, device=device)
+    assert torch.autograd.gradcheck(ops.attention, list(tensors.values()), eps=1e-6, fast_mode=True)
+
+
+def test_packed_equals_separate_bit_for_bit(device):
+    qkv = make(2, 70, 3, 3, 24, dtype=torch.float16, device=device)
+    do = torch.randn(2, 70, 3, 24, dtype=torch.float16, device=device)
+    out = ops.attention_qkvpacked(qkv)
+    (dqkv,) = torch.autograd.grad(out, qkv, do)
+    q, k, v = (t.transpose(1, 2).contiguous().requires_grad_() for t in qkv.detach().unbind(2))
+    separate = ops.attention(q, k, v)
+    grads = torch.autograd.grad(separate, (q, k, v), do.transpose(1, 2))
+    assert torch.equal(out, separate.transpose(1, 2))
+    assert torch.equal(dqkv, torch.stack([g.transpose(1, 2) for g in grads], 2))
+    assert out.is_contiguous() and dqkv.is_contiguous() and separate.transpose(1, 2).is_contiguous()
+
+
+def test_reruns_are_bit_equal(device):
+    tensors = make_qkv(1, 2, 130, 130, 40, dtype=torch.bfloat16, device=device)
+    do = torch.randn(1, 2, 130, 40, dtype=torch.bfloat16, device=device)
+
+    def run():
+        out = ops.attention(**tensors)
+        return out, *torch.autograd.grad(out, list(tensors.values()), do)
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+def test_with_and_without_gradients_agree(device):
+    tensors = make_qkv(1, 2, 50, 50, 24, device=device)
+    qkv = torch.stack([t.detach().transpose(1, 2) for t in tensors.values()], 2)
+    with torch.inference_mode():
+        out, packed = ops.attention(**tensors), ops.attention_qkvpacked(qkv)
+    assert torch.equal(out, ops.attention(**tensors))
+    assert torch.equal(packed, ops.attention_qkvpacked(qkv.requires_grad_()))
+
+
+def test_log_sum_exp(device):
+    q, k, v = (t.detach().transpose(1, 2) for t in make_qkv(2, 2, 70, 66, 24, device=device).values())
+    o, lse = FILE._attention_fwd(q, k, v, 0.2)
+    scores = torch.einsum("bmhd,bnhd->bhmn", q.double(), k.double()) * 0.2
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1) * LOG2_E, rtol=1e-6, atol=1e-6)
+    for actual, expected in zip(FILE._reference_forward(q, k, v, 0.2), (o, lse), strict=True):
+        assert actual.stride() == expected.stride() and actual.dtype == expected.dtype
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+def test_a_bad_value_stays_where_fp64_has_it(where, value, device):
+    tensors = make_qkv(2, 2, 70, 70, 24, device=device, grad=False)
+    tensors[where][1, 0, 65, 3] = value
+    check_op(ops.attention, reference.attention, tensors)
+    out = ops.attention(**tensors)
+    truth = reference.attention(**{name: t.double() for name, t in tensors.items()})
+    for infinite_or_nan in (torch.isnan, torch.isposinf, torch.isneginf):
+        assert torch.equal(infinite_or_nan(out), infinite_or_nan(truth))
+    assert not truth[1, 0].isfinite().all() and out[0].isfinite().all() and out[1, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+def test_a_nan_reaches_the_gradients_of_its_head_alone(where, device):
+    tensors = make_qkv(2, 2, 70, 70, 24, device=device)
+    with torch.no_grad():
+        tensors[where][1, 0, 65, 3] = float("nan")
+    do = torch.randn(2, 2, 70, 24, device=device)
+    grads = torch.autograd.grad(ops.attention(**tensors), list(tensors.values()), do)
+    wide = [t.detach().double().requires_grad_() for t in tensors.values()]
+    truth = torch.autograd.grad(reference.attention(*wide), wide, do.double())
+    for grad, expected in zip(grads, truth, strict=True):
+        assert torch.equal(grad.isnan(), expected.isnan())
+    assert truth[0].isnan().any()
+
+
+def test_a_block_of_overflowing_scores_does_not_spoil_its_rows(device):
+    tensors = make_qkv(1, 1, 70, 200, 16, device=device, grad=False)
+    tensors["q"].fill_(1e20)
+    tensors["k"][:, :, :128] = -1e20  # scores of -inf in the whole of the first blocks
+    tensors["k"][:, :, 128:] *= 1e-20
+    truth = reference.attention(**{name: t.double() for name, t in tensors.items()})
+    torch.testing.assert_close(ops.attention(**tensors).double(), truth, rtol=1e-4, atol=1e-5)
+
+
+def test_fp16_near_its_limit(device):
+    tensors = {
+        name: (torch.randn(1, 2, 70, 24, device=device) * 2e4).clamp(-6e4, 6e4).half().requires_grad_()
+        for name in ("q", "k", "v")
+    }
+    out = ops.attention(**tensors)
+    truth = reference.attention(*(t.detach().double() for t in tensors.values()))
+    torch.testing.assert_close(out.double(), truth, rtol=1e-3, atol=0)
+    for grad in torch.autograd.grad(out, list(tensors.values()), torch.randn_like(out) * 1e-4):
+        assert grad.isfinite().all()
+
+
+def test_no_weight_is_above_one_however_far_the_scores_drift_between_passes(device):
+    # On a GPU the backward may sum a product in another order; at scores of 1e10 that is off by thousands.
+    q, k, v = (t.detach().transpose(1, 2) for t in make_qkv(1, 2, 70, 66, 24, device=device).values())
+    o, lse = FILE._attention_fwd(q, k, v, 0.2)
+    for grad in FILE._attention_bwd(torch.randn_like(o), q, k, v, o, lse - 1000.0, 0.2, [True, True]):
+        assert grad.isfinite().all()
+
+
+def test_keys_beyond_the_last_have_no_weight_in_the_backward(device):
+    # Their scores of 0 lie far above all others here, and with a weight they would overflow fp16's dS.
+    values = {"q": -10.0, "k": 10.0, "v": 300.0}
+    tensors = {
+        name: torch.full((1, 1, 70, 24), x, dtype=torch.float16, device=device, requires_grad=True)
+        for name, x in values.items()
+    }
+    out = ops.attention(**tensors)
+    for grad in torch.autograd.grad(out, list(tensors.values()), torch.full_like(out, 300.0)):
+        assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast(dtype, device):
+    tensors = make_qkv(1, 2, 50, 50, 24, device=device)
+    qkv = torch.stack([t.detach().transpose(1, 2) for t in tensors.values()], 2).requires_grad_()
+    with torch.autocast(device.type, dtype):
+        out, packed = ops.attention(**tensors), ops.attention_qkvpacked(qkv)
+        assert reference.attention(**tensors).dtype == dtype
+        assert ops.attention(*(t.double() for t in tensors.values())).dtype == torch.float64
+        mixed = ops.attention(tensors["q"], tensors["k"].to(dtype), tensors["v"])
+    assert out.dtype == packed.dtype == dtype
+    assert torch.equal(out, ops.attention(*(t.to(dtype) for t in tensors.values()))) and torch.equal(out, mixed)
+    do = torch.randn_like(out)
+    out.backward(do)
+    packed.backward(do.transpose(1, 2))
+    assert all(t.grad.dtype == torch.float32 for t in (*tensors.values(), qkv))
+    assert torch.equal(qkv.grad[:, :, 0], tensors["q"].grad.transpose(1, 2))
+
+
+Q = torch.zeros(2, 3, 5, 8)
+QKV = torch.zeros(2, 5, 3, 4, 8)
+WIDE = torch.zeros(1, 1, 2, 136)
+BAD = {
+    "integer": (lambda: ops.attention(Q.int(), Q, Q), TypeError, "q has dtype torch.int32; expected float16"),
+    "no tensor": (lambda: ops.attention(Q, None, Q), TypeError, "k is a NoneType"),
+    "rank of q": (lambda: ops.attention(Q[0], Q, Q), ValueError, r"q has shape \(3, 5, 8\); expected \(B, H, N, D\)"),
+    "rank of k": (lambda: ops.attention(Q, Q[0], Q), ValueError, r"k has shape \(3, 5, 8\); expected \(B, H, N, D\)"),
+    "heads": (lambda: ops.attention(Q, Q[:, :1], Q[:, :1]), ValueError, r"k has shape \(2, 1, 5, 8\); expected \(2"),
+    "batch": (lambda: ops.attention(Q, Q[:1], Q[:1]), ValueError, r"k has shape \(1, 3, 5, 8\)"),
+    "head dim": (lambda: ops.attention(Q, Q[..., :4], Q), ValueError, r"k has shape \(2, 3, 5, 4\)"),
+    "v length": (lambda: ops.attention(Q, Q, Q[:, :, :4]), ValueError, r"v has shape \(2, 3, 4, 8\).*k's shape"),
+    "dtypes": (lambda: ops.attention(Q, Q, Q.half()), TypeError, "v has dtype torch.float16, q has torch.float32"),
+    "devices": (lambda: ops.attention(Q, Q.to("meta"), Q), ValueError, "k is on meta, q on cpu"),
+    "no queries": (lambda: ops.attention(Q[:, :, :0], Q, Q), ValueError, "q has shape .*no tokens"),
+    "no keys": (lambda: ops.attention(Q, Q[:, :, :0], Q[:, :, :0]), ValueError, "k has shape .*no tokens"),
+    "no channels": (lambda: ops.attention(*[Q[..., :0]] * 3), ValueError, "at least one channel"),
+    "wide head": (lambda: ops.attention(WIDE, WIDE, WIDE), NotImplementedError, "head dim 136; expected 128 at most"),
+    "scale NaN": (lambda: ops.attention(Q, Q, Q, scale=float("nan")), ValueError, "scale is nan"),
+    "scale infinite": (lambda: ops.attention_qkvpacked(QKV, scale=float("inf")), ValueError, "scale is inf"),
+    "scale tensor": (lambda: ops.attention(Q, Q, Q, scale=torch.ones(())), TypeError, "scale is a Tensor"),
+    "sparse": (lambda: ops.attention(Q.to_sparse(), Q, Q), NotImplementedError, "sparse"),
+    "packed rank": (lambda: ops.attention_qkvpacked(QKV[0]), ValueError, r"\(5, 3, 4, 8\); expected \(B, N, 3, H, D\)"),
+    "packed order": (lambda: ops.attention_qkvpacked(QKV.transpose(1, 2)), ValueError, r"has shape \(2, 3, 5, 4, 8\)"),
+    "packed integer": (lambda: ops.attention_qkvpacked(QKV.long()), TypeError, "qkv has dtype torch.int64"),
+    "packed empty": (lambda: ops.attention_qkvpacked(QKV[:, :0]), ValueError, "qkv has shape .*no tokens"),
+    "packed wide": (lambda: ops.attention_qkvpacked(QKV.repeat(1, 1, 1, 1, 17)), NotImplementedError, "head dim 136"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case, no_launch):
+    call, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_double_backward_and_forward_mode_are_errors(device):
+    q = make(1, 1, 3, 8, device=device)
+    (dq,) = torch.autograd.grad(ops.attention(q, q, q).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
+    q = q.detach()
+    qkv = torch.randn(1, 3, 3, 1, 8, device=device)
+    for f, x in ((lambda x: ops.attention(x, x, x), q), (ops.attention_qkvpacked, qkv)):
+        for transform in (
+            lambda f=f, x=x: torch.func.jvp(f, (x,), (x,)),
+            lambda f=f, x=x: torch.func.grad(lambda x: f(x).sum())(x),
+        ):
+            with pytest.raises(RuntimeError, match="setup_context"):
+                transform()
+        with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+            f(torch.autograd.forward_ad.make_dual(x, x))
+
+
+def test_opcheck(device):
+    q, k, v = (t.transpose(1, 2) for t in make_qkv(1, 2, 5, 3, 8, device=device, grad=False).values())
+    o, lse = FILE._attention_fwd(q, k, v, 0.3)
+    qkv = torch.randn(1, 5, 3, 2, 8, device=device)
+    po, plse = FILE._attention_qkvpacked_fwd(qkv, 0.3)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(FILE._attention_fwd, (q, k, v, 0.3), test_utils=tests)
+    torch.library.opcheck(FILE._attention_qkvpacked_fwd, (qkv, 0.3), test_utils=tests)
+    torch.library.opcheck(FILE._attention_qkvpacked_bwd, (po, qkv, po, plse, 0.3), test_utils=tests)
+    for needed in ([True, True], [True, False], [False, True]):
+        torch.library.opcheck(FILE._attention_bwd, (o, q, k, v, o, lse, 0.3, needed), test_utils=tests)
+
+
+def test_reference_backward_agrees_with_the_kernels(device):
+    q, k, v = (t.transpose(1, 2) for t in make_qkv(1, 2, 5, 3, 8, device=device, grad=False).values())
+    o, lse = FILE._attention_fwd(q, k, v, 0.3)
+    for needed in ([True, True], [True, False], [False, True]):
+        arguments = (torch.randn_like(o), q, k, v, o, lse, 0.3, needed)
+        for actual, expected in zip(FILE._reference_backward(*arguments), FILE._attention_bwd(*arguments), strict=True):
+            assert actual.stride() == expected.stride()
+            torch.testing.assert_close(actual, expected)
+    qkv = torch.randn(1, 5, 3, 2, 8, device=device)
+    o, lse = FILE._attention_qkvpacked_fwd(qkv, 0.3)
+    arguments = (torch.randn_like(o), qkv, o, lse, 0.3)
+    torch.testing.assert_close(FILE._reference_packed_backward(*arguments), FILE._attention_qkvpacked_bwd(*arguments))
+
+
+def test_fullgraph_compile(device):
+    qkv = make(1, 5, 3, 2, 8, device=device)
+
+    def f(x):
+        q, k, v = (t.transpose(1, 2) for t in x.unbind(2))
+        return ops.attention_qkvpacked(x), ops.attention(q, k, v)
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    grads = [torch.autograd.grad(sum(o.square().sum() for o in g(qkv)), qkv)[0] for g in (compiled, f)]
+    torch.testing.assert_close(*grads)
+
+
+def test_addressing():
+    x = torch.empty(2, 5, 3, 72, dtype=torch.bfloat16)
+    assert addressing(x) == {"ALIGN": 16, "INDEX": tl.int32}
+    assert addressing(x[..., 4:])["ALIGN"] == 8 and addressing(x[..., 1:])["ALIGN"] == 2
+    assert addressing(x, x.view(2, 5, 6, 36))["ALIGN"] == 8
+    # No memory lies behind such strides; nothing is read.
+    for tokens, index in ((1000, tl.int32), (3000, tl.int64)):
+        far = torch.empty(2, tokens, 1, 8, device="meta").as_strided((2, tokens, 1, 8), (8, 2**20, 8, 1))
+        far.data_ptr = lambda: 0
+        assert addressing(far)["INDEX"] == index
+
+
+def test_int64_offsets_give_the_same(device, monkeypatch):
+    tensors = make_qkv(1, 2, 70, 66, 24, device=device)
+    do = torch.randn(1, 2, 70, 24, device=device)
+    runs = []
+    for reach in (FORWARD.MAX_INT32_REACH, 0):
+        monkeypatch.setattr(FORWARD, "MAX_INT32_REACH", reach)
+        out = ops.attention(**tensors)
+        runs.append((out, *torch.autograd.grad(out, list(tensors.values()), do)))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_config_fits_shared_memory():
+    for arch, shared in (("sm_90", 227 << 10), ("sm_120", 99 << 10), ("gfx942", 64 << 10), ("small", 33 << 10)):
+        for D in (1, 16, 64, 72, 128):
+            for dtype in (torch.float32, torch.bfloat16):
+                config = choose_config(197, 197, D, dtype, DeviceFacts("none", arch, 1, shared))
+                block_d = max(16, 1 << (D - 1).bit_length())
+                for kernel in ("forward", "dkv", "dq"):
+                    tiling = getattr(config, kernel)
+                    assert shared_bytes(kernel, tiling, block_d, dtype.itemsize) <= shared, (arch, D, dtype, kernel)
+                    assert min(tiling.block_m, tiling.block_n) >= 16
+    assert choose_config(197, 197, 64, torch.float32, INTERPRETER).forward.block_m == 64

@@ -1,0 +1,75 @@
+"""Every op's forward and backward at a case's shapes, on tensors that need no memory: what there is to compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from vitkernels import ops  # noqa: F401  registers the ops
+from vitkernels.ops._registry import OPS
+from vitkernels.testing.cases import Case
+
+
+def launches(case: Case, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """Return, by op, a function that launches its kernels as a training step of ``case`` would.
+
+    The functions make their tensors on device ``cuda`` and are for :func:`vitkernels.aot.compile_launches`.
+    """
+    B, N, C, F, H, D = case.batch, case.tokens, case.channels, case.hidden, case.heads, case.head_dim
+    sums = torch.float32
+
+    def new(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="cuda")
+
+    def run(op: str, *args):
+        return OPS[op].launcher(*args)
+
+    def gamma():
+        return new(C) if case.layer_scale else None
+
+    def layer_norm():
+        x, w = new(B, N, C), new(C)
+        statistics = new(B * N, dtype=sums), new(B * N, dtype=sums)
+        run("layer_norm_fwd", x, None, w, w, None, None, 1e-6, dtype)
+        run("layer_norm_bwd", x, None, x, None, w, None, None, *statistics, 1e-6, dtype,
+            [False, True, True, True, False])  # fmt: skip
+
+    def add_layer_norm():
+        x, w = new(B, N, C), new(C)
+        statistics = new(B * N, dtype=sums), new(B * N, dtype=sums)
+        needs_dx = case.layer_scale
+        run("layer_norm_fwd", x, x, w, w, gamma(), None, 1e-6, dtype)
+        run("layer_norm_bwd", x, x, x, x, w, gamma(), None, *statistics, 1e-6, dtype,
+            [needs_dx, True, True, True, needs_dx])  # fmt: skip
+
+    def linear():
+        x, y = new(B, N, C), new(B, N, 3 * C)
+        run("linear_fwd", x, new(3 * C, C), new(3 * C), None, None, None, dtype, False)
+        run("linear_bwd", y, x, new(3 * C, C), new(3 * C), None, None, None, [True] * 3 + [False])
+
+    def linear_activation():
+        x, z, w = new(B, N, C), new(B, N, F), new(F, C)
+        run("linear_fwd", x, w, new(F), None, None, case.activation, dtype, True)
+        run("linear_bwd", z, x, w, new(F), z, None, case.activation, [True] * 3 + [False])
+
+    def mlp():
+        x, z, w1, w2 = new(B, N, C), new(B, N, F), new(F, C), new(C, F)
+        run("mlp_fwd", x, w1, new(F), w2, new(C), gamma(), x, case.activation, dtype, False)
+        run("mlp_fwd", x, w1, new(F), w2, new(C), gamma(), x, case.activation, dtype, True)
+        run("mlp_bwd", x, x, w1, w2, new(C), gamma(), z, case.activation, [True] * 5 + [case.layer_scale])
+
+    def attention():
+        qkv, o, lse = new(B, N, 3, H, D), new(B, N, H, D), new(B, H, N, dtype=sums)
+        run("attention_qkvpacked_fwd", qkv, D**-0.5)
+        run("attention_qkvpacked_bwd", o, qkv, o, lse, D**-0.5)
+
+    def patch_embed():
+        side = case.image // case.patch * case.patch
+        images, weight = new(B, 3, side, side), new(C, 3, case.patch, case.patch)
+        prefix = new(1, case.prefix, C) if case.prefix else None
+        run("patch_embed_fwd", images, weight, new(C), new(1, N, C), prefix, True, dtype)
+        run("patch_embed_bwd", new(B, N, C), images, weight, True, True)
+
+    functions = (layer_norm, add_layer_norm, linear, linear_activation, mlp, attention, patch_embed)
+    return {f.__name__: f for f in functions}

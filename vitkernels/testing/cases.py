@@ -1,0 +1,61 @@
+"""The shapes that kernels are measured, compiled and tuned at: the vision transformers that people run, by name."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One model's block and embedding at one image size and batch.
+
+    Attributes:
+        name: The model, in timm's words, and the image size.
+        batch: Images.
+        image: Pixels a side.
+        patch: Pixels a side of a patch.
+        prefix: Class and register tokens.
+        channels: Width of a token.
+        heads: Attention heads.
+        hidden: Hidden features of the MLP.
+        activation: The MLP's, as the ops name it.
+        layer_scale: Whether both branches are scaled.
+    """
+
+    name: str
+    batch: int
+    image: int
+    patch: int
+    prefix: int
+    channels: int
+    heads: int
+    hidden: int
+    activation: str = "gelu"
+    layer_scale: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Tokens an image, prefix included; pixels that fill no patch are dropped."""
+        return self.prefix + (self.image // self.patch) ** 2
+
+    @property
+    def head_dim(self) -> int:
+        """Channels a head."""
+        return self.channels // self.heads
+
+
+# Sources: timm 1.0.31's model definitions. Batches fill a GPU of 80 GB in inference with room to spare.
+CASES = {
+    case.name: case
+    for case in (
+        Case("vit_tiny_patch16_224", 256, 224, 16, 1, 192, 3, 768),
+        Case("vit_small_patch16_224", 256, 224, 16, 1, 384, 6, 1536),
+        Case("vit_base_patch16_224", 32, 224, 16, 1, 768, 12, 3072),
+        Case("vit_large_patch16_224", 64, 224, 16, 1, 1024, 16, 4096),
+        Case("deit3_base_patch16_224", 64, 224, 16, 1, 768, 12, 3072, layer_scale=True),
+        Case("vit_large_patch14_reg4_dinov2_518", 8, 518, 14, 5, 1024, 16, 4096, layer_scale=True),
+        Case("vit_so400m_patch14_siglip_378", 32, 378, 14, 0, 1152, 16, 4304, "gelu_tanh"),
+        Case("vit_large_patch14_clip_336", 32, 336, 14, 1, 1024, 16, 4096, "quick_gelu"),
+        Case("vit_huge_patch14_clip_224", 32, 224, 14, 1, 1280, 16, 5120),
+    )
+}

@@ -69,5 +69,3 @@ def test_the_interpreter_cannot_compile():
         pytest.skip("kernels are compiled in this process")
     with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
         compile_launches(lambda: None, TARGETS["sm_90"])
-
-

@@ -102,7 +102,8 @@ def _cuda_facts(index: int) -> DeviceFacts:
 @functools.cache
 def _xpu_facts(index: int) -> DeviceFacts:
     properties = torch.xpu.get_device_properties(index)
-    return DeviceFacts(properties.name, "xpu", properties.gpu_subslice_count, properties.local_mem_size)
+    shared = getattr(properties, "local_mem_size", 64 << 10)  # newer torch tells
+    return DeviceFacts(properties.name, "xpu", properties.gpu_subslice_count, shared)
 
 
 def device_guard(x: torch.Tensor) -> contextlib.AbstractContextManager:
@@ -114,9 +115,14 @@ def device_guard(x: torch.Tensor) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def dot_precision() -> str:
-    """Return the precision of fp32 products: ``"tf32"`` where torch allows it, else ``"ieee"``."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+def dot_precision(device: torch.device) -> str:
+    """Return the precision of fp32 products on ``device``: ``"tf32"`` where torch allows it and the chip has it."""
+    allowed = torch.backends.cuda.matmul.fp32_precision  # knows what the older switches say, too
+    if allowed == "none":
+        allowed = torch.backends.fp32_precision
+    arch = device_facts(device).arch
+    has_tf32 = not arch.startswith("gfx") or arch == "gfx942"
+    return "tf32" if allowed == "tf32" and has_tf32 else "ieee"
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
@@ -136,6 +142,15 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which sums over values of ``dtype`` are kept: fp32, or fp64 for fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def promoted_dtype(x: torch.Tensor, *others: torch.Tensor | None) -> torch.dtype:
+    """Return the dtype of a sum of ``x`` and ``others``, as PyTorch promotes: the widest."""
+    dtype = x.dtype
+    for t in others:
+        if t is not None:
+            dtype = torch.promote_types(dtype, t.dtype)
+    return dtype
 
 
 def cdiv(a: int, b: int) -> int:

@@ -360,3 +360,14 @@ def test_configs_fit_the_device_and_splits_do_not_grow_with_the_batch():
                         assert config.num_stages * summed * sum(blocks) * image_dtype.itemsize <= facts.shared_memory
     shares = [choose_config("dweight", M, 768, 768, torch.bfloat16, H200).splits for M in (64, 6272, 10**6, 10**8)]
     assert shares[0] == 1 and shares[-1] == shares[-2] <= 2 * H200.num_sms
+
+
+def test_gradients_share_no_memory(device):
+    images, weight = torch.randn(2, 3, 8, 8, device=device), torch.randn(12, 3, 4, 4, device=device)
+    pos = torch.randn(1, 5, 12, device=device, requires_grad=True)
+    cls = torch.randn(1, 1, 12, device=device, requires_grad=True)
+    for _ in range(2):  # the second adds in place to what the first left
+        ops.patch_embed(images, weight, pos_embed=pos, prefix_tokens=cls).sum().backward()
+    torch.testing.assert_close(cls.grad, torch.full_like(cls, 4.0), rtol=0, atol=0)
+    torch.testing.assert_close(pos.grad, torch.full_like(pos, 4.0), rtol=0, atol=0)
+    assert cls.grad.untyped_storage().data_ptr() != pos.grad.untyped_storage().data_ptr()

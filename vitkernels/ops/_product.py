@@ -263,9 +263,10 @@ def product(
     facts = runtime.device_facts(a.device)
     fused = any(t is not None for t in (alpha, activation, gamma, residual))
     config = choose_config(M, N, K, a.dtype, kind="epilogue" if fused else "plain", facts=facts)
-    # torch.mm widens its result on NVIDIA's GPUs only.
-    if config.provider == "torch" and not fused and (out_dtype == a.dtype or torch.version.cuda):
-        if out_dtype != a.dtype:
+    # torch.mm widens its result on NVIDIA's GPUs only, and then adds no bias.
+    widened = out_dtype != a.dtype
+    if config.provider == "torch" and not fused and (not widened or (torch.version.cuda and bias is None)):
+        if widened:
             y = torch.mm(a, b, out_dtype=out_dtype)
         else:
             y = torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
@@ -298,7 +299,7 @@ def product(
         SAVE_Z=save_z,
         ACTIVATION=activation or "none",
         EVEN_K=K % config.block_k == 0,
-        PRECISION=runtime.dot_precision(),
+        PRECISION=runtime.dot_precision(a.device),
         ACC=_tile.accumulator(a.dtype),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
@@ -347,7 +348,7 @@ def product_dact(
             SUM_DZ=sum_dz,
             ACTIVATION=activation or "none",
             EVEN_K=K % config.block_k == 0,
-            PRECISION=runtime.dot_precision(),
+            PRECISION=runtime.dot_precision(a.device),
             ACC=_tile.accumulator(a.dtype),
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,

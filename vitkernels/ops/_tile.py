@@ -78,20 +78,29 @@ def activate_grad(z, KIND: tl.constexpr):
         cdf = 0.5 * (1.0 + tl.erf(z * SQRT_HALF))
         return cdf + z * INV_SQRT_2PI * tl.exp(-0.5 * z * z)
     elif KIND == "gelu_tanh":
-        s = _sigmoid((z + 0.044715 * z * z * z) * 2.0 * SQRT_2_OVER_PI)
-        return s + z * s * (1.0 - s) * 2.0 * SQRT_2_OVER_PI * (1.0 + 0.134145 * z * z)
+        s, t = _sigmoids((z + 0.044715 * z * z * z) * 2.0 * SQRT_2_OVER_PI)
+        return s + z * s * t * 2.0 * SQRT_2_OVER_PI * (1.0 + 0.134145 * z * z)
     elif KIND == "quick_gelu":
-        s = _sigmoid(z * QUICK)
-        return s + z * QUICK * s * (1.0 - s)
+        s, t = _sigmoids(z * QUICK)
+        return s + z * QUICK * s * t
     elif KIND == "silu":
-        s = _sigmoid(z)
-        return s + z * s * (1.0 - s)
+        s, t = _sigmoids(z)
+        return s + z * s * t
     else:
         return tl.full(z.shape, 1.0, z.dtype)
 
 
 @triton.jit
 def _sigmoid(u):
+    s, _ = _sigmoids(u)
+    return s
+
+
+@triton.jit
+def _sigmoids(u):
+    """σ(u) and 1 − σ(u) = σ(−u), the second without the cancellation of the subtraction."""
     # exp of a non-positive number cannot overflow.
     e = tl.exp(-tl.abs(u))
-    return tl.where(u >= 0, 1.0, e) / (1.0 + e)
+    large = 1.0 / (1.0 + e)
+    small = e * large
+    return tl.where(u >= 0, large, small), tl.where(u >= 0, small, large)

@@ -93,7 +93,8 @@ def choose_config(
         # Shares fill the chip twice; each sums at least four steps, as it costs a store of its tile.
         "splits": max(1, min(2 * facts.num_sms // tiles(), M // (4 * blocks["m"]))) if product == "dweight" else 1,
         "num_warps": 8 if math.prod(blocks[a] for a in kept) > 64 * 64 else 4,
-        "num_stages": max(1, min(3, stages())),
+        # With a third stage the addresses of dweight's narrow tile would spill.
+        "num_stages": max(1, min(3 if wide or product != "dweight" else 2, stages())),
     }
     return PatchEmbedConfig(**config | (tuning.lookup("patch_embed", facts.name, f"{product} C={C} K={K}") or {}))
 
@@ -444,7 +445,7 @@ def _launch_options(
         "stride_images_x": strides[3],
         "patches_x": images.shape[3] // PX,
         "ACC": _tile.accumulator(images.dtype),
-        "PRECISION": runtime.dot_precision(),
+        "PRECISION": runtime.dot_precision(images.device),
         "INDEX": tl.int32 if reach < 2**30 else tl.int64,
         "PY": PY,
         "PX": PX,
@@ -540,7 +541,8 @@ class PatchEmbedFunction(torch.autograd.Function):
             dout = dout.sum(0, dtype=wide_dtype(dout.dtype))
             dbias = dout[R:].sum(0)
             dpos = dout if ctx.pos_embed_prefix else dout[R:]
-            dprefix = dout[:R]
+            # Two gradients must not share memory: whoever scales one in place would scale the other.
+            dprefix = dout[:R].clone()
         grads = [
             g.reshape(p[0]).to(p[1]) if n else None
             for g, p, n in zip(
@@ -591,7 +593,7 @@ def patch_embed(
             pos_embed=pos_embed,
             prefix_tokens=prefix_tokens,
             pos_embed_prefix=pos_embed_prefix,
-        )
+        ).contiguous()
     if needs_grad(images, weight, bias, pos_embed, prefix_tokens):
         return PatchEmbedFunction.apply(
             images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, dtype, out_dtype

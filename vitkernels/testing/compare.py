@@ -55,13 +55,15 @@ def check(name: str, actual: Tensor, yardstick: Tensor, truth: Tensor, *, gain_c
     got, torch_got, want = (t.detach().double() for t in (actual, yardstick, truth))
     finite = want.isfinite() & torch_got.isfinite()
     bad = got.isfinite() != finite
+    bad |= got.isnan() & ~(want.isnan() | torch_got.isnan()) | ~got.isnan() & want.isnan() & torch_got.isnan()
+    bad |= got.isinf() & want.isinf() & (got.sign() != want.sign())
     if bad.any():
         worst = tuple(bad.nonzero()[0].tolist())
         return Verdict(
             name,
             False,
             float("inf"),
-            f"{int(bad.sum())} elements finite in one and not in the other, first at {worst}: "
+            f"{int(bad.sum())} elements not NaN, infinite or finite alike, first at {worst}: "
             f"got {got[worst]:.6g}, expected {want[worst]:.6g}",
         )
     got, torch_got, want = (t.where(finite, 0.0) for t in (got, torch_got, want))

@@ -1,0 +1,47 @@
+"""The error rule itself: what it must let pass, and what it must not."""
+
+import pytest
+import torch
+
+from vitkernels.testing import check
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture
+def truth():
+    return torch.randn(64, 96, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_rounding_passes_and_a_tenth_of_a_percent_fails(dtype, truth):
+    yardstick = truth.to(dtype)
+    assert check("t", truth.to(dtype), yardstick, truth).passed
+    assert not check("t", (truth * 1.001).to(dtype), yardstick, truth).passed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_wrong_row_fails(dtype, truth):
+    wrong = truth.clone()
+    wrong[17] = wrong[18]
+    assert not check("t", wrong.to(dtype), truth.to(dtype), truth).passed
+
+
+def test_truncation_in_bf16_fails(truth):
+    truncated = (truth.float().view(torch.int32) & -65536).view(torch.float32).bfloat16()
+    assert not check("t", truncated, truth.bfloat16(), truth).passed
+
+
+def test_shape_and_dtype_count(truth):
+    assert "shape" in check("t", truth[:3].float(), truth.float(), truth).detail
+    assert "dtype" in check("t", truth.half(), truth.float(), truth).detail
+
+
+@pytest.mark.parametrize(
+    ("got", "want", "passed"),
+    [(NAN, NAN, True), (INF, INF, True), (-INF, INF, False), (INF, NAN, False), (NAN, INF, False), (1.0, NAN, False),
+     (NAN, 1.0, False)],
+)  # fmt: skip
+def test_nan_and_infinities_go_where_they_belong(got, want, passed):
+    actual, expected = torch.tensor([got, 2.0]), torch.tensor([want, 2.0])
+    assert check("t", actual, expected, expected.double()).passed is passed

@@ -230,6 +230,21 @@ def test_backend_is_chosen_by_thread_and_checked(x, monkeypatch):
         pass
 
 
+def test_contiguous_results_on_either_backend(device):
+    x, w = torch.randn(2, 5, 8, device=device), torch.randn(8, 8, device=device)
+    strided = torch.randn(5, 2, 8, device=device).transpose(0, 1)
+    images = torch.randn(2, 3, 8, 8, device=device)
+    for name in ("auto", "torch"):
+        with use_backend(name):
+            results = [
+                ops.linear(x, w, residual=strided),
+                ops.mlp(x, w, None, w, None, residual=strided),
+                *ops.add_layer_norm(x, strided),
+                ops.patch_embed(images, torch.randn(6, 3, 4, 4, device=device)),
+            ]
+        assert all(r.is_contiguous() for r in results), name
+
+
 def test_eight_threads(device):
     from concurrent.futures import ThreadPoolExecutor
 
@@ -241,3 +256,38 @@ def test_eight_threads(device):
     for result in results:
         torch.testing.assert_close(result, results[0], rtol=0, atol=0)
     torch.testing.assert_close(results[0], reference.linear(x, w, activation="gelu"), rtol=1e-3, atol=1e-3)
+
+
+def test_tf32_by_either_api(device, monkeypatch):
+    from vitkernels import runtime
+
+    assert runtime.dot_precision(device) == "ieee"
+    try:
+        for value in ("tf32", "ieee"):
+            torch.backends.cuda.matmul.fp32_precision = value
+            assert runtime.dot_precision(device) == value
+            ops.linear(torch.randn(2, 8, device=device), torch.randn(4, 8, device=device))
+        torch.set_float32_matmul_precision("high")
+        assert runtime.dot_precision(device) == "tf32"
+        facts = runtime.DeviceFacts("MI250", "gfx90a", 104, 64 << 10)
+        monkeypatch.setattr(runtime, "device_facts", lambda device: facts)
+        assert runtime.dot_precision(device) == "ieee", "the chip has no TF32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("init_values", [None, 1.0])
+def test_drop_path_under_autocast_keeps_its_scale(init_values, device):
+    """1 / 0.9 rounded to bf16 would scale every kept branch by 0.998."""
+    block = Block(32, 2, drop_path=0.1, init_values=init_values).to(device).train()
+    with torch.no_grad():  # the first branch is a constant vector
+        for p in block.parameters():
+            p.zero_()
+        block.attn.proj.bias.fill_(1.0)
+        if init_values:
+            block.ls1.gamma.fill_(1.0)
+    x = torch.zeros(16, 3, 32, device=device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        got = set(block(x).flatten().tolist())
+    rounded = torch.tensor(1 / 0.9, dtype=torch.float32 if init_values else torch.bfloat16).item()
+    assert got <= {0.0, rounded} and rounded in got

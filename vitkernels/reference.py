@@ -95,6 +95,29 @@ def attention_qkvpacked(qkv: Tensor, *, scale: float | None = None) -> Tensor:
     return attention(q, k, v, scale=scale).transpose(1, 2)
 
 
+def block(
+    x: Tensor,
+    *,
+    norm1: tuple[Tensor | None, Tensor | None],
+    qkv: tuple[Tensor, Tensor | None],
+    proj: tuple[Tensor, Tensor | None],
+    norm2: tuple[Tensor | None, Tensor | None],
+    fc1: tuple[Tensor, Tensor | None],
+    fc2: tuple[Tensor, Tensor | None],
+    layer_scale: tuple[Tensor | None, Tensor | None] = (None, None),
+    num_heads: int,
+    scale: float | None = None,
+    eps: tuple[float, float] = (1e-6, 1e-6),
+    activation: str | None = "gelu",
+) -> Tensor:
+    """``r = x + γ1 · proj(attention(qkv(norm1(x))))``, then ``r + γ2 · mlp(norm2(r))`` (arXiv 2010.11929)."""
+    h = linear(layer_norm(x, *norm1, eps[0]), *qkv)
+    h = attention_qkvpacked(h.unflatten(-1, (3, num_heads, -1)), scale=scale).flatten(2)
+    r = linear(h, *proj, residual=x, layer_scale=layer_scale[0])
+    h = layer_norm(r, *norm2, eps[1])
+    return mlp(h, *fc1, *fc2, activation=activation, residual=r, layer_scale=layer_scale[1])
+
+
 def patch_embed(
     images: Tensor,
     weight: Tensor,

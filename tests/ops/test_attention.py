@@ -364,11 +364,12 @@ def test_opcheck(device):
     q, k, v = (t.transpose(1, 2) for t in make_qkv(1, 2, 5, 3, 8, device=device, grad=False).values())
     o, lse = FILE._attention_fwd(q, k, v, 0.3)
     qkv = torch.randn(1, 5, 3, 2, 8, device=device)
-    po, plse = FILE._attention_qkvpacked_fwd(qkv, 0.3)
+    po, plse = FILE.attention_qkvpacked_fwd(qkv, 0.3)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(FILE._attention_fwd, (q, k, v, 0.3), test_utils=tests)
-    torch.library.opcheck(FILE._attention_qkvpacked_fwd, (qkv, 0.3), test_utils=tests)
-    torch.library.opcheck(FILE._attention_qkvpacked_bwd, (po, qkv, po, plse, 0.3), test_utils=tests)
+    torch.library.opcheck(FILE.attention_qkvpacked_fwd, (qkv, 0.3), test_utils=tests)
+    for needs_sum in (True, False):
+        torch.library.opcheck(FILE.attention_qkvpacked_bwd, (po, qkv, po, plse, 0.3, needs_sum), test_utils=tests)
     for needed in ([True, True], [True, False], [False, True]):
         torch.library.opcheck(FILE._attention_bwd, (o, q, k, v, o, lse, 0.3, needed), test_utils=tests)
 
@@ -382,9 +383,9 @@ def test_reference_backward_agrees_with_the_kernels(device):
             assert actual.stride() == expected.stride()
             torch.testing.assert_close(actual, expected)
     qkv = torch.randn(1, 5, 3, 2, 8, device=device)
-    o, lse = FILE._attention_qkvpacked_fwd(qkv, 0.3)
-    arguments = (torch.randn_like(o), qkv, o, lse, 0.3)
-    torch.testing.assert_close(FILE._reference_packed_backward(*arguments), FILE._attention_qkvpacked_bwd(*arguments))
+    o, lse = FILE.attention_qkvpacked_fwd(qkv, 0.3)
+    arguments = (torch.randn_like(o), qkv, o, lse, 0.3, True)
+    torch.testing.assert_close(FILE._reference_packed_backward(*arguments), FILE.attention_qkvpacked_bwd(*arguments))
 
 
 def test_fullgraph_compile(device):

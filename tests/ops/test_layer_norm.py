@@ -104,11 +104,11 @@ def test_frozen_inputs_cost_nothing(frozen, device, monkeypatch):
     tensors[frozen].requires_grad_(False)
     check_op(ops.add_layer_norm, reference.add_layer_norm, tensors)
     flags = []
-    backward = FILE._layer_norm_bwd
-    monkeypatch.setattr(FILE, "_layer_norm_bwd", lambda *a: flags.append(a[-1]) or backward(*a))
+    backward = FILE.layer_norm_bwd
+    monkeypatch.setattr(FILE, "layer_norm_bwd", lambda *a: flags.append(a[-1]) or backward(*a))
     ops.add_layer_norm(**tensors)[0].sum().backward()
     order = ["x", "residual", "weight", "bias", "layer_scale"]
-    assert flags == [[name != frozen for name in order]]
+    assert flags == [[*(name != frozen for name in order), False, False]]
     assert tensors[frozen].grad is None
 
 
@@ -188,6 +188,11 @@ BAD = {
     "residual shape": (lambda: ops.add_layer_norm(X, X[:1]), ValueError, r"residual has shape \(1, 3, 8\)"),
     "gamma width": (lambda: ops.add_layer_norm(X, X, layer_scale=torch.ones(3)), ValueError, "layer_scale"),
     "path shape": (lambda: ops.add_layer_norm(X, X, drop_path_scale=torch.ones(3)), ValueError, r"expected \(2,\)"),
+    "path without a batch": (
+        lambda: ops.add_layer_norm(X[0, 0], X[0, 0], drop_path_scale=torch.ones(8)),
+        ValueError,
+        r"x has shape \(8,\); drop_path_scale needs",
+    ),
     "path gradient": (
         lambda: ops.add_layer_norm(X, X, drop_path_scale=torch.ones(2, requires_grad=True)),
         NotImplementedError,
@@ -227,3 +232,20 @@ def test_config_caps_programs_and_covers_rows():
         assert config.programs <= 2 * h200.num_sms
         assert config.block_c >= min(C, 8192) and config.block_c & (config.block_c - 1) == 0
     assert choose_config(1, 768, INTERPRETER).programs == 1
+
+
+def test_a_wider_residual_stays_wide(device):
+    x, w = make(4, 9, 72, device=device), make(72, device=device)
+    residual = make(4, 9, 72, dtype=torch.float64, device=device)
+    normed, total = ops.add_layer_norm(x, residual, w.double())
+    expected = reference.add_layer_norm(x.double(), residual, w.double())
+    for got, want in zip((normed, total), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_scales_widen_as_torch_promotes(device):
+    x, residual = (make(2, 9, 72, dtype=torch.bfloat16, device=device) for _ in range(2))
+    path = torch.tensor([0.0, 1 / 0.9], device=device)
+    expected = reference.add_layer_norm(x, residual, layer_scale=make(72, device=device), drop_path_scale=path)
+    got = ops.add_layer_norm(x, residual, layer_scale=make(72, device=device), drop_path_scale=path)
+    assert [t.dtype for t in got] == [t.dtype for t in expected] == [torch.float32] * 2

@@ -1,5 +1,7 @@
 """mlp against fp64: activations, dtypes, layouts, gradients, bad input."""
 
+import functools
+
 import pytest
 import torch
 
@@ -35,6 +37,8 @@ def layers(B, N, C, F, out=None, *, dtype=torch.float32, device="cpu", epilogue=
 def test_activations(activation, epilogue, dtype, device):
     tensors = layers(2, 50, 36, 72, dtype=dtype, device=device, epilogue=epilogue)
     check_op(ops.mlp, reference.mlp, tensors, options={"activation": activation})
+    recomputed = functools.partial(ops.mlp, recompute=True)
+    check_op(recomputed, reference.mlp, tensors, options={"activation": activation})
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -51,7 +55,11 @@ def test_optional_inputs(missing, device):
     check_op(ops.mlp, reference.mlp, {name: None if name in missing else t for name, t in tensors.items()})
 
 
-@pytest.mark.parametrize("frozen", [["x"], ["w1", "b1"], ["x", "w1", "b1"], ["w2", "b2"], ["layer_scale"]], ids=str)
+@pytest.mark.parametrize(
+    "frozen",
+    [["x"], ["w1", "b1"], ["x", "w1", "b1"], ["w2", "b2"], ["layer_scale"], ["x", "w1", "b1", "w2", "layer_scale"]],
+    ids=str,
+)
 def test_frozen_inputs(frozen, device):
     tensors = layers(2, 7, 20, 36, device=device)
     for name in frozen:
@@ -101,15 +109,18 @@ def test_layer_scale_of_1e_5(dtype, device):
     check_op(ops.mlp, reference.mlp, tensors, upstream=lambda y: 1024 * torch.randn_like(y))
 
 
-def test_saves_less_than_pytorch(device):
-    saved = {"ours": [], "torch": []}
-    tensors = layers(2, 50, 24, 96, device=device, epilogue=False)
-    for name, function in (("ours", ops.mlp), ("torch", reference.mlp)):
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, n=name: saved[n].append(t.numel()) or t, lambda t: t):
-            function(**tensors)
+def test_recompute_keeps_half(device):
+    tensors = layers(2, 50, 24, 96, device=device)
+    saved, results = {}, {}
+    for recompute in (False, True):
+        kept = saved[recompute] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
+            y = ops.mlp(**tensors, recompute=recompute)
+        results[recompute] = [y, *torch.autograd.grad(y.square().sum(), list(tensors.values()))]
     hidden = 2 * 50 * 96
-    assert saved["ours"].count(hidden) == 1
-    assert saved["torch"].count(hidden) == 2
+    assert (saved[False].count(hidden), saved[True].count(hidden)) == (2, 1)
+    for kept, recomputed in zip(results[False], results[True], strict=True):
+        torch.testing.assert_close(recomputed, kept, rtol=1e-6, atol=1e-6)
 
 
 X, W1, W2 = torch.zeros(2, 3, 8), torch.zeros(16, 8), torch.zeros(8, 16)

@@ -136,7 +136,7 @@ def test_hook_on_a_bypassed_child_fires(model, images, fused_calls, when):
     close(model(images), expected)
     assert seen == ["proj"]
     assert fused_calls.count("block") == 1  # the other one
-    assert fused_calls.count("mlp") == 2, "the Mlp of the block that fell back still runs fused"
+    assert fused_calls.count("mlp") == 1, "the Mlp of the block that fell back still runs fused"
     handle.remove()
     accelerate(model)
     fused_calls.clear()

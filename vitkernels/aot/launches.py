@@ -33,7 +33,7 @@ def launches(case: Case, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         statistics = new(B * N, dtype=sums), new(B * N, dtype=sums)
         run("layer_norm_fwd", x, None, w, w, None, None, 1e-6, dtype)
         run("layer_norm_bwd", x, None, x, None, w, None, None, *statistics, 1e-6, dtype,
-            [False, True, True, True, False])  # fmt: skip
+            [False, True, True, True, False, False, False])  # fmt: skip
 
     def add_layer_norm():
         x, w = new(B, N, C), new(C)
@@ -41,7 +41,9 @@ def launches(case: Case, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         needs_dx = case.layer_scale
         run("layer_norm_fwd", x, x, w, w, gamma(), None, 1e-6, dtype)
         run("layer_norm_bwd", x, x, x, x, w, gamma(), None, *statistics, 1e-6, dtype,
-            [needs_dx, True, True, True, needs_dx])  # fmt: skip
+            [needs_dx, True, True, True, needs_dx, False, False])  # fmt: skip
+        run("layer_norm_bwd", x, x, x, None, w, None, None, *statistics, 1e-6, dtype,
+            [False, True, True, True, False, True, True])  # fmt: skip
 
     def linear():
         x, y = new(B, N, C), new(B, N, 3 * C)
@@ -55,14 +57,15 @@ def launches(case: Case, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
 
     def mlp():
         x, z, w1, w2 = new(B, N, C), new(B, N, F), new(F, C), new(C, F)
-        run("mlp_fwd", x, w1, new(F), w2, new(C), gamma(), x, case.activation, dtype, False)
-        run("mlp_fwd", x, w1, new(F), w2, new(C), gamma(), x, case.activation, dtype, True)
-        run("mlp_bwd", x, x, w1, w2, new(C), gamma(), z, case.activation, [True] * 5 + [case.layer_scale])
+        run("mlp_fwd", x, w1, new(F), w2, new(C), gamma(), x, case.activation, dtype, False, False)
+        run("mlp_fwd", x, w1, new(F), w2, new(C), gamma(), x, case.activation, dtype, True, True)
+        run("mlp_bwd", x, x, w1, w2, new(C), gamma(), z, None, case.activation, [True] * 5 + [case.layer_scale])
 
     def attention():
         qkv, o, lse = new(B, N, 3, H, D), new(B, N, H, D), new(B, H, N, dtype=sums)
         run("attention_qkvpacked_fwd", qkv, D**-0.5)
-        run("attention_qkvpacked_bwd", o, qkv, o, lse, D**-0.5)
+        run("attention_qkvpacked_bwd", o, qkv, o, lse, D**-0.5, False)
+        run("attention_qkvpacked_bwd", o, qkv, o, lse, D**-0.5, True)
 
     def patch_embed():
         side = case.image // case.patch * case.patch

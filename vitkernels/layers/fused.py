@@ -26,16 +26,17 @@ def activation_name(act: nn.Module) -> str | None:
     )
 
 
-def drop_path_scale(drop_path: nn.Module, x: Tensor) -> Tensor | None:
+def drop_path_scale(drop_path: nn.Module, x: Tensor, gamma: Tensor | None = None) -> Tensor | None:
     """Draw the scale (B,) of each sample's branch: 0 or 1/keep; None where nothing is dropped.
 
-    Drawn exactly as timm's DropPath draws it on ``x``, so that a seed gives the same masks.
+    Drawn exactly as timm's DropPath draws it on ``x · gamma``, so that a seed gives the same masks; in the dtype of
+    that product, as 1/keep rounded to bf16 would scale every branch wrongly.
     """
-    p = getattr(drop_path, "drop_prob", 0.0)
-    if not p or not drop_path.training:
+    if not _drops(drop_path):
         return None
-    keep = 1.0 - p
-    scale = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
+    keep = 1.0 - drop_path.drop_prob
+    dtype = x.dtype if gamma is None else torch.promote_types(x.dtype, gamma.dtype)
+    scale = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1), dtype=dtype).bernoulli_(keep)
     if keep > 0.0 and drop_path.scale_by_keep:
         scale.div_(keep)
     return scale.reshape(-1)
@@ -82,27 +83,47 @@ def mlp(mlp: nn.Module, x: Tensor, *, residual: Tensor | None = None, layer_scal
 def block(block: nn.Module, x: Tensor) -> Tensor:
     """A pre-norm block: ``x + ls1(attn(norm1(x)))``, then ``x + ls2(mlp(norm2(x)))``, with DropPath on both branches.
 
-    The first residual sum, LayerScale and DropPath are one pass with norm2; the second sum and LayerScale are the
-    epilogue of fc2.
+    One op where nothing is dropped. Else the first residual sum, LayerScale and DropPath are one pass with norm2.
     """
-    branch = attention(block.attn, layer_norm(block.norm1, x))
+    attn, mlp_ = block.attn, block.mlp
+    gamma1, gamma2 = getattr(block.ls1, "gamma", None), getattr(block.ls2, "gamma", None)
+    dropouts = (attn.proj_drop, mlp_.drop1, mlp_.drop2)
+    paths = (block.drop_path1, block.drop_path2)
+    if not any(d.training and d.p for d in dropouts) and not any(_drops(path) for path in paths):
+        return ops.block(
+            x,
+            norm1=(block.norm1.weight, block.norm1.bias),
+            qkv=(attn.qkv.weight, attn.qkv.bias),
+            proj=(attn.proj.weight, attn.proj.bias),
+            norm2=(block.norm2.weight, block.norm2.bias),
+            fc1=(mlp_.fc1.weight, mlp_.fc1.bias),
+            fc2=(mlp_.fc2.weight, mlp_.fc2.bias),
+            layer_scale=(gamma1, gamma2),
+            num_heads=attn.num_heads,
+            scale=attn.scale,
+            eps=(block.norm1.eps, block.norm2.eps),
+            activation=activation_name(mlp_.act),
+        )
+    branch = attention(attn, layer_norm(block.norm1, x))
     normed, x = ops.add_layer_norm(
         branch,
         x,
         block.norm2.weight,
         block.norm2.bias,
         block.norm2.eps,
-        layer_scale=getattr(block.ls1, "gamma", None),
-        drop_path_scale=drop_path_scale(block.drop_path1, branch),
+        layer_scale=gamma1,
+        drop_path_scale=drop_path_scale(block.drop_path1, branch, gamma1),
     )
-    gamma = getattr(block.ls2, "gamma", None)
-    if not (getattr(block.drop_path2, "drop_prob", 0.0) and block.drop_path2.training):
-        return mlp(block.mlp, normed, residual=x, layer_scale=gamma)
-    branch = mlp(block.mlp, normed)
-    if gamma is not None:
-        branch = branch * gamma
-    scale = drop_path_scale(block.drop_path2, branch)
-    return torch.addcmul(x, branch, scale.reshape(-1, 1, 1))
+    if not _drops(block.drop_path2):
+        return mlp(mlp_, normed, residual=x, layer_scale=gamma2)
+    branch = mlp(mlp_, normed)
+    if gamma2 is not None:
+        branch = branch * gamma2
+    return torch.addcmul(x, branch, drop_path_scale(block.drop_path2, branch).reshape(-1, 1, 1))
+
+
+def _drops(drop_path: nn.Module) -> bool:
+    return drop_path.training and getattr(drop_path, "drop_prob", 0.0) > 0.0
 
 
 def patch_embed(

@@ -2,6 +2,7 @@
 
 from vitkernels.ops._registry import uses_kernels
 from vitkernels.ops.attention import attention, attention_qkvpacked
+from vitkernels.ops.block import block
 from vitkernels.ops.layer_norm import add_layer_norm, layer_norm
 from vitkernels.ops.linear import linear
 from vitkernels.ops.mlp import mlp
@@ -11,6 +12,7 @@ __all__ = [
     "add_layer_norm",
     "attention",
     "attention_qkvpacked",
+    "block",
     "layer_norm",
     "linear",
     "mlp",

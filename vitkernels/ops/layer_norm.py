@@ -27,7 +27,7 @@ from vitkernels.ops import _tile
 from vitkernels.ops._checks import check_like, check_shape, check_tensor
 from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
 from vitkernels.ops._triton import tl, triton
-from vitkernels.runtime import DeviceFacts, as_rows, cdiv, wide_dtype
+from vitkernels.runtime import DeviceFacts, as_rows, cdiv, promoted_dtype, wide_dtype
 
 MAX_WHOLE_ROW = 8192  # channels that one program holds at once; wider rows pass by in chunks, read several times
 
@@ -74,7 +74,7 @@ def _layer_norm_fwd_kernel(
     M,
     C,
     rows_per_sample,
-    eps,
+    eps: tl.constexpr,  # an argument would be fp32, also in fp64
     HAS_RESIDUAL: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -179,6 +179,8 @@ def _layer_norm_bwd_kernel(
     dweight_ptr,  # (programs, C), this and the next two: each program's share
     dbias_ptr,  # (programs, C)
     dgamma_ptr,  # (programs, C)
+    dr_sum_ptr,  # (programs, C), of dr
+    dresidual_sum_ptr,  # (programs, C), of dresidual
     stride_dy_row,
     stride_dr_row,
     stride_r_row,
@@ -195,6 +197,8 @@ def _layer_norm_bwd_kernel(
     NEEDS_DWEIGHT: tl.constexpr,
     NEEDS_DBIAS: tl.constexpr,
     NEEDS_DGAMMA: tl.constexpr,
+    NEEDS_DR_SUM: tl.constexpr,
+    NEEDS_DRESIDUAL_SUM: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -216,6 +220,8 @@ def _layer_norm_bwd_kernel(
         dweight = tl.zeros((BLOCK_C,), ACC)
         dbias = tl.zeros((BLOCK_C,), ACC)
         dgamma = tl.zeros((BLOCK_C,), ACC)
+        dr_sum = tl.zeros((BLOCK_C,), ACC)
+        dresidual_sum = tl.zeros((BLOCK_C,), ACC)
 
         for first_m in range(pid * BLOCK_M, M, programs * BLOCK_M):
             offs_m = first_m + tl.arange(0, BLOCK_M).to(tl.int64)
@@ -233,7 +239,7 @@ def _layer_norm_bwd_kernel(
             dbias += _tile.sum_rows(dy)
             dweight += _tile.sum_rows(dy * x_hat)
 
-            if NEEDS_DRESIDUAL or NEEDS_DX or NEEDS_DGAMMA:
+            if NEEDS_DRESIDUAL or NEEDS_DX or NEEDS_DGAMMA or NEEDS_DR_SUM or NEEDS_DRESIDUAL_SUM:
                 if WHOLE_ROW:
                     g_mean = tl.sum(g, axis=1) / C
                     gx_mean = tl.sum(g * x_hat, axis=1) / C
@@ -244,7 +250,12 @@ def _layer_norm_bwd_kernel(
                 dr = rstd[:, None] * (g - g_mean[:, None] - x_hat * gx_mean[:, None])
                 if HAS_DR:
                     dr_rows = dr_ptr + offs_m[:, None] * stride_dr_row
-                    dr += tl.load(dr_rows + offs_c[None, :], mask=mask, other=0.0).to(ACC)
+                    upstream = tl.load(dr_rows + offs_c[None, :], mask=mask, other=0.0).to(ACC)
+                    dr += upstream
+                    if NEEDS_DR_SUM:
+                        dr_sum += _tile.sum_rows(upstream)
+                if NEEDS_DRESIDUAL_SUM:
+                    dresidual_sum += _tile.sum_rows(tl.where(mask, dr, 0.0))
                 offs_out = offs_m[:, None] * C + offs_c[None, :]
                 if NEEDS_DRESIDUAL:
                     tl.store(dresidual_ptr + offs_out, _tile.cast(dr, dresidual_ptr.dtype.element_ty), mask=mask)
@@ -265,6 +276,10 @@ def _layer_norm_bwd_kernel(
             tl.store(dbias_ptr + pid * C + offs_c, dbias, mask=mask_c)
         if NEEDS_DGAMMA:
             tl.store(dgamma_ptr + pid * C + offs_c, dgamma, mask=mask_c)
+        if NEEDS_DR_SUM:
+            tl.store(dr_sum_ptr + pid * C + offs_c, dr_sum, mask=mask_c)
+        if NEEDS_DRESIDUAL_SUM:
+            tl.store(dresidual_sum_ptr + pid * C + offs_c, dresidual_sum, mask=mask_c)
 
 
 @triton.jit
@@ -337,7 +352,7 @@ def layer_norm_forward(
         HAS_BIAS=bias is not None,
         HAS_GAMMA=gamma is not None,
         HAS_PATH=path is not None,
-        ACC=_tile.accumulator(x.dtype),
+        ACC=_tile.accumulator(mean.dtype),
         BLOCK_M=config.block_m,
         BLOCK_C=config.block_c,
         WHOLE_ROW=config.block_c >= C,
@@ -359,12 +374,14 @@ def layer_norm_backward(
     eps: float,
     x_dtype: torch.dtype,
     needed: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Launch the backward: gradients of (x, residual, weight, bias, gamma), empty where not ``needed``.
+) -> tuple[Tensor, ...]:
+    """Launch the backward: gradients of (x, residual, weight, bias, gamma), then sums over rows.
 
-    Those of the parameters come in the statistics' dtype.
+    The sums are those of dr, which must be given, and of the residual's gradient: the bias gradients of the linear
+    layers around, at no pass of their own. What is not ``needed``, by position, is empty. Gradients of parameters
+    and sums come in the statistics' dtype.
     """
-    needs_dx, needs_dresidual, needs_dweight, needs_dbias, needs_dgamma = needed
+    needs_dx, needs_dresidual, *needs_sums = needed
     C = r.shape[-1]
     rows, dy_rows = as_rows(r), as_rows(dy)
     dr_rows = rows if dr is None else as_rows(dr)
@@ -373,11 +390,10 @@ def layer_norm_backward(
     dx = torch.empty(r.shape if needs_dx else (0,), dtype=x_dtype, device=r.device)
     dresidual = torch.empty(r.shape if needs_dresidual else (0,), dtype=r.dtype, device=r.device)
     if M == 0:
-        shares = [torch.zeros((1, C), dtype=mean.dtype, device=r.device) for _ in range(3)]
+        shares = [torch.zeros((1, C), dtype=mean.dtype, device=r.device) for _ in needs_sums]
     else:
         config = choose_config(M, C, runtime.device_facts(r.device))
-        shares = [torch.empty((config.programs, C), dtype=mean.dtype, device=r.device) if n else mean
-                  for n in (needs_dweight, needs_dbias, needs_dgamma)]  # fmt: skip
+        shares = [torch.empty((config.programs if n else 0, C), dtype=mean.dtype, device=r.device) for n in needs_sums]
         _layer_norm_bwd_kernel[(config.programs,)](
             dy_ptr=dy_rows,
             dr_ptr=dr_rows,
@@ -393,6 +409,8 @@ def layer_norm_backward(
             dweight_ptr=shares[0],
             dbias_ptr=shares[1],
             dgamma_ptr=shares[2],
+            dr_sum_ptr=shares[3],
+            dresidual_sum_ptr=shares[4],
             stride_dy_row=dy_rows.stride(0),
             stride_dr_row=dr_rows.stride(0),
             stride_r_row=rows.stride(0),
@@ -406,20 +424,19 @@ def layer_norm_backward(
             HAS_PATH=path is not None,
             NEEDS_DRESIDUAL=needs_dresidual,
             NEEDS_DX=needs_dx,
-            NEEDS_DWEIGHT=needs_dweight,
-            NEEDS_DBIAS=needs_dbias,
-            NEEDS_DGAMMA=needs_dgamma,
+            NEEDS_DWEIGHT=needs_sums[0],
+            NEEDS_DBIAS=needs_sums[1],
+            NEEDS_DGAMMA=needs_sums[2],
+            NEEDS_DR_SUM=needs_sums[3],
+            NEEDS_DRESIDUAL_SUM=needs_sums[4],
             ACC=_tile.accumulator(r.dtype),
             BLOCK_M=config.block_m,
             BLOCK_C=config.block_c,
             WHOLE_ROW=config.block_c >= C,
             num_warps=config.num_warps,
         )
-    dweight, dbias, dgamma = (
-        share.sum(0) if n else mean.new_empty(0)
-        for share, n in zip(shares, (needs_dweight, needs_dbias, needs_dgamma), strict=True)
-    )
-    return dx, dresidual, dweight, dbias, dgamma
+    sums = (share.sum(0) if n else mean.new_empty(0) for share, n in zip(shares, needs_sums, strict=True))
+    return dx, dresidual, *sums
 
 
 def _vector(v: Tensor | None, placeholder: Tensor) -> Tensor:
@@ -428,17 +445,17 @@ def _vector(v: Tensor | None, placeholder: Tensor) -> Tensor:
 
 def _forward_outputs(x, residual, weight, bias, gamma, path, eps, out_dtype):
     y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
-    sum_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    sum_dtype = promoted_dtype(x, residual, gamma, path)
     r = torch.empty((0,) if residual is None else x.shape, dtype=sum_dtype, device=x.device)
-    mean = torch.empty(x.shape[:-1].numel(), dtype=wide_dtype(x.dtype), device=x.device)
+    mean = torch.empty(x.shape[:-1].numel(), dtype=wide_dtype(sum_dtype), device=x.device)
     return y, r, mean, torch.empty_like(mean)
 
 
 def _reference_forward(x, residual, weight, bias, gamma, path, eps, out_dtype):
-    statistics = wide_dtype(x.dtype)
     r = x
     if residual is not None:
         r = reference.add_layer_norm(x, residual, layer_scale=gamma, drop_path_scale=path)[1]
+    statistics = wide_dtype(r.dtype)
     rows = r.reshape(-1, r.shape[-1]).to(statistics)
     rstd = (rows.var(-1, correction=0) + eps).rsqrt()
     y = reference.layer_norm(r.to(out_dtype), *_cast(out_dtype, weight, bias), eps).contiguous()
@@ -453,10 +470,12 @@ def _reference_backward(dy, dr, r, x, weight, gamma, path, mean, rstd, eps, x_dt
         lambda r, w, b: reference.layer_norm(r, w, b, eps), (wide_r, wide_weight, bias), (wide_dy,),
         (True, needed[2], needed[3]),
     )  # fmt: skip
+    rows = tuple(range(r.ndim - 1))
+    dr_sum = dr.sum(rows, dtype=statistics) if needed[5] else d_sum.new_empty(0)
     if dr is not None:
         d_sum = d_sum + dr
     branch = d_sum if path is None else d_sum * path.reshape(-1, *[1] * (r.ndim - 1))
-    dgamma = (branch * x).sum(dim=tuple(range(r.ndim - 1))) if needed[4] else d_sum.new_empty(0)
+    dgamma = (branch * x).sum(rows) if needed[4] else d_sum.new_empty(0)
     dx = (branch if gamma is None else branch * gamma).to(x_dtype, copy=True)
     return (
         dx if needed[0] else dx.new_empty(0),
@@ -464,6 +483,8 @@ def _reference_backward(dy, dr, r, x, weight, gamma, path, mean, rstd, eps, x_dt
         dweight,
         dbias,
         dgamma.to(statistics),
+        dr_sum,
+        d_sum.sum(rows) if needed[6] else d_sum.new_empty(0),
     )
 
 
@@ -479,17 +500,17 @@ def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.to(dtype) for t in tensors]
 
 
-_layer_norm_fwd = register(
+layer_norm_fwd = register(
     "layer_norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? gamma, Tensor? path, float eps, "
     "ScalarType out_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
     launcher=layer_norm_forward,
     reference=_reference_forward,
     fake=_forward_outputs,
 )
-_layer_norm_bwd = register(
+layer_norm_bwd = register(
     "layer_norm_bwd(Tensor dy, Tensor? dr, Tensor r, Tensor? x, Tensor? weight, Tensor? gamma, Tensor? path, "
     "Tensor mean, Tensor rstd, float eps, ScalarType x_dtype, bool[] needed) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     launcher=layer_norm_backward,
     reference=_reference_backward,
     fake=_fake_backward,
@@ -501,7 +522,7 @@ class LayerNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, residual, weight, bias, gamma, path, eps, out_dtype):
-        y, r, mean, rstd = _layer_norm_fwd(x, residual, weight, bias, gamma, path, eps, out_dtype)
+        y, r, mean, rstd = layer_norm_fwd(x, residual, weight, bias, gamma, path, eps, out_dtype)
         plain = residual is None
         branch = x if gamma is not None and ctx.needs_input_grad[4] else None
         ctx.save_for_backward(x if plain else r, branch, weight, gamma, path, mean, rstd)
@@ -524,12 +545,13 @@ class LayerNormFunction(torch.autograd.Function):
             # Without LayerScale and DropPath both gradients are the same tensor.
             shared = gamma is None and path is None and ctx.x_dtype == r.dtype
             needed = [needs_x and not shared, needs_residual or (needs_x and shared)]
-        dx, dresidual, *parameters = _layer_norm_bwd(
-            dy, dr, r, x, weight, gamma, path, mean, rstd, ctx.eps, ctx.x_dtype, needed + needs_parameters
+        needed += [*needs_parameters, False, False]
+        dx, dresidual, *parameters = layer_norm_bwd(
+            dy, dr, r, x, weight, gamma, path, mean, rstd, ctx.eps, ctx.x_dtype, needed
         )
         grads = [
             g.to(dtype) if n else None
-            for g, dtype, n in zip(parameters, ctx.parameter_dtypes, needs_parameters, strict=True)
+            for g, dtype, n in zip(parameters[:3], ctx.parameter_dtypes, needs_parameters, strict=True)
         ]
         if ctx.plain:
             dx, dresidual = dresidual, None
@@ -558,12 +580,12 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
 
     Reference: arXiv 1607.06450.
     """
-    _check("layer_norm", x, weight, bias, eps)
+    check_layer_norm("layer_norm", x, weight, bias, eps)
     if not uses_kernels(x):
         return reference.layer_norm(x, *_as_torch_wants(x.dtype, weight, bias), eps)
     if needs_grad(x, weight, bias):
         return LayerNormFunction.apply(x, None, weight, bias, None, None, eps, _normed_dtype(x))
-    return _layer_norm_fwd(x, None, weight, bias, None, None, eps, _normed_dtype(x))[0]
+    return layer_norm_fwd(x, None, weight, bias, None, None, eps, _normed_dtype(x))[0]
 
 
 def add_layer_norm(
@@ -589,8 +611,8 @@ def add_layer_norm(
             not require a gradient.
 
     Returns:
-        ``(normed, new_residual)``, both of ``x``'s shape and contiguous; the sum in the wider dtype of ``x`` and
-        ``residual``, the normed in the sum's (fp32 under CUDA autocast).
+        ``(normed, new_residual)``, both of ``x``'s shape and contiguous; the sum in the widest dtype of its terms and
+        scales, the normed in the sum's (fp32 under CUDA autocast).
 
     Raises:
         ValueError, TypeError: As for :func:`layer_norm`.
@@ -602,28 +624,31 @@ def add_layer_norm(
     check_tensor(op, "x", x)
     check_like(op, "residual", residual, "x", x, dtype=False)
     check_shape(op, "residual", residual, x.shape, "x's shape")
-    _check(op, residual if residual.dtype.itemsize >= x.dtype.itemsize else x, weight, bias, eps)
+    check_layer_norm(op, residual if residual.dtype.itemsize >= x.dtype.itemsize else x, weight, bias, eps)
     if layer_scale is not None:
         _check_parameter(op, "layer_scale", layer_scale, residual)
     if drop_path_scale is not None:
         check_like(op, "drop_path_scale", drop_path_scale, "x", x, dtype=False)
+        if x.ndim < 2:
+            raise ValueError(f"{op}: x has shape {tuple(x.shape)}; drop_path_scale needs (batch, ..., channels)")
         check_shape(op, "drop_path_scale", drop_path_scale, x.shape[:1], "one scale a sample of x")
         if drop_path_scale.requires_grad:
             raise NotImplementedError(f"{op}: drop_path_scale requires a gradient; it is a drawn constant: detach it")
-    sum_dtype = torch.promote_types(x.dtype, residual.dtype)
+    sum_dtype = promoted_dtype(x, residual, layer_scale, drop_path_scale)
     if not uses_kernels(x):
-        return reference.add_layer_norm(
+        outputs = reference.add_layer_norm(
             x,
             residual,
             *_as_torch_wants(sum_dtype, weight, bias),
             eps,
-            layer_scale=None if layer_scale is None else layer_scale.to(x.dtype),
-            drop_path_scale=None if drop_path_scale is None else drop_path_scale.to(x.dtype),
+            layer_scale=layer_scale,
+            drop_path_scale=drop_path_scale,
         )
-    out_dtype = _normed_dtype(x) if autocasts(x) else sum_dtype
+        return outputs[0].contiguous(), outputs[1].contiguous()
+    out_dtype = torch.promote_types(sum_dtype, torch.float32) if autocasts(x) else sum_dtype
     if needs_grad(x, residual, weight, bias, layer_scale):
         return LayerNormFunction.apply(x, residual, weight, bias, layer_scale, drop_path_scale, eps, out_dtype)
-    return _layer_norm_fwd(x, residual, weight, bias, layer_scale, drop_path_scale, eps, out_dtype)[:2]
+    return layer_norm_fwd(x, residual, weight, bias, layer_scale, drop_path_scale, eps, out_dtype)[:2]
 
 
 def autocasts(x: Tensor) -> bool:
@@ -641,7 +666,8 @@ def _as_torch_wants(dtype: torch.dtype, *parameters: Tensor | None) -> list[Tens
     return list(parameters) if autocast else _cast(dtype, *parameters)
 
 
-def _check(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
+def check_layer_norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
+    """Require floating-point rows, parameters of their width and a usable eps."""
     check_tensor(op, "x", x)
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}; expected at least one channel in the last dim")

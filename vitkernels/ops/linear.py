@@ -22,7 +22,7 @@ from vitkernels.ops._checks import check_like, check_shape, check_tensor
 from vitkernels.ops._product import product, within_reach
 from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
 from vitkernels.ops._triton import tl, triton
-from vitkernels.runtime import cdiv, next_power_of_2, wide_dtype
+from vitkernels.runtime import cdiv, next_power_of_2, promoted_dtype, wide_dtype
 
 
 @triton.jit
@@ -146,7 +146,7 @@ def weight_gradients(
         dy: (M, N), any strides.
         x: (M, K), any strides.
     """
-    sums_dtype = wide_dtype(x.dtype)
+    sums_dtype = wide_dtype(weight.dtype)
     dweight, dgamma = dy.new_empty(0), dy.new_empty(0)
     if needs_dweight or needs_dgamma:
         dweight, _ = product(dy.t(), x, out_dtype=sums_dtype if gamma is not None else None)
@@ -235,14 +235,14 @@ def _reference_backward(dy, x, weight, bias, z, gamma, activation, needed):
     return *grads[:3], grads[3].to(wide_dtype(x.dtype))
 
 
-_linear_fwd = register(
+linear_fwd = register(
     "linear_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? residual, str? activation, "
     "ScalarType out_dtype, bool save_z) -> (Tensor, Tensor)",
     launcher=linear_forward,
     reference=_reference_forward,
     fake=_fake_forward,
 )
-_linear_bwd = register(
+linear_bwd = register(
     "linear_bwd(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? z, Tensor? gamma, str? activation, "
     "bool[] needed) -> (Tensor, Tensor, Tensor, Tensor)",
     launcher=linear_backward,
@@ -257,7 +257,7 @@ class LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, gamma, residual, activation, out_dtype):
         save_z = activation is not None and any(ctx.needs_input_grad[:4])
-        y, z = _linear_fwd(x, weight, bias, gamma, residual, activation, out_dtype, save_z)
+        y, z = linear_fwd(x, weight, bias, gamma, residual, activation, out_dtype, save_z)
         ctx.save_for_backward(x, weight, bias, z if save_z else None, gamma)
         ctx.activation = activation
         ctx.gamma_dtype = None if gamma is None else gamma.dtype
@@ -270,7 +270,7 @@ class LinearFunction(torch.autograd.Function):
         needed = list(ctx.needs_input_grad[:4])
         grads = [None] * 4
         if any(needed):
-            results = _linear_bwd(dy, *ctx.saved_tensors, ctx.activation, needed)
+            results = linear_bwd(dy, *ctx.saved_tensors, ctx.activation, needed)
             grads = [g if n else None for g, n in zip(results, needed, strict=True)]
         if needed[3]:
             grads[3] = grads[3].to(ctx.gamma_dtype)
@@ -315,22 +315,14 @@ def linear(
     check_weights(op, "weight", weight, "bias", bias, "x", x, x.shape[-1], dtype=dtype is None)
     check_epilogue(op, residual, layer_scale, x, weight)
     if not uses_kernels(x):
-        return reference.linear(x, weight, bias, activation=activation, residual=residual, layer_scale=layer_scale)
+        y = reference.linear(x, weight, bias, activation=activation, residual=residual, layer_scale=layer_scale)
+        return y.contiguous()
     if dtype is not None:
         x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
-    out_dtype = epilogue_dtype(x, residual, layer_scale)
+    out_dtype = promoted_dtype(x, residual, layer_scale)
     if needs_grad(x, weight, bias, residual, layer_scale):
         return LinearFunction.apply(x, weight, bias, layer_scale, residual, activation, out_dtype)
-    return _linear_fwd(x, weight, bias, layer_scale, residual, activation, out_dtype, False)[0]
-
-
-def epilogue_dtype(x: Tensor, *others: Tensor | None) -> torch.dtype:
-    """The dtype of a sum of ``x`` and ``others``: the widest."""
-    dtype = x.dtype
-    for t in others:
-        if t is not None:
-            dtype = torch.promote_types(dtype, t.dtype)
-    return dtype
+    return linear_fwd(x, weight, bias, layer_scale, residual, activation, out_dtype, False)[0]
 
 
 def check_input(op: str, x: Tensor) -> None:

@@ -5,8 +5,9 @@ Backward:    dz = (dy (γ ∘ W2)) · act'(z),  dx = dz W1,  dW1 = dzᵀ x,  db1
              dW2, db2 and dγ as in linear.py, from dy and act(z);  dresidual = dy
 
 Shapes: rows M (all leading dims), channels C in and C' out, hidden features F. Saved for backward: x, both
-weights and z alone, half of what PyTorch keeps; act(z) is made again by the product that computes dz, which has
-z at hand, and lives until dW2 is done. db1 is summed inside that product: one row of shares a block of rows.
+weights, z and act(z), as PyTorch does; with ``recompute`` z alone: act(z) is then made again by the product that
+computes dz, which has z at hand, and lives until dW2 is done. That halves the memory, and costs one more write of
+M·F elements. db1 is summed inside that product: one row of shares a block of rows.
 """
 
 from __future__ import annotations
@@ -23,45 +24,50 @@ from vitkernels.ops.linear import (
     check_epilogue,
     check_input,
     check_weights,
-    epilogue_dtype,
     fold_layer_scale,
     linear_forward,
     weight_gradients,
 )
-from vitkernels.runtime import wide_dtype
+from vitkernels.runtime import promoted_dtype, wide_dtype
 
 
-def mlp_forward(x, w1, b1, w2, b2, gamma, residual, activation, out_dtype, save_z):
-    """Launch the forward on (..., C): ``(y, z)``, z empty unless saved."""
+def mlp_forward(x, w1, b1, w2, b2, gamma, residual, activation, out_dtype, save_z, save_act):
+    """Launch the forward on (..., C): ``(y, z, act)``, the last two empty unless saved."""
     act, z = linear_forward(x, w1, b1, None, None, activation or "none", x.dtype, save_z)
-    return linear_forward(act, w2, b2, gamma, residual, None, out_dtype, False)[0], z
+    y, _ = linear_forward(act, w2, b2, gamma, residual, None, out_dtype, False)
+    return y, z, act if save_act else x.new_empty(0)
 
 
-def mlp_backward(dy, x, w1, w2, b2, gamma, z, activation, needed):
-    """Launch the backward: gradients of (x, w1, b1, w2, b2, gamma), empty where not ``needed``."""
+def mlp_backward(dy, x, w1, w2, b2, gamma, z, act, activation, needed):
+    """Launch the backward: gradients of (x, w1, b1, w2, b2, gamma), empty where not ``needed``.
+
+    ``act`` is None where it is to be computed again.
+    """
     needs_dx, needs_dw1, needs_db1, needs_dw2, needs_db2, needs_dgamma = needed
     M = x.shape[:-1].numel()
     rows, z, dy = x.reshape(M, x.shape[-1]), z.reshape(M, w1.shape[0]), dy.reshape(M, w2.shape[0]).to(x.dtype)
-    save_act = needs_dw2 or needs_dgamma
+    make_act = act is None and (needs_dw2 or needs_dgamma)
     if needs_dx or needs_dw1 or needs_db1:
         folded, alpha = fold_layer_scale(w2, gamma)
-        dz, act, db1 = product_dact(dy, folded, z, activation, alpha=alpha, save_act=save_act, sum_dz=needs_db1)
+        dz, made, db1 = product_dact(dy, folded, z, activation, alpha=alpha, save_act=make_act, sum_dz=needs_db1)
     else:
-        act, db1 = reference.activate(z, activation) if save_act else None, x.new_empty(0)
+        made, db1 = reference.activate(z, activation) if make_act else None, x.new_empty(0)
+    act = made if act is None else act.reshape(M, w1.shape[0])
     dw2, db2_grad, dgamma = weight_gradients(dy, act, w2, b2, gamma, needs_dw2, needs_db2, needs_dgamma)
-    del act  # as large as z
+    del act, made  # as large as z
     dx = product(dz, w1)[0].view(x.shape) if needs_dx else x.new_empty(0)
     dw1 = product(dz.t(), rows)[0] if needs_dw1 else x.new_empty(0)
     return dx, dw1, db1.to(x.dtype), dw2, db2_grad.to(x.dtype), dgamma.to(wide_dtype(x.dtype))
 
 
-def _fake_forward(x, w1, b1, w2, b2, gamma, residual, activation, out_dtype, save_z):
+def _fake_forward(x, w1, b1, w2, b2, gamma, residual, activation, out_dtype, save_z, save_act):
     lead = x.shape[:-1]
     y = x.new_empty((*lead, w2.shape[0]), dtype=out_dtype)
-    return y, x.new_empty((*lead, w1.shape[0]) if save_z else (0,))
+    z, act = (x.new_empty((*lead, w1.shape[0]) if save else (0,)) for save in (save_z, save_act))
+    return y, z, act
 
 
-def _fake_backward(dy, x, w1, w2, b2, gamma, z, activation, needed):
+def _fake_backward(dy, x, w1, w2, b2, gamma, z, act, activation, needed):
     shapes = (x.shape, w1.shape, w1.shape[:1], w2.shape, w2.shape[:1], w2.shape[:1])
     dtypes = (*[x.dtype] * 5, wide_dtype(x.dtype))
     return tuple(
@@ -69,13 +75,14 @@ def _fake_backward(dy, x, w1, w2, b2, gamma, z, activation, needed):
     )
 
 
-def _reference_forward(x, w1, b1, w2, b2, gamma, residual, activation, out_dtype, save_z):
+def _reference_forward(x, w1, b1, w2, b2, gamma, residual, activation, out_dtype, save_z, save_act):
     y = reference.mlp(x, w1, b1, w2, b2, activation=activation, residual=residual, layer_scale=gamma)
     z = reference.linear(x, w1, b1) if save_z else x.new_empty(0)
-    return y.to(out_dtype).contiguous(), z.contiguous()
+    act = reference.linear(x, w1, b1, activation=activation) if save_act else x.new_empty(0)
+    return y.to(out_dtype).contiguous(), z.contiguous(), act.contiguous()
 
 
-def _reference_backward(dy, x, w1, w2, b2, gamma, z, activation, needed):
+def _reference_backward(dy, x, w1, w2, b2, gamma, z, act, activation, needed):
     # z holds b1 already; differentiate by z and go on by hand.
     def tail(z, w2, b2, gamma):
         return reference.linear(reference.activate(z, activation), w2, b2, layer_scale=gamma)
@@ -90,16 +97,16 @@ def _reference_backward(dy, x, w1, w2, b2, gamma, z, activation, needed):
     return dx, dw1, db1, dw2, db2, dgamma.to(wide_dtype(x.dtype))
 
 
-_mlp_fwd = register(
+mlp_fwd = register(
     "mlp_fwd(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? gamma, Tensor? residual, "
-    "str? activation, ScalarType out_dtype, bool save_z) -> (Tensor, Tensor)",
+    "str? activation, ScalarType out_dtype, bool save_z, bool save_act) -> (Tensor, Tensor, Tensor)",
     launcher=mlp_forward,
     reference=_reference_forward,
     fake=_fake_forward,
 )
-_mlp_bwd = register(
-    "mlp_bwd(Tensor dy, Tensor x, Tensor w1, Tensor w2, Tensor? b2, Tensor? gamma, Tensor z, str? activation, "
-    "bool[] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+mlp_bwd = register(
+    "mlp_bwd(Tensor dy, Tensor x, Tensor w1, Tensor w2, Tensor? b2, Tensor? gamma, Tensor z, Tensor? act, "
+    "str? activation, bool[] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     launcher=mlp_backward,
     reference=_reference_backward,
     fake=_fake_backward,
@@ -110,10 +117,11 @@ class MlpFunction(torch.autograd.Function):
     """Autograd for :func:`mlp`."""
 
     @staticmethod
-    def forward(ctx, x, w1, b1, w2, b2, gamma, residual, activation, out_dtype):
+    def forward(ctx, x, w1, b1, w2, b2, gamma, residual, activation, out_dtype, recompute):
         save_z = any(ctx.needs_input_grad[:6])
-        y, z = _mlp_fwd(x, w1, b1, w2, b2, gamma, residual, activation, out_dtype, save_z)
-        ctx.save_for_backward(x, w1, w2, b2, gamma, z)
+        save_act = (ctx.needs_input_grad[3] or ctx.needs_input_grad[5]) and not recompute
+        y, z, act = mlp_fwd(x, w1, b1, w2, b2, gamma, residual, activation, out_dtype, save_z, save_act)
+        ctx.save_for_backward(x, w1, w2, b2, gamma, z, act if save_act else None)
         ctx.activation = activation
         ctx.gamma_dtype = None if gamma is None else gamma.dtype
         ctx.residual_dtype = None if residual is None else residual.dtype
@@ -125,12 +133,12 @@ class MlpFunction(torch.autograd.Function):
         needed = list(ctx.needs_input_grad[:6])
         grads = [None] * 6
         if any(needed):
-            results = _mlp_bwd(dy, *ctx.saved_tensors, ctx.activation, needed)
+            results = mlp_bwd(dy, *ctx.saved_tensors, ctx.activation, needed)
             grads = [g if n else None for g, n in zip(results, needed, strict=True)]
         if needed[5]:
             grads[5] = grads[5].to(ctx.gamma_dtype)
         dresidual = dy.to(ctx.residual_dtype) if ctx.needs_input_grad[6] else None
-        return *grads, dresidual, None, None
+        return *grads, dresidual, None, None, None
 
 
 def mlp(
@@ -143,6 +151,7 @@ def mlp(
     activation: str | None = "gelu",
     residual: Tensor | None = None,
     layer_scale: Tensor | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """``residual + layer_scale · (activation(x W1ᵀ + b1) W2ᵀ + b2)``.
 
@@ -155,6 +164,7 @@ def mlp(
         activation: ``gelu`` (with erf), ``gelu_tanh``, ``quick_gelu`` (x·σ(1.702 x)), ``silu`` or None.
         residual: (..., C'), any floating dtype, or None.
         layer_scale: γ of LayerScale, (C',), any floating dtype, or None.
+        recompute: Keep one hidden tensor for backward and compute the other again: half the memory.
 
     Returns:
         (..., C'), contiguous, in the widest dtype among ``x``, ``residual`` and ``layer_scale``. Under autocast the
@@ -175,10 +185,11 @@ def mlp(
     check_weights(op, "w2", w2, "b2", b2, "x", x, w1.shape[0], dtype=dtype is None)
     check_epilogue(op, residual, layer_scale, x, w2)
     if not uses_kernels(x):
-        return reference.mlp(x, w1, b1, w2, b2, activation=activation, residual=residual, layer_scale=layer_scale)
+        y = reference.mlp(x, w1, b1, w2, b2, activation=activation, residual=residual, layer_scale=layer_scale)
+        return y.contiguous()
     if dtype is not None:
         x, w1, b1, w2, b2 = (None if t is None else t.to(dtype) for t in (x, w1, b1, w2, b2))
-    out_dtype = epilogue_dtype(x, residual, layer_scale)
+    out_dtype = promoted_dtype(x, residual, layer_scale)
     if needs_grad(x, w1, b1, w2, b2, residual, layer_scale):
-        return MlpFunction.apply(x, w1, b1, w2, b2, layer_scale, residual, activation, out_dtype)
-    return _mlp_fwd(x, w1, b1, w2, b2, layer_scale, residual, activation, out_dtype, False)[0]
+        return MlpFunction.apply(x, w1, b1, w2, b2, layer_scale, residual, activation, out_dtype, recompute)
+    return mlp_fwd(x, w1, b1, w2, b2, layer_scale, residual, activation, out_dtype, False, False)[0]

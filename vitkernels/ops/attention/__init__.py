@@ -51,14 +51,15 @@ def _packed_forward(qkv, scale):
     return attention_forward(*qkv.unbind(2), scale)
 
 
-def _packed_backward(do, qkv, o, lse, scale):
-    dqkv = _packed_gradient(do, qkv, o, lse, scale)
-    attention_backward(do, *qkv.unbind(2), o, lse, scale, *dqkv.unbind(2))
-    return dqkv
+def _packed_backward(do, qkv, o, lse, scale, needs_sum):
+    dqkv, dqkv_sum = _packed_gradients(do, qkv, o, lse, scale, needs_sum)
+    sums = attention_backward(do, *qkv.unbind(2), o, lse, scale, *dqkv.unbind(2), needs_sums=needs_sum)
+    return dqkv, torch.cat([sums[0].unsqueeze(0), sums[1]]) if needs_sum else dqkv_sum
 
 
-def _packed_gradient(do, qkv, o, lse, scale):
-    return torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+def _packed_gradients(do, qkv, o, lse, scale, needs_sum):
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    return dqkv, torch.empty(qkv.shape[2:] if needs_sum else (0,), dtype=lse.dtype, device=qkv.device)
 
 
 def _reference_output(q, k, v, scale):
@@ -77,8 +78,9 @@ def _reference_backward(do, q, k, v, o, lse, scale, needed):
     )
 
 
-def _reference_packed_backward(do, qkv, o, lse, scale):
-    return reference_gradients(lambda x: _reference_output(*x.unbind(2), scale), (qkv,), (do,), (True,))[0]
+def _reference_packed_backward(do, qkv, o, lse, scale, needs_sum):
+    (dqkv,) = reference_gradients(lambda x: _reference_output(*x.unbind(2), scale), (qkv,), (do,), (True,))
+    return dqkv, dqkv.sum((0, 1), dtype=lse.dtype) if needs_sum else lse.new_empty(0)
 
 
 _attention_fwd = register(
@@ -94,17 +96,18 @@ _attention_bwd = register(
     reference=_reference_backward,
     fake=_gradients,
 )
-_attention_qkvpacked_fwd = register(
+attention_qkvpacked_fwd = register(
     "attention_qkvpacked_fwd(Tensor qkv, float scale) -> (Tensor, Tensor)",
     launcher=_packed_forward,
     reference=lambda qkv, scale: _reference_forward(*qkv.unbind(2), scale),
     fake=lambda qkv, scale: forward_outputs(*qkv.unbind(2), scale),
 )
-_attention_qkvpacked_bwd = register(
-    "attention_qkvpacked_bwd(Tensor do, Tensor qkv, Tensor o, Tensor lse, float scale) -> Tensor",
+attention_qkvpacked_bwd = register(
+    "attention_qkvpacked_bwd(Tensor do, Tensor qkv, Tensor o, Tensor lse, float scale, bool needs_sum) "
+    "-> (Tensor, Tensor)",
     launcher=_packed_backward,
     reference=_reference_packed_backward,
-    fake=_packed_gradient,
+    fake=_packed_gradients,
 )
 
 
@@ -131,7 +134,7 @@ class AttentionQkvpackedFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, qkv, scale):
-        o, lse = _attention_qkvpacked_fwd(qkv, scale)
+        o, lse = attention_qkvpacked_fwd(qkv, scale)
         ctx.save_for_backward(qkv, o, lse)
         ctx.scale = scale
         return o
@@ -139,7 +142,7 @@ class AttentionQkvpackedFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, do):
-        return _attention_qkvpacked_bwd(do, *ctx.saved_tensors, ctx.scale), None
+        return attention_qkvpacked_bwd(do, *ctx.saved_tensors, ctx.scale, False)[0], None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
@@ -212,7 +215,7 @@ def attention_qkvpacked(qkv: Tensor, *, scale: float | None = None) -> Tensor:
         return reference.attention_qkvpacked(qkv, scale=scale).contiguous()
     if needs_grad(qkv):
         return AttentionQkvpackedFunction.apply(qkv, scale)
-    return _attention_qkvpacked_fwd(qkv, scale)[0]
+    return attention_qkvpacked_fwd(qkv, scale)[0]
 
 
 def _autocast(*tensors: Tensor) -> list[Tensor]:

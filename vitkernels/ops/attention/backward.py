@@ -64,6 +64,7 @@ def _attention_bwd_dkv_kernel(
     delta_ptr,  # (B, H, N_q)
     dk_ptr,  # (B, N_kv, H, D)
     dv_ptr,  # (B, N_kv, H, D), the strides of dk
+    sums_ptr,  # (B, blocks, 2, H, D): each block's sums over keys of dk and dv, with NEEDS_SUMS
     stride_do_b,
     stride_do_n,
     stride_do_h,
@@ -83,9 +84,10 @@ def _attention_bwd_dkv_kernel(
     N_kv,
     H,
     num_blocks,
-    scale,
-    scale_log2,
+    scale: tl.constexpr,  # an argument would be fp32, also in fp64
+    scale_log2: tl.constexpr,
     D: tl.constexpr,
+    NEEDS_SUMS: tl.constexpr,
     ALIGN: tl.constexpr,
     INDEX: tl.constexpr,
     ACC: tl.constexpr,
@@ -128,6 +130,11 @@ def _attention_bwd_dkv_kernel(
     dv_head = head_ptr(dv_ptr, b, h, stride_dk_b, stride_dk_h, ALIGN)
     store_rows(dk_head, dk * scale, offs_n, stride_dk_n, mask_n, D, BLOCK_D, ALIGN)
     store_rows(dv_head, dv, offs_n, stride_dk_n, mask_n, D, BLOCK_D, ALIGN)
+    if NEEDS_SUMS:
+        offs_d = tl.arange(0, BLOCK_D)
+        sums = sums_ptr + ((b * num_blocks + pid % num_blocks) * 2 * H + h) * D + offs_d
+        tl.store(sums, _tile.sum_rows(tl.where(mask_n[:, None], dk * scale, 0.0)), mask=offs_d < D)
+        tl.store(sums + H * D, _tile.sum_rows(tl.where(mask_n[:, None], dv, 0.0)), mask=offs_d < D)
 
 
 @triton.jit
@@ -139,6 +146,7 @@ def _attention_bwd_dq_kernel(
     lse_ptr,  # (B, H, N_q)
     delta_ptr,  # (B, H, N_q)
     dq_ptr,  # (B, N_q, H, D)
+    sums_ptr,  # (B, blocks, H, D): each block's sum over queries of dq, with NEEDS_SUMS
     stride_do_b,
     stride_do_n,
     stride_do_h,
@@ -158,9 +166,10 @@ def _attention_bwd_dq_kernel(
     N_kv,
     H,
     num_blocks,
-    scale,
-    scale_log2,
+    scale: tl.constexpr,  # an argument would be fp32, also in fp64
+    scale_log2: tl.constexpr,
     D: tl.constexpr,
+    NEEDS_SUMS: tl.constexpr,
     ALIGN: tl.constexpr,
     INDEX: tl.constexpr,
     ACC: tl.constexpr,
@@ -198,6 +207,10 @@ def _attention_bwd_dq_kernel(
 
     dq_head = head_ptr(dq_ptr, b, h, stride_dq_b, stride_dq_h, ALIGN)
     store_rows(dq_head, dq * scale, offs_m, stride_dq_n, mask_m, D, BLOCK_D, ALIGN)
+    if NEEDS_SUMS:
+        offs_d = tl.arange(0, BLOCK_D)
+        sums = sums_ptr + ((b * num_blocks + pid % num_blocks) * H + h) * D + offs_d
+        tl.store(sums, _tile.sum_rows(tl.where(mask_m[:, None], dq * scale, 0.0)), mask=offs_d < D)
 
 
 def attention_backward(
@@ -211,13 +224,17 @@ def attention_backward(
     dq: Tensor | None,
     dk: Tensor | None,
     dv: Tensor | None,
-) -> None:
+    needs_sums: bool = False,
+) -> tuple[Tensor, Tensor] | None:
     """Launch the backward into ``dq`` and into ``dk`` and ``dv``, or skip what is None; shapes as in the forward.
 
-    ``dk`` and ``dv`` have the same strides; all gradients have unit stride along the last dim.
+    ``dk`` and ``dv`` have the same strides; all gradients have unit stride along the last dim. With ``needs_sums``,
+    which needs all three, returns their sums over images and tokens, (H, D) and (2, H, D): the bias gradient of the
+    projection in front, at no pass of its own.
     """
     if q.numel() == 0 or (dq is None and dk is None):
-        return
+        zeros = torch.zeros((3, *q.shape[2:]), dtype=lse.dtype, device=q.device)
+        return (zeros[0], zeros[1:]) if needs_sums else None
     do, q, k, v = (unit_stride(t) for t in (do, q, k, v))
     B, N_q, H, D = q.shape
     N_kv = k.shape[1]
@@ -257,14 +274,19 @@ def attention_backward(
         "scale": scale,
         "scale_log2": scale * LOG2_E,
         **sizes,
-        "PRECISION": runtime.dot_precision(),
+        "NEEDS_SUMS": needs_sums,
+        "PRECISION": runtime.dot_precision(q.device),
     }
+    dkv_sums = dq_sums = lse
     if dk is not None:
         num_blocks = runtime.cdiv(N_kv, config.dkv.block_n)
+        if needs_sums:
+            dkv_sums = torch.empty((B, num_blocks, 2, H, D), dtype=lse.dtype, device=q.device)
         _attention_bwd_dkv_kernel[(B * H * num_blocks,)](
             **common,
             dk_ptr=dk,
             dv_ptr=dv,
+            sums_ptr=dkv_sums,
             **strides("dk", dk),
             num_blocks=num_blocks,
             **addressing(do, q, k, v, dk, dv),
@@ -275,9 +297,12 @@ def attention_backward(
         )
     if dq is not None:
         num_blocks = runtime.cdiv(N_q, config.dq.block_m)
+        if needs_sums:
+            dq_sums = torch.empty((B, num_blocks, H, D), dtype=lse.dtype, device=q.device)
         _attention_bwd_dq_kernel[(B * H * num_blocks,)](
             **common,
             dq_ptr=dq,
+            sums_ptr=dq_sums,
             **strides("dq", dq),
             num_blocks=num_blocks,
             **addressing(do, q, k, v, dq),
@@ -286,3 +311,4 @@ def attention_backward(
             num_warps=config.dq.num_warps,
             num_stages=config.dq.num_stages,
         )
+    return (dq_sums.sum((0, 1)), dkv_sums.sum((0, 1))) if needs_sums else None

@@ -38,10 +38,16 @@ def choose_config(N_q: int, N_kv: int, D: int, dtype: torch.dtype, facts: Device
         start = dict.fromkeys(kernels, Tiling(64, 64, 4, 1))
     elif itemsize > 2:  # products of fp32 without tensor cores hold whole tiles in registers
         start = dict.fromkeys(kernels, Tiling(32, 32, 8 if block_d > 32 else 4, 2))
+        if facts.arch.startswith("gfx"):  # 32 queries would spill
+            start["dkv"] = Tiling(16, 32, 8 if block_d > 32 else 4, 2)
     else:
         start = dict.fromkeys(kernels, Tiling(64, 64, 4, 2))
-        if block_d > 64:  # 64 queries would spill
-            start["dkv"] = Tiling(32, 64, 4, 2)
+        # mma.sync, of these chips, keeps operands in registers, where wgmma and tcgen05 read shared memory.
+        registers_short = facts.arch.startswith(("sm_8", "sm_12"))
+        if block_d > 64 or registers_short:  # 64 queries would spill
+            start["dkv"] = Tiling(32, 64, 8 if block_d > 64 and registers_short else 4, 2)
+        if block_d > 64 and registers_short:  # 64 keys would spill
+            start["dq"] = Tiling(64, 32, 4, 2)
     chosen = {}
     for kernel, tiling in start.items():
         tuned = tuning.lookup(f"attention_{kernel}", facts.name, f"N_q={N_q},N_kv={N_kv},D={D},{dtype}")

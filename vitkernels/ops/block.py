@@ -1,0 +1,220 @@
+"""A pre-norm transformer block as one node of autograd, so that its backward passes over no tensor twice.
+
+Forward (arXiv 2010.11929, LayerScale 2103.17239):
+    r = x + γ1 · (attention(norm1(x) Wqkvᵀ + bqkv) Wpᵀ + bp)
+    y = r + γ2 · mlp(norm2(r))
+Backward is that of the ops it is made of. One node can do what a chain of nodes cannot:
+    - the residual's gradient enters the backward of each LayerNorm, instead of being added in a pass of its own;
+    - bias gradients are sums over rows of what some kernel has at hand anyway: db2 of dy and dbp of dr in norm2's
+      backward, dbqkv of dqkv in attention's;
+    - γ1 sits in the projection's product both ways, by the identity in linear.py, and meets no activation.
+
+Shapes: B batch, N tokens, C channels, H heads, D head dim, F hidden features. Saved for backward: x, r, both normed
+tensors, qkv, o, lse, z and act(z) (z alone with ``recompute``), and the statistics.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vitkernels import reference, runtime
+from vitkernels.ops._checks import check_like, check_shape
+from vitkernels.ops._registry import needs_grad, uses_kernels
+from vitkernels.ops.attention import MAX_HEAD_DIM, attention_qkvpacked_bwd, attention_qkvpacked_fwd
+from vitkernels.ops.layer_norm import check_layer_norm, layer_norm_bwd, layer_norm_fwd
+from vitkernels.ops.linear import check_activation, check_weights, linear_bwd, linear_fwd
+from vitkernels.ops.mlp import mlp_bwd, mlp_fwd
+from vitkernels.runtime import promoted_dtype
+
+
+class BlockFunction(torch.autograd.Function):
+    """Autograd for :func:`block`; the weights are in the products' dtype."""
+
+    @staticmethod
+    def forward(ctx, x, n1_w, n1_b, qkv_w, qkv_b, proj_w, proj_b, gamma1, n2_w, n2_b, w1, b1, w2, b2, gamma2, options):
+        heads, scale, eps1, eps2, activation, recompute = options
+        dtype = qkv_w.dtype
+        h1, _, mean1, rstd1 = layer_norm_fwd(x, None, n1_w, n1_b, None, None, eps1, dtype)
+        qkv = linear_fwd(h1, qkv_w, qkv_b, None, None, None, dtype, False)[0]
+        qkv = qkv.view(*x.shape[:2], 3, heads, qkv_w.shape[0] // (3 * heads))
+        o, lse = attention_qkvpacked_fwd(qkv, scale)
+        branch_dtype = promoted_dtype(h1, gamma1)
+        branch = linear_fwd(o.flatten(2), proj_w, proj_b, gamma1, None, None, branch_dtype, False)[0]
+        h2, r, mean2, rstd2 = layer_norm_fwd(branch, x, n2_w, n2_b, None, None, eps2, dtype)
+        out_dtype = promoted_dtype(h2, r, gamma2)
+        y, z, act = mlp_fwd(h2, w1, b1, w2, b2, gamma2, r, activation, out_dtype, True, not recompute)
+        ctx.save_for_backward(
+            x, n1_w, mean1, rstd1, h1, qkv_w, qkv, o, lse, proj_w, proj_b, gamma1,
+            r, n2_w, mean2, rstd2, h2, w1, w2, b2, gamma2, z, None if recompute else act,
+        )  # fmt: skip
+        ctx.options = options
+        ctx.dtypes = [None if t is None else t.dtype for t in (x, n1_w, n1_b, qkv_w, qkv_b, proj_w, proj_b, gamma1,
+                                                               n2_w, n2_b, w1, b1, w2, b2, gamma2)]  # fmt: skip
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        (
+            x, n1_w, mean1, rstd1, h1, qkv_w, qkv, o, lse, proj_w, proj_b, gamma1,
+            r, n2_w, mean2, rstd2, h2, w1, w2, b2, gamma2, z, act,
+        ) = ctx.saved_tensors  # fmt: skip
+        _, scale, eps1, eps2, activation, _ = ctx.options
+        (
+            need_x, need_n1_w, need_n1_b, need_qkv_w, need_qkv_b, need_proj_w, need_proj_b, need_gamma1,
+            need_n2_w, need_n2_b, need_w1, need_b1, need_w2, need_b2, need_gamma2,
+        ) = ctx.needs_input_grad[:15]  # fmt: skip
+        # Which gradients of activations are needed for what lies in front of them.
+        need_h1 = need_x or need_n1_w or need_n1_b
+        need_qkv = need_h1 or need_qkv_w or need_qkv_b
+        need_r = need_qkv or need_proj_w or need_proj_b or need_gamma1
+        need_h2 = need_r or need_n2_w or need_n2_b
+        # A sum of dy is wanted by b2, and by gamma2 through b2; norm2's backward makes it, so it must run.
+        need_dy_sum = need_b2 or (need_gamma2 and b2 is not None)
+        need_dr_sum = need_proj_b or (need_gamma1 and proj_b is not None)
+
+        d_qkv_w = d_qkv_b = d_proj_w = d_proj_b = d_gamma1 = d_n1_w = d_n1_b = dx = None
+        dh2, d_w1, d_b1, d_w2, _, d_gamma2 = mlp_bwd(
+            dy, h2, w1, w2, None, gamma2, z, act, activation,
+            [need_h2 or need_dy_sum, need_w1, need_b1, need_w2, False, need_gamma2],
+        )  # fmt: skip
+        d_n2_w = d_n2_b = d_b2 = None
+        if need_h2 or need_dy_sum:
+            _, dr, d_n2_w, d_n2_b, _, dy_sum, dr_sum = layer_norm_bwd(
+                dh2, dy, r, None, n2_w, None, None, mean2, rstd2, eps2, r.dtype,
+                [False, need_r, need_n2_w, need_n2_b, False, need_dy_sum, need_dr_sum],
+            )  # fmt: skip
+            d_b2, d_gamma2 = _bias_and_gamma(dy_sum, b2, gamma2, d_gamma2, need_b2, need_gamma2)
+        if need_r:
+            do, d_proj_w, _, d_gamma1 = linear_bwd(
+                dr, o.flatten(2), proj_w, None, None, gamma1, None, [need_qkv, need_proj_w, False, need_gamma1]
+            )
+            d_proj_b, d_gamma1 = _bias_and_gamma(dr_sum, proj_b, gamma1, d_gamma1, need_proj_b, need_gamma1)
+        if need_qkv:
+            dqkv, d_qkv_b = attention_qkvpacked_bwd(do.view(o.shape), qkv, o, lse, scale, need_qkv_b)
+            d_qkv_b = d_qkv_b.flatten()
+            dh1, d_qkv_w, _, _ = linear_bwd(
+                dqkv.flatten(2), h1, qkv_w, None, None, None, None, [need_h1, need_qkv_w, False, False]
+            )
+        if need_h1:
+            _, dx, d_n1_w, d_n1_b, *_ = layer_norm_bwd(
+                dh1, dr, x, None, n1_w, None, None, mean1, rstd1, eps1, x.dtype,
+                [False, need_x, need_n1_w, need_n1_b, False, False, False],
+            )  # fmt: skip
+        grads = (dx, d_n1_w, d_n1_b, d_qkv_w, d_qkv_b, d_proj_w, d_proj_b, d_gamma1,
+                 d_n2_w, d_n2_b, d_w1, d_b1, d_w2, d_b2, d_gamma2)  # fmt: skip
+        return *(
+            g.to(dtype) if n else None for g, dtype, n in zip(grads, ctx.dtypes, ctx.needs_input_grad[:15], strict=True)
+        ), None
+
+
+def _bias_and_gamma(
+    upstream_sum: Tensor, bias: Tensor | None, gamma: Tensor | None, d_gamma: Tensor, need_bias: bool, need_gamma: bool
+) -> tuple[Tensor | None, Tensor]:
+    """Gradients of b and γ in ``γ · (product + b)``, where ``d_gamma`` holds the product's share of the second."""
+    d_bias = None
+    if need_bias:
+        d_bias = upstream_sum if gamma is None else upstream_sum * gamma.to(upstream_sum.dtype)
+    if need_gamma and bias is not None:
+        d_gamma = d_gamma + bias.to(upstream_sum.dtype) * upstream_sum
+    return d_bias, d_gamma
+
+
+def block(
+    x: Tensor,
+    *,
+    norm1: tuple[Tensor | None, Tensor | None],
+    qkv: tuple[Tensor, Tensor | None],
+    proj: tuple[Tensor, Tensor | None],
+    norm2: tuple[Tensor | None, Tensor | None],
+    fc1: tuple[Tensor, Tensor | None],
+    fc2: tuple[Tensor, Tensor | None],
+    layer_scale: tuple[Tensor | None, Tensor | None] = (None, None),
+    num_heads: int,
+    scale: float | None = None,
+    eps: tuple[float, float] = (1e-6, 1e-6),
+    activation: str | None = "gelu",
+    recompute: bool = False,
+) -> Tensor:
+    """A pre-norm transformer block: ``r = x + γ1 · attn(norm1(x))``, ``r + γ2 · mlp(norm2(r))``.
+
+    Args:
+        x: (B, N, C), fp16, bf16, fp32 or fp64; B may be 0.
+        norm1, norm2: LayerNorm's weight and bias, (C,) each or None, in ``x``'s dtype (or fp32 with half inputs).
+        qkv: Weight (3·H·D, C) and bias (3·H·D,) or None, in ``x``'s dtype, as are the next three.
+        proj: Weight (C, H·D) and bias (C,) or None.
+        fc1: Weight (F, C) and bias (F,) or None.
+        fc2: Weight (C, F) and bias (C,) or None.
+        layer_scale: γ1 and γ2, (C,) each or None, any floating dtype.
+        num_heads: H.
+        scale: Of the scores; 1/√D if None.
+        eps: Added to the variance in norm1 and norm2, ≥ 0.
+        activation: As for :func:`vitkernels.ops.mlp`.
+        recompute: As for :func:`vitkernels.ops.mlp`.
+
+    Returns:
+        (B, N, C), contiguous. Under autocast the products are taken in autocast's dtype and the residual stream keeps
+        that of ``x``, as PyTorch does on a GPU.
+
+    Raises:
+        ValueError: A shape, device, eps or activation does not fit.
+        TypeError: A dtype does not fit.
+        NotImplementedError: The head dim is above 128, or a tensor is nested, sparse or quantized.
+
+    Reference: arXiv 2010.11929.
+    """
+    scale, dtype = _check(x, norm1, qkv, proj, norm2, fc1, fc2, layer_scale, num_heads, scale, eps, activation)
+    if not uses_kernels(x):
+        return reference.block(
+            x, norm1=norm1, qkv=qkv, proj=proj, norm2=norm2, fc1=fc1, fc2=fc2, layer_scale=layer_scale,
+            num_heads=num_heads, scale=scale, eps=eps, activation=activation,
+        )  # fmt: skip
+    if dtype is not None:
+        qkv, proj, fc1, fc2 = ([None if t is None else t.to(dtype) for t in pair] for pair in (qkv, proj, fc1, fc2))
+    tensors = (x, *norm1, *qkv, *proj, layer_scale[0], *norm2, *fc1, *fc2, layer_scale[1])
+    options = (num_heads, scale, *eps, activation, recompute)
+    if needs_grad(*tensors):
+        return BlockFunction.apply(*tensors, options)
+    return _inference(*tensors, options)
+
+
+def _inference(x, n1_w, n1_b, qkv_w, qkv_b, proj_w, proj_b, gamma1, n2_w, n2_b, w1, b1, w2, b2, gamma2, options):
+    heads, scale, eps1, eps2, activation, _ = options
+    dtype = qkv_w.dtype
+    h = layer_norm_fwd(x, None, n1_w, n1_b, None, None, eps1, dtype)[0]
+    qkv = linear_fwd(h, qkv_w, qkv_b, None, None, None, dtype, False)[0]
+    o = attention_qkvpacked_fwd(qkv.view(*x.shape[:2], 3, heads, qkv_w.shape[0] // (3 * heads)), scale)[0]
+    branch = linear_fwd(o.flatten(2), proj_w, proj_b, gamma1, None, None, promoted_dtype(h, gamma1), False)[0]
+    h, r, _, _ = layer_norm_fwd(branch, x, n2_w, n2_b, None, None, eps2, dtype)
+    return mlp_fwd(h, w1, b1, w2, b2, gamma2, r, activation, promoted_dtype(h, r, gamma2), False, False)[0]
+
+
+def _check(x, norm1, qkv, proj, norm2, fc1, fc2, layer_scale, num_heads, scale, eps, activation):
+    """Check every argument of :func:`block`; return the scale, and autocast's dtype or None."""
+    op = "block"
+    check_layer_norm(op, x, *norm1, eps[0])
+    check_layer_norm(op, x, *norm2, eps[1])
+    if x.ndim != 3 or x.shape[1] == 0:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}; expected (batch, tokens ≥ 1, channels)")
+    check_activation(op, activation)
+    C = x.shape[-1]
+    dtype = runtime.autocast_dtype(x)
+    strict = dtype is None
+    check_weights(op, "qkv weight", qkv[0], "qkv bias", qkv[1], "x", x, C, dtype=strict)
+    width, rest = divmod(qkv[0].shape[0], 3 * num_heads) if num_heads > 0 else (0, 1)
+    if rest or not width:
+        raise ValueError(f"{op}: the qkv weight has {qkv[0].shape[0]} rows; expected 3 · {num_heads} heads · head dim")
+    if width > MAX_HEAD_DIM:
+        raise NotImplementedError(f"{op}: the head dim is {width}; the kernels take up to {MAX_HEAD_DIM}")
+    check_weights(op, "proj weight", proj[0], "proj bias", proj[1], "x", x, num_heads * width, dtype=strict)
+    check_weights(op, "fc1 weight", fc1[0], "fc1 bias", fc1[1], "x", x, C, dtype=strict)
+    check_weights(op, "fc2 weight", fc2[0], "fc2 bias", fc2[1], "x", x, fc1[0].shape[0], dtype=strict)
+    for name, (weight, _) in (("proj", proj), ("fc2", fc2)):
+        check_shape(op, f"{name} weight", weight, (C, weight.shape[1]), "the residual's width in front")
+    for name, gamma in zip(("layer_scale[0]", "layer_scale[1]"), layer_scale, strict=True):
+        if gamma is not None:
+            check_like(op, name, gamma, "x", x, dtype=False)
+            check_shape(op, name, gamma, (C,), "the channels of x")
+    return width**-0.5 if scale is None else float(scale), dtype

@@ -1,0 +1,295 @@
+"""The counter of passes over the activations, held against arithmetic done by hand."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vitkernels.aot.traffic import count
+from vitkernels.ops._triton import INTERPRETED
+
+B, N, C = 3, 5, 8
+EXACT = 1e-9
+
+
+def weights(*shape):
+    return torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True)
+
+
+def rows(traffic):
+    return [(r.op, r.reads, r.writes, r.least, r.fixed) for r in traffic.rows]
+
+
+# Per op: reads, writes, least in passes; elements that do not grow with the batch.
+BY_HAND = {
+    "a sum with a constant": (lambda x: x + 1, [("add", 1, 1, 0, 0)]),
+    "two operands": (lambda x: x + torch.empty_like(x), [("add", 2, 1, 0, 0)]),
+    "one operand twice": (lambda x: x * x, [("mul", 1, 1, 0, 0)]),
+    "one operand and its transpose": (lambda x: x @ x.mT, [("bmm", 1, N / C, 1 + N / C, 0)]),
+    "two halves of one tensor": (lambda x: x[..., :4] * x[..., 4:], [("mul", 1, 0.5, 0, 0)]),
+    "views": (lambda x: x.view(-1, C).t().unsqueeze(0).detach(), []),
+    "a reshape that need not copy": (lambda x: x.reshape(-1).contiguous(), []),
+    "a reshape that must": (lambda x: x.mT.reshape(-1), [("clone", 1, 1, 0, 0)]),
+    "a statistic, broadcast": (
+        lambda x: x - x.mean(-1, keepdim=True),
+        [("mean", 1, 1 / C, 0, 0), ("sub", 1 + 1 / C, 1, 0, 0)],
+    ),
+    "an expanded input": (
+        lambda x: torch.mul(x, x[:, :1].expand_as(x) + 0),
+        [("add", 1 / N, 1, 0, 0), ("mul", 2, 1, 0, 0)],
+    ),
+    "in place": (lambda x: torch.zeros_like(x).add_(x), [("zeros_like", 0, 1, 0, 0), ("add_", 2, 1, 0, 0)]),
+    "a copy": (lambda x: torch.empty_like(x).copy_(x), [("copy_", 1, 1, 0, 0)]),
+    "a parameter": (lambda x: x + weights(N, C), [("add", 1, 1, 0, N * C)]),
+    "what holds parameters alone": (lambda x: (weights(C) * weights(C)).sum() + x.view(-1)[:0], [
+        ("mul", 0, 0, 0, 3 * C), ("sum", 0, 0, 0, C + 1), ("add", 0, 0, 0, 1)]),
+    "LayerNorm": (
+        lambda x: F.layer_norm(x, (C,), weights(C), weights(C)),
+        [("native_layer_norm", 1, 1 + 2 / C, 0, 2 * C)],
+    ),
+    "a product": (lambda x: F.linear(x, weights(3 * C, C)), [("mm", 1, 3, 4, 3 * C * C)]),
+    "a product and its bias": (
+        lambda x: F.linear(x, weights(3 * C, C), weights(3 * C)),
+        [("addmm", 1, 3, 4, 3 * C * C + 3 * C)],
+    ),
+    "a product onto a residual": (
+        lambda x: torch.addmm(torch.empty_like(x).view(-1, C), x.view(-1, C), weights(C, C)),
+        [("addmm", 2, 1, 2, C * C)],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_an_op(name):
+    function, expected = BY_HAND[name]
+    found = rows(count(function, (B, N, C)))
+    assert [row[0] for row in found] == [row[0] for row in expected]
+    for row, by_hand in zip(found, expected, strict=True):
+        assert row[1:] == pytest.approx(by_hand[1:], abs=EXACT)
+
+
+def test_an_op_made_of_others():
+    def below_autograd(x):
+        with torch.inference_mode():
+            return x.matmul(weights(C, C)).clone()
+
+    assert rows(count(below_autograd, (B, N, C))) == [("mm", 1, 1, 2, C * C), ("clone", 1, 1, 0, 0)]
+
+
+def test_the_gradient_of_a_product():
+    w, b = weights(3 * C, C), weights(3 * C)
+    traffic = count(lambda x: F.linear(x, w, b), (B, N, C), parameters=(w, b), train=True)
+    backward = [row[1:] for row in rows(traffic) if row[0] != "addmm"]
+    dx = (3, 1, 4, 3 * C * C)
+    dw = (3 + 1, 0, 4, 3 * C * C)
+    db = (3, 0, 0, 3 * C)
+    for row, by_hand in zip(sorted(backward), sorted([dx, dw, db]), strict=True):
+        assert row == pytest.approx(by_hand, abs=EXACT)
+    assert traffic.total("extra", phase="backward") == pytest.approx(3)
+    assert traffic.total("extra", phase="forward") == 0
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_of_pytorch(masked):
+    N, D = 64, 16
+    mask = torch.empty(N, N, dtype=torch.bfloat16, device="meta") if masked else None
+
+    def attention(x):
+        q, k, v = x.unbind(2)
+        return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask)
+
+    # x is qkv, so that q, k, v and o are a third of a pass each.
+    traffic = count(attention, (2, N, 3, 2, D), train=True)
+    forward, backward = (
+        next(r for r in traffic.rows if r.attention and r.phase == phase) for phase in ("forward", "backward")
+    )
+    assert forward.reads == pytest.approx(1)
+    assert forward.least == pytest.approx(4 / 3)
+    assert backward.least == pytest.approx(8 / 3)
+    # The log-sum-exp: a number a row and head.
+    assert (forward.extra, backward.extra) == pytest.approx((1 / D / 3, 1 / D / 3))
+    # The three gradients are packed into one.
+    assert [(r.reads, r.writes) for r in traffic.rows if r.op == "stack"] == [(pytest.approx(1), pytest.approx(1))]
+
+
+def test_other_ops_at_another_batch():
+    with pytest.raises(RuntimeError, match=f"other ops run at batch {B + 1} than at {B}"):
+        count(lambda x: x + 1 if x.shape[0] == B else x * 2, (B, N, C))
+
+
+def test_a_kernel_that_is_interpreted():
+    if not INTERPRETED:
+        pytest.skip("kernels are compiled in this process")
+    from vitkernels import ops
+
+    with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
+        count(lambda x: ops.layer_norm(x, weights(C), weights(C)), (B, N, C))
+
+
+# Looking into kernels needs a process without the interpreter. The kernels are imported before conftest, which would
+# turn it on, and whose part it is to make torchvision importable for timm.
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import torch
+import vitkernels.ops as ops
+from vitkernels.aot.traffic import count, run_traffic
+out, tests, *models = sys.argv[1:]
+sys.path.insert(0, tests)
+import conftest
+
+def weights(*shape):
+    return torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True)
+
+C, F = 64, 256
+w, b, w1, b1, w2, gamma = weights(C), weights(C), weights(F, C), weights(F), weights(C, F), weights(C)
+qkv_w, qkv_b = weights(3 * C, C), weights(3 * C)
+functions = {
+    "layer_norm": (lambda x: ops.layer_norm(x, w.detach(), b.detach()), ()),
+    "layer_norm, its parameters too": (lambda x: ops.layer_norm(x, w, b), (w, b)),
+    "add_layer_norm": (lambda x: sum(ops.add_layer_norm(x, x.detach() + 0, w, b, layer_scale=gamma)), ()),
+    "linear": (lambda x: ops.linear(x, qkv_w, qkv_b), (qkv_w, qkv_b)),
+    "linear and residual": (lambda x: ops.linear(x, w1[:C], b, residual=x.detach() + 0, layer_scale=gamma), ()),
+    "mlp": (lambda x: ops.mlp(x, w1, b1, w2, b), (w1, b1, w2, b)),
+    "attention": (lambda x: ops.attention_qkvpacked(x.view(*x.shape[:2], 3, 1, C // 3)), ()),
+}
+width = {"attention": C // 3 * 3}
+counted = {
+    name: count(f, (64, 128, width.get(name, C)), parameters=p, train=True).to_dict()
+    for name, (f, p) in functions.items()
+}
+for model in models:
+    counted[model] = run_traffic(model)
+Path(out).write_text(json.dumps(counted))
+"""
+PLAIN = "vit_base_patch16_224"
+LAYER_SCALE = ("vit_base_patch14_dinov2", "deit3_base_patch16_224")
+MODELS = (PLAIN, *LAYER_SCALE)
+MOST_IN_INFERENCE = 8
+MOST_IN_TRAINING = 28.3
+WIDTH, HEADS = 768, 12
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory):
+    pytest.importorskip("timm")
+    out = tmp_path_factory.mktemp("traffic") / "counted.json"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT, out, Path(__file__).parents[1], *MODELS],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(out.read_text()) | {"printed": run.stdout}
+
+
+def backward_rows(traffic, part):
+    return [row for row in traffic["rows"] if row["phase"] == "backward" and part in row["op"]]
+
+
+def test_layer_norm_kernels(counted):
+    forward, backward = counted["layer_norm"]["rows"]
+    C = 64
+    # x; y, mean and rstd. Neither the residual's pointer nor those of the shares is used: placeholders stand there.
+    assert (forward["reads"], forward["writes"]) == pytest.approx((1, 1 + 2 / C))
+    assert (backward["reads"], backward["writes"]) == pytest.approx((2 + 2 / C, 1))
+    assert forward["least"] == backward["least"] == 0
+
+    _, backward, *sums = counted["layer_norm, its parameters too"]["rows"]
+    assert (backward["reads"], backward["writes"]) == pytest.approx((2 + 2 / C, 1))
+    # The partial sums do not grow with the batch: as many are summed as were written.
+    assert backward["fixed"] > C
+    assert sum(row["fixed"] for row in sums if row["op"].endswith("sum")) == backward["fixed"] - C + 2 * C
+
+
+def test_add_layer_norm_kernels(counted):
+    forward = next(r for r in counted["add_layer_norm"]["rows"] if r["op"].startswith("layer_norm_fwd"))
+    # x and the residual; the normed, the sum and the statistics.
+    assert (forward["reads"], forward["writes"]) == pytest.approx((2, 2 + 2 / 64))
+
+
+def test_linear_kernels(counted):
+    traffic = counted["linear"]
+    forward = traffic["rows"][0]
+    assert (forward["reads"], forward["writes"], forward["extra"]) == pytest.approx((1, 3, 0))
+    # dx, dW; db is the only one that costs more.
+    assert traffic["least"] == pytest.approx(4 + 4 + 4)
+    assert traffic["extra"] == pytest.approx(3)
+
+    forward = next(r for r in counted["linear and residual"]["rows"] if r["op"].startswith("linear_fwd"))
+    assert (forward["reads"], forward["writes"], forward["least"]) == pytest.approx((2, 1, 2))
+
+
+def test_mlp_kernels(counted):
+    # fc1, fc2; their gradients by their input and by their weight: all of one pass on one side and four on the other.
+    assert counted["mlp"]["least"] == pytest.approx(6 * 5)
+
+
+def test_attention_kernels(counted):
+    # x is qkv: q, k, v, o and their gradients are a third of a pass.
+    traffic = counted["attention"]
+    assert traffic["least"] == pytest.approx(4 / 3 + 8 / 3)
+    assert traffic["extra"] == pytest.approx(traffic["extra_of_attention"])
+    assert traffic["extra"] > 0
+
+
+# By hand, in passes. Norms read x and write y. GELU does at four times the width. A residual sum takes two and gives
+# one; LayerScale takes one and gives one.
+TIMM_FORWARD = 2 * (1 + 1) + (4 + 4) + 2 * (2 + 1)
+TIMM_FORWARD_LAYER_SCALE = 2 * (1 + 1)
+# Norms read dy and x and write dx. GELU so at four times the width. Biases sum the gradient of fc2's, fc1's, proj's
+# and qkv's outputs. At both residuals two gradients are added. The gradients of q, k and v are stacked and then copied
+# into qkv's layout. The roofline's 37 (55 with the forward) leaves those 12 passes out, and takes LayerNorm's backward
+# for two kernels that each read dy and x, which are 4 more: 45 - 12 + 4.
+TIMM_BACKWARD = 2 * (2 + 1) + (8 + 4) + (1 + 4 + 1 + 3) + 2 * (2 + 1) + 2 * (3 + 3)
+# dx = γ · dy; dγ = Σ (dy · x), of which the product is written and read again.
+TIMM_BACKWARD_LAYER_SCALE = 2 * ((1 + 1) + (2 + 1) + 1)
+# Two norms' mean and rstd, and attention's log-sum-exp, are written forward and read backward.
+STATISTICS = (2 * 2 + HEADS) / WIDTH
+# qkv, proj, fc1, fc2 and attention.
+LEAST_FORWARD = (1 + 3) + (1 + 1) + (1 + 4) + (4 + 1) + (3 + 1)
+LEAST_BACKWARD = 2 * ((1 + 3) + (1 + 1) + (1 + 4) + (4 + 1)) + (5 + 3)
+
+
+def test_the_roofline_of_timm():
+    assert TIMM_FORWARD == 18
+    assert TIMM_FORWARD + TIMM_FORWARD_LAYER_SCALE == 22
+    assert TIMM_FORWARD + TIMM_BACKWARD - 12 + 4 == 55
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_block_of_timm(counted, model):
+    forward, backward = TIMM_FORWARD + STATISTICS, TIMM_BACKWARD + STATISTICS
+    if model in LAYER_SCALE:
+        forward += TIMM_FORWARD_LAYER_SCALE
+        backward += TIMM_BACKWARD_LAYER_SCALE
+    inference, training = counted[model]["inference"]["timm"], counted[model]["training"]["timm"]
+    assert inference["extra"] == pytest.approx(forward)
+    assert inference["least"] == pytest.approx(LEAST_FORWARD)
+    assert training["extra"] == pytest.approx(forward + backward)
+    assert training["least"] == pytest.approx(LEAST_FORWARD + LEAST_BACKWARD)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_block_of_ours(counted, model):
+    inference, training = counted[model]["inference"]["vitkernels"], counted[model]["training"]["vitkernels"]
+    # The same products and attention as timm's, kernel by kernel.
+    assert inference["least"] == pytest.approx(LEAST_FORWARD)
+    assert training["least"] == pytest.approx(LEAST_FORWARD + LEAST_BACKWARD)
+    assert not any("native_layer_norm" in row["op"] for row in training["rows"])
+    assert 0 < inference["extra"] <= MOST_IN_INFERENCE
+    assert 0 < training["extra"] <= MOST_IN_TRAINING
+
+
+def test_what_is_printed(counted):
+    for model in MODELS:
+        assert f"{model}, a block of timm, inference, batch 32" in counted["printed"]
+    assert "Beyond what products and attention need, training: timm 63.0, vitkernels" in counted["printed"]
+    assert "_layer_norm_fwd_kernel" in counted["printed"]

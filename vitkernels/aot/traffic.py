@@ -1,0 +1,523 @@
+"""How often a transformer block passes over its activations, counted from what really enters and leaves each op.
+
+One pass is T·C elements (T = batch · tokens). The block runs on meta tensors under a dispatch mode, as it is in timm
+and accelerated. Of each op every distinct input is read once and every output written once; an expanded input counts
+what it holds in memory, and views, allocations and no-ops count nothing. An op of vitkernels is looked into: its
+launcher runs, PyTorch's ops inside count like any other, and what a kernel reads and writes is read off its Triton IR,
+so that no table of kernels can go stale. What does not grow with the batch (weights, their gradients, partial sums of
+a bounded number of programs) is counted apart.
+
+Least is what the products and attention cannot do without: of a product its operands and its result, of attention
+q, k, v in and o out, backward q, k, v, o, do in and dq, dk, dv out. Extra is all the rest.
+
+Two things that no such count sees: a tile read again by another program of the same launch, which is a matter of
+caches; and the inside of PyTorch's own ops, which count as a single kernel even where they launch several (LayerNorm's
+backward, attention's). Both favour PyTorch, whose ops are the larger.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import math
+import unittest.mock
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import triton
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton._C.libtriton import ir, passes
+from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
+
+from vitkernels import runtime, swap
+from vitkernels.aot.build import TARGETS
+from vitkernels.ops._registry import OPS
+from vitkernels.ops._triton import INTERPRETED
+
+TARGET = TARGETS["sm_90"]  # what is launched may depend on the device's facts
+
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
+ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+# What they are given is overwritten, or asked for its shape alone.
+FILLS = {
+    "zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones",
+    "new_full", "zero_", "fill_", "bernoulli_", "uniform_", "normal_",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One op or kernel. Reads, writes and least are passes, ``fixed`` elements that do not grow with the batch."""
+
+    phase: str
+    op: str
+    reads: float
+    writes: float
+    least: float
+    fixed: int
+    attention: bool
+
+    @property
+    def extra(self) -> float:
+        return self.reads + self.writes - self.least
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """The rows of one run, in order."""
+
+    rows: tuple[Row, ...]
+
+    def total(self, column: str, **where: object) -> float:
+        """Sum ``column`` over the rows whose attributes are those in ``where``."""
+        rows = (row for row in self.rows if all(getattr(row, k) == v for k, v in where.items()))
+        return sum(getattr(row, column) for row in rows)
+
+    def to_dict(self) -> dict[str, object]:
+        """Rows and totals in JSON's types."""
+        columns = ("reads", "writes", "least", "extra", "fixed")
+        return {
+            "rows": [dataclasses.asdict(row) | {"extra": row.extra} for row in self.rows],
+            **{column: self.total(column) for column in columns},
+            "extra_of_attention": self.total("extra", attention=True),
+        }
+
+    def to_text(self) -> str:
+        """Return a table."""
+        lines = [f"{'':8}  {'op':52}  {'reads':>7}  {'writes':>7}  {'least':>7}  {'extra':>7}"]
+
+        def line(phase: str, op: str, source: Callable[[str], float]) -> None:
+            figures = (source(column) for column in ("reads", "writes", "least", "extra"))
+            lines.append(f"{phase:8}  {op:52}  " + "  ".join(f"{x:7.2f}" for x in figures))
+
+        for row in self.rows:
+            if row.reads or row.writes:
+                line(row.phase, row.op, functools.partial(getattr, row))
+        for phase in dict.fromkeys(row.phase for row in self.rows):
+            line(phase, "total", functools.partial(self.total, phase=phase))
+        line("", "total", self.total)
+        line("", "of which attention's own", functools.partial(self.total, attention=True))
+        lines.append(f"Beside these, {self.total('fixed') / 1e6:.1f} M elements that do not grow with the batch.")
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass
+class _Access:
+    """One tensor that an op reads or writes."""
+
+    storage: torch.UntypedStorage
+    elements: int
+    written: bool
+    least: int = 0
+
+
+@dataclasses.dataclass
+class _Event:
+    """One op or kernel that ran."""
+
+    phase: str
+    op: str
+    accesses: list[_Access]
+    attention: bool = False
+
+
+def count(
+    function: Callable[[Tensor], Tensor],
+    shape: Sequence[int],
+    *,
+    parameters: Sequence[Tensor] = (),
+    train: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Traffic:
+    """Count the passes of ``function(x)`` over its activations, x a meta tensor of ``shape``, the batch first.
+
+    Args:
+        function: Anything on meta tensors; a pass is as many elements as x has.
+        shape: (B, N, C), or any other with B in front.
+        parameters: Of ``function``, on device meta; with ``train`` their gradients are taken too, and x's.
+        train: Count the backward as well.
+        dtype: Of x.
+
+    Raises:
+        RuntimeError: Triton's interpreter is on, so that a kernel cannot be looked into; or other ops run at batch
+            B + 1 than at B, so that it cannot be told what grows with the batch.
+    """
+    runs = []
+    for more in (0, 1):
+        x = torch.empty((shape[0] + more, *shape[1:]), dtype=dtype, device="meta", requires_grad=train)
+        counter = _Counter()
+        with _recorded_launches(counter), _FlashAttention(), counter:
+            with torch.set_grad_enabled(train):
+                y = function(x)
+            if train:
+                counter.phase = "backward"
+                torch.autograd.grad(y, (x, *parameters), torch.empty_like(y))
+        runs.append(counter.events)
+    here, larger = ([(e.op, len(e.accesses)) for e in events] for events in runs)
+    if here != larger:
+        raise RuntimeError(f"other ops run at batch {shape[0] + 1} than at {shape[0]}: try another batch")
+    unit = math.prod(shape)
+    return Traffic(tuple(_row(a, b, unit) for a, b in zip(*runs, strict=True)))
+
+
+def _row(event: _Event, larger: _Event, unit: int) -> Row:
+    grow = [a for a, b in zip(event.accesses, larger.accesses, strict=True) if a.elements != b.elements]
+    return Row(
+        event.phase,
+        event.op,
+        reads=sum(a.elements for a in grow if not a.written) / unit,
+        writes=sum(a.elements for a in grow if a.written) / unit,
+        least=sum(a.least for a in grow) / unit,
+        fixed=sum(a.elements for a in event.accesses) - sum(a.elements for a in grow),
+        attention=event.attention,
+    )
+
+
+class _Counter(TorchDispatchMode):
+    """Lists what runs: PyTorch's ops as they are dispatched, kernels as :func:`_recorded_launches` reports them."""
+
+    def __init__(self):
+        super().__init__()
+        self.events: list[_Event] = []
+        self.phase = "forward"
+        self.within = ""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func._schema.name.partition("::")[2]
+        first = len(self.events)
+        if func.namespace == "vitkernels":
+            out = self._look_inside(name, args, kwargs)
+        else:
+            # Below autograd, as inside a launcher, an op made of others comes here whole; what it is made of counts.
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is NotImplemented:
+                out = func(*args, **kwargs)
+                self._record(func, name, args, kwargs, out)
+        if "attention" in name:
+            _attention_least(self.events[first:], _tensors((args, kwargs)), _tensors(out))
+        return out
+
+    def _look_inside(self, name: str, args, kwargs):
+        if INTERPRETED:
+            raise RuntimeError("kernels are interpreted in this process; unset TRITON_INTERPRET to look into them")
+        outside, self.within = self.within, f"{name}: "
+        try:
+            with self:
+                return OPS[name].launcher(*args, **kwargs)
+        finally:
+            self.within = outside
+
+    def _record(self, func, name: str, args, kwargs, out) -> None:
+        schema = func._schema
+        if name in ALLOCATIONS:
+            return
+        given = dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
+        read, written = [], []
+        for argument in schema.arguments:
+            tensors = _tensors(given.get(argument.name))
+            mutated = argument.alias_info is not None and argument.alias_info.is_write
+            if mutated:
+                written += tensors
+            overwritten = name in FILLS or (mutated and (argument.kwarg_only or name == "copy_"))
+            if not overwritten:
+                read += tensors
+        inputs = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
+        written += [t for t in _tensors(out) if t.untyped_storage()._cdata not in inputs]
+        if not written:  # a view, or nothing to do
+            return
+        event = _Event(self.phase, self.within + name, _accesses(read, False) + _accesses(written, True))
+        if name in PRODUCTS:
+            summand = _tensors(given.get("self")) if name in ("addmm", "baddbmm") else []
+            spared = {t.untyped_storage()._cdata for t in summand}
+            for access in event.accesses:
+                access.least = 0 if access.storage._cdata in spared else access.elements
+        self.events.append(event)
+
+    def launch(self, kernel: triton.JITFunction, arguments: dict[str, object]) -> None:
+        """Record the launch of ``kernel``."""
+        uses = _uses(kernel, arguments)
+        read, written, multiplied = ([arguments[name] for name in names] for names in uses)
+        event = _Event(self.phase, self.within + kernel.fn.__name__, _accesses(read, False) + _accesses(written, True))
+        if multiplied:
+            operands = {t.untyped_storage()._cdata for t in multiplied}
+            for access in event.accesses:
+                if not access.written and access.storage._cdata in operands:
+                    access.least = access.elements
+            result = max((a for a in event.accesses if a.written), key=lambda a: a.elements)
+            result.least = result.elements
+        self.events.append(event)
+
+
+def _tensors(tree) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _accesses(tensors: Sequence[Tensor], written: bool) -> list[_Access]:
+    """One access a storage: its distinct views together, and never more than it holds."""
+    views: dict[int, dict] = {}
+    for t in tensors:
+        views.setdefault(t.untyped_storage()._cdata, {})[t.storage_offset(), t.shape, t.stride()] = t
+    accesses = []
+    for distinct in views.values():
+        some = next(iter(distinct.values()))
+        # A dim of stride 0 is one element repeated.
+        elements = sum(math.prod(n for n, s in zip(*v[1:], strict=True) if s or not n) for v in distinct)
+        held = some.untyped_storage().nbytes() // some.element_size()
+        accesses.append(_Access(some.untyped_storage(), min(elements, held), written))
+    return accesses
+
+
+def _attention_least(events: list[_Event], inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    """Let what the op itself is given and gives back be the least that its kernels read and write, once each."""
+    # The first input is q, do, or all of qkv; statistics and random states are smaller by a head dim.
+    demanded = [t for t in inputs + outputs if t.numel() > inputs[0].numel() // 6]
+    budget = {a.storage._cdata: a.elements for a in _accesses(demanded, False)}
+    for event in events:
+        event.attention = True
+        for access in event.accesses:
+            access.least = min(access.elements, budget.get(access.storage._cdata, 0))
+            if access.least:
+                budget[access.storage._cdata] -= access.least
+
+
+class _FlashAttention(TorchFunctionMode):
+    """Runs PyTorch's attention as the fused op that a GPU gets; meta tensors would get products and a softmax."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is not torch.nn.functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        return _fused_attention(*args, **kwargs)
+
+
+def _fused_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    if enable_gqa:
+        raise NotImplementedError("attention with grouped heads is not counted")
+    aten = torch.ops.aten
+    if attn_mask is None:
+        return aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, False, scale=scale)[0]
+    needs_lse = torch.is_grad_enabled()
+    mask = attn_mask.expand(*q.shape[:-1], k.shape[-2])
+    return aten._scaled_dot_product_efficient_attention(
+        q, k, v, mask, needs_lse, dropout_p, is_causal, scale=scale
+    )[0]  # fmt: skip
+
+
+@contextlib.contextmanager
+def _recorded_launches(counter: _Counter) -> Iterator[None]:
+    """Report each launch to ``counter`` instead of running it, configured as for :data:`TARGET`."""
+
+    def record(kernel, *args, grid, warmup, **kwargs):
+        arguments = inspect.signature(kernel.fn).bind(*args, **{k: kwargs[k] for k in kernel.arg_names if k in kwargs})
+        arguments.apply_defaults()
+        counter.launch(kernel, arguments.arguments)
+
+    with (
+        unittest.mock.patch.object(triton.JITFunction, "run", record),
+        unittest.mock.patch.object(runtime, "device_facts", return_value=TARGET.facts),
+        runtime.use_backend("triton"),
+    ):
+        yield
+
+
+# Triton's names of the dtypes that kernels point to.
+POINTEES = {
+    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64",
+    torch.uint8: "u8", torch.int8: "i8", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1",
+}  # fmt: skip
+
+
+def _uses(kernel: triton.JITFunction, arguments: dict[str, object]) -> tuple[set[str], set[str], set[str]]:
+    """Return which pointers ``kernel`` reads, which it writes, and which of the read ones are factors of a product."""
+    signature, constants = {}, {}
+    for parameter in kernel.params:
+        name, value = parameter.name, arguments[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[name] = "*" + POINTEES[value.dtype]
+        elif isinstance(value, (int, float)):
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+        else:
+            raise NotImplementedError(f"{kernel.fn.__name__}: {name} is a {type(value).__name__}, which is not counted")
+    return _read_ir(kernel, tuple(signature.items()), tuple(constants.items()))
+
+
+@functools.cache
+def _read_ir(kernel: triton.JITFunction, signature: tuple, constants: tuple) -> tuple[set[str], set[str], set[str]]:
+    backend = make_backend(TARGET.triton)
+    options = backend.parse_options({})
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    module = ASTSource(kernel, dict(signature), dict(constants)).make_ir(
+        TARGET.triton, options, backend.get_codegen_implementation(options), backend.get_module_map(), context
+    )
+    # One function, without the loads that nothing uses.
+    manager = ir.pass_manager(context)
+    passes.common.add_inliner(manager)
+    passes.common.add_canonicalizer(manager)
+    passes.common.add_cse(manager)
+    manager.run(module, "traffic")
+
+    entry = module.get_function(module.get_entry_func_name())
+    taken = [(name, kind) for name, kind in signature if kind != "constexpr"]
+    flow = _Flow({entry.args(i).id(): name for i, (name, kind) in enumerate(taken) if kind.startswith("*")})
+    module.walk(flow.visit)
+    return flow.solve()
+
+
+class _Flow:
+    """What flows where in a kernel's IR: addresses from pointer arguments, data from loads through them."""
+
+    def __init__(self, pointers: dict[int, str]):
+        self.addresses = {value: {name} for value, name in pointers.items()}
+        self.data: dict[int, set[str]] = {}
+        self.edges: list[tuple[int, int]] = []
+        self.loads: list[tuple[int, int]] = []  # address, result
+        self.stores: list[int] = []
+        self.factors: list[int] = []
+        self.yields: dict[int, tuple[list[int], list[int]]] = {}  # a region's results and its arguments
+
+    def visit(self, op) -> None:
+        """Take ``op`` in, after what lies inside it."""
+        name = op.get_name()
+        operands = [op.get_operand(i).id() for i in range(op.get_num_operands())]
+        results = [op.get_result(i).id() for i in range(op.get_num_results())]
+        if name in ("scf.yield", "scf.condition"):
+            block = op.get_block()
+            arguments = [block.get_argument(i).id() for i in range(block.get_num_arguments())]
+            self.yields[block.get_parent().id()] = operands, arguments
+            return
+        inner = [self.yields.get(op.get_region(i).id()) for i in range(op.get_num_regions())]
+        if name == "scf.for":
+            ((ends, arguments),) = inner
+            for start, end, argument, result in zip(operands[3:], ends, arguments[1:], results, strict=True):
+                self.edges += [(start, argument), (end, argument), (start, result), (end, result)]
+        elif name == "scf.if":
+            for ends, _ in filter(None, inner):
+                self.edges += zip(ends, results, strict=True)
+        elif name == "scf.while":
+            raise NotImplementedError("a kernel with a while loop is not counted")
+        elif name.endswith(("load", "gather")):
+            self.loads.append((operands[0], results[0]))
+        elif name.endswith(("store", "scatter")):
+            self.stores.append(operands[0])
+        elif "atomic" in name or name == "tt.descriptor_reduce":
+            self.loads += [(operands[0], result) for result in results or operands[:1]]
+            self.stores.append(operands[0])
+        else:
+            if name.startswith("tt.dot"):
+                self.factors += operands[:2]
+            self.edges += [(operand, result) for operand in operands for result in results]
+
+    def solve(self) -> tuple[set[str], set[str], set[str]]:
+        """Return the names of the pointers read, written, and multiplied."""
+        self._spread(self.addresses)
+        for address, result in self.loads:
+            self.data.setdefault(result, set()).update(self.addresses[address])
+        self._spread(self.data)
+        read = set().union(*(self.addresses[address] for address, _ in self.loads))
+        written = set().union(*(self.addresses[address] for address in self.stores))
+        return read, written, set().union(*(self.data.get(factor, ()) for factor in self.factors))
+
+    def _spread(self, labels: dict[int, set[str]]) -> None:
+        changed = True
+        while changed:
+            changed = False
+            for source, sink in self.edges:
+                new = labels.get(source, set()) - labels.get(sink, set())
+                if new:
+                    labels.setdefault(sink, set()).update(new)
+                    changed = True
+
+
+class _Stop(Exception):
+    pass
+
+
+def count_block(model: nn.Module, shape: Sequence[int], *, train: bool) -> Traffic:
+    """Count the first block of ``model`` (timm's names; on device meta) at images of ``shape`` (B, 3, Y, X).
+
+    Raises:
+        ValueError: The model has no ``blocks``.
+        RuntimeError: As for :func:`count`.
+    """
+    blocks = getattr(model, "blocks", None)
+    if not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or not len(blocks):
+        raise ValueError(f"{type(model).__name__} has no blocks; expected a Vision Transformer of timm")
+    block = blocks[0]
+    seen = []
+
+    def stop(module, args, kwargs):
+        seen.append((args, kwargs))
+        raise _Stop
+
+    dtype = next(model.parameters()).dtype
+    hook = block.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with torch.no_grad(), contextlib.suppress(_Stop), runtime.use_backend("torch"):
+            model(torch.empty((1, *shape[1:]), dtype=dtype, device="meta"))
+    finally:
+        hook.remove()
+    ((x, *args), kwargs) = seen[0]
+    block.train(train)
+    return count(
+        lambda x: block(x, *args, **kwargs),
+        (shape[0], *x.shape[1:]),
+        parameters=[p for p in block.parameters() if p.requires_grad],
+        train=train,
+        dtype=dtype,
+    )
+
+
+def run_traffic(model_name: str, *, batch: int = 32, train: bool | None = None) -> dict[str, object]:
+    """Print what a block of timm's ``model_name`` passes over its activations, as it is and accelerated, in bf16.
+
+    Args:
+        model_name: timm's name of a Vision Transformer; its default image size is taken.
+        batch: Images.
+        train: Forward and backward, or inference alone; None counts both.
+
+    Returns:
+        ``{"inference" | "training": {"timm" | "vitkernels": Traffic.to_dict()}}``.
+
+    Raises:
+        ImportError: timm is missing.
+        RuntimeError: timm does not know the name, or as for :func:`count`.
+        ValueError: The model is no Vision Transformer, or ``batch`` is below 1.
+    """
+    import timm
+
+    if batch < 1:
+        raise ValueError(f"batch is {batch}; expected 1 or more")
+    with torch.device("meta"):
+        model = timm.create_model(model_name).to(torch.bfloat16)
+    shape = (batch, *timm.data.resolve_model_data_config(model)["input_size"])
+    counted = {"inference": {}, "training": {}}
+    for name in ("timm", "vitkernels"):
+        if name == "vitkernels":
+            swap.accelerate(model)
+        for kind in counted:
+            if train is None or train == (kind == "training"):
+                counted[kind][name] = count_block(model, shape, train=kind == "training")
+    for kind, traffics in counted.items():
+        for name, traffic in traffics.items():
+            title = f"{model_name}, a block of {name}, {kind}, batch {batch}: passes over the activations"
+            print(f"{title}\n{traffic.to_text()}\n")
+        if traffics:
+            extras = (f"{name} {traffic.total('extra'):.1f}" for name, traffic in traffics.items())
+            print(f"Beyond what products and attention need, {kind}: {', '.join(extras)} passes.\n")
+    return {
+        kind: {name: traffic.to_dict() for name, traffic in traffics.items()}
+        for kind, traffics in counted.items()
+        if traffics
+    }

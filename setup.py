@@ -24,7 +24,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.10",
     packages=find_packages(include=["vitkernels", "vitkernels.*"]),
-    package_data={"vitkernels": ["py.typed", "tuning/tables/*.json", "demo/*.safetensors"]},
+    package_data={"vitkernels": ["py.typed", "tuning/tables/*.json", "aot/contract/*.json", "demo/*.safetensors"]},
     install_requires=["torch>=2.11"],
     extras_require={
         "triton": TRITON,

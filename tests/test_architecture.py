@@ -13,7 +13,7 @@ LAYERS = [
     {"layers"},
     {"models"},
     {"swap"},
-    {"testing"},
+    {"testing", "console"},
     {"aot", "demo"},
     {"cli"},
 ]

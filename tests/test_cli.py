@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from vitkernels import console
 from vitkernels.cli import main
-from vitkernels.demo import console, measure
+from vitkernels.demo import measure
 from vitkernels.ops import _triton
 
 for package in ("sklearn", "matplotlib"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -13,19 +14,20 @@ from vitkernels import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``argv``; return 0, or 2 where the user has something to put right."""
+    """Run the command line ``argv``; return 0, 1 where a check fails, 2 where the user has something to put right."""
     args = _parser().parse_args(argv)
-    _turn_interpreter_on_without_gpu()
-    from vitkernels.demo.console import UserError
+    if args.runs_kernels:
+        _turn_interpreter_on_without_gpu()
+    from vitkernels.console import UserError
 
     try:
-        args.run(args)
+        holds = args.run(args)
     except UserError as error:
         print(f"vitkernels: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
+    return 1 if holds is False else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -35,14 +37,32 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="classify 450 handwritten digits, and draw what the model looks at")
     demo.add_argument("--out", type=Path, default=Path("vitkernels_demo.png"), help="the picture (%(default)s)")
-    demo.set_defaults(run=_demo)
+    demo.set_defaults(run=_demo, runs_kernels=True)
 
     classify = commands.add_parser("classify", help="classify an image with a Vision Transformer of timm")
     classify.add_argument("image", type=Path, metavar="IMAGE", help="PNG, JPEG or WebP")
     classify.add_argument("--model", required=True, metavar="NAME", help="timm's name, as vit_tiny_patch16_224")
     classify.add_argument("--weights", type=Path, metavar="FILE", help="safetensors, or a state dict of torch.save")
     classify.add_argument("--out", type=Path, default=Path("vitkernels_classify.png"), help="the picture (%(default)s)")
-    classify.set_defaults(run=_classify)
+    classify.set_defaults(run=_classify, runs_kernels=True)
+
+    inspect = commands.add_parser("inspect", help="compile every kernel, without a GPU, and hold it to the contract")
+    inspect.add_argument(
+        "--target", action="append", choices=("sm_80", "sm_90", "sm_100", "sm_120", "gfx942"), metavar="ARCH",
+        help="sm_80, sm_90, sm_100, sm_120 or gfx942; may be given several times (sm_90)",
+    )  # fmt: skip
+    inspect.add_argument("--kernel", metavar="NAME", help="only kernels whose name holds NAME")
+    inspect.add_argument("--case", action="append", metavar="NAME", help="only this case of vitkernels.testing.cases")
+    inspect.add_argument("--all", action="store_true", help="a row for each launch, not for each kernel")
+    inspect.add_argument("--markdown", action="store_true", help="print the tables in Markdown")
+    inspect.add_argument("--json", type=Path, metavar="FILE", help="write all that was read")
+    inspect.add_argument("--dump", type=Path, metavar="DIR", help="write TTGIR, PTX, cubin, SASS and the like")
+    inspect.add_argument("--update", action="store_true", help="take what is new or better into the contract")
+    inspect.add_argument("--accept-worse", action="store_true", help="with --update: and what is worse, but no breach")
+    inspect.add_argument(
+        "--traffic", metavar="MODEL", help="count a block's passes over its activations instead, for a ViT of timm"
+    )
+    inspect.set_defaults(run=_inspect, runs_kernels=False)
     return parser
 
 
@@ -56,6 +76,44 @@ def _classify(args: argparse.Namespace) -> None:
     from vitkernels.demo.classify import classify
 
     classify(args.image, args.model, args.weights, args.out)
+
+
+def _inspect(args: argparse.Namespace) -> bool:
+    from vitkernels.console import UserError
+    from vitkernels.ops import _triton
+
+    if not _triton.HAS_TRITON:
+        raise UserError(f"inspect compiles with Triton, which cannot be imported ({_triton.MISSING})")
+    if args.accept_worse and not args.update:
+        raise UserError("--accept-worse is for --update")
+    if args.traffic is not None:
+        return _traffic(args)
+    from vitkernels.aot.inspect import inspect
+
+    return inspect(
+        list(dict.fromkeys(args.target or ["sm_90"])),
+        kernel=args.kernel,
+        cases=args.case,
+        every=args.all,
+        markdown=args.markdown,
+        json_file=args.json,
+        dump=args.dump,
+        update=args.update,
+        accept_worse=args.accept_worse,
+    )
+
+
+def _traffic(args: argparse.Namespace) -> bool:
+    from vitkernels.aot.traffic import run_traffic
+    from vitkernels.console import UserError, one_line
+
+    try:
+        counted = run_traffic(args.traffic)
+        if args.json is not None:
+            args.json.write_text(json.dumps(counted, indent=1) + "\n")
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        raise UserError(one_line(error)) from error
+    return True
 
 
 def _turn_interpreter_on_without_gpu() -> None:

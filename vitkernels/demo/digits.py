@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vitkernels.demo.console import UserError
+from vitkernels.console import UserError
 from vitkernels.models import VisionTransformer
 
 CHECKPOINT = Path(__file__).with_name("digits.safetensors")

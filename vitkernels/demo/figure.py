@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitkernels.demo.console import UserError
+from vitkernels.console import UserError
 
 try:
     import matplotlib

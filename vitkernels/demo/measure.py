@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkernels import runtime
-from vitkernels.demo.console import UserError, one_line, print_table, track
+from vitkernels.console import UserError, one_line, print_table, track
 from vitkernels.ops import _triton
 
 REPEATS = 20

@@ -433,7 +433,8 @@ def layer_norm_backward(
             BLOCK_M=config.block_m,
             BLOCK_C=config.block_c,
             WHOLE_ROW=config.block_c >= C,
-            num_warps=config.num_warps,
+            # It holds several tiles at once, where the forward holds one.
+            num_warps=min(16, 2 * config.num_warps),
         )
     sums = (share.sum(0) if n else mean.new_empty(0) for share, n in zip(shares, needs_sums, strict=True))
     return dx, dresidual, *sums

@@ -63,13 +63,13 @@ def choose_config(
     ``dtype`` is the products', ``image_dtype`` that of the images in memory where it differs (autocast).
     """
     summed = SUMMED[product]
+    wide = product == "dweight" and facts.shared_memory > 128 << 10
     if facts.arch == "interpreter":
         rows = columns = step = 128
     else:
         rows, step = {2: (128, 64), 4: (64, 32), 8: (32, 16)}[dtype.itemsize]
         # 128 columns often leave room for one program on an SM: for want of registers forward (position and prefix are
         # tiles too) and in dimages (scattered stores), of shared memory in dweight where that is small.
-        wide = product == "dweight" and facts.shared_memory > 128 << 10
         columns = rows if wide else min(rows, 64)
     sizes = {"m": M, "c": C, "k": K}
     kept = [a for a in sizes if a != summed]

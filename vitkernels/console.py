@@ -26,7 +26,8 @@ def one_line(error: BaseException) -> str:
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print ``rows`` under ``header``."""
     rows = list(rows)
-    if rich is None:
+    # Where no terminal says how wide it is, rich would cut at 80 columns.
+    if rich is None or not sys.stdout.isatty():
         widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
         for row in (header, *rows):
             print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -38,14 +39,14 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     rich.console.Console(markup=False, highlight=False).print(table)
 
 
-def track(items: Sequence, text: str) -> Iterator:
-    """Yield ``items`` while a progress bar, or one plain line, says how far it is."""
+def track(items: Iterable, text: str, total: int | None = None) -> Iterator:
+    """Yield ``items``, ``total`` or ``len(items)`` of them, while a progress bar, or one plain line, says how far."""
     if rich is None:
         print(f"{text} …", file=sys.stderr, flush=True)
         yield from items
         return
     console = rich.console.Console(stderr=True, markup=False)
-    yield from rich.progress.track(items, description=text, console=console, transient=True)
+    yield from rich.progress.track(items, description=text, total=total, console=console, transient=True)
 
 
 def busy(text: str) -> contextlib.AbstractContextManager:

@@ -1,0 +1,198 @@
+"""The contract: rules that every kernel holds on every architecture, and figures that no change may make worse.
+
+One JSON file an architecture, ``contract/<target>.json``: the Triton version that its figures are of, the figures by
+kernel and case, and exceptions from the rules, each with its reason. Figures are those of one compiler: under another
+version of Triton the rules are checked, the figures are not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import triton
+
+from vitkernels.aot.build import TARGETS
+from vitkernels.aot.read import Report
+
+FOLDER = Path(__file__).parent / "contract"
+
+# What each rule forbids, with the figure that breaks it.
+RULES = {
+    "spilled_bytes": "spills {} bytes",
+    "narrow_in_loop": "has {} 16-bit loads or stores of global memory in a loop",
+    "slow_products": "has {} 16-bit products in 64 rows or more off the chip's best matrix unit",
+    "shared_bytes": "takes {} bytes of shared memory, more than the chip has",
+    "atomics": "has {} atomics",
+    "tf32": "has {} products in TF32, which torch does not allow",
+    "address_bits": "computes addresses in {} bits",
+    "blocks": "does not fit on a multiprocessor",
+}
+# The figures that a file keeps, and which way is worse.
+HIGHER_IS_WORSE = {"registers": True, "blocks": False, "narrow": True}
+
+Key = tuple[str, str]  # kernel; case, op and dtype
+Figures = dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What a check found, a line a finding: breaches, exceptions that were used, and figures that got better."""
+
+    broken: list[str]
+    excepted: list[str]
+    better: list[str]
+
+
+def broken_rules(report: Report) -> dict[str, int]:
+    """Return the figure that breaks each rule that ``report`` breaks."""
+    available = TARGETS[report.target].facts.shared_memory
+    found = {rule: getattr(report, rule) for rule in ("spilled_bytes", "narrow_in_loop", "slow_products", "atomics")}
+    found |= {
+        "shared_bytes": report.shared_bytes if report.shared_bytes > available else 0,
+        "tf32": report.tf32,
+        "address_bits": 32 if report.address_bits == 32 and not report.reach_checked else 0,
+        "blocks": int(report.blocks < 1),
+    }
+    return {rule: figure for rule, figure in found.items() if figure}
+
+
+def figures_of(reports: Iterable[Report]) -> Figures:
+    """Return the worst of each kept figure over ``reports``."""
+    reports = list(reports)
+    return {
+        name: (max if higher else min)(getattr(r, name) for r in reports) for name, higher in HIGHER_IS_WORSE.items()
+    }
+
+
+def load(target: str, folder: Path = FOLDER) -> dict:
+    """Return the contract of ``target``, empty where there is none yet.
+
+    Raises:
+        ValueError: The file is not of the form that :func:`save` writes.
+    """
+    path = folder / f"{target}.json"
+    if not path.exists():
+        return {"triton": triton.__version__, "exceptions": [], "figures": {}}
+    contract = json.loads(path.read_text())
+    if not isinstance(contract, dict) or contract.keys() != {"triton", "exceptions", "figures"}:
+        raise ValueError(f"{path} must hold triton, exceptions and figures, and nothing else")
+    for exception in contract["exceptions"]:
+        fields = {"rule": str, "kernel": str, "case": str, "limit": int, "reason": str}
+        if exception.keys() != fields.keys() or any(not isinstance(exception[f], t) for f, t in fields.items()):
+            raise ValueError(f"{path}: an exception has the fields {', '.join(fields)}; got {exception}")
+        if exception["rule"] not in RULES or not exception["reason"].strip():
+            raise ValueError(f"{path}: an exception names a rule of {', '.join(RULES)} and its reason; got {exception}")
+    for cases in contract["figures"].values():
+        for case, figures in cases.items():
+            if figures.keys() != HIGHER_IS_WORSE.keys() or any(type(v) is not int for v in figures.values()):
+                raise ValueError(f"{path}: {case} must hold the numbers {', '.join(HIGHER_IS_WORSE)}; got {figures}")
+    return contract
+
+
+def save(target: str, contract: dict, folder: Path = FOLDER) -> None:
+    """Write the contract of ``target``, a case a line, so that a diff shows what changed."""
+
+    def block(items: Iterable[str], brackets: str, indent: int) -> str:
+        items = list(items)
+        pad = " " * indent
+        inside = ",\n".join(f"{pad}  {item}" for item in items)
+        return f"{brackets[0]}\n{inside}\n{pad}{brackets[1]}" if items else brackets
+
+    kernels = []
+    for kernel, cases in sorted(contract["figures"].items()):
+        lines = (f"{json.dumps(case)}: {json.dumps(figures)}" for case, figures in sorted(cases.items()))
+        kernels.append(f"{json.dumps(kernel)}: {block(lines, '{}', 4)}")
+    text = block(
+        [
+            f'"triton": {json.dumps(contract["triton"])}',
+            f'"exceptions": {block(map(json.dumps, contract["exceptions"]), "[]", 2)}',
+            f'"figures": {block(kernels, "{}", 2)}',
+        ],
+        "{}",
+        0,
+    )
+    folder.mkdir(exist_ok=True)
+    (folder / f"{target}.json").write_text(text + "\n")
+
+
+def check(contract: dict, measured: Mapping[Key, list[Report]], *, complete: bool) -> Verdict:
+    """Hold ``measured`` to ``contract``.
+
+    Args:
+        contract: As :func:`load` returns it.
+        measured: The reports of one architecture.
+        complete: Whether these are all there are, so that a figure without a report is out of date.
+    """
+    broken, excepted, better = [], [], []
+    same_compiler = contract["triton"] == triton.__version__
+    for key, reports in sorted(measured.items()):
+        name = " ".join(key)
+        for rule, figure in _worst_breaches(reports).items():
+            exception = _exception(contract, rule, key, figure)
+            says = f"{name} {RULES[rule].format(figure)}"
+            if exception is None:
+                broken.append(says)
+            else:
+                excepted.append(f"{says}: {exception['reason']}")
+        before, after = _figures(contract, key), figures_of(reports)
+        if not same_compiler or (before is None and broken and broken[-1].startswith(f"{name} ")):
+            continue
+        if before is None:
+            broken.append(f"{name} is not in the contract: `vitkernels inspect --update` takes it in")
+            continue
+        for figure, higher in HIGHER_IS_WORSE.items():
+            if after[figure] != before[figure]:
+                worse = (after[figure] > before[figure]) == higher
+                (broken if worse else better).append(f"{name}: {figure} {before[figure]} → {after[figure]}")
+    if complete and same_compiler:
+        known = {(kernel, case) for kernel, cases in contract["figures"].items() for case in cases}
+        broken += [f"{' '.join(key)} is in the contract, and is not launched" for key in sorted(known - set(measured))]
+    return Verdict(broken, excepted, better)
+
+
+def update(contract: dict, measured: Mapping[Key, list[Report]], *, complete: bool, accept_worse: bool) -> dict:
+    """Return ``contract`` with what is new or better in ``measured``, and with ``accept_worse`` what is worse.
+
+    Nothing that breaks a rule without an exception is taken in. What is launched no more is dropped where ``measured``
+    is ``complete``, as are exceptions that nothing needs.
+    """
+    figures = {} if complete else {kernel: dict(cases) for kernel, cases in contract["figures"].items()}
+    needed = []
+    for key, reports in measured.items():
+        before, after = _figures(contract, key), figures_of(reports)
+        exceptions = [_exception(contract, rule, key, figure) for rule, figure in _worst_breaches(reports).items()]
+        if None in exceptions:
+            after = before
+        elif before is not None and not accept_worse:
+            after = {
+                name: (min if higher else max)(before[name], after[name]) for name, higher in HIGHER_IS_WORSE.items()
+            }
+        needed += exceptions
+        if after is not None:
+            figures.setdefault(key[0], {})[key[1]] = after
+    exceptions = [e for e in contract["exceptions"] if not complete or e in needed]
+    return {"triton": triton.__version__, "exceptions": exceptions, "figures": figures}
+
+
+def _worst_breaches(reports: Iterable[Report]) -> dict[str, int]:
+    worst: dict[str, int] = {}
+    for report in reports:
+        for rule, figure in broken_rules(report).items():
+            worst[rule] = max(worst.get(rule, 0), figure)
+    return worst
+
+
+def _figures(contract: dict, key: Key) -> Figures | None:
+    return contract["figures"].get(key[0], {}).get(key[1])
+
+
+def _exception(contract: dict, rule: str, key: Key, figure: int) -> dict | None:
+    for exception in contract["exceptions"]:
+        matches = exception["rule"] == rule and exception["kernel"] == key[0]
+        if matches and fnmatch.fnmatchcase(key[1], exception["case"]) and figure <= exception["limit"]:
+            return exception
+    return None

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from vitkernels import runtime, swap
+from vitkernels.console import UserError, busy, one_line
 from vitkernels.demo import measure
 from vitkernels.demo.attention import class_token_attention, position_similarity
-from vitkernels.console import UserError, busy, one_line
 from vitkernels.demo.figure import draw_classification
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")

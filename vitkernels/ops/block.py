@@ -34,21 +34,10 @@ class BlockFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, n1_w, n1_b, qkv_w, qkv_b, proj_w, proj_b, gamma1, n2_w, n2_b, w1, b1, w2, b2, gamma2, options):
-        heads, scale, eps1, eps2, activation, recompute = options
-        dtype = qkv_w.dtype
-        h1, _, mean1, rstd1 = layer_norm_fwd(x, None, n1_w, n1_b, None, None, eps1, dtype)
-        qkv = linear_fwd(h1, qkv_w, qkv_b, None, None, None, dtype, False)[0]
-        qkv = qkv.view(*x.shape[:2], 3, heads, qkv_w.shape[0] // (3 * heads))
-        o, lse = attention_qkvpacked_fwd(qkv, scale)
-        branch_dtype = promoted_dtype(h1, gamma1)
-        branch = linear_fwd(o.flatten(2), proj_w, proj_b, gamma1, None, None, branch_dtype, False)[0]
-        h2, r, mean2, rstd2 = layer_norm_fwd(branch, x, n2_w, n2_b, None, None, eps2, dtype)
-        out_dtype = promoted_dtype(h2, r, gamma2)
-        y, z, act = mlp_fwd(h2, w1, b1, w2, b2, gamma2, r, activation, out_dtype, True, not recompute)
-        ctx.save_for_backward(
-            x, n1_w, mean1, rstd1, h1, qkv_w, qkv, o, lse, proj_w, proj_b, gamma1,
-            r, n2_w, mean2, rstd2, h2, w1, w2, b2, gamma2, z, None if recompute else act,
-        )  # fmt: skip
+        y, saved = _forward(
+            x, n1_w, n1_b, qkv_w, qkv_b, proj_w, proj_b, gamma1, n2_w, n2_b, w1, b1, w2, b2, gamma2, options, save=True
+        )
+        ctx.save_for_backward(*saved)
         ctx.options = options
         ctx.dtypes = [None if t is None else t.dtype for t in (x, n1_w, n1_b, qkv_w, qkv_b, proj_w, proj_b, gamma1,
                                                                n2_w, n2_b, w1, b1, w2, b2, gamma2)]  # fmt: skip
@@ -108,6 +97,26 @@ class BlockFunction(torch.autograd.Function):
         return *(
             g.to(dtype) if n else None for g, dtype, n in zip(grads, ctx.dtypes, ctx.needs_input_grad[:15], strict=True)
         ), None
+
+
+def _forward(x, n1_w, n1_b, qkv_w, qkv_b, proj_w, proj_b, gamma1, n2_w, n2_b, w1, b1, w2, b2, gamma2, options, *, save):
+    """Return the output, and what the backward takes out of ``ctx.saved_tensors``."""
+    heads, scale, eps1, eps2, activation, recompute = options
+    dtype = qkv_w.dtype
+    h1, _, mean1, rstd1 = layer_norm_fwd(x, None, n1_w, n1_b, None, None, eps1, dtype)
+    qkv = linear_fwd(h1, qkv_w, qkv_b, None, None, None, dtype, False)[0]
+    qkv = qkv.view(*x.shape[:2], 3, heads, qkv_w.shape[0] // (3 * heads))
+    o, lse = attention_qkvpacked_fwd(qkv, scale)
+    branch = linear_fwd(o.flatten(2), proj_w, proj_b, gamma1, None, None, promoted_dtype(h1, gamma1), False)[0]
+    h2, r, mean2, rstd2 = layer_norm_fwd(branch, x, n2_w, n2_b, None, None, eps2, dtype)
+    out_dtype = promoted_dtype(h2, r, gamma2)
+    save_act = save and not recompute
+    y, z, act = mlp_fwd(h2, w1, b1, w2, b2, gamma2, r, activation, out_dtype, save, save_act)
+    saved = (
+        x, n1_w, mean1, rstd1, h1, qkv_w, qkv, o, lse, proj_w, proj_b, gamma1,
+        r, n2_w, mean2, rstd2, h2, w1, w2, b2, gamma2, z, act if save_act else None,
+    )  # fmt: skip
+    return y, saved
 
 
 def _bias_and_gamma(
@@ -177,18 +186,7 @@ def block(
     options = (num_heads, scale, *eps, activation, recompute)
     if needs_grad(*tensors):
         return BlockFunction.apply(*tensors, options)
-    return _inference(*tensors, options)
-
-
-def _inference(x, n1_w, n1_b, qkv_w, qkv_b, proj_w, proj_b, gamma1, n2_w, n2_b, w1, b1, w2, b2, gamma2, options):
-    heads, scale, eps1, eps2, activation, _ = options
-    dtype = qkv_w.dtype
-    h = layer_norm_fwd(x, None, n1_w, n1_b, None, None, eps1, dtype)[0]
-    qkv = linear_fwd(h, qkv_w, qkv_b, None, None, None, dtype, False)[0]
-    o = attention_qkvpacked_fwd(qkv.view(*x.shape[:2], 3, heads, qkv_w.shape[0] // (3 * heads)), scale)[0]
-    branch = linear_fwd(o.flatten(2), proj_w, proj_b, gamma1, None, None, promoted_dtype(h, gamma1), False)[0]
-    h, r, _, _ = layer_norm_fwd(branch, x, n2_w, n2_b, None, None, eps2, dtype)
-    return mlp_fwd(h, w1, b1, w2, b2, gamma2, r, activation, promoted_dtype(h, r, gamma2), False, False)[0]
+    return _forward(*tensors, options, save=False)[0]
 
 
 def _check(x, norm1, qkv, proj, norm2, fc1, fc2, layer_scale, num_heads, scale, eps, activation):

@@ -211,3 +211,9 @@ def test_usage(capsys):
     said = capsys.readouterr().out
     assert "demo" in said
     assert "classify" in said
+
+
+def test_traffic_without_timm_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert main(["inspect", "--traffic", "vit_tiny_patch16_224"]) == 2
+    assert "pip install timm torchvision" in capsys.readouterr().err

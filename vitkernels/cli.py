@@ -105,8 +105,9 @@ def _inspect(args: argparse.Namespace) -> bool:
 
 def _traffic(args: argparse.Namespace) -> bool:
     from vitkernels.aot.traffic import run_traffic
-    from vitkernels.console import UserError, one_line
+    from vitkernels.console import UserError, import_timm, one_line
 
+    import_timm()
     try:
         counted = run_traffic(args.traffic)
         if args.json is not None:

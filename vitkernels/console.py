@@ -55,3 +55,24 @@ def busy(text: str) -> contextlib.AbstractContextManager:
         print(f"{text} …", file=sys.stderr, flush=True)
         return contextlib.nullcontext()
     return rich.console.Console(stderr=True, markup=False).status(f"{text} …")
+
+
+def import_timm():
+    """Return timm.
+
+    Raises:
+        UserError: timm, or the torchvision that it needs, cannot be imported; the message says what to install.
+    """
+    try:
+        import timm
+        import timm.data
+        import timm.layers
+        import timm.models.vision_transformer
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision, built for another torch
+        import torch
+
+        raise UserError(
+            f"timm cannot be imported ({one_line(error)}); install timm and the torchvision that belongs to "
+            f"torch {torch.__version__}: pip install timm torchvision"
+        ) from error
+    return timm

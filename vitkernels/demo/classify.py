@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkernels import runtime, swap
-from vitkernels.console import UserError, busy, one_line
+from vitkernels.console import UserError, busy, import_timm, one_line
 from vitkernels.demo import measure
 from vitkernels.demo.attention import class_token_attention, position_similarity
 from vitkernels.demo.figure import draw_classification
@@ -32,7 +32,7 @@ def classify(image_path: Path, name: str, weights: Path | None, out: Path) -> No
         UserError: A file, the name or a package is not as it should be; the text says what is.
     """
     picture = open_image(image_path)
-    timm = _import_timm()
+    timm = import_timm()
     device = measure.pick_device()
     no_kernels = measure.why_no_kernels(device)
     with busy(f"Loading {name}"):
@@ -175,20 +175,6 @@ def _check_fits(path: Path, state: dict[str, Tensor], model: nn.Module) -> None:
     if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"{path} does not fit the model: {'; '.join(wrong[:3])}{more}")
-
-
-def _import_timm():
-    try:
-        import timm
-        import timm.data
-        import timm.layers
-        import timm.models.vision_transformer
-    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision, built for another torch
-        raise UserError(
-            f"timm cannot be imported ({one_line(error)}); install timm and the torchvision that belongs to "
-            f"torch {torch.__version__}: pip install timm torchvision"
-        ) from error
-    return timm
 
 
 def _class_names(timm, model: nn.Module, classes: int) -> list[str] | None:

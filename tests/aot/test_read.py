@@ -322,3 +322,15 @@ def test_addresses_of_huge_tensors():
     rows = json.loads(run_without_interpreter("-c", HUGE))
     assert {bits for _, bits, _ in rows} == {64}, rows
     assert sum(checked for *_, checked in rows) >= 6
+
+
+def test_annotated_sass():
+    """nvdisasm of Triton 3.6 writes what an instruction waits for behind its operands; a loop is one all the same."""
+    code = read.instructions("""
+.L_x_1:
+        /*0580*/                   LDG.E.U16 R30, desc[UR6][R30.64+0x2]  &req={1} &wr=0x2 ?trans4;
+        /*07a0*/               @P0 BRA `(.L_x_1)                                          ?trans6;
+        /*0860*/                   EXIT                                                   ?trans5;
+""")
+    assert [(i.name, i.in_loop) for i in code] == [("LDG.E.U16", True), ("BRA", True), ("EXIT", False)]
+    assert code[0].operands == "R30, desc[UR6][R30.64+0x2]"

@@ -138,7 +138,10 @@ def disassemble(cubin: bytes) -> tuple[str, int]:
         return said(tools / "nvdisasm", "-c"), int(re.search(r"REG:(\d+)", usage).group(1))
 
 
-_SASS = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?P<when>@\S+\s+)?(?P<name>[A-Z][\w.]*)\s*(?P<operands>[^;]*);", re.M)
+# For Blackwell some releases print what the instruction waits for behind its operands: &req={1}, ?trans4.
+_SASS = re.compile(
+    r"^\s*/\*[0-9a-f]+\*/\s+(?P<when>@\S+\s+)?(?P<name>[A-Z][\w.]*)\s*(?P<operands>[^;]*?)(\s+[&?]\S+)*\s*;", re.M
+)
 _AMDGCN = re.compile(r"^\s+(?P<name>[a-z]\w*)[ \t]*(?P<operands>[^;\n]*)", re.M)
 _LABEL = re.compile(r"^(?P<label>[.\w$]+):", re.M)
 

@@ -135,8 +135,17 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
     """View ``x`` (..., C) as (M, C) with unit stride along C; copy only where no such view exists."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.shape[1] == 1 or rows.stride(1) == 1 else rows.contiguous()
+    return unit_stride(x.reshape(-1, x.shape[-1]))
+
+
+def unit_stride(x: torch.Tensor) -> torch.Tensor:
+    """Return ``x`` with unit stride along the last dim, copied only where it has another."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def dense_or(parameter: torch.Tensor | None, placeholder: torch.Tensor) -> torch.Tensor:
+    """Return ``parameter``, contiguous, or for None a tensor that a kernel is handed and never reads."""
+    return placeholder if parameter is None else parameter.contiguous()
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

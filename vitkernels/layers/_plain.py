@@ -18,13 +18,17 @@ def has_plain_children(module: nn.Module, classes: Mapping[str, tuple[type[nn.Mo
         child = children[name]
         if type(child) not in allowed:
             return False
-        state = child.__dict__
-        if (
-            state["_forward_hooks"]
-            or state["_forward_pre_hooks"]
-            or state["_backward_hooks"]
-            or state["_backward_pre_hooks"]
-            or "forward" in state
-        ):
+        if has_hooks(child) or "forward" in child.__dict__:
             return False
     return True
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Tell whether a hook is registered on ``module``, which only calling it would run."""
+    state = module.__dict__
+    return bool(
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    )

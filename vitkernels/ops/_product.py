@@ -18,7 +18,7 @@ from torch import Tensor
 from vitkernels import runtime, tuning
 from vitkernels.ops import _tile
 from vitkernels.ops._triton import tl, triton
-from vitkernels.runtime import DeviceFacts, cdiv, next_power_of_2, wide_dtype
+from vitkernels.runtime import DeviceFacts, cdiv, dense_or, next_power_of_2, wide_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,8 +279,8 @@ def product(
         a_ptr=a,
         b_ptr=b,
         alpha_ptr=a if alpha is None else alpha,
-        bias_ptr=a if bias is None else bias.contiguous(),
-        gamma_ptr=a if gamma is None else gamma.contiguous(),
+        bias_ptr=dense_or(bias, a),
+        gamma_ptr=dense_or(gamma, a),
         residual_ptr=a if residual is None else residual,
         z_ptr=z,
         y_ptr=y,

@@ -27,7 +27,7 @@ from vitkernels.ops import _tile
 from vitkernels.ops._checks import check_like, check_shape, check_tensor
 from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
 from vitkernels.ops._triton import tl, triton
-from vitkernels.runtime import DeviceFacts, as_rows, cdiv, promoted_dtype, wide_dtype
+from vitkernels.runtime import DeviceFacts, as_rows, cdiv, dense_or, promoted_dtype, wide_dtype
 
 MAX_WHOLE_ROW = 8192  # channels that one program holds at once; wider rows pass by in chunks, read several times
 
@@ -333,10 +333,10 @@ def layer_norm_forward(
     _layer_norm_fwd_kernel[(cdiv(M, config.block_m),)](
         x_ptr=rows,
         residual_ptr=residual_rows,
-        weight_ptr=_vector(weight, rows),
-        bias_ptr=_vector(bias, rows),
-        gamma_ptr=_vector(gamma, rows),
-        path_ptr=_vector(path, rows),
+        weight_ptr=dense_or(weight, rows),
+        bias_ptr=dense_or(bias, rows),
+        gamma_ptr=dense_or(gamma, rows),
+        path_ptr=dense_or(path, rows),
         y_ptr=y,
         r_ptr=r,
         mean_ptr=mean,
@@ -398,12 +398,12 @@ def layer_norm_backward(
             dy_ptr=dy_rows,
             dr_ptr=dr_rows,
             r_ptr=rows,
-            weight_ptr=_vector(weight, rows),
+            weight_ptr=dense_or(weight, rows),
             mean_ptr=mean,
             rstd_ptr=rstd,
             x_ptr=x_rows,
-            gamma_ptr=_vector(gamma, rows),
-            path_ptr=_vector(path, rows),
+            gamma_ptr=dense_or(gamma, rows),
+            path_ptr=dense_or(path, rows),
             dresidual_ptr=dresidual,
             dx_ptr=dx,
             dweight_ptr=shares[0],
@@ -438,10 +438,6 @@ def layer_norm_backward(
         )
     sums = (share.sum(0) if n else mean.new_empty(0) for share, n in zip(shares, needs_sums, strict=True))
     return dx, dresidual, *sums
-
-
-def _vector(v: Tensor | None, placeholder: Tensor) -> Tensor:
-    return placeholder if v is None else v.contiguous()
 
 
 def _forward_outputs(x, residual, weight, bias, gamma, path, eps, out_dtype):

@@ -22,7 +22,7 @@ from vitkernels.ops._checks import check_like, check_shape, check_tensor
 from vitkernels.ops._product import product, within_reach
 from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
 from vitkernels.ops._triton import tl, triton
-from vitkernels.runtime import cdiv, next_power_of_2, promoted_dtype, wide_dtype
+from vitkernels.runtime import cdiv, dense_or, next_power_of_2, promoted_dtype, unit_stride, wide_dtype
 
 
 @triton.jit
@@ -93,7 +93,7 @@ def activation_backward(
         _activation_bwd_kernel[(programs_m * blocks_n,)](
             dy_ptr=dy,
             z_ptr=z,
-            gamma_ptr=z if gamma is None else gamma.contiguous(),
+            gamma_ptr=dense_or(gamma, z),
             dz_ptr=dz,
             dbias_ptr=shares[0],
             dgamma_ptr=shares[1],
@@ -176,7 +176,7 @@ def linear_forward(x, weight, bias, gamma, residual, activation, out_dtype, save
         bias=bias,
         activation=activation,
         gamma=gamma,
-        residual=None if residual is None else _unit_stride(within_reach(residual.reshape(M, N))),
+        residual=None if residual is None else unit_stride(within_reach(residual.reshape(M, N))),
         save_z=save_z,
     )
     return y.view(*x.shape[:-1], N), z.view(*x.shape[:-1], N) if save_z else z
@@ -200,10 +200,6 @@ def linear_backward(dy, x, weight, bias, z, gamma, activation, needed):
         dx, _ = product(dz, weight) if needs_dx else (x.new_empty(0), None)
         dweight, _ = product(dz.t(), rows) if needs_dweight else (x.new_empty(0), None)
     return dx.view(x.shape) if needs_dx else dx, dweight, dbias.to(x.dtype), dgamma.to(wide_dtype(x.dtype))
-
-
-def _unit_stride(rows: Tensor) -> Tensor:
-    return rows if rows.shape[1] == 1 or rows.stride(1) == 1 else rows.contiguous()
 
 
 def _fake_forward(x, weight, bias, gamma, residual, activation, out_dtype, save_z):

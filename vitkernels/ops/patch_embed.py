@@ -31,7 +31,7 @@ from vitkernels.ops import _tile
 from vitkernels.ops._checks import check_like, check_shape, check_tensor
 from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
 from vitkernels.ops._triton import tl, triton
-from vitkernels.runtime import DeviceFacts, cdiv, wide_dtype
+from vitkernels.runtime import DeviceFacts, cdiv, dense_or, wide_dtype
 
 SUMMED = {"forward": "k", "dimages": "c", "dweight": "m"}  # the axis that each product sums over
 
@@ -332,9 +332,9 @@ def patch_embed_forward(
     _patch_embed_fwd_kernel[(cdiv(M, config.block_m) * cdiv(C, config.block_c),)](
         images_ptr=images,
         weight_ptr=weight,
-        bias_ptr=_dense(bias, weight),
-        pos_ptr=_dense(pos_embed, weight),
-        prefix_ptr=_dense(prefix_tokens, weight),
+        bias_ptr=dense_or(bias, weight),
+        pos_ptr=dense_or(pos_embed, weight),
+        prefix_ptr=dense_or(prefix_tokens, weight),
         out_ptr=out,
         M=M,
         C=C,
@@ -458,10 +458,6 @@ def _launch_options(
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
-
-
-def _dense(parameter: Tensor | None, placeholder: Tensor) -> Tensor:
-    return placeholder if parameter is None else parameter.contiguous()
 
 
 def _empty_tokens(images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, out_dtype):

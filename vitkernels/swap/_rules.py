@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensor
 from torch.nn.modules import module as torch_module
 
 from vitkernels import ops
+from vitkernels.layers._plain import has_hooks
 from vitkernels.ops._checks import FLOATING
 
 # The parameters of the classes that a fused forward may read instead of calling; the others have none.
@@ -94,7 +95,7 @@ def _blocked(rule: Rule, module: nn.Module, dtypes: set[torch.dtype]) -> str | N
         if original not in classes:
             wanted = " or ".join(cls.__name__ for cls in classes)
             return f"{name} is a {type(child).__name__}, not exactly {wanted}"
-        if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
+        if has_hooks(child):
             return f"a hook on {name}, which fusion would not call"
         if "forward" in vars(child):
             return f"the forward of {name} is bound to the instance, and fusion would not call it"

@@ -9,7 +9,7 @@ from vitkernels import runtime
 from vitkernels.ops import _tile
 from vitkernels.ops._triton import tl, triton
 from vitkernels.ops.attention.config import choose_config, padded_head_dim
-from vitkernels.ops.attention.forward import LOG2_E, addressing, head_ptr, load_rows, store_rows, strides, unit_stride
+from vitkernels.ops.attention.forward import LOG2_E, addressing, head_ptr, load_rows, store_rows, strides
 
 
 @triton.jit
@@ -235,7 +235,7 @@ def attention_backward(
     if q.numel() == 0 or (dq is None and dk is None):
         zeros = torch.zeros((3, *q.shape[2:]), dtype=lse.dtype, device=q.device)
         return (zeros[0], zeros[1:]) if needs_sums else None
-    do, q, k, v = (unit_stride(t) for t in (do, q, k, v))
+    do, q, k, v = (runtime.unit_stride(t) for t in (do, q, k, v))
     B, N_q, H, D = q.shape
     N_kv = k.shape[1]
     config = choose_config(N_q, N_kv, D, q.dtype, runtime.device_facts(q.device))

@@ -116,7 +116,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Te
     o, lse = forward_outputs(q, k, v, scale)
     if o.numel() == 0:
         return o, lse
-    q, k, v = (unit_stride(t) for t in (q, k, v))
+    q, k, v = (runtime.unit_stride(t) for t in (q, k, v))
     B, N_q, H, D = q.shape
     N_kv = k.shape[1]
     tiling = choose_config(N_q, N_kv, D, q.dtype, runtime.device_facts(q.device)).forward
@@ -158,11 +158,6 @@ def forward_outputs(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tens
     o = torch.empty((B, N_q, H, D), dtype=q.dtype, device=q.device)
     statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
     return o, torch.empty((B, H, N_q), dtype=statistics, device=q.device)
-
-
-def unit_stride(x: Tensor) -> Tensor:
-    """Return ``x`` with unit stride along the last dim, copied only where it has another."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def strides(name: str, x: Tensor) -> dict[str, int]:

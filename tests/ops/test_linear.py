@@ -1,5 +1,6 @@
 """linear against fp64: every epilogue, dtypes, layouts, gradients, bad input."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -98,6 +99,24 @@ def test_frozen_inputs(frozen, activation, device):
     check_op(ops.linear, reference.linear, tensors, options={"activation": activation})
 
 
+def test_gelu_is_off_by_roundings_alone(device):
+    """In fp32 GELU takes no erf: y and dy/dz at every scale, in both tails and where they are not finite."""
+    z = torch.cat([torch.linspace(-14, 14, 8001), torch.randn(200) * 1e-4, torch.tensor([-1e30, -0.0, 1e30])]).double()
+    x = z.float().to(device)[:, None].requires_grad_()
+    y = ops.linear(x, x.new_ones(1, 1), activation="gelu")
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    z = x.detach().double().cpu()[:, 0].requires_grad_()
+    cdf = 0.5 * torch.erfc(-z * 0.5**0.5)  # 1 + erf would cancel in fp64, too
+    want = (z * cdf).detach()
+    (dwant,) = torch.autograd.grad((z * cdf).sum(), z)
+    error, derror = (y[:, 0].double().cpu() - want).abs(), (dx[:, 0].double().cpu() - dwant).abs()
+    assert (error <= 2**-21 * want.abs().clamp_min(0.25)).all(), f"{error.max():.3g}"
+    assert (derror <= 2**-21).all(), f"{derror.max():.3g}"
+    strange = torch.tensor([float("inf"), float("-inf"), float("nan")], device=device)[:, None]
+    y = ops.linear(strange, strange.new_ones(1, 1), activation="gelu")
+    assert y[0] == float("inf") and y[1:].isnan().all()  # as 0.5 z (1 + erf) has it
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradcheck(activation, device):
     tensors = layer(1, 3, 5, 4, dtype=torch.float64, device=device)
@@ -185,9 +204,18 @@ def test_config_says_who_multiplies():
     bf16 = torch.bfloat16
     assert choose_config(50_432, 2304, 768, bf16, kind="plain", facts=h200).provider == "torch"
     fc1 = choose_config(50_432, 3072, 768, bf16, kind="epilogue", facts=h200)
-    assert (fc1.provider, fc1.block_m, fc1.block_n, fc1.num_stages) == ("triton", 128, 128, 3)
+    assert (fc1.provider, fc1.block_m, fc1.block_n, fc1.num_stages, fc1.parts) == ("triton", 128, 128, 3, 4)
     assert choose_config(197, 768, 768, bf16, kind="epilogue", facts=h200).block_m == 64
     assert choose_config(197, 768, 768, bf16, kind="plain", facts=INTERPRETER).provider == "triton"
+    dact = {
+        arch: choose_config(50_432, 3072, 768, bf16, kind="dact", facts=dataclasses.replace(h200, arch=arch))
+        for arch in ("sm_80", "sm_90", "sm_103")
+    }
+    assert {arch: (c.block_n, c.parts) for arch, c in dact.items()} == {
+        "sm_80": (64, 1),
+        "sm_90": (128, 4),
+        "sm_103": (128, 4),
+    }
     for arch, shared in (("sm_120", 99 << 10), ("gfx942", 64 << 10)):
         for dtype in (torch.bfloat16, torch.float32, torch.float64):
             c = choose_config(50_432, 3072, 768, dtype, kind="epilogue", facts=DeviceFacts(arch, arch, 100, shared))

@@ -6,6 +6,9 @@
 Shapes, as a GEMM's: a (M, K), b (K, N), any strides. Sums are fp32 (fp64 for fp64). On a GPU a product that has
 nothing to fuse goes to torch.mm, which is cuBLAS: a Triton product reaches 0.80 to 0.97 of it (H100, bf16) and
 pays only where its epilogue saves a pass.
+
+An epilogue goes over its tile in parts of 32 columns where it can: the whole tile's z, act(z) and gradients at once
+would take so many registers that an SM holds one program, whose epilogue nothing overlaps.
 """
 
 from __future__ import annotations
@@ -23,7 +26,10 @@ from vitkernels.runtime import DeviceFacts, cdiv, dense_or, next_power_of_2, wid
 
 @dataclasses.dataclass(frozen=True)
 class ProductConfig:
-    """Who multiplies (``triton`` or ``torch``), and the kernel's tiles, warps and pipeline stages."""
+    """Who multiplies (``triton`` or ``torch``), and the kernel's tiles, warps and pipeline stages.
+
+    ``parts``: shares of a tile's columns that the epilogue takes one after the other; a power of two.
+    """
 
     provider: str
     block_m: int
@@ -31,6 +37,7 @@ class ProductConfig:
     block_k: int
     num_warps: int
     num_stages: int
+    parts: int = 1
 
 
 def choose_config(M: int, N: int, K: int, dtype: torch.dtype, *, kind: str, facts: DeviceFacts) -> ProductConfig:
@@ -43,11 +50,14 @@ def choose_config(M: int, N: int, K: int, dtype: torch.dtype, *, kind: str, fact
         facts: The device's.
     """
     interpreted = facts.arch == "interpreter"
+    # wgmma and tcgen05 spread every column of a row over the same threads: a share of the columns is a share of each
+    # thread's registers. Elsewhere the shares would go through 64 KiB of shared memory, and 128 columns of dact in one
+    # share would spill.
+    whole_rows = dtype.itemsize == 2 and facts.arch.startswith(("sm_90", "sm_10"))
     if interpreted:  # few, large tiles: what costs here is the number of programs
         block_m, block_n, block_k, num_warps = 128, 128, 256, 4
     elif dtype.itemsize == 2:
-        # 128 columns of dact would spill registers on sm_90.
-        block_m, block_n, block_k, num_warps = 128, 64 if kind == "dact" else 128, 64, 8
+        block_m, block_n, block_k, num_warps = 128, 128 if whole_rows or kind != "dact" else 64, 64, 8
         if cdiv(M, 128) * cdiv(N, 128) < facts.num_sms:
             block_m, block_n, num_warps = 64, 64, 4
     else:
@@ -64,6 +74,7 @@ def choose_config(M: int, N: int, K: int, dtype: torch.dtype, *, kind: str, fact
         "block_k": block_k,
         "num_warps": num_warps,
         "num_stages": max(1, min(3, facts.shared_memory // stage)),
+        "parts": max(1, block_n // 32) if whole_rows or interpreted else 1,
     }
     key = f"{str(dtype).removeprefix('torch.')},N={N},K={K},{kind}"
     config |= tuning.lookup("linear", facts.name, key) or {}
@@ -97,6 +108,7 @@ def _product_kernel(
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -105,27 +117,32 @@ def _product_kernel(
     first_m, first_n = pid_m * BLOCK_M, pid_n * BLOCK_N
     offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < M - first_m, offs_n < N - first_n
-    z = _accumulate(
+    acc = _accumulate(
         a_ptr + first_m * stride_a_row, b_ptr + first_n * stride_b_col,
         stride_a_row, stride_a_col, stride_b_row, stride_b_col,
         offs_m, offs_n, mask_m, mask_n, K, EVEN_K, PRECISION, ACC, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    mask = mask_m[:, None] & mask_n[None, :]
-    offs_out = offs_m[:, None] * N + offs_n[None, :]
     if HAS_ALPHA:
-        z *= tl.load(alpha_ptr).to(ACC)
-    if HAS_BIAS:
-        z += tl.load(bias_ptr + first_n + offs_n, mask=mask_n, other=0.0).to(ACC)[None, :]
-    if SAVE_Z:
-        tl.store(z_ptr + first_m * N + first_n + offs_out, _tile.cast(z, z_ptr.dtype.element_ty), mask=mask)
-    y = _tile.activate(z, ACTIVATION)
-    if HAS_GAMMA:
-        y *= tl.load(gamma_ptr + first_n + offs_n, mask=mask_n, other=0.0).to(ACC)[None, :]
-    if HAS_RESIDUAL:
-        residual_ptrs = residual_ptr + first_m * stride_residual_row + first_n
-        residual_ptrs += offs_m[:, None] * stride_residual_row + offs_n[None, :]
-        y += tl.load(residual_ptrs, mask=mask, other=0.0).to(ACC)
-    tl.store(y_ptr + first_m * N + first_n + offs_out, _tile.cast(y, y_ptr.dtype.element_ty), mask=mask)
+        acc *= tl.load(alpha_ptr).to(ACC)
+    first_out = first_m * N + first_n
+    for part in tl.static_range(PARTS):
+        z = _columns(acc, part, PARTS)
+        offs_n = part * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)
+        mask_n = offs_n < N - first_n
+        mask = mask_m[:, None] & mask_n[None, :]
+        offs_out = offs_m[:, None] * N + offs_n[None, :]
+        if HAS_BIAS:
+            z += tl.load(bias_ptr + first_n + offs_n, mask=mask_n, other=0.0).to(ACC)[None, :]
+        if SAVE_Z:
+            tl.store(z_ptr + first_out + offs_out, _tile.cast(z, z_ptr.dtype.element_ty), mask=mask)
+        y = _tile.activate(z, ACTIVATION)
+        if HAS_GAMMA:
+            y *= tl.load(gamma_ptr + first_n + offs_n, mask=mask_n, other=0.0).to(ACC)[None, :]
+        if HAS_RESIDUAL:
+            residual_ptrs = residual_ptr + first_m * stride_residual_row + first_n
+            residual_ptrs += offs_m[:, None] * stride_residual_row + offs_n[None, :]
+            y += tl.load(residual_ptrs, mask=mask, other=0.0).to(ACC)
+        tl.store(y_ptr + first_out + offs_out, _tile.cast(y, y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -151,6 +168,7 @@ def _product_dact_kernel(
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -159,25 +177,29 @@ def _product_dact_kernel(
     first_m, first_n = pid_m * BLOCK_M, pid_n * BLOCK_N
     offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < M - first_m, offs_n < N - first_n
-    da = _accumulate(
+    acc = _accumulate(
         a_ptr + first_m * stride_a_row, b_ptr + first_n * stride_b_col,
         stride_a_row, stride_a_col, stride_b_row, stride_b_col,
         offs_m, offs_n, mask_m, mask_n, K, EVEN_K, PRECISION, ACC, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    mask = mask_m[:, None] & mask_n[None, :]
-    first_out = first_m * N + first_n
-    offs_out = offs_m[:, None] * N + offs_n[None, :]
     if HAS_ALPHA:
-        da *= tl.load(alpha_ptr).to(ACC)
-    z = tl.load(z_ptr + first_out + offs_out, mask=mask, other=0.0).to(ACC)
-    if SAVE_ACT:
-        act = _tile.cast(_tile.activate(z, ACTIVATION), act_ptr.dtype.element_ty)
-        tl.store(act_ptr + first_out + offs_out, act, mask=mask)
-    dz = da * _tile.activate_grad(z, ACTIVATION)
-    tl.store(dz_ptr + first_out + offs_out, _tile.cast(dz, dz_ptr.dtype.element_ty), mask=mask)
-    if SUM_DZ:
-        dbias = _tile.sum_rows(tl.where(mask, dz, 0.0))
-        tl.store(dbias_ptr + pid_m * N + first_n + offs_n, dbias, mask=mask_n)
+        acc *= tl.load(alpha_ptr).to(ACC)
+    first_out = first_m * N + first_n
+    for part in tl.static_range(PARTS):
+        da = _columns(acc, part, PARTS)
+        offs_n = part * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)
+        mask_n = offs_n < N - first_n
+        mask = mask_m[:, None] & mask_n[None, :]
+        offs_out = offs_m[:, None] * N + offs_n[None, :]
+        z = tl.load(z_ptr + first_out + offs_out, mask=mask, other=0.0).to(ACC)
+        if SAVE_ACT:
+            act = _tile.cast(_tile.activate(z, ACTIVATION), act_ptr.dtype.element_ty)
+            tl.store(act_ptr + first_out + offs_out, act, mask=mask)
+        dz = da * _tile.activate_grad(z, ACTIVATION)
+        tl.store(dz_ptr + first_out + offs_out, _tile.cast(dz, dz_ptr.dtype.element_ty), mask=mask)
+        if SUM_DZ:
+            dbias = _tile.sum_rows(tl.where(mask, dz, 0.0))
+            tl.store(dbias_ptr + pid_m * N + first_n + offs_n, dbias, mask=mask_n)
 
 
 @triton.jit
@@ -234,6 +256,20 @@ def _accumulate(
         a_ptrs += BLOCK_K * stride_a_col
         b_ptrs += BLOCK_K * stride_b_row
     return acc
+
+
+@triton.jit
+def _columns(x, PART: tl.constexpr, PARTS: tl.constexpr):
+    """Share PART of a tile's columns, cut into PARTS equal shares; PARTS is a power of two."""
+    if PARTS == 1:
+        return x
+    else:
+        HALF: tl.constexpr = PARTS // 2
+        left, right = tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+        if PART < HALF:
+            return _columns(left, PART, HALF)
+        else:
+            return _columns(right, PART - HALF, HALF)
 
 
 def product(
@@ -301,6 +337,7 @@ def product(
         EVEN_K=K % config.block_k == 0,
         PRECISION=runtime.dot_precision(a.device),
         ACC=_tile.accumulator(a.dtype),
+        PARTS=config.parts,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
@@ -350,6 +387,7 @@ def product_dact(
             EVEN_K=K % config.block_k == 0,
             PRECISION=runtime.dot_precision(a.device),
             ACC=_tile.accumulator(a.dtype),
+            PARTS=config.parts,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,

@@ -59,8 +59,8 @@ def sum_rows(x):
 def activate(z, KIND: tl.constexpr):
     """The activation ``KIND`` of pre-activations ``z``, in ``z``'s dtype (fp32 or fp64)."""
     # A constant stands right of its tensor: interpreted, a constexpr on the left takes no tensor.
-    if KIND == "gelu":  # x Φ(x), arXiv 1606.08415
-        return 0.5 * z * (1.0 + tl.erf(z * SQRT_HALF))
+    if KIND == "gelu":  # z Φ(z), arXiv 1606.08415
+        return z * _normal_cdf(z)
     elif KIND == "gelu_tanh":  # ½(1 + tanh u) = σ(2u)
         return z * _sigmoid((z + 0.044715 * z * z * z) * 2.0 * SQRT_2_OVER_PI)
     elif KIND == "quick_gelu":
@@ -75,8 +75,7 @@ def activate(z, KIND: tl.constexpr):
 def activate_grad(z, KIND: tl.constexpr):
     """The derivative of :func:`activate` at ``z``."""
     if KIND == "gelu":
-        cdf = 0.5 * (1.0 + tl.erf(z * SQRT_HALF))
-        return cdf + z * INV_SQRT_2PI * tl.exp(-0.5 * z * z)
+        return _normal_cdf(z) + z * INV_SQRT_2PI * tl.exp(-0.5 * z * z)
     elif KIND == "gelu_tanh":
         s, t = _sigmoids((z + 0.044715 * z * z * z) * 2.0 * SQRT_2_OVER_PI)
         return s + z * s * t * 2.0 * SQRT_2_OVER_PI * (1.0 + 0.134145 * z * z)
@@ -88,6 +87,29 @@ def activate_grad(z, KIND: tl.constexpr):
         return s + z * s * t
     else:
         return tl.full(z.shape, 1.0, z.dtype)
+
+
+@triton.jit
+def _normal_cdf(z):
+    """Φ(z) = ½(1 + erf(z / √2)).
+
+    In fp32 Φ(−|z|) = 2^(|z| Q(|z|) − 1), Q of degree 7 and minimax on |z| ≤ 5.5: before rounding Φ and z Φ are off by
+    at most 1.5e-8; beyond, the exponent goes on falling. It takes a third of the instructions of libdevice's erf, fewer
+    registers, and keeps the digits that 1 + erf cancels where z is negative.
+    """
+    if z.dtype == tl.float64:
+        return 0.5 * (1.0 + tl.erf(z * SQRT_HALF))
+    else:
+        a = tl.abs(z)
+        q = a * -2.3349476e-06 + 3.3737803e-05
+        q = q * a - 1.6129379e-04
+        q = q * a - 1.9170359e-04
+        q = q * a + 7.1268651e-03
+        q = q * a - 5.2533613e-02
+        q = q * a - 4.5919830e-01
+        q = q * a - 1.1511060e00
+        tail = tl.exp2(q * a - 1.0)
+        return tl.where(z >= 0, 1.0 - tail, tail)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import torch
 
 from vitkernels import ops, reference
 from vitkernels.ops._triton import tl
-from vitkernels.ops.patch_embed import choose_config
+from vitkernels.ops.patch_embed.config import SUMMED, choose_config
 from vitkernels.runtime import INTERPRETER, DeviceFacts
 from vitkernels.testing import check_op
 
@@ -41,6 +41,8 @@ SHAPES = {
     "N=196": (1, (224, 224), (16, 16), 72, 1, 3),
     "N=256, registers": (1, (224, 224), (14, 14), 48, 5, 3),
     "many images of one patch": (300, (2, 2), (2, 2), 17, 1, 1),
+    "patch 8": (2, (24, 16), (8, 8), 36, 1, 3),
+    "patch 32": (1, (64, 32), (32, 32), 36, 1, 3),
     "oblong patch and image": (2, (6, 35), (3, 7), 150, 1, 3),
     "one channel": (1, (6, 6), (3, 3), 1, 1, 1),
 }
@@ -96,8 +98,9 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_images_and_weight(layout, reach, device, monkeypatch):
     if reach == "int64":  # the offsets that only images beyond 2³⁰ elements need
-        options = FILE._launch_options
-        monkeypatch.setattr(FILE, "_launch_options", lambda *a: options(*a) | {"INDEX": tl.int64})
+        options = FILE.forward.launch_options
+        for file in (FILE.forward, FILE.backward):
+            monkeypatch.setattr(file, "launch_options", lambda *a: options(*a) | {"INDEX": tl.int64})
     strided = LAYOUTS[layout]
     tensors = inputs(3, (12, 8), (4, 2), 36, device=device)
     for names in (("images",), ("weight",), ("images", "weight")):
@@ -127,6 +130,127 @@ def test_layouts_of_the_upstream_gradient(layout, device):
     check_op(ops.patch_embed, reference.patch_embed, tensors, upstream=UPSTREAMS[layout])
 
 
+NORMALIZE = ((0.485, 0.456, 0.406, 0.3), (0.229, 0.224, 0.225, 0.01))  # ImageNet's, and a narrow fourth channel
+
+
+def pixels(B, channels, image, dtype=torch.uint8, device="cpu"):
+    """Images of 0..255, or for a floating dtype of 0..1, and the options that normalise them."""
+    images = torch.randint(0, 256, (B, channels, *image), dtype=torch.uint8).to(device)
+    mean, std = (values[:channels] for values in NORMALIZE)
+    return images if dtype == torch.uint8 else images.to(dtype) / 255, {"normalize": (mean, std)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("image_dtype", ["uint8", "same"])
+@pytest.mark.parametrize("patch", [(8, 8), (14, 14), (16, 16), (32, 32), (3, 7), (16, 8)], ids=str)
+def test_normalize(patch, image_dtype, dtype, device):
+    tensors = inputs(2, (2 * patch[0], 3 * patch[1]), patch, 36, R=2, dtype=dtype, device=device)
+    image_dtype = dtype if image_dtype == "same" else torch.uint8
+    images, options = pixels(2, 3, tensors.pop("images").shape[2:], image_dtype, device)
+    if image_dtype == torch.uint8:
+        options["images"] = images  # check_op would make the truth's images fp64
+    else:
+        tensors["images"] = leaf(images)
+    check_op(ops.patch_embed, reference.patch_embed, tensors, options=options)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_normalize_each_channel_by_its_own(memory_format, channels, device):
+    tensors = inputs(3, (12, 8), (4, 4), 36, channels=channels, pos_prefix=False, device=device)
+    del tensors["images"]
+    images, options = pixels(3, channels, (12, 8), device=device)
+    options |= {"images": images.contiguous(memory_format=memory_format), "pos_embed_prefix": False}
+    check_op(ops.patch_embed, reference.patch_embed, tensors, options=options)
+
+
+@pytest.mark.parametrize("weight_dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("image_dtype", DTYPES, ids=str)
+def test_normalized_images_take_the_weights_dtype(image_dtype, weight_dtype, device):
+    tensors = inputs(2, (12, 8), (4, 4), 36, dtype=weight_dtype, device=device)
+    images, options = pixels(2, 3, (12, 8), image_dtype, device)
+    check_op(ops.patch_embed, reference.patch_embed, tensors | {"images": leaf(images)}, options=options)
+
+
+def test_normalize_is_what_torchvision_makes_of_a_decoded_image(device):
+    transforms = pytest.importorskip("torchvision.transforms")
+    decoded = torch.randint(0, 256, (12, 8, 3), dtype=torch.uint8).numpy()
+    make_input = transforms.Compose([transforms.ToTensor(), transforms.Normalize(*(v[:3] for v in NORMALIZE))])
+    tensors = inputs(1, (12, 8), (4, 4), 36, device=device, grad=False) | {
+        "images": make_input(decoded)[None].to(device)
+    }
+    expected = reference.patch_embed(**tensors)
+    for images in (torch.from_numpy(decoded).permute(2, 0, 1)[None], transforms.ToTensor()(decoded)[None]):
+        tensors["images"] = images.to(device)
+        out = ops.patch_embed(**tensors, normalize=tuple(v[:3] for v in NORMALIZE))
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_uint8_images(layout, device):
+    tensors = inputs(3, (12, 8), (4, 2), 36, device=device)
+    del tensors["images"]
+    images, options = pixels(3, 3, (12, 8), device=device)
+    options["images"] = LAYOUTS[layout](images)
+    assert options["images"].dtype == torch.uint8
+    check_op(ops.patch_embed, reference.patch_embed, tensors, options=options)
+
+
+@pytest.mark.parametrize("image_dtype", [torch.uint8, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_normalize_under_autocast(dtype, image_dtype, device):
+    tensors = inputs(2, (12, 8), (4, 4), 36, R=2, device=device)
+    images, options = pixels(2, 3, (12, 8), image_dtype, device)
+
+    def autocast(function):
+        def call(**tensors):
+            with torch.autocast(device.type, dtype=dtype, enabled=tensors["weight"].dtype != torch.float64):
+                return function(**(tensors | {"images": images}))
+
+        return call
+
+    check_op(autocast(ops.patch_embed), autocast(reference.patch_embed), tensors | {"images": None}, options=options)
+
+
+@pytest.mark.parametrize("image_dtype", [torch.uint8, torch.float64], ids=str)
+def test_gradcheck_normalized(image_dtype, device):
+    tensors = inputs(2, (2, 4), (1, 2), 3, channels=2, dtype=torch.float64, device=device)
+    images, options = pixels(2, 2, (2, 4), image_dtype, device)
+    if image_dtype != torch.uint8:
+        images.requires_grad_()
+
+    def embed(images, weight, bias, pos_embed, prefix_tokens):
+        return ops.patch_embed(images, weight, bias, pos_embed=pos_embed, prefix_tokens=prefix_tokens, **options)
+
+    assert torch.autograd.gradcheck(embed, [images, *(tensors[name] for name in ORDER[1:])], eps=1e-6)
+
+
+def test_fp32_products_of_narrow_images_are_exact_on_blackwell(device, monkeypatch):
+    """There Triton would take them for TF32: the kernels are handed fp32, whatever the images are in."""
+    facts = DeviceFacts("b200", "sm_100", 148, 227 << 10)
+    monkeypatch.setattr(FILE.runtime, "device_facts", lambda device: facts)
+    handed = []
+    for file in (FILE.forward, FILE.backward):
+        order = file.in_pixel_order
+        monkeypatch.setattr(file, "in_pixel_order", lambda x, w, order=order: handed.append(x.dtype) or order(x, w))
+    for dtype, expected in ((torch.float32, torch.float32), (torch.bfloat16, torch.uint8)):
+        tensors = inputs(2, (12, 8), (4, 4), 36, dtype=dtype, device=device)
+        del tensors["images"]
+        images, options = pixels(2, 3, (12, 8), device=device)
+        check_op(ops.patch_embed, reference.patch_embed, tensors, options=options | {"images": images})
+        assert handed == [expected] * 2  # forward, and backward of the weight
+        handed.clear()
+
+
+def test_uint8_images_are_saved_as_they_are(device):
+    tensors = inputs(2, (12, 8), (4, 4), 36, device=device)
+    tensors["images"], options = pixels(2, 3, (12, 8), device=device)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        ops.patch_embed(**tensors, **options)
+    assert [t.dtype for t in saved] == [torch.uint8, torch.float32]
+
+
 def test_empty_batch_gives_zero_gradients(device):
     tensors = inputs(0, (12, 8), (4, 4), 36, device=device)
     out = ops.patch_embed(**tensors)
@@ -146,7 +270,7 @@ def test_frozen_inputs_cost_nothing(frozen, device, monkeypatch):
     check_op(ops.patch_embed, reference.patch_embed, tensors)
     flags = []
     backward = FILE._patch_embed_bwd
-    monkeypatch.setattr(FILE, "_patch_embed_bwd", lambda *a: flags.append(a[-2:]) or backward(*a))
+    monkeypatch.setattr(FILE, "_patch_embed_bwd", lambda *a: flags.append(a[3:5]) or backward(*a))
     ops.patch_embed(**tensors).sum().backward()
     assert flags == [(frozen != "images", frozen != "weight")]
     assert tensors[frozen].grad is None
@@ -232,20 +356,48 @@ def test_a_bad_weight_leaves_the_prefix_alone(device):
     assert torch.equal(out[:, :2], (tensors["prefix_tokens"] + tensors["pos_embed"][:, :2]).expand(2, -1, -1))
 
 
-def test_reruns_are_bit_equal(device):
+@pytest.mark.parametrize("normalized", [False, True])
+def test_reruns_are_bit_equal(normalized, device):
     tensors = inputs(20, (14, 14), (2, 2), 40, dtype=torch.bfloat16, device=device)
-    leaves = [tensors[name] for name in ORDER]
+    options = {}
+    if normalized:
+        tensors["images"], options = pixels(20, 3, (14, 14), device=device)
+    leaves = [tensors[name] for name in ORDER if tensors[name].requires_grad]
     runs = []
     for _ in range(2):
-        out = ops.patch_embed(**tensors)
+        out = ops.patch_embed(**tensors, **options)
         runs.append([out, *torch.autograd.grad(out, leaves, torch.linspace(-1, 1, out.numel()).view_as(out).to(out))])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 X, W = torch.zeros(2, 3, 8, 12), torch.zeros(6, 3, 4, 4)
 N = 6
+
+
+def normalized(images=None, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)):
+    return ops.patch_embed(X.byte() if images is None else images, W, normalize=(mean, std))
+
+
 BAD = {
-    "uint8": (lambda: ops.patch_embed(X.byte(), W), TypeError, "images has dtype torch.uint8.*normalise"),
+    "uint8": (lambda: ops.patch_embed(X.byte(), W), TypeError, r"images has dtype torch.uint8.*normalize=\(mean, std"),
+    "integer to normalise": (lambda: normalized(X.int()), TypeError, "int32; expected uint8, float16"),
+    "sparse uint8": (lambda: normalized(X.byte().to_sparse()), NotImplementedError, "sparse"),
+    "rank of uint8": (lambda: normalized(X.byte()[0]), ValueError, r"images have shape \(3, 8, 12\)"),
+    "few means": (lambda: normalized(mean=[0.5]), ValueError, "1 means and 3 standard deviations; expected 3 of each"),
+    "many deviations": (lambda: normalized(std=[0.5] * 4), ValueError, "3 means and 4 standard deviations"),
+    "no deviation": (lambda: normalized(std=[0.5, 0.0, 0.5]), ValueError, "standard deviations above 0"),
+    "negative deviation": (lambda: normalized(std=[0.5, -0.1, 0.5]), ValueError, "standard deviations above 0"),
+    "infinite deviation": (lambda: normalized(std=[0.5, float("inf"), 0.5]), ValueError, "finite numbers"),
+    "NaN mean": (lambda: normalized(mean=[0.5, float("nan"), 0.5]), ValueError, "finite numbers"),
+    "scalar mean": (lambda: normalized(mean=0.5), TypeError, "expected two sequences of numbers"),
+    "strings": (lambda: normalized(mean="abc"), TypeError, "expected two sequences of numbers"),
+    "mean alone": (lambda: ops.patch_embed(X, W, normalize=([0.5] * 3,)), TypeError, "expected two sequences"),
+    "normalize is no pair": (lambda: ops.patch_embed(X, W, normalize=True), TypeError, "normalize is True"),
+    "normalized bias dtype": (
+        lambda: ops.patch_embed(X.byte(), W, torch.zeros(6).half(), normalize=([0.5] * 3, [0.5] * 3)),
+        TypeError,
+        "bias has dtype torch.float16, weight has torch.float32",
+    ),
     "integer": (lambda: ops.patch_embed(X.int(), W), TypeError, "int32"),
     "complex": (lambda: ops.patch_embed(X.cfloat(), W), TypeError, "complex64"),
     "no tensor": (lambda: ops.patch_embed([1.0], W), TypeError, "images is a list"),
@@ -330,6 +482,11 @@ def test_opcheck(memory_format, device):
     dout = torch.randn(2, 6, 5, device=device)
     for needed in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(backward, (dout, images, weight, *needed))
+    images, options = pixels(2, 3, (4, 6), device=device)
+    images = images.contiguous(memory_format=memory_format)
+    constants = [list(values) for values in options["normalize"]]
+    torch.library.opcheck(forward, (images, weight, bias, pos_embed, prefix, True, torch.float32, *constants))
+    torch.library.opcheck(backward, (dout, images, weight, False, True, *constants))
 
 
 def test_the_cpu_implementations_agree_with_the_kernels():
@@ -344,19 +501,34 @@ def test_the_cpu_implementations_agree_with_the_kernels():
         args = (torch.randn(2, 8, 36, dtype=torch.float64), images, weight, *needed)
         for a, b in zip(FILE._reference_backward(*args), FILE._patch_embed_bwd(*args), strict=True):
             torch.testing.assert_close(a, b)
+    for image_dtype in (torch.uint8, torch.float64):
+        images, options = pixels(2, 3, (12, 8), image_dtype)
+        constants = [list(values) for values in options["normalize"]]
+        args = (images, weight, bias, pos_embed, prefix, True, torch.float64, *constants)
+        torch.testing.assert_close(FILE._reference_forward(*args), FILE._patch_embed_fwd(*args))
+        args = (
+            torch.randn(2, 8, 36, dtype=torch.float64),
+            images,
+            weight,
+            image_dtype != torch.uint8,
+            True,
+            *constants,
+        )
+        for a, b in zip(FILE._reference_backward(*args), FILE._patch_embed_bwd(*args), strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def test_configs_fit_the_device_and_splits_do_not_grow_with_the_batch():
     small = DeviceFacts("small", "sm_120", 170, 99 << 10)
     for M, C, K in ((197, 768, 768), (6304, 768, 768), (50_432, 1024, 588), (1, 1, 1), (10_952, 1536, 588)):
         for dtype in (torch.bfloat16, torch.float32, torch.float64):
-            for product in FILE.SUMMED:
+            for product in SUMMED:
                 for facts in (H200, small, INTERPRETER):
                     for image_dtype in (dtype, torch.promote_types(dtype, torch.float32)):
                         config = choose_config(product, M, C, K, dtype, facts, image_dtype=image_dtype)
                         blocks = [config.block_m, config.block_c, config.block_k]
                         assert all(block >= 16 and block & (block - 1) == 0 for block in blocks)
-                        summed = blocks.pop("mck".index(FILE.SUMMED[product]))
+                        summed = blocks.pop("mck".index(SUMMED[product]))
                         assert config.num_stages * summed * sum(blocks) * image_dtype.itemsize <= facts.shared_memory
     shares = [choose_config("dweight", M, 768, 768, torch.bfloat16, H200).splits for M in (64, 6272, 10**6, 10**8)]
     assert shares[0] == 1 and shares[-1] == shares[-2] <= 2 * H200.num_sms

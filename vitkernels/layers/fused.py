@@ -7,6 +7,8 @@ by the caller; shapes are (B, N, C).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -133,6 +135,7 @@ def patch_embed(
     pos_embed: Tensor | None = None,
     prefix_tokens: Tensor | None = None,
     pos_embed_prefix: bool = True,
+    normalize: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> Tensor:
     """Tokens of ``images`` with the parameters of the convolution ``proj``, position and prefix tokens included."""
     return ops.patch_embed(
@@ -142,4 +145,5 @@ def patch_embed(
         pos_embed=pos_embed,
         prefix_tokens=prefix_tokens,
         pos_embed_prefix=pos_embed_prefix,
+        normalize=normalize,
     )

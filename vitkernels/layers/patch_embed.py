@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 
 from vitkernels.layers import fused
@@ -22,6 +25,8 @@ class PatchEmbed(nn.Module):
         embed_dim: Channels of the tokens.
         bias: Whether the projection has a bias.
         strict_img_size: Refuse images of another size than ``img_size``.
+        normalize: ``(mean, std)`` as for :func:`vitkernels.ops.patch_embed`: images come in uint8, 0..255, or in
+            floating point, 0..1, and are normalised as they are read. None: they come normalised.
 
     Raises:
         ValueError: The patch does not divide the image.
@@ -36,12 +41,14 @@ class PatchEmbed(nn.Module):
         bias: bool = True,
         strict_img_size: bool = True,
         *,
+        normalize: tuple[Sequence[float], Sequence[float]] | None = None,
         device=None,
         dtype=None,
     ) -> None:
         super().__init__()
         self.patch_size = to_pair(patch_size)
         self.strict_img_size = strict_img_size
+        self.normalize = normalize
         self.set_input_size(img_size)
         self.proj = nn.Conv2d(
             in_chans, embed_dim, self.patch_size, stride=self.patch_size, bias=bias, device=device, dtype=dtype
@@ -69,15 +76,17 @@ class PatchEmbed(nn.Module):
         return height // patch_height, width // patch_width
 
     def check_images(self, images: Tensor) -> None:
-        """Require floating-point images (B, I, Y, X) of a size and channels that this module takes.
+        """Require images (B, I, Y, X) of a dtype, size and channels that this module takes.
 
         Raises:
             ValueError: Another rank, number of channels or size.
-            TypeError: No floating-point tensor.
+            TypeError: No floating-point tensor, nor with ``normalize`` one of uint8.
         """
-        if not isinstance(images, Tensor) or not images.is_floating_point():
-            kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
-            raise TypeError(f"images are {kind}; expected floating-point values, scaled and normalised")
+        kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        takes_uint8 = self.normalize is not None
+        if not isinstance(images, Tensor) or not (images.is_floating_point() or (takes_uint8 and kind == torch.uint8)):
+            wanted = "of 0 to 1, or uint8" if takes_uint8 else "scaled and normalised, or normalize=(mean, std)"
+            raise TypeError(f"images are {kind}; expected floating-point values, {wanted}")
         if images.ndim != 4:
             raise ValueError(f"images have shape {tuple(images.shape)}; expected (batch, channels, height, width)")
         if images.shape[1] != self.proj.in_channels:
@@ -101,5 +110,10 @@ class PatchEmbed(nn.Module):
         """Images (B, I, Y, X) to tokens (B, R + N, C); the rest as for :func:`vitkernels.ops.patch_embed`."""
         self.check_images(images)
         return fused.patch_embed(
-            self.proj, images, pos_embed=pos_embed, prefix_tokens=prefix_tokens, pos_embed_prefix=pos_embed_prefix
+            self.proj,
+            images,
+            pos_embed=pos_embed,
+            prefix_tokens=prefix_tokens,
+            pos_embed_prefix=pos_embed_prefix,
+            normalize=self.normalize,
         )

@@ -83,6 +83,9 @@ class VisionTransformer(nn.Module):
         act_layer: As for :func:`vitkernels.layers.create_activation`; None for GELU.
         representation_size: Features of one tanh hidden layer before the head, ``pre_logits.fc``, as in the
             original's pre-training (arXiv 2010.11929 §3.1); None leaves it out.
+        normalize: ``(mean, std)``, a number a channel: images come decoded, in uint8, 0..255, or in floating point,
+            0..1, and the patch embedding normalises them as it reads them; not in the state dict. None: they come
+            normalised.
         device, dtype: Of the parameters.
 
     Raises:
@@ -125,6 +128,7 @@ class VisionTransformer(nn.Module):
         norm_layer: Callable[..., nn.Module] | str | None = None,
         act_layer: Callable[[], nn.Module] | str | None = None,
         representation_size: int | None = None,
+        normalize: tuple[Sequence[float], Sequence[float]] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **others,
@@ -160,6 +164,7 @@ class VisionTransformer(nn.Module):
             embed_dim,
             bias=not pre_norm,  # the norm that follows has one
             strict_img_size=not dynamic_img_size,
+            normalize=normalize,
             **dd,
         )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim, **dd)) if class_token else None
@@ -439,7 +444,7 @@ class VisionTransformer(nn.Module):
 
         Raises:
             ValueError: Images of another rank, number of channels or size than the model takes.
-            TypeError: Images that are no floating-point tensor.
+            TypeError: Images that are no floating-point tensor, nor with ``normalize`` one of uint8.
         """
         return self.forward_head(self.forward_features(x))
 

@@ -9,11 +9,13 @@ import torch
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_tensor(op: str, name: str, x: torch.Tensor, *, hint: str = "") -> None:
-    """Require a dense floating-point tensor.
+def check_tensor(
+    op: str, name: str, x: torch.Tensor, *, dtypes: Sequence[torch.dtype] = FLOATING, hint: str = ""
+) -> None:
+    """Require a dense tensor of one of ``dtypes``.
 
     Raises:
-        TypeError: ``x`` is no tensor, a DTensor, or of a dtype other than fp16, bf16, fp32 and fp64.
+        TypeError: ``x`` is no tensor, a DTensor, or of another dtype.
         NotImplementedError: ``x`` is nested, sparse or quantized.
     """
     if not isinstance(x, torch.Tensor):
@@ -23,8 +25,9 @@ def check_tensor(op: str, name: str, x: torch.Tensor, *, hint: str = "") -> None
             f"{op}: {name} is a DTensor; kernels work on local tensors: "
             "call the op through torch.distributed.tensor.experimental.local_map"
         )
-    if x.dtype not in FLOATING:
-        raise TypeError(f"{op}: {name} has dtype {x.dtype}; expected float16, bfloat16, float32 or float64{hint}")
+    if x.dtype not in dtypes:
+        *most, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{op}: {name} has dtype {x.dtype}; expected {', '.join(most)} or {last}{hint}")
     if x.is_nested or x.layout != torch.strided or x.is_quantized:
         kind = "nested" if x.is_nested else "quantized" if x.is_quantized else str(x.layout)
         raise NotImplementedError(f"{op}: {name} is {kind}; expected a dense (strided) tensor")

@@ -1,0 +1,284 @@
+"""Images to tokens: one product straight from the pixels, with bias, position and prefix tokens in its epilogue.
+
+Forward (arXiv 2010.11929; registers arXiv 2309.16588):
+    out[b, R + n, c] = Σₖ patch[b, n, k] · weight[c, k] + bias[c] + pos[R + n, c]
+    out[b, r, c] = prefix[r, c] + pos[r, c],  r < R
+Backward, with dtokens = dout[:, R:]:
+    dpatch = dtokens · weight,  dweight = dtokensᵀ · patch
+    dbias = Σ dtokens,  dpos = Σ_b dout,  dprefix = Σ_b dout[:, :R]
+
+Shapes: images (B, I, Y, X), patches of PY × PX pixels, N = Y/PY · X/PX patches an image in row-major order, R prefix
+tokens, T = R + N tokens, C channels, K = I · PY · PX pixels a patch; products run over M rows, B · T forward and B · N
+backward. patch[b, n, k] is never stored: each kernel works out where pixel k of patch n lies. Forward, a prefix token
+is a row without pixels; that wastes R/T of the product and saves the copy that would put it in front.
+
+With normalize=(mean, std), patch holds (x/255 − mean)/std, as a · x + b of the loaded tile in fp32, rounded to the
+products' dtype as a normalised image would be; dweight computes it again, and dimages is scaled by a. Folding it into
+the weight instead, a · weight and bias − Σ weight · mean/std, would spare two instructions a pixel, and rounds the
+weight a second time while pixels lie all on one side of zero: 1.5 to 2 times the RMS error in bf16 (emulated on a CPU,
+ImageNet's constants, 16 × 16 patches), unless the bias is summed from the rounded weight, a second kernel every call.
+
+Saved for backward: images and weight. Products take operands in the weight's dtype and sum in fp32 (fp64 for fp64),
+as all sums do. Each pixel belongs to one patch, so dimages is stored once and whole. dweight is summed in shares of
+rows, (splits, C, K), whose number does not grow with M; nothing is atomic.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vitkernels import reference, runtime
+from vitkernels.ops._checks import FLOATING, check_like, check_shape, check_tensor
+from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
+from vitkernels.ops.patch_embed.backward import empty_gradients, patch_embed_backward
+from vitkernels.ops.patch_embed.forward import empty_tokens, patch_embed_forward
+from vitkernels.ops.patch_embed.pixels import Constants, patches
+from vitkernels.runtime import wide_dtype
+
+
+def _reference_forward(
+    images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, out_dtype, mean=None, std=None
+):
+    tokens = reference.patch_embed(
+        images if mean is not None else images.to(weight.dtype),
+        weight,
+        bias,
+        pos_embed=pos_embed,
+        prefix_tokens=prefix_tokens,
+        pos_embed_prefix=pos_embed_prefix,
+        normalize=None if mean is None else (mean, std),
+    )
+    return tokens.to(out_dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def _reference_backward(dout, images, weight, needs_dimages, needs_dweight, mean=None, std=None):
+    outputs = empty_gradients(dout, images, weight, needs_dimages, needs_dweight)
+    N = patches(images, *weight.shape[2:])
+    dtokens = dout[:, dout.shape[1] - N :].to(weight.dtype)
+    embed = reference.patch_embed
+    if mean is None:
+        images = images.to(weight.dtype)
+    else:
+        embed = functools.partial(embed, normalize=(mean, std))
+    grads = reference_gradients(embed, (images, weight), (dtokens,), (needs_dimages, needs_dweight))
+    return tuple(output.copy_(grad) for output, grad in zip(outputs, grads, strict=True))
+
+
+_patch_embed_fwd = register(
+    "patch_embed_fwd(Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix_tokens, "
+    "bool pos_embed_prefix, ScalarType out_dtype, float[]? mean=None, float[]? std=None) -> Tensor",
+    launcher=patch_embed_forward,
+    reference=_reference_forward,
+    fake=empty_tokens,
+)
+_patch_embed_bwd = register(
+    "patch_embed_bwd(Tensor dout, Tensor images, Tensor weight, bool needs_dimages, bool needs_dweight, "
+    "float[]? mean=None, float[]? std=None) -> (Tensor, Tensor)",
+    launcher=patch_embed_backward,
+    reference=_reference_backward,
+    fake=empty_gradients,
+)
+
+
+class PatchEmbedFunction(torch.autograd.Function):
+    """Autograd for :func:`patch_embed`; ``dtype`` is the products'."""
+
+    @staticmethod
+    def forward(ctx, images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, dtype, out_dtype, mean, std):
+        # Cast here, so that autocast's gradient of an fp32 weight is never rounded to a half dtype.
+        ctx.parameters = [None if p is None else (p.shape, p.dtype) for p in (weight, bias, pos_embed, prefix_tokens)]
+        weight, bias = _cast(dtype, weight, bias)
+        if any(ctx.needs_input_grad[:2]):
+            ctx.save_for_backward(images, weight)
+        ctx.pos_embed_prefix = pos_embed_prefix
+        ctx.constants = mean, std
+        return _patch_embed_fwd(images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, out_dtype, mean, std)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        needs_images, needs_weight, *needs_sums = ctx.needs_input_grad[:5]
+        prefix = ctx.parameters[-1]
+        dimages = dweight = dbias = dpos = dprefix = None
+        if needs_images or needs_weight:
+            dimages, dweight = _patch_embed_bwd(dout, *ctx.saved_tensors, needs_images, needs_weight, *ctx.constants)
+        if any(needs_sums):
+            R = 0 if prefix is None else prefix[0][-2]
+            dout = dout.sum(0, dtype=wide_dtype(dout.dtype))
+            dbias = dout[R:].sum(0)
+            dpos = dout if ctx.pos_embed_prefix else dout[R:]
+            # Two gradients must not share memory: whoever scales one in place would scale the other.
+            dprefix = dout[:R].clone()
+        grads = [
+            g.reshape(p[0]).to(p[1]) if n else None
+            for g, p, n in zip(
+                (dweight, dbias, dpos, dprefix), ctx.parameters, (needs_weight, *needs_sums), strict=True
+            )
+        ]
+        return dimages if needs_images else None, *grads, None, None, None, None, None
+
+
+def patch_embed(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    pos_embed: Tensor | None = None,
+    prefix_tokens: Tensor | None = None,
+    pos_embed_prefix: bool = True,
+    normalize: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> Tensor:
+    """Cut images into patches and project each to a token: ``tokens = conv2d(images, weight, bias, stride=patch)``.
+
+    Args:
+        images: (B, I, Y, X), fp16, bf16, fp32 or fp64, any strides (channels_last too); B may be 0, and the patch
+            divides Y and X. Scaled and normalised as the weights want it, or by ``normalize``, which takes uint8 too.
+        weight: (C, I, PY, PX), a Conv2d's, in the images' dtype; with ``normalize`` in any floating one.
+        bias: (C,), the weight's dtype, or None for zeros.
+        pos_embed: Added to the tokens, (1, R + N, C) or (R + N, C), the weight's dtype, where N = Y/PY · X/PX; with
+            ``pos_embed_prefix=False`` (1, N, C) or (N, C), added to the patches alone. None for zeros.
+        prefix_tokens: Class and register tokens, (1, R, C) or (R, C), the weight's dtype; put in front of each image's.
+        pos_embed_prefix: Whether ``pos_embed`` covers the prefix tokens too.
+        normalize: ``(mean, std)``, a number a channel, std > 0: the pixels become ``(images / 255 − mean) / std`` where
+            they are uint8, 0..255, and ``(images − mean) / std`` where they are floating point, 0..1, as ToTensor and
+            Normalize of torchvision would make them; computed in fp32 (fp64 for an fp64 weight), then rounded to the
+            product's dtype. None: the pixels are taken as they are.
+
+    Returns:
+        (B, R + N, C), contiguous, in the weight's dtype; patches in row-major order. Under autocast the product
+        runs in autocast's dtype, and the result has the widest dtype of that, ``pos_embed`` and ``prefix_tokens``.
+
+    Raises:
+        ValueError: A shape or device does not fit, a patch does not divide the images, or ``normalize`` is no two
+            sequences of a finite number a channel, the second positive.
+        TypeError: A dtype does not fit (uint8 images need ``normalize``), or ``normalize`` holds no numbers.
+        NotImplementedError: A tensor is nested, sparse or quantized.
+
+    Reference: arXiv 2010.11929 (ViT), 2309.16588 (register tokens).
+    """
+    mean, std = _check_images(images, normalize)
+    dtype, out_dtype = _check(images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, mean is not None)
+    if not uses_kernels(images):
+        return reference.patch_embed(
+            images,
+            weight,
+            bias,
+            pos_embed=pos_embed,
+            prefix_tokens=prefix_tokens,
+            pos_embed_prefix=pos_embed_prefix,
+            normalize=normalize,
+        ).contiguous()
+    if needs_grad(images, weight, bias, pos_embed, prefix_tokens):
+        return PatchEmbedFunction.apply(
+            images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, dtype, out_dtype, mean, std
+        )
+    weight, bias = _cast(dtype, weight, bias)
+    return _patch_embed_fwd(images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, out_dtype, mean, std)
+
+
+def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.to(dtype) for t in tensors]
+
+
+def _check_images(
+    images: Tensor, normalize: tuple[Sequence[float], Sequence[float]] | None
+) -> tuple[Constants | None, Constants | None]:
+    """Check the images by themselves, and what normalises them; return mean and std."""
+    op = "patch_embed"
+    if normalize is None:
+        hint = "; give normalize=(mean, std)" if getattr(images, "dtype", None) == torch.uint8 else ""
+        hint = f"{hint or '; convert to floating point'}, or normalise first"
+        check_tensor(op, "images", images, hint=hint)
+    else:
+        check_tensor(op, "images", images, dtypes=(torch.uint8, *FLOATING))
+    if images.ndim != 4:
+        raise ValueError(f"{op}: images have shape {tuple(images.shape)}; expected (batch, channels, height, width)")
+    if normalize is None:
+        return None, None
+    try:
+        mean, std = (tuple(float(v) for v in values) for values in normalize)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{op}: normalize is {normalize!r}; expected two sequences of numbers, (mean, std)") from error
+    channels = images.shape[1]
+    if len(mean) != channels or len(std) != channels:
+        raise ValueError(
+            f"{op}: normalize has {len(mean)} means and {len(std)} standard deviations; expected {channels} of each, "
+            "one a channel of the images"
+        )
+    if not all(map(math.isfinite, mean + std)) or min(std, default=1.0) <= 0.0:
+        raise ValueError(f"{op}: normalize is {normalize!r}; expected finite numbers, and standard deviations above 0")
+    return mean, std
+
+
+def _check(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor | None,
+    prefix_tokens: Tensor | None,
+    pos_embed_prefix: bool,
+    normalized: bool,
+) -> tuple[torch.dtype, torch.dtype]:
+    """Check all inputs; return the dtypes of the products and of the tokens."""
+    op = "patch_embed"
+    check_like(op, "weight", weight, "images", images, dtype=False)
+    if weight.ndim != 4 or 0 in weight.shape:
+        raise ValueError(
+            f"{op}: weight has shape {tuple(weight.shape)}; expected a Conv2d's (out channels, in channels, "
+            "patch height, patch width), none of them 0"
+        )
+    C, channels, PY, PX = weight.shape
+    Y, X = images.shape[2:]
+    if images.shape[1] != channels:
+        raise ValueError(f"{op}: images have {images.shape[1]} channels; expected {channels}, the weight's")
+    if Y < PY or X < PX or Y % PY or X % PX:
+        raise ValueError(
+            f"{op}: images of {Y}×{X} pixels do not divide into patches of {PY}×{PX}; expected a positive multiple: "
+            "crop or resize them"
+        )
+    N = (Y // PY) * (X // PX)
+    autocast = runtime.autocast_dtype(weight)
+    dtype = _product_dtype(weight, autocast)
+    if not normalized and _product_dtype(images, autocast) != dtype:
+        raise TypeError(f"{op}: images have dtype {images.dtype}, weight has {weight.dtype}; expected the same dtype")
+    if bias is not None:
+        check_like(op, "bias", bias, "weight", weight, dtype=False)
+        if _product_dtype(bias, autocast) != dtype:
+            raise TypeError(f"{op}: bias has dtype {bias.dtype}, weight has {weight.dtype}; expected the same dtype")
+        check_shape(op, "bias", bias, (C,), "one number a channel of the weight")
+
+    out_dtype = dtype
+    R = 0
+    if prefix_tokens is not None:
+        _check_tokens("prefix_tokens", prefix_tokens, weight, autocast)
+        R = prefix_tokens.shape[-2]
+        out_dtype = torch.promote_types(out_dtype, prefix_tokens.dtype)
+    if pos_embed is not None:
+        _check_tokens("pos_embed", pos_embed, weight, autocast)
+        wanted = R + N if pos_embed_prefix else N
+        if pos_embed.shape[-2] != wanted:
+            why = f"{R} prefix tokens and {N} patches" if pos_embed_prefix else f"{N} patches, without prefix tokens"
+            raise ValueError(f"{op}: pos_embed has shape {tuple(pos_embed.shape)}; expected (1, {wanted}, {C}), {why}")
+        out_dtype = torch.promote_types(out_dtype, pos_embed.dtype)
+    return dtype, out_dtype
+
+
+def _product_dtype(x: Tensor, autocast: torch.dtype | None) -> torch.dtype:
+    # Autocast leaves fp64 alone.
+    return x.dtype if autocast is None or x.dtype == torch.float64 else autocast
+
+
+def _check_tokens(name: str, tokens: Tensor, weight: Tensor, autocast: torch.dtype | None) -> None:
+    check_like("patch_embed", name, tokens, "weight", weight, dtype=autocast is None)
+    C = weight.shape[0]
+    if tokens.ndim not in (2, 3) or tokens.shape[-1] != C or (tokens.ndim == 3 and tokens.shape[0] != 1):
+        raise ValueError(
+            f"patch_embed: {name} has shape {tuple(tokens.shape)}; expected (1, tokens, {C}) or (tokens, {C}), "
+            f"with the weight's {C} channels"
+        )

@@ -1,0 +1,79 @@
+"""Launch configurations of the patch embedding's three products."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+from vitkernels import runtime, tuning
+from vitkernels.runtime import DeviceFacts, cdiv
+
+SUMMED = {"forward": "k", "dimages": "c", "dweight": "m"}  # the axis that each product sums over
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchEmbedConfig:
+    """One product's tile along rows, channels and pixels, its shares of the sum, warps and pipeline stages."""
+
+    block_m: int
+    block_c: int
+    block_k: int
+    splits: int
+    num_warps: int
+    num_stages: int
+
+
+def choose_config(
+    product: str,
+    M: int,
+    C: int,
+    K: int,
+    dtype: torch.dtype,
+    facts: DeviceFacts,
+    *,
+    image_dtype: torch.dtype | None = None,
+    normalized: bool = False,
+) -> PatchEmbedConfig:
+    """Choose the configuration of ``"forward"``, ``"dimages"`` or ``"dweight"``: the tuning table's, else a heuristic.
+
+    ``dtype`` is the products', ``image_dtype`` that of the images in memory where it differs (autocast, uint8).
+    """
+    summed = SUMMED[product]
+    wide = product == "dweight" and facts.shared_memory > 128 << 10
+    if facts.arch == "interpreter":
+        rows = columns = step = 128
+    else:
+        rows, step = {2: (128, 64), 4: (64, 32), 8: (32, 16)}[dtype.itemsize]
+        # 128 columns often leave room for one program on an SM: for want of registers forward (position and prefix are
+        # tiles too) and in dimages (scattered stores), of shared memory in dweight where that is small.
+        columns = rows if wide else min(rows, 64)
+        if normalized and product == "dweight" and dtype == torch.float32:
+            columns = 32  # 64, normalised on their way to the product, would spill
+    sizes = {"m": M, "c": C, "k": K}
+    kept = [a for a in sizes if a != summed]
+    limits = {summed: step, kept[0]: rows, kept[1]: columns}
+    blocks = {a: max(16, min(runtime.next_power_of_2(sizes[a]), limits[a])) for a in sizes}
+
+    def tiles() -> int:
+        return math.prod(cdiv(sizes[a], blocks[a]) for a in kept)
+
+    while product != "dweight" and tiles() < facts.num_sms and max(blocks[a] for a in kept) > 32:
+        blocks[max(kept, key=blocks.get)] //= 2
+    itemsize = max(dtype.itemsize, (image_dtype or dtype).itemsize)
+
+    def stages() -> int:
+        return facts.shared_memory // (blocks[summed] * sum(blocks[a] for a in kept) * itemsize)
+
+    while stages() < 2 and blocks[summed] > 16:
+        blocks[summed] //= 2
+    config = {f"block_{a}": block for a, block in blocks.items()}
+    config |= {
+        # Shares fill the chip twice; each sums at least four steps, as it costs a store of its tile.
+        "splits": max(1, min(2 * facts.num_sms // tiles(), M // (4 * blocks["m"]))) if product == "dweight" else 1,
+        "num_warps": 8 if math.prod(blocks[a] for a in kept) > 64 * 64 else 4,
+        # With a third stage the addresses of dweight's narrow tile would spill.
+        "num_stages": max(1, min(3 if wide or product != "dweight" else 2, stages())),
+    }
+    return PatchEmbedConfig(**config | (tuning.lookup("patch_embed", facts.name, f"{product} C={C} K={K}") or {}))

@@ -1,0 +1,114 @@
+"""Where the pixels lie, and what they are normalised with: what the three kernels share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vitkernels import runtime
+from vitkernels.ops import _tile
+from vitkernels.ops._triton import tl, triton
+from vitkernels.ops.patch_embed.config import PatchEmbedConfig
+
+Constants = tuple[float, ...]  # one a channel
+
+
+@triton.jit
+def patch_offsets(b, n, patches_x, stride_b, stride_y, stride_x, PY: tl.constexpr, PX: tl.constexpr):
+    """Where the first pixel of patch n of image b lies."""
+    row = n // patches_x
+    column = n - row * patches_x
+    return b * stride_b + row * PY * stride_y + column * PX * stride_x
+
+
+@triton.jit
+def pixel_offsets(offs_k, stride_i, stride_y, stride_x, PY: tl.constexpr, PX: tl.constexpr):
+    """Where pixel k of a patch lies from its first; k counts as in the weight, x fastest."""
+    return offs_k // (PY * PX) * stride_i + offs_k // PX % PY * stride_y + offs_k % PX * stride_x
+
+
+@triton.jit
+def channel_constants(
+    VALUES: tl.constexpr, offs_k, PY: tl.constexpr, PX: tl.constexpr, K: tl.constexpr, ACC: tl.constexpr
+):
+    """The constant of each pixel's channel, (1, len(offs_k)); finite where k lies beyond the patch."""
+    # In channels-last order the kernels see one channel, and the images' own count fastest.
+    channel = offs_k % len(VALUES) if PY * PX == K else offs_k // (PY * PX)
+    values = tl.full(offs_k.shape, VALUES[0], ACC)
+    for i in tl.static_range(1, len(VALUES)):
+        values = tl.where(channel == i, VALUES[i], values)
+    return values[None, :]
+
+
+def scale_and_shift(
+    dtype: torch.dtype, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[Constants | None, Constants | None]:
+    """Return what pixels of ``dtype`` are multiplied with, and what is then added; None where nothing normalises."""
+    if mean is None:
+        return None, None
+    one = 1.0 if dtype.is_floating_point else 255.0
+    return tuple(1.0 / (one * s) for s in std), tuple(-m / s for m, s in zip(mean, std, strict=True))
+
+
+def exactly_multiplied(images: Tensor, weight: Tensor) -> Tensor:
+    """Return ``images``, or an fp32 copy where fp32 products of what is loaded narrower would run in TF32.
+
+    Triton 3.7.1 puts those on sm_100's tcgen05 whatever precision they name.
+    """
+    narrower = weight.dtype == torch.float32 and images.dtype.itemsize < 4
+    return images.float() if narrower and runtime.device_facts(images.device).arch.startswith("sm_10") else images
+
+
+def in_pixel_order(images: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, int, int]:
+    """Views of both, and the patch's size, in which the last dim of the images has the smallest stride.
+
+    Channels-last images are images of one channel, I times as wide, whose patches are I times as wide too.
+    """
+    B, channels, Y, X = images.shape
+    PY, PX = weight.shape[2:]
+    if channels == 1 or images.stride(1) != 1 or images.stride(3) != channels:
+        return images, weight, PY, PX
+    merged = images.permute(0, 2, 3, 1).view(B, 1, Y, X * channels)
+    return merged, weight.permute(0, 2, 3, 1), PY, PX * channels
+
+
+def patches(images: Tensor, PY: int, PX: int) -> int:
+    """Return the patches an image."""
+    return (images.shape[2] // PY) * (images.shape[3] // PX)
+
+
+def launch_options(
+    config: PatchEmbedConfig, M: int, K: int, PY: int, PX: int, images: Tensor, weights: Tensor, other: Tensor
+) -> dict[str, object]:
+    """The arguments that all three kernels share; ``weights`` and ``other`` are what they address beside the images."""
+    strides = images.stride()
+    # int32 offsets spare a third of the instructions in dweight's loop. Half of its range is left to what lies masked
+    # beyond the last row.
+    tensors = (images, weights, other)
+    reach = max(M, *(sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in tensors))
+    # How wide a load may be hangs on what divides every stride. The JIT tells the compiler of 16; of a smaller divisor
+    # only a product in the kernel can: a hint on the offsets is dropped by Triton 3.7.1's AMD backend.
+    unit = math.gcd(*strides[:3], 16)
+    unit = 1 if unit == 16 else unit
+    return {
+        "stride_images_b": strides[0] // unit,
+        "stride_images_i": strides[1] // unit,
+        "stride_images_y": strides[2] // unit,
+        "stride_images_x": strides[3],
+        "patches_x": images.shape[3] // PX,
+        "ACC": _tile.accumulator(weights.dtype),
+        "PRECISION": runtime.dot_precision(images.device),
+        "INDEX": tl.int32 if reach < 2**30 else tl.int64,
+        "PY": PY,
+        "PX": PX,
+        "K": K,
+        "UNIT": unit,
+        "BLOCK_M": config.block_m,
+        "BLOCK_C": config.block_c,
+        "BLOCK_K": config.block_k,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }

@@ -12,7 +12,7 @@ LAYERS = [
     {"ops"},
     {"layers"},
     {"models"},
-    {"swap"},
+    {"swap", "precompile"},
     {"testing", "console"},
     {"aot", "demo"},
     {"cli"},

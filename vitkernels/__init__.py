@@ -17,6 +17,7 @@ _HOME = {
     "restore": "swap",
     "backend": "runtime",
     "use_backend": "runtime",
+    "warmup": "precompile",
 }
 _SUBMODULES = ("layers", "models", "ops", "reference", "runtime", "swap", "testing", "tuning")
 

@@ -6,6 +6,9 @@ kernel's type, because ``TRITON_INTERPRET`` is fixed when a kernel is decorated 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 try:
     import triton
     import triton.language as tl
@@ -41,3 +44,25 @@ else:
     INTERPRETED = False
 
 HAS_TRITON = MISSING is None
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[tuple[str, float, bool]]]:
+    """List what Triton compiles meanwhile, in any thread: name, seconds, and whether it lay in the cache on disk."""
+    found: list[tuple[str, float, bool]] = []
+    if not HAS_TRITON:
+        yield found
+        return
+    knobs = triton.knobs.compilation
+    before = knobs.listener
+
+    def listen(*, metadata, times, cache_hit, **others):
+        found.append((metadata["name"], times.total / 1e6, cache_hit))
+        if before is not None:
+            before(metadata=metadata, times=times, cache_hit=cache_hit, **others)
+
+    knobs.listener = listen
+    try:
+        yield found
+    finally:
+        knobs.listener = before

@@ -13,7 +13,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "vitkernels" / "__init__.
 TRITON = ["triton>=3.6; platform_system == 'Linux'"]
 TIMM = ["timm>=1.0.20", "torchvision"]
 DEMO = [*TRITON, "matplotlib", "numpy", "pillow", "rich", "safetensors", "scikit-learn"]
-BENCH = [*TRITON, *TIMM, "matplotlib", "numpy", "pytest-benchmark", "rich"]
+BENCH = [*TRITON, *TIMM, "matplotlib", "numpy", "pytest-benchmark", "rich"]  # benchmarks/ runs from a checkout
 TEST = [*DEMO, *TIMM, "expecttest", "hypothesis", "pytest", "pytest-benchmark", "pytest-timeout", "pytest-xdist"]
 
 setup(

@@ -1,7 +1,11 @@
-"""Launch configurations as data: one JSON file a device, written by a search on that device.
+"""Launch configurations as data: one JSON file a device, written by a search on that device (``benchmarks/tune.py``).
 
 No table means no measurement: the ops then take the heuristic in their ``choose_config``. A table is
-``{"schema": 1, "device": name, "entries": {op: {key: {field: value}}}}``.
+``{"schema": 1, "device": name, "entries": {op: {key: row}}}``, and a row is the configuration that won, with what was
+measured and by what:
+
+    {"config": {field: value}, "median_us": 81.2, "p20_us": 80.9, "p80_us": 81.7, "heuristic_us": 94.0,
+     "date": "2026-11-21", "versions": {"torch": "2.13.0", "triton": "3.7.1"}}
 """
 
 from __future__ import annotations
@@ -12,6 +16,8 @@ from importlib import resources
 from typing import Any
 
 SCHEMA = 1
+TIMES = ("median_us", "p20_us", "p80_us", "heuristic_us")
+ROW = {"config", *TIMES, "date", "versions"}
 
 
 def table_name(device_name: str) -> str:
@@ -37,24 +43,41 @@ def _table(device_name: str) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def check_table(table: Any, source: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return the entries of a decoded table.
+    """Return the configurations of a decoded table, by op and key.
 
     Raises:
         ValueError: The table is not of the schema; the message names ``source`` and the place.
     """
-    if not isinstance(table, dict) or table.get("schema") != SCHEMA:
-        raise ValueError(f"tuning table {source}: expected an object with schema {SCHEMA}")
+
+    def refuse(place: str, value: Any, expected: str):
+        raise ValueError(f"tuning table {source}: {place} is a {type(value).__name__}; expected {expected}")
+
+    if not isinstance(table, dict) or table.get("schema") != SCHEMA or not isinstance(table.get("device"), str):
+        raise ValueError(f"tuning table {source}: expected an object with schema {SCHEMA} and the device's name")
     entries = table.get("entries")
     if not isinstance(entries, dict):
-        raise ValueError(f"tuning table {source}: entries is a {type(entries).__name__}; expected an object")
+        refuse("entries", entries, "an object")
+    configs: dict[str, dict[str, dict[str, Any]]] = {}
     for op, by_key in entries.items():
-        if not isinstance(by_key, dict) or not all(isinstance(fields, dict) for fields in by_key.values()):
-            raise ValueError(f"tuning table {source}: entries.{op} must map each key to an object of fields")
-        for key, fields in by_key.items():
-            for field, value in fields.items():
+        if not isinstance(by_key, dict):
+            refuse(f"entries.{op}", by_key, "an object of keys")
+        for key, row in by_key.items():
+            place = f"entries.{op}.{key}"
+            if not isinstance(row, dict) or row.keys() != ROW:
+                raise ValueError(f"tuning table {source}: {place} must hold {', '.join(sorted(ROW))}, and nothing else")
+            for names, kind, said in (
+                (("config", "versions"), dict, "an object"),
+                (("date",), str, "a string"),
+                (TIMES, int | float, "a number"),
+            ):
+                for name in names:
+                    if not isinstance(row[name], kind) or isinstance(row[name], bool):
+                        refuse(f"{place}.{name}", row[name], said)
+            for package, version in row["versions"].items():
+                if not isinstance(version, str):
+                    refuse(f"{place}.versions.{package}", version, "a string")
+            for field, value in row["config"].items():
                 if not isinstance(value, int | str | bool):
-                    raise ValueError(
-                        f"tuning table {source}: entries.{op}.{key}.{field} is a {type(value).__name__}; "
-                        "expected an integer, a string or a boolean"
-                    )
-    return entries
+                    refuse(f"{place}.config.{field}", value, "an integer, a string or a boolean")
+            configs.setdefault(op, {})[key] = row["config"]
+    return configs

@@ -1,0 +1,171 @@
+"""The command line: ``python -m benchmarks [run | report | everything | tune | readme]``."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.run import Budget
+
+RESERVED = 0.1  # of the budget, and at most so many seconds, for writing the report
+RESERVED_S = 12.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv``; return 0, 1 for a regression or a wrong result, 2 for what the user can mend."""
+    from vitkernels.console import UserError
+
+    args = _parser().parse_args(argv)
+    # A stop from outside ends a run as Ctrl-C does: with what was measured until then.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return args.run(args)
+    except (UserError, ValueError, OSError) as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Speed, memory and errors, measured.")
+    _add_run(parser, budget=None)
+    parser.add_argument(
+        "--suite", choices=("ops", "models", "quick", "all"), default="quick", help="what to measure (%(default)s)"
+    )
+    parser.set_defaults(run=_run)
+    commands = parser.add_subparsers(metavar="COMMAND")
+
+    report = commands.add_parser("report", help="render a run, or compare two: exit status 1 where B is worse than A")
+    report.add_argument("a", type=Path, metavar="A.json")
+    report.add_argument("b", type=Path, metavar="B.json", nargs="?")
+    report.add_argument("--out", type=Path, metavar="DIR", help="where to write it (beside the last file)")
+    report.set_defaults(run=_report)
+
+    everything = commands.add_parser("everything", help="check every op on this device, tune, and measure: one command")
+    _add_run(everything, budget=540.0)
+    everything.set_defaults(run=_everything)
+
+    tune = commands.add_parser("tune", help="search launch configurations on this GPU and write its table")
+    tune.add_argument("--budget", type=_seconds, default=300.0, metavar="SECONDS", help="(%(default)g)")
+    tune.set_defaults(run=_tune)
+
+    readme = commands.add_parser("readme", help="make README.md's results from the newest run of each device")
+    readme.add_argument("--check", action="store_true", help="change nothing; exit status 1 where it is out of date")
+    readme.set_defaults(run=_readme)
+    return parser
+
+
+def _add_run(parser: argparse.ArgumentParser, budget: float | None) -> None:
+    said = "300, or 3600 for ops, models and all" if budget is None else "%(default)g"
+    parser.add_argument("--budget", type=_seconds, default=budget, metavar="SECONDS", help=f"time for it all ({said})")
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmark_results"), metavar="DIR", help="JSON, Markdown, HTML and PNGs"
+    )
+    parser.add_argument("--keep", action="store_true", help="keep the JSON in benchmarks/results as well")
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not seconds > 0:
+        raise argparse.ArgumentTypeError(f"{text} is no positive number of seconds")
+    return seconds
+
+
+def _run(args: argparse.Namespace) -> int:
+    from benchmarks.suites import run_suite
+
+    seconds = args.budget or (300.0 if args.suite == "quick" else 3600.0)
+    return _measure(args, seconds, lambda device, budget, path: run_suite(args.suite, device, budget, path))
+
+
+def _everything(args: argparse.Namespace) -> int:
+    from benchmarks.everything import run_everything
+
+    args.keep = True
+    return _measure(args, args.budget, run_everything)
+
+
+def _measure(args: argparse.Namespace, seconds: float, measure) -> int:
+    budget = Budget(seconds, reserve=min(RESERVED_S, RESERVED * seconds))
+    from benchmarks.environment import find_device
+    from benchmarks.schema import load
+
+    path = args.out / "results.json"
+    path.unlink(missing_ok=True)
+    interrupted = False
+    try:
+        measure(find_device(), budget, path)
+    except KeyboardInterrupt:
+        interrupted = True
+        if not path.exists():
+            return 130
+    results = load(path)
+    _write(results, args.out)
+    if args.keep and not interrupted:
+        print(f"Kept as {_keep(path)}")
+    print(f"{budget.spent():.0f} s of {seconds:.0f} s.")
+    wrong = [row for row in results.rows if row.ours and row.status in ("wrong", "failed")]
+    for row in wrong:
+        print(f"{row.status}: {' '.join(map(str, row.key))}: {row.reason}", file=sys.stderr)
+    return 130 if interrupted else int(bool(wrong))
+
+
+def _write(results, out: Path, before=None) -> None:
+    from benchmarks.report import write_report
+
+    files = write_report(results, out, before=before)
+    print("Written: " + ", ".join(str(file) for file in files if file.suffix != ".png"))
+
+
+def _keep(path: Path) -> Path:
+    from benchmarks.environment import ROOT, folder_name
+    from benchmarks.schema import load
+
+    results = load(path)
+    name = f"{results.date[:10]}-{results.commit or 'unknown'}.json"
+    kept = ROOT / "benchmarks" / "results" / folder_name(results) / name
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, kept)
+    return kept
+
+
+def _report(args: argparse.Namespace) -> int:
+    from benchmarks.report import changed, comparison, to_markdown
+    from benchmarks.schema import load
+
+    before = load(args.a) if args.b else None
+    results = load(args.b or args.a)
+    _write(results, args.out or (args.b or args.a).parent, before)
+    if before is None:
+        return 0
+    print(to_markdown(f"{args.a} and {args.b}", list(comparison(before, results))))
+    return int(any(change.worse for change in changed(before, results)))
+
+
+def _tune(args: argparse.Namespace) -> int:
+    budget = Budget(args.budget)
+    from benchmarks.environment import Missing, find_device
+    from benchmarks.tune import tune
+    from vitkernels.console import UserError
+
+    try:
+        print(f"Written: {tune(find_device(), budget)}")
+    except Missing as error:
+        raise UserError(str(error)) from error
+    return 0
+
+
+def _readme(args: argparse.Namespace) -> int:
+    from benchmarks.readme import update
+
+    stale = update(write=not args.check)
+    if args.check and stale:
+        print("README.md's results are out of date: python -m benchmarks readme", file=sys.stderr)
+    return int(args.check and stale)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Whole networks, in inference and in training."""

@@ -1,0 +1,263 @@
+"""timm's Vision Transformers: as they are, compiled, under a CUDA graph, and accelerated.
+
+``inference`` is a forward without gradients, ``training`` a forward, the cross-entropy's backward and a step of AdamW.
+Every provider has the same weights. In ``amp`` the weights are fp32 and the forward runs under bf16 autocast, else
+weights, images and optimizer state have the dtype named.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import vitkernels
+from benchmarks.compete import Contender, Entry, Session, compete
+from benchmarks.environment import DTYPES, Missing, load_timm
+from benchmarks.judge import judge_model
+from benchmarks.schema import Row
+from vitkernels.runtime import wide_dtype
+
+CHECKED_IMAGES = 8  # results are judged on as many at most: fp64 takes memory
+GRAPH_BATCH = 8  # above, the device is busy without a graph
+# Providers that compile: torch.compile's mode, and about how many seconds it takes.
+COMPILED = {
+    "compile": (None, 40.0),
+    "compile reduce-overhead": ("reduce-overhead", 45.0),
+    "compile max-autotune": ("max-autotune-no-cudagraphs", 120.0),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """timm's name, and the image size where it is not the model's own."""
+
+    name: str
+    image: int | None = None
+
+    @property
+    def case(self) -> str:
+        return "" if self.image is None else f"{self.image} px"
+
+
+MODELS = (
+    Model("vit_base_patch16_224"),
+    Model("vit_large_patch16_224"),
+    Model("vit_large_patch14_dinov2", 518),
+    Model("vit_so400m_patch14_siglip_384"),
+    Model("deit3_base_patch16_224"),
+    Model("vit_small_patch16_224"),
+    Model("vit_tiny_patch16_224"),
+    Model("vit_base_patch14_dinov2", 224),
+    Model("vit_base_patch14_dinov2", 518),
+    Model("vit_large_patch14_dinov2", 224),
+    Model("vit_large_patch16_dinov3"),
+    Model("vit_large_patch14_clip_336"),
+    Model("vit_giant_patch14_dinov2", 224),
+    Model("vit_giant_patch14_dinov2", 518),
+)
+
+
+def build(model: Model, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+    """Return the network with random weights, as trained ones would not be where no file is at hand."""
+    options = {} if model.image is None else {"img_size": model.image}
+    with torch.device(device):
+        return load_timm().create_model(model.name, num_classes=1000, **options).to(dtype)
+
+
+@functools.cache
+def forward_flops(model: Model) -> int:
+    """Return the FLOPs of one image's forward, by PyTorch's formula for each product and attention."""
+    network = build(model, torch.float32, "meta").eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.empty(1, 3, *image_size(network), device="meta"))
+    return counter.get_total_flops()
+
+
+def image_size(network: nn.Module) -> tuple[int, int]:
+    return tuple(network.patch_embed.img_size)
+
+
+def flops(model: Model, mode: str, batch: int) -> int:
+    """The products; backward takes two for each of them."""
+    return forward_flops(model) * batch * (3 if mode == "training" else 1)
+
+
+def least_bytes(network: nn.Module, mode: str, images: Tensor) -> int:
+    """Read weights and images; in training read the weights twice, and write, read gradients and update all states."""
+    weights = sum(p.nbytes for p in network.parameters())
+    # Forward and backward read them; gradients are written and read; weights and two moments are read and written.
+    return images.nbytes + weights * (10 if mode == "training" else 1)
+
+
+def measure_model(
+    session: Session, model: Model, batch: int, dtype: str, mode: str, *, seconds: float = 2.0
+) -> list[Row]:
+    """Measure ``model`` at ``batch``, for about ``seconds`` a provider.
+
+    Raises:
+        Missing: timm cannot be imported.
+    """
+    torch.compiler.reset()
+    weights_dtype = torch.float32 if dtype == "amp" else DTYPES[dtype]
+    plain = build(model, weights_dtype, session.device).train(mode == "training")
+    images = torch.randn(batch, 3, *image_size(plain), device=session.device).to(weights_dtype)
+    labels = torch.randint(1000, (batch,), device=session.device)
+    task = Task(plain, images, labels, mode, torch.bfloat16 if dtype == "amp" else None)
+    few = dataclasses.replace(task, images=images[:CHECKED_IMAGES], labels=labels[:CHECKED_IMAGES])
+    wide = dataclasses.replace(few, images=few.images.double(), autocast_dtype=None)
+    contenders = _contenders(task)
+    workload = Row(
+        "model", model.name, model.case, "", mode, dtype, batch,
+        flops=flops(model, mode, batch), bytes=least_bytes(plain, mode, images),
+    )  # fmt: skip
+    return compete(
+        session,
+        workload,
+        contenders,
+        truth=wide.results(copy.deepcopy(plain).double()),
+        yardstick=few.results(plain),
+        judge=judge_model,
+        seconds=seconds,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a network is asked for."""
+
+    plain: nn.Module
+    images: Tensor
+    labels: Tensor
+    mode: str
+    autocast_dtype: torch.dtype | None
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.images.is_cuda
+
+    @functools.cached_property
+    def accelerated(self) -> nn.Module:
+        network = copy.deepcopy(self.plain)
+        vitkernels.accelerate(network)
+        return network
+
+    def forward(self, network: Callable[[Tensor], Tensor]) -> Tensor:
+        autocast = self.autocast_dtype is not None
+        with (
+            torch.set_grad_enabled(self.mode == "training"),
+            torch.autocast(self.images.device.type, self.autocast_dtype, enabled=autocast),
+        ):
+            return network(self.images)
+
+    def results(self, network: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """Return the output for the first images, and in training the gradients of their loss, by name.
+
+        The whole batch runs, as it will be timed: images do not touch each other, and labels of -100 do not count.
+        """
+        output = self.forward(network)
+        results = {"output": output[:CHECKED_IMAGES].detach().clone()}
+        if self.mode == "training":
+            labels = self.labels.clone()
+            labels[CHECKED_IMAGES:] = -100
+            owner = getattr(network, "_orig_mod", network)  # of a compiled network
+            names, parameters = zip(*owner.named_parameters(), strict=True)
+            grads = torch.autograd.grad(_loss(output, labels), parameters, allow_unused=True)
+            results |= {f"d{n}": g.clone() for n, g in zip(names, grads, strict=True) if g is not None}
+        return results
+
+    def train(self, network: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer) -> None:
+        _loss(self.forward(network), self.labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _loss(output: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(output.to(wide_dtype(output.dtype)), labels)
+
+
+def _contenders(task: Task) -> dict[str, Contender]:
+    def ours(wrap=None):
+        return _entry(task, task.accelerated, wrap)
+
+    def timm(wrap=None, backends=(SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)):
+        # What flash attention cannot do, such as fp32, goes to the next.
+        chosen = sdpa_kernel(list(backends), set_priority=True) if task.on_gpu else contextlib.nullcontext()
+        with chosen:
+            entry = _entry(task, task.plain, wrap)
+
+        def function():
+            with sdpa_kernel(list(backends), set_priority=True):
+                entry.function()
+
+        return dataclasses.replace(entry, function=function) if task.on_gpu else entry
+
+    def gpu_only(build: Callable[[], Entry]) -> Callable[[], Entry]:
+        def guarded():
+            if not task.on_gpu:
+                raise Missing("a CPU run compares with the plain model alone")
+            return build()
+
+        return guarded
+
+    def compiled(build, mode: str | None, seconds: float) -> Contender:
+        wrap = functools.partial(torch.compile, dynamic=False, mode=mode)
+
+        def build_it():
+            entry = build(wrap)
+            # What a graph holds does not show when it is replayed.
+            return dataclasses.replace(entry, peak_bytes=None) if mode == "reduce-overhead" else entry
+
+        return Contender(gpu_only(build_it), seconds if task.on_gpu else 0.0)
+
+    contenders = {"vitkernels": Contender(ours), "timm": Contender(timm)}
+    if task.mode == "inference" and len(task.images) <= GRAPH_BATCH:
+        contenders["vitkernels graph"] = Contender(gpu_only(functools.partial(_graph_entry, task, task.accelerated)))
+        contenders["timm graph"] = Contender(gpu_only(functools.partial(_graph_entry, task, task.plain)))
+    contenders["timm cudnn"] = Contender(gpu_only(functools.partial(timm, backends=(SDPBackend.CUDNN_ATTENTION,))))
+    contenders |= {
+        provider: compiled(functools.partial(_entry, task, task.plain), *how) for provider, how in COMPILED.items()
+    }
+    contenders["vitkernels compiled"] = compiled(ours, *COMPILED["compile"])
+    contenders["compile max-autotune"] = contenders.pop("compile max-autotune")  # the dearest to build
+    return contenders
+
+
+def _entry(task: Task, owner: nn.Module, wrap: Callable[[nn.Module], Callable] | None) -> Entry:
+    if task.mode == "training":
+        owner = copy.deepcopy(owner)  # steps change weights
+    network = owner if wrap is None else wrap(owner)
+    results = task.results(network)
+    held = sum(t.nbytes for t in [*owner.parameters(), *owner.buffers()]) + task.images.nbytes
+    before = torch.cuda.memory_allocated() if task.on_gpu else 0
+    if task.mode == "inference":
+        function = functools.partial(task.forward, network)
+    else:
+        # A rate so small that thousands of steps leave the weights random, and the work what it was.
+        optimizer = torch.optim.AdamW(owner.parameters(), lr=1e-7, fused=task.on_gpu)
+        function = functools.partial(task.train, network, optimizer)
+    function()
+    if not task.on_gpu:
+        return Entry(function, results)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    torch.cuda.synchronize()
+    return Entry(function, results, held + torch.cuda.max_memory_allocated() - before)
+
+
+def _graph_entry(task: Task, network: nn.Module) -> Entry:
+    results = task.results(network)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        task.forward(network)
+    return Entry(graph.replay, results)

@@ -1,0 +1,66 @@
+"""README.md's section of results, made from the newest run of each device; nothing in it is typed by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.environment import ROOT
+from benchmarks.report import Table, duels, markdown_table, score
+from benchmarks.schema import Results, load
+from benchmarks.wording import GOALS, bytes_text, time_text, workload_name
+from vitkernels.console import UserError
+
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+
+
+def update(readme: Path = ROOT / "README.md", kept: Path = RESULTS, *, write: bool = True) -> bool:
+    """Bring the section of ``readme`` up to date with the runs in ``kept``; return whether it was not.
+
+    Raises:
+        UserError: The README lacks the lines between which the section stands.
+    """
+    text = readme.read_text(encoding="utf-8")
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise UserError(f"{readme} has no lines {BEGIN} and {END}: put them where the results belong")
+    new = f"{head}{BEGIN}\n{section(kept)}\n{END}{tail}"
+    if write and new != text:
+        readme.write_text(new, encoding="utf-8")
+    return new != text
+
+
+def section(kept: Path) -> str:
+    """Return the section in Markdown: a part a device, each from its newest run."""
+    runs = [load(max(folder.glob("*.json"), key=lambda file: load(file).date)) for folder in _folders(kept)]
+    runs.sort(key=lambda results: results.device["kind"] == "cpu")  # GPUs first
+    return "\n\n".join(part for results in runs for part in _parts(results)) or "No run is kept yet."
+
+
+def _folders(kept: Path) -> list[Path]:
+    return sorted({file.parent for file in kept.glob("*/*.json")})
+
+
+def _parts(results: Results) -> Iterator[str]:
+    versions, said = results.versions, score(results.rows)
+    yield (
+        f"**{results.device['name']}**, {results.date[:10]}, commit {results.commit or 'unknown'}, torch "
+        f"{versions.get('torch')}, Triton {versions.get('triton', 'absent')}, suite {results.suite}. {said}"
+    )
+    goals = [(goal.text, *goal.verdict(results)) for goal in GOALS if goal.device in ("any", results.device["kind"])]
+    yield markdown_table(Table(("goal", "measured", ""), goals, words=1))
+    lines = [
+        (
+            workload_name(ours),
+            f"{ours.provider} {time_text(ours.time.median)}",
+            f"{rival.provider} {time_text(rival.time.median)}",
+            f"{ours.over_best_rival:.2f}",
+            "" if ours.peak_bytes is None else bytes_text(ours.peak_bytes),
+        )
+        for ours, rival in duels(results.rows)
+        if ours.kind == "model"
+    ]
+    if lines:
+        yield markdown_table(Table(("model", "ours", "best rival", "×", "our peak memory"), lines, words=3))

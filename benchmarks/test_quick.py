@@ -1,0 +1,79 @@
+"""The quick form, by pytest-benchmark: ``pytest benchmarks``. Everything else is ``python -m benchmarks``."""
+
+import copy
+
+import pytest
+import torch
+
+import vitkernels
+from benchmarks import costs
+from benchmarks.environment import DTYPES, Missing, find_device, load_timm
+from benchmarks.judge import judge_op
+from benchmarks.ops import all_ops
+from benchmarks.ops.measure import call_of, results_of, truth_of, upstreams_of, with_batch
+from vitkernels.testing.cases import CASES
+
+DEVICE = find_device()
+DTYPE = "bf16" if DEVICE.type == "cuda" else "fp32"
+CASE = with_batch(CASES["vit_base_patch16_224"], 32 if DEVICE.type == "cuda" else 1)
+OPS = [(name, who) for name, bench in all_ops().items() if bench.applies(CASE) for who in ("vitkernels", "torch")]
+
+
+def synchronized(function):
+    """Let ``function`` return only when the device is done: pytest-benchmark looks at the wall clock."""
+
+    def run():
+        result = function()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        return result
+
+    return run
+
+
+@pytest.mark.parametrize("mode", ["forward", "both"])
+@pytest.mark.parametrize(("name", "who"), OPS)
+def test_op(benchmark, name, who, mode):
+    bench = all_ops()[name]
+    if who == "vitkernels" and bench.missing():
+        pytest.skip(bench.missing())
+    benchmark.group = f"{name}, {mode}"
+    tensors = bench.inputs(CASE, DTYPES[DTYPE], DEVICE)
+    upstreams = None if mode == "forward" else upstreams_of(bench.reference, CASE, tensors)
+    function = bench.ours if who == "vitkernels" else bench.reference
+    verdict = judge_op(
+        results_of(function, CASE, tensors, upstreams),
+        results_of(bench.reference, CASE, tensors, upstreams),
+        truth_of(bench.reference, CASE, tensors, upstreams),
+    )
+    assert verdict.right, verdict.reason
+    benchmark.pedantic(
+        synchronized(call_of(function, CASE, tensors, mode, upstreams)), rounds=10, warmup_rounds=2, iterations=1
+    )
+
+
+@pytest.mark.parametrize("who", ["vitkernels", "timm"])
+def test_model(benchmark, who):
+    try:
+        timm = load_timm()
+    except Missing as why:
+        pytest.skip(str(why))
+    benchmark.group = "vit_base_patch16_224, inference"
+    model = timm.create_model("vit_base_patch16_224").to(DEVICE, DTYPES[DTYPE]).eval()
+    images = torch.randn(CASE.batch, 3, 224, 224, device=DEVICE, dtype=DTYPES[DTYPE])
+    if who == "vitkernels":
+        model = copy.deepcopy(model)
+        vitkernels.accelerate(model)
+    with torch.no_grad():
+        benchmark.pedantic(synchronized(lambda: model(images)), rounds=5, warmup_rounds=1, iterations=1)
+
+
+def test_accelerate(benchmark):
+    benchmark.group = "accelerate, ViT-g"
+    try:
+        timm = load_timm()
+    except Missing as why:
+        pytest.skip(str(why))
+    with torch.device("meta"):
+        model = timm.create_model(costs.LARGEST)
+    benchmark.pedantic(vitkernels.accelerate, (model,), setup=lambda: vitkernels.restore(model) and None, rounds=20)

@@ -173,6 +173,11 @@ def opcheck_cases(device):
         outputs = [ops.layer_norm(x, w, w), *ops.add_layer_norm(x, x, w, w, layer_scale=w)]
         outputs += [ops.linear(x, randn(8, 16), randn(8), activation="gelu"), ops.linear(x, randn(16, 16), residual=x)]
         outputs += [ops.mlp(x, randn(24, 16), randn(24), randn(16, 24), randn(16), layer_scale=w)]
+        outputs += [ops.rms_norm(x, w), *ops.add_rms_norm(x, x, w, layer_scale=w)]
+        last = randn(16, 24), randn(16)
+        outputs += [ops.swiglu_mlp(x, randn(48, 16), randn(48), *last, layer_scale=w)]
+        outputs += [ops.swiglu_mlp(x, (randn(24, 16), randn(24, 16)), None, *last, norm=(randn(24), randn(24), 1e-6),
+                                   gate_last=True, recompute=True)]  # fmt: skip
         outputs += [ops.attention(*(randn(2, 2, 5, 16) for _ in range(3)))]
         outputs += [ops.attention_qkvpacked(randn(2, 5, 3, 2, 16))]
         outputs += [ops.patch_embed(randn(2, 3, 8, 8), randn(16, 3, 4, 4), randn(16), pos_embed=randn(1, 4, 16),

@@ -7,6 +7,8 @@ H heads, D head dim, F hidden features, P patch size, I image channels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,12 +47,35 @@ def add_layer_norm(
     drop_path_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``r = residual + drop_path_scale[b] · layer_scale · x``; returns ``(layer_norm(r), r)``."""
+    new_residual = _add_branch(x, residual, layer_scale, drop_path_scale)
+    return layer_norm(new_residual, weight, bias, eps), new_residual
+
+
+def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float | None = 1e-6) -> Tensor:
+    """x / √(mean(x²) + eps) · weight over the last dim (arXiv 1910.07467)."""
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    eps: float | None = 1e-6,
+    *,
+    layer_scale: Tensor | None = None,
+    drop_path_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``r = residual + drop_path_scale[b] · layer_scale · x``; returns ``(rms_norm(r), r)``."""
+    new_residual = _add_branch(x, residual, layer_scale, drop_path_scale)
+    return rms_norm(new_residual, weight, eps), new_residual
+
+
+def _add_branch(x: Tensor, residual: Tensor, layer_scale: Tensor | None, drop_path_scale: Tensor | None) -> Tensor:
     if layer_scale is not None:
         x = x * layer_scale
     if drop_path_scale is not None:
         x = x * drop_path_scale.reshape(-1, *[1] * (x.ndim - 1))
-    new_residual = residual + x
-    return layer_norm(new_residual, weight, bias, eps), new_residual
+    return residual + x
 
 
 def linear(
@@ -82,6 +107,36 @@ def mlp(
 ) -> Tensor:
     """``residual + layer_scale · (activation(x W1ᵀ + b1) W2ᵀ + b2)``, with W1 (F, C) and W2 (C', F)."""
     return linear(linear(x, w1, b1, activation=activation), w2, b2, residual=residual, layer_scale=layer_scale)
+
+
+def swiglu_mlp(
+    x: Tensor,
+    w12: Tensor | tuple[Tensor, Tensor],
+    b12: Tensor | tuple[Tensor | None, Tensor | None] | None,
+    w3: Tensor,
+    b3: Tensor | None,
+    *,
+    activation: str | None = "silu",
+    gate_last: bool = False,
+    norm: tuple[Tensor | None, Tensor | None, float] | None = None,
+    residual: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+) -> Tensor:
+    """``residual + layer_scale · (norm(activation(g) · v) W3ᵀ + b3)`` with ``g, v = x W12ᵀ + b12`` (arXiv 2002.05202).
+
+    W12 (2F, C) holds the gate's rows, then the value's (``gate_last``: the other way round), or is a pair of (F, C);
+    W3 is (C', F); ``norm`` is LayerNorm's weight, bias and eps.
+    """
+    if isinstance(w12, Tensor):
+        gate, value = linear(x, w12, b12).chunk(2, dim=-1)
+    else:
+        gate, value = (linear(x, w, b) for w, b in zip(w12, b12 or (None, None), strict=True))
+    if gate_last:
+        gate, value = value, gate
+    hidden = activate(gate, activation) * value
+    if norm is not None:
+        hidden = layer_norm(hidden, *norm)
+    return linear(hidden, w3, b3, residual=residual, layer_scale=layer_scale)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
@@ -126,12 +181,19 @@ def patch_embed(
     pos_embed: Tensor | None = None,
     prefix_tokens: Tensor | None = None,
     pos_embed_prefix: bool = True,
+    normalize: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> Tensor:
     """Images (B, I, Y, X) to tokens (B, R + N, C): one P×P patch a token, R prefix tokens in front.
 
     Patches in row-major order; the weight is a Conv2d's, (C, I, P, P). ``pos_embed`` (1, R + N, C) is added
     to all tokens, or, with ``pos_embed_prefix=False``, (1, N, C) to the patches alone (arXiv 2010.11929).
+    ``normalize`` is (mean, std), a number a channel, for pixels of 0..255 in uint8 or 0..1 in floating point.
     """
+    if normalize is not None:
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        mean, std = (torch.tensor(v, dtype=wide, device=images.device).view(-1, 1, 1) for v in normalize)
+        pixels = images.to(wide) if images.is_floating_point() else images.to(wide) / 255
+        images = ((pixels - mean) / std).to(weight.dtype)
     tokens = F.conv2d(images, weight, bias, stride=weight.shape[-2:]).flatten(2).transpose(1, 2)
     if pos_embed is not None and not pos_embed_prefix:
         tokens = tokens + pos_embed

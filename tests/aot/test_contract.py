@@ -35,7 +35,7 @@ def test_what_is_known_holds():
     ("fields", "says"),
     [
         ({"spilled_bytes": 24}, "_kernel vit op bf16 spills 24 bytes"),
-        ({"narrow_in_loop": 3}, "_kernel vit op bf16 has 3 16-bit loads or stores of global memory in a loop"),
+        ({"narrow_in_loop": 3}, "_kernel vit op bf16 has 3 loads or stores of global memory of 8 or 16 bits in a loop"),
         ({"slow_products": 1}, "off the chip's best matrix unit"),
         ({"shared_bytes": (227 << 10) + 1}, "takes 232449 bytes of shared memory, more than the chip has"),
         ({"atomics": 2}, "has 2 atomics"),

@@ -16,7 +16,12 @@ from vitkernels.cli import main
 from vitkernels.console import UserError
 
 ROOT = Path(__file__).parents[2]
-CASES = ("deit3_base_patch16_224", "vit_so400m_patch14_siglip_378")
+CASES = (
+    "deit3_base_patch16_224",
+    "vit_so400m_patch14_siglip_378",
+    "eva02_large_patch14_448",  # separate SwiGLU with a norm
+    "aimv2_large_patch14_224",  # without
+)
 COMMAND = "import sys; from vitkernels.cli import main; sys.exit(main(sys.argv[1:]))"
 # The library's inspect on contracts that lie elsewhere.
 ELSEWHERE = """

@@ -32,7 +32,7 @@ SASS = """
         /*00a0*/              @!P6 BRA `(.L_x_1) ;
 .L_x_0:
         /*00b0*/                   UTMALDG.2D [UR8], [UR4] ;
-        /*00c0*/                   STG.E.U16 desc[UR4][R2.64], R4 ;
+        /*00c0*/                   STG.E.U8 desc[UR4][R2.64], R4 ;
         /*00d0*/              @!P0 EXIT ;
         /*00e0*/                   HMMA.16816.F32.BF16 R68, R36.reuse, R100, R68 ;
         /*00f0*/                   EXIT ;
@@ -46,7 +46,7 @@ SASS = """
 AMDGCN = """
 kernel:
 	s_load_dwordx2 s[0:1], s[4:5], 0x0
-	global_load_ushort v1, v0, s[0:1]
+	global_load_ubyte v1, v0, s[0:1]
 .LBB0_1:                                ; =>This Inner Loop Header: Depth=1
 	buffer_load_short_d16 v2, v3, s[8:11], 0 offen
 	global_load_dwordx4 v[4:7], v0, s[0:1]

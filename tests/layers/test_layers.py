@@ -21,6 +21,22 @@ PAIRS = {
     "LayerNorm(eps)": (lambda: layers.LayerNorm(C, eps=1e-2), lambda: timm.layers.LayerNorm(C, eps=1e-2)),
     "LayerNorm(bias)": (lambda: layers.LayerNorm(C, bias=False), lambda: timm.layers.LayerNorm(C, bias=False)),
     "LayerNorm(affine)": (lambda: layers.LayerNorm(C, affine=False), lambda: timm.layers.LayerNorm(C, affine=False)),
+    "RmsNorm": (lambda: layers.RmsNorm(C), lambda: timm.layers.RmsNorm(C)),
+    "RmsNorm(eps)": (lambda: layers.RmsNorm(C, eps=1e-2), lambda: timm.layers.RmsNorm(C, eps=1e-2)),
+    "RmsNorm(affine)": (lambda: layers.RmsNorm(C, affine=False), lambda: timm.layers.RmsNorm(C, affine=False)),
+    "SwiGLU": (
+        lambda: layers.SwiGLU(C, 100, 20, norm_layer=layers.LayerNorm),
+        lambda: timm.layers.SwiGLU(C, 100, 20, norm_layer=timm.layers.LayerNorm),
+    ),
+    "SwiGLU(plain)": (
+        lambda: layers.SwiGLU(C, 90, bias=False, align_to=8),
+        lambda: timm.layers.SwiGLU(C, 90, bias=False, align_to=8),
+    ),
+    "SwiGLUPacked": (lambda: layers.SwiGLUPacked(C, 192), lambda: timm.layers.SwiGLUPacked(C, 192)),
+    "SwiGLUPacked(gate_last)": (
+        lambda: layers.SwiGLUPacked(C, 200, act_layer="gelu", gate_last=True),
+        lambda: timm.layers.GluMlp(C, 200, act_layer=nn.GELU, gate_last=True),
+    ),
     "LayerScale": (lambda: layers.LayerScale(C), lambda: timm.layers.LayerScale(C)),
     "Linear": (lambda: layers.Linear(C, 20), lambda: nn.Linear(C, 20)),
     "Attention": (

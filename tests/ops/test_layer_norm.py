@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vitkernels import ops, reference
+from vitkernels.ops._registry import OPS
 from vitkernels.ops.layer_norm import choose_config
 from vitkernels.runtime import INTERPRETER, DeviceFacts
 from vitkernels.testing import check_op
@@ -105,7 +106,7 @@ def test_frozen_inputs_cost_nothing(frozen, device, monkeypatch):
     check_op(ops.add_layer_norm, reference.add_layer_norm, tensors)
     flags = []
     backward = FILE.layer_norm_bwd
-    monkeypatch.setattr(FILE, "layer_norm_bwd", lambda *a: flags.append(a[-1]) or backward(*a))
+    monkeypatch.setattr(FILE, "layer_norm_bwd", lambda *a: flags.append(a[-2]) or backward(*a))
     ops.add_layer_norm(**tensors)[0].sum().backward()
     order = ["x", "residual", "weight", "bias", "layer_scale"]
     assert flags == [[*(name != frozen for name in order), False, False]]
@@ -223,6 +224,38 @@ def test_double_backward_and_forward_mode_are_errors(device):
             transform()
     with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
         ops.layer_norm(torch.autograd.forward_ad.make_dual(x, x))
+
+
+@pytest.mark.parametrize("C", [96, 8192 + 32])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("rms", [True, False])
+def test_padded_rows(rms, affine, C, device):
+    """The registered op with ``width``, as swiglu_mlp calls it: padding stays zero and counts for nothing."""
+    width = C - 22
+    x, dy, dr = (make(5, C, device=device, grad=False) for _ in range(3))
+    x[:, width:] = dy[:, width:] = dr[:, width:] = 0.0
+    weight, bias = (make(width, device=device, grad=False) if affine else None for _ in range(2))
+    bias = None if rms else bias
+    padded = FILE.layer_norm_fwd(x, None, weight, bias, None, None, 1e-6, x.dtype, rms, width)
+    plain = FILE.layer_norm_fwd(x[:, :width], None, weight, bias, None, None, 1e-6, x.dtype, rms)
+    assert not padded[0][:, width:].any()
+    torch.testing.assert_close(padded[0][:, :width], plain[0])
+    torch.testing.assert_close(padded[2:], plain[2:])
+    needed = [False, True, affine, affine and not rms, False, True, True]
+    options = (None, weight, None, None, *plain[2:], 1e-6, x.dtype, needed, rms)
+    padded = FILE.layer_norm_bwd(dy, dr, x, *options, width)
+    plain = FILE.layer_norm_bwd(dy[:, :width], dr[:, :width], x[:, :width], *options)
+    for got, want in zip(padded, plain, strict=True):
+        assert not got[..., width:].any()
+        torch.testing.assert_close(got[..., :width], want, rtol=1e-5, atol=1e-5)
+    for call, arguments in (
+        ("layer_norm_fwd", (x, None, weight, bias, None, None, 1e-6, x.dtype, rms, width)),
+        ("layer_norm_bwd", (dy, dr, x, *options, width)),
+    ):
+        got, want = getattr(FILE, call)(*arguments), OPS[call].reference(*arguments)
+        for g, w in zip(got, want, strict=True):
+            assert (g.shape, g.stride(), g.dtype) == (w.shape, w.stride(), w.dtype)
+            torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4)
 
 
 def test_config_caps_programs_and_covers_rows():

@@ -23,7 +23,7 @@ FOLDER = Path(__file__).parent / "contract"
 # What each rule forbids, with the figure that breaks it.
 RULES = {
     "spilled_bytes": "spills {} bytes",
-    "narrow_in_loop": "has {} 16-bit loads or stores of global memory in a loop",
+    "narrow_in_loop": "has {} loads or stores of global memory of 8 or 16 bits in a loop",
     "slow_products": "has {} 16-bit products in 64 rows or more off the chip's best matrix unit",
     "shared_bytes": "takes {} bytes of shared memory, more than the chip has",
     "atomics": "has {} atomics",

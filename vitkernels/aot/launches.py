@@ -8,6 +8,7 @@ import torch
 
 from vitkernels import ops  # noqa: F401  registers the ops
 from vitkernels.ops._registry import OPS
+from vitkernels.ops.swiglu.config import padded
 from vitkernels.testing.cases import Case
 
 
@@ -28,22 +29,24 @@ def launches(case: Case, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     def gamma():
         return new(C) if case.layer_scale else None
 
-    def layer_norm():
-        x, w = new(B, N, C), new(C)
-        statistics = new(B * N, dtype=sums), new(B * N, dtype=sums)
-        run("layer_norm_fwd", x, None, w, w, None, None, 1e-6, dtype)
-        run("layer_norm_bwd", x, None, x, None, w, None, None, *statistics, 1e-6, dtype,
-            [False, True, True, True, False, False, False])  # fmt: skip
+    rms = case.norm == "rms_norm"
 
-    def add_layer_norm():
-        x, w = new(B, N, C), new(C)
-        statistics = new(B * N, dtype=sums), new(B * N, dtype=sums)
+    def norm():
+        x, w, b = new(B, N, C), new(C), None if rms else new(C)
+        statistics = new(0 if rms else B * N, dtype=sums), new(B * N, dtype=sums)
+        run("layer_norm_fwd", x, None, w, b, None, None, 1e-6, dtype, rms)
+        run("layer_norm_bwd", x, None, x, None, w, None, None, *statistics, 1e-6, dtype,
+            [False, True, True, not rms, False, False, False], rms)  # fmt: skip
+
+    def add_norm():
+        x, w, b = new(B, N, C), new(C), None if rms else new(C)
+        statistics = new(0 if rms else B * N, dtype=sums), new(B * N, dtype=sums)
         needs_dx = case.layer_scale
-        run("layer_norm_fwd", x, x, w, w, gamma(), None, 1e-6, dtype)
+        run("layer_norm_fwd", x, x, w, b, gamma(), None, 1e-6, dtype, rms)
         run("layer_norm_bwd", x, x, x, x, w, gamma(), None, *statistics, 1e-6, dtype,
-            [needs_dx, True, True, True, needs_dx, False, False])  # fmt: skip
+            [needs_dx, True, True, not rms, needs_dx, False, False], rms)  # fmt: skip
         run("layer_norm_bwd", x, x, x, None, w, None, None, *statistics, 1e-6, dtype,
-            [False, True, True, True, False, True, True])  # fmt: skip
+            [False, True, True, not rms, False, True, True], rms)  # fmt: skip
 
     def linear():
         x, y = new(B, N, C), new(B, N, 3 * C)
@@ -61,6 +64,27 @@ def launches(case: Case, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         run("mlp_fwd", x, w1, new(F), w2, new(C), gamma(), x, case.activation, dtype, True, True)
         run("mlp_bwd", x, x, w1, w2, new(C), gamma(), z, None, case.activation, [True] * 5 + [case.layer_scale])
 
+    def swiglu_mlp():
+        P = padded(F)
+        x, h, z, w3 = new(B, N, C), new(B, N, P), new(B, N, 2, P), new(C, P)
+        if case.mlp == "packed":
+            first = new(2 * F, C), new(2 * F), None, None
+        else:
+            first = new(F, C), new(F), new(F, C), new(F)
+        for save_z in (False, True):
+            run("glu_fwd", x, *first, case.activation, False, save_z)
+        run("linear_fwd", h, w3, new(C), gamma(), x, None, dtype, False)
+        if not case.mlp_norm:
+            run("glu_bwd", x, w3, gamma(), z, case.activation, False, True, True)
+        else:
+            w, statistics = new(F), [new(B * N, dtype=sums)] * 2
+            options = False, None if P == F else F
+            run("layer_norm_fwd", h, None, w, w, None, None, 1e-6, dtype, *options)
+            run("layer_norm_bwd", h, None, h, None, w, None, None, *statistics, 1e-6, dtype,
+                [False, True, True, True, False, False, False], *options)  # fmt: skip
+            run("glu_gate", z, case.activation, False)
+            run("glu_bwd", h, None, None, z, case.activation, False, False, True)
+
     def attention():
         qkv, o, lse = new(B, N, 3, H, D), new(B, N, H, D), new(B, H, N, dtype=sums)
         run("attention_qkvpacked_fwd", qkv, D**-0.5)
@@ -74,5 +98,19 @@ def launches(case: Case, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         run("patch_embed_fwd", images, weight, new(C), new(1, N, C), prefix, True, dtype)
         run("patch_embed_bwd", new(B, N, C), images, weight, True, True)
 
-    functions = (layer_norm, add_layer_norm, linear, linear_activation, mlp, attention, patch_embed)
-    return {f.__name__: f for f in functions}
+    def patch_embed_uint8():
+        side = case.image // case.patch * case.patch
+        weight, constants = new(C, 3, case.patch, case.patch), ([0.5] * 3, [0.25] * 3)
+        prefix = new(1, case.prefix, C) if case.prefix else None
+        planar = new(B, 3, side, side, dtype=torch.uint8)
+        channels_last = new(B, side, side, 3, dtype=torch.uint8).permute(0, 3, 1, 2)  # as decoders write
+        for images in (planar, channels_last):
+            run("patch_embed_fwd", images, weight, new(C), new(1, N, C), prefix, True, dtype, *constants)
+            run("patch_embed_bwd", new(B, N, C), images, weight, False, True, *constants)
+
+    functions = {case.norm: norm, f"add_{case.norm}": add_norm, "linear": linear}
+    if case.mlp == "mlp":
+        functions |= {"linear_activation": linear_activation, "mlp": mlp}
+    else:
+        functions["swiglu_mlp"] = swiglu_mlp
+    return functions | {f.__name__: f for f in (attention, patch_embed, patch_embed_uint8)}

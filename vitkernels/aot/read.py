@@ -36,7 +36,7 @@ class Report:
         slow_products: 16-bit products in 64 rows or more that miss the chip's best matrix unit.
         tma: Copies by the tensor memory accelerator.
         cp_async: Asynchronous copies to shared memory.
-        narrow: 16-bit loads and stores of global memory outside loops.
+        narrow: 8- and 16-bit loads and stores of global memory outside loops.
         narrow_in_loop: Those inside.
         atomics: Atomic instructions.
         tf32: Products that round fp32 operands to TF32.
@@ -201,7 +201,7 @@ def sass_counts(code: Iterable[Instruction]) -> dict[str, int]:
         tcgen05=r"UTC\w*MMA",
         tma=r"UTMA(LDG|STG)|UBLKCP",
         cp_async=r"LDGSTS",
-        narrow=r"(LD|LDG|ST|STG)\.(\S+\.)?[US]16\b",
+        narrow=r"(LD|LDG|ST|STG)\.(\S+\.)?[US](8|16)\b",
     ) | {"spilled_bytes": sum(_sass_width(i.name) for i in code if re.match(r"(LDL|STL)\b", i.name))}
 
 
@@ -223,7 +223,7 @@ def amdgcn_counts(code: Iterable[Instruction]) -> dict[str, int]:
     counts = _count(
         code,
         mfma=r"v_(s?mfmac?)_",
-        narrow=r"(global|buffer|flat)_(load|store)_(ushort|sshort|short)",
+        narrow=r"(global|buffer|flat)_(load|store)_[us]?(byte|short)",
         atomics=r"(global|buffer|flat|ds)_(\w*atomic|add_|max_|min_|cmpst|pk_add)",
         tf32=r"v_s?mfmac?_\w*xf32",
     )

@@ -11,6 +11,8 @@ from vitkernels.layers.mlp import Mlp
 from vitkernels.layers.patch_dropout import PatchDropout
 from vitkernels.layers.patch_embed import PatchEmbed
 from vitkernels.layers.pos_embed import resample_pos_embed, sincos1d, sincos2d
+from vitkernels.layers.rms_norm import RmsNorm
+from vitkernels.layers.swiglu import SwiGLU, SwiGLUPacked
 
 __all__ = [
     "Attention",
@@ -23,6 +25,9 @@ __all__ = [
     "PatchDropout",
     "PatchEmbed",
     "QuickGELU",
+    "RmsNorm",
+    "SwiGLU",
+    "SwiGLUPacked",
     "create_activation",
     "resample_pos_embed",
     "sincos1d",

@@ -7,9 +7,12 @@ from vitkernels.ops.layer_norm import add_layer_norm, layer_norm
 from vitkernels.ops.linear import linear
 from vitkernels.ops.mlp import mlp
 from vitkernels.ops.patch_embed import patch_embed
+from vitkernels.ops.rms_norm import add_rms_norm, rms_norm
+from vitkernels.ops.swiglu import swiglu_mlp
 
 __all__ = [
     "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "attention_qkvpacked",
     "block",
@@ -17,5 +20,7 @@ __all__ = [
     "linear",
     "mlp",
     "patch_embed",
+    "rms_norm",
+    "swiglu_mlp",
     "uses_kernels",
 ]

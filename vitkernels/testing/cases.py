@@ -17,9 +17,12 @@ class Case:
         prefix: Class and register tokens.
         channels: Width of a token.
         heads: Attention heads.
-        hidden: Hidden features of the MLP.
+        hidden: Hidden features of the MLP; with a gate, those of each half.
         activation: The MLP's, as the ops name it.
         layer_scale: Whether both branches are scaled.
+        norm: ``layer_norm`` or ``rms_norm``.
+        mlp: ``mlp``, or ``swiglu_mlp`` with ``packed`` weights or with ``separate`` ones.
+        mlp_norm: Whether a LayerNorm stands before the MLP's last layer.
     """
 
     name: str
@@ -32,6 +35,9 @@ class Case:
     hidden: int
     activation: str = "gelu"
     layer_scale: bool = False
+    norm: str = "layer_norm"
+    mlp: str = "mlp"
+    mlp_norm: bool = False
 
     @property
     def tokens(self) -> int:
@@ -57,5 +63,13 @@ CASES = {
         Case("vit_so400m_patch14_siglip_378", 32, 378, 14, 0, 1152, 16, 4304, "gelu_tanh"),
         Case("vit_large_patch14_clip_336", 32, 336, 14, 1, 1024, 16, 4096, "quick_gelu"),
         Case("vit_huge_patch14_clip_224", 32, 224, 14, 1, 1280, 16, 5120),
+        Case(
+            "vit_giant_patch14_reg4_dinov2_518", 8, 518, 14, 5, 1536, 24, 4096, "silu", layer_scale=True, mlp="packed"
+        ),
+        Case(
+            "vit_huge_plus_patch16_dinov3_256", 32, 256, 16, 5, 1280, 20, 5120, "silu", layer_scale=True, mlp="separate"
+        ),
+        Case("eva02_large_patch14_448", 16, 448, 14, 1, 1024, 16, 2730, "silu", mlp="separate", mlp_norm=True),
+        Case("aimv2_large_patch14_224", 64, 224, 14, 0, 1024, 8, 2816, "silu", norm="rms_norm", mlp="separate"),
     )
 }

@@ -1,0 +1,160 @@
+"""The gated MLPs of DINOv2, DINOv3, EVA02 and AIMv2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from vitkernels import ops
+from vitkernels.layers._plain import has_plain_children
+from vitkernels.layers.activation import QuickGELU, create_activation
+from vitkernels.layers.fused import activation_name
+from vitkernels.layers.layer_norm import LayerNorm
+
+_CHILDREN = {
+    "act": (nn.GELU, nn.SiLU, QuickGELU),
+    "drop1": (nn.Dropout,),
+    "norm": (nn.Identity, nn.LayerNorm, LayerNorm),
+    "fc2": (nn.Linear,),
+    "drop2": (nn.Dropout,),
+}
+
+
+def fused_swiglu(
+    mlp: nn.Module, x: Tensor, *, residual: Tensor | None = None, layer_scale: Tensor | None = None
+) -> Tensor:
+    """``residual + layer_scale · mlp(x)`` in one op, with timm's names: ``fc1``, or ``fc1_g`` and ``fc1_x``; ``fc2``.
+
+    ``norm`` of ``mlp`` is a LayerNorm or an ``nn.Identity``; dropout is left out.
+    """
+    if hasattr(mlp, "fc1"):
+        w12, b12, gate_last = mlp.fc1.weight, mlp.fc1.bias, mlp.gate_last
+    else:
+        w12, gate_last = (mlp.fc1_g.weight, mlp.fc1_x.weight), False
+        b12 = None if mlp.fc1_g.bias is None else (mlp.fc1_g.bias, mlp.fc1_x.bias)
+    norm = None if isinstance(mlp.norm, nn.Identity) else (mlp.norm.weight, mlp.norm.bias, mlp.norm.eps)
+    return ops.swiglu_mlp(
+        x,
+        w12,
+        b12,
+        mlp.fc2.weight,
+        mlp.fc2.bias,
+        activation=activation_name(mlp.act),
+        gate_last=gate_last,
+        norm=norm,
+        residual=residual,
+        layer_scale=layer_scale,
+    )
+
+
+class _GatedMlp(nn.Module):
+    """What both share: everything behind the first layer, whose ``nn.Linear`` children ``_FIRST`` names."""
+
+    _FIRST: tuple[str, ...]
+
+    def __init__(self, hidden, out_features, act_layer, norm_layer, bias, drop, **kwargs) -> None:
+        super().__init__()
+        self.act = create_activation(act_layer)
+        self.drop1 = nn.Dropout(drop)
+        self.norm = nn.Identity() if norm_layer is None else norm_layer(hidden, **kwargs)
+        self.fc2 = nn.Linear(hidden, out_features, bias=bias, **kwargs)
+        self.drop2 = nn.Dropout(drop)
+
+    def fuses(self) -> bool:
+        """Tell whether the fused forward may run: no adapter or hook on a child, which it would not call."""
+        return has_plain_children(self, dict.fromkeys(self._FIRST, (nn.Linear,)) | _CHILDREN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropped = self.training and (self.drop1.p or self.drop2.p)
+        if self.fuses() and not dropped:
+            return fused_swiglu(self, x)
+        gate, value = self._gate_and_value(x)
+        return self.drop2(self.fc2(self.norm(self.drop1(self.act(gate) * value))))
+
+    def _gate_and_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+
+class SwiGLU(_GatedMlp):
+    """``fc2(norm(act(fc1_g(x)) · fc1_x(x)))`` in one op (arXiv 2002.05202).
+
+    Args:
+        in_features: Channels of the input.
+        hidden_features: Between the layers; ``in_features`` unless given.
+        out_features: Channels of the output; ``in_features`` unless given.
+        act_layer: As for :func:`vitkernels.layers.create_activation`.
+        norm_layer: Makes the norm of the hidden features (EVA02's is LayerNorm), or None.
+        bias: Whether the linear layers have biases.
+        drop: Dropout rate after the gate and after ``fc2``; while it drops, the layers run one by one.
+        align_to: ``hidden_features`` is rounded up to a multiple of this, if not 0.
+    """
+
+    _FIRST = ("fc1_g", "fc1_x")
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        act_layer: str | Callable[[], nn.Module] = "silu",
+        norm_layer: Callable[..., nn.Module] | None = None,
+        bias: bool = True,
+        drop: float = 0.0,
+        align_to: int = 0,
+        *,
+        device=None,
+        dtype=None,
+    ) -> None:
+        hidden = hidden_features or in_features
+        if align_to:
+            hidden += -hidden % align_to
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(hidden, out_features or in_features, act_layer, norm_layer, bias, drop, **dd)
+        self.fc1_g = nn.Linear(in_features, hidden, bias=bias, **dd)
+        self.fc1_x = nn.Linear(in_features, hidden, bias=bias, **dd)
+
+    def _gate_and_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.fc1_g(x), self.fc1_x(x)
+
+
+class SwiGLUPacked(_GatedMlp):
+    """:class:`SwiGLU` with both layers in one, ``fc1``, the gate's features first (DINOv2, arXiv 2304.07193).
+
+    Args:
+        in_features: Channels of the input.
+        hidden_features: Of ``fc1``, twice what ``fc2`` takes, even; ``in_features`` unless given.
+        gate_last: The gate's features come last.
+        out_features, act_layer, norm_layer, bias, drop: As for :class:`SwiGLU`.
+
+    Raises:
+        ValueError: ``hidden_features`` is odd.
+    """
+
+    _FIRST = ("fc1",)
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | None = None,
+        out_features: int | None = None,
+        act_layer: str | Callable[[], nn.Module] = "silu",
+        norm_layer: Callable[..., nn.Module] | None = None,
+        bias: bool = True,
+        drop: float = 0.0,
+        *,
+        gate_last: bool = False,
+        device=None,
+        dtype=None,
+    ) -> None:
+        hidden = hidden_features or in_features
+        if hidden % 2:
+            raise ValueError(f"hidden_features is {hidden}; expected an even number, gate and value")
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(hidden // 2, out_features or in_features, act_layer, norm_layer, bias, drop, **dd)
+        self.gate_last = gate_last
+        self.fc1 = nn.Linear(in_features, hidden, bias=bias, **dd)
+
+    def _gate_and_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = self.fc1(x).chunk(2, dim=-1)
+        return (second, first) if self.gate_last else (first, second)

@@ -1,0 +1,302 @@
+"""LayerNorm over the last dim, and residual + LayerScale + DropPath + LayerNorm in one pass; RMSNorm likewise.
+
+Forward (arXiv 1607.06450):       x̂ = (x − mean) · rstd,  y = x̂ · weight + bias,  rstd = 1 / √(var + eps)
+Backward, with g = dy · weight:   dx = rstd · (g − mean(g) − x̂ · mean(g · x̂)),  dweight = Σ dy · x̂,  dbias = Σ dy
+RMSNorm (arXiv 1910.07467) is the same with both means of x and g, and the bias, left out: var is mean(x²).
+add_layer_norm (LayerScale arXiv 2103.17239, DropPath arXiv 1603.09382), with row m of sample b:
+                                  r = residual + s[b] · γ · x,  y = layer_norm(r)
+                                  dr = d(new_residual) + layer_norm_backward(dy),  dresidual = dr
+                                  dx = s[b] · γ · dr,  dγ = Σ s[b] · x · dr
+
+Shapes: rows M (all leading dims), channels C. Saved for backward: the normalised input (x or r), mean and rstd,
+and x where γ needs a gradient. Statistics and sums are fp32 (fp64 for fp64 inputs) whatever the dtype of x.
+The backward is persistent over rows: at most 2 programs an SM, each sums its rows' share of the parameter
+gradients into one row of a (programs, C) buffer, so that the buffer does not grow with M and nothing is atomic.
+Tiles of both kernels are (BLOCK_M rows, BLOCK_C channels); a lane outside the mask holds zero.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vitkernels import reference, runtime
+from vitkernels.ops._checks import check_like, check_shape, check_tensor
+from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
+from vitkernels.ops.layer_norm.backward import layer_norm_backward
+from vitkernels.ops.layer_norm.config import choose_config as choose_config
+from vitkernels.ops.layer_norm.forward import forward_outputs, layer_norm_forward
+from vitkernels.runtime import promoted_dtype, wide_dtype
+
+
+def _reference_forward(x, residual, weight, bias, gamma, path, eps, out_dtype, rms=False, width=None):
+    r = x
+    if residual is not None:
+        r = reference.add_layer_norm(x, residual, layer_scale=gamma, drop_path_scale=path)[1]
+    statistics = wide_dtype(r.dtype)
+    rows = r.reshape(-1, r.shape[-1])[:, :width].to(statistics)
+    variance = rows.square().mean(-1) if rms else rows.var(-1, correction=0)
+    y = _reference_norm(r[..., :width].to(out_dtype), *_cast(out_dtype, weight, bias), eps, rms)
+    return (
+        torch.constant_pad_nd(y, (0, r.shape[-1] - y.shape[-1])).contiguous(),
+        x.new_empty(0) if residual is None else r.contiguous(),
+        variance.new_empty(0) if rms else rows.mean(-1),
+        (variance + eps).rsqrt(),
+    )
+
+
+def _reference_norm(x, weight, bias, eps, rms):
+    return reference.rms_norm(x, weight, eps) if rms else reference.layer_norm(x, weight, bias, eps)
+
+
+def _reference_backward(dy, dr, r, x, weight, gamma, path, mean, rstd, eps, x_dtype, needed, rms=False, width=None):
+    statistics = rstd.dtype
+    wide_r, wide_dy, wide_weight = _cast(statistics, r, dy, weight)
+    bias = None if rms else torch.zeros(width or r.shape[-1], dtype=statistics, device=r.device)
+
+    def norm(r, weight, bias):
+        y = _reference_norm(r[..., :width], weight, bias, eps, rms)
+        return torch.constant_pad_nd(y, (0, r.shape[-1] - y.shape[-1]))
+
+    d_sum, dweight, dbias = reference_gradients(
+        norm, (wide_r, wide_weight, bias), (wide_dy,), (True, needed[2], needed[3])
+    )
+    dweight, dbias = (
+        torch.constant_pad_nd(g, (0, r.shape[-1] - g.shape[0])) if n else g
+        for g, n in zip((dweight, dbias), needed[2:4], strict=True)
+    )
+    rows = tuple(range(r.ndim - 1))
+    dr_sum = dr.sum(rows, dtype=statistics) if needed[5] else d_sum.new_empty(0)
+    if dr is not None:
+        d_sum = d_sum + dr
+    branch = d_sum if path is None else d_sum * path.reshape(-1, *[1] * (r.ndim - 1))
+    dgamma = (branch * x).sum(rows) if needed[4] else d_sum.new_empty(0)
+    dx = (branch if gamma is None else branch * gamma).to(x_dtype, copy=True)
+    return (
+        dx if needed[0] else dx.new_empty(0),
+        d_sum.to(r.dtype, copy=True) if needed[1] else r.new_empty(0),
+        dweight,
+        dbias,
+        dgamma.to(statistics),
+        dr_sum,
+        d_sum.sum(rows) if needed[6] else d_sum.new_empty(0),
+    )
+
+
+def _fake_backward(dy, dr, r, x, weight, gamma, path, mean, rstd, eps, x_dtype, needed, rms=False, width=None):
+    def empty(shape, dtype, n):
+        return torch.empty(shape if n else (0,), dtype=dtype, device=r.device)
+
+    parameters = [empty(r.shape[-1:], rstd.dtype, n) for n in needed[2:]]
+    return empty(r.shape, x_dtype, needed[0]), empty(r.shape, r.dtype, needed[1]), *parameters
+
+
+def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.to(dtype) for t in tensors]
+
+
+layer_norm_fwd = register(
+    "layer_norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? gamma, Tensor? path, float eps, "
+    "ScalarType out_dtype, bool rms=False, int? width=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    launcher=layer_norm_forward,
+    reference=_reference_forward,
+    fake=forward_outputs,
+)
+layer_norm_bwd = register(
+    "layer_norm_bwd(Tensor dy, Tensor? dr, Tensor r, Tensor? x, Tensor? weight, Tensor? gamma, Tensor? path, "
+    "Tensor mean, Tensor rstd, float eps, ScalarType x_dtype, bool[] needed, bool rms=False, int? width=None) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    launcher=layer_norm_backward,
+    reference=_reference_backward,
+    fake=_fake_backward,
+)
+
+
+class LayerNormFunction(torch.autograd.Function):
+    """Autograd for LayerNorm and, with ``rms``, RMSNorm; ``residual=None`` is the norm alone."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, gamma, path, eps, out_dtype, rms):
+        y, r, mean, rstd = layer_norm_fwd(x, residual, weight, bias, gamma, path, eps, out_dtype, rms)
+        plain = residual is None
+        branch = x if gamma is not None and ctx.needs_input_grad[4] else None
+        ctx.save_for_backward(x if plain else r, branch, weight, gamma, path, mean, rstd)
+        ctx.eps, ctx.x_dtype, ctx.plain, ctx.rms = eps, x.dtype, plain, rms
+        ctx.parameter_dtypes = [None if p is None else p.dtype for p in (weight, bias, gamma)]
+        ctx.residual_dtype = None if plain else residual.dtype
+        ctx.set_materialize_grads(False)
+        return y if plain else (y, r)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dr=None):
+        r, x, weight, gamma, path, mean, rstd = ctx.saved_tensors
+        needs_x, needs_residual, *needs_parameters = ctx.needs_input_grad[:5]
+        if dy is None:
+            dy = torch.zeros_like(r)
+        if ctx.plain:
+            needed = [False, needs_x]
+        else:
+            # Without LayerScale and DropPath both gradients are the same tensor.
+            shared = gamma is None and path is None and ctx.x_dtype == r.dtype
+            needed = [needs_x and not shared, needs_residual or (needs_x and shared)]
+        needed += [*needs_parameters, False, False]
+        dx, dresidual, *parameters = layer_norm_bwd(
+            dy, dr, r, x, weight, gamma, path, mean, rstd, ctx.eps, ctx.x_dtype, needed, ctx.rms
+        )
+        grads = [
+            g.to(dtype) if n else None
+            for g, dtype, n in zip(parameters[:3], ctx.parameter_dtypes, needs_parameters, strict=True)
+        ]
+        if ctx.plain:
+            dx, dresidual = dresidual, None
+        else:
+            dx = dresidual if shared else dx
+            dresidual = dresidual.to(ctx.residual_dtype) if needs_residual else None
+        return dx if needs_x else None, dresidual, *grads, None, None, None, None
+
+
+def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    """Normalise ``x`` over its last dim: ``(x − mean) / √(var + eps) · weight + bias``.
+
+    Args:
+        x: (..., C), fp16, bf16, fp32 or fp64, any strides; leading dims may be empty.
+        weight: (C,), ``x``'s dtype or fp32, or None for ones.
+        bias: (C,), ``x``'s dtype or fp32, or None for zeros.
+        eps: Added to the variance, ≥ 0.
+
+    Returns:
+        (..., C), contiguous, in ``x``'s dtype; under CUDA autocast in fp32, as PyTorch's does.
+
+    Raises:
+        ValueError: A shape or device does not fit, C is 0, or eps is negative or NaN.
+        TypeError: A dtype does not fit.
+        NotImplementedError: A tensor is nested, sparse or quantized.
+
+    Reference: arXiv 1607.06450.
+    """
+    return norm("layer_norm", x, weight, bias, eps)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    layer_scale: Tensor | None = None,
+    drop_path_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Add a branch to the residual stream and normalise the sum, in one pass.
+
+    ``r = residual + drop_path_scale[b] · layer_scale · x``, then LayerNorm over the last dim.
+
+    Args:
+        x: (B, ..., C), the branch's output; dtypes and strides as for :func:`layer_norm`.
+        residual: Of ``x``'s shape, in its dtype or a wider one.
+        weight, bias, eps: As for :func:`layer_norm`.
+        layer_scale: γ of LayerScale, (C,), or None for ones.
+        drop_path_scale: (B,), each sample's 0 or 1/keep of DropPath, or None for ones. A drawn constant: it must
+            not require a gradient.
+
+    Returns:
+        ``(normed, new_residual)``, both of ``x``'s shape and contiguous; the sum in the widest dtype of its terms and
+        scales, the normed in the sum's (fp32 under CUDA autocast).
+
+    Raises:
+        ValueError, TypeError: As for :func:`layer_norm`.
+        NotImplementedError: ``drop_path_scale`` requires a gradient, or as for :func:`layer_norm`.
+
+    Reference: arXiv 2103.17239 (LayerScale), 1603.09382 (DropPath).
+    """
+    return add_norm("add_layer_norm", x, residual, weight, bias, eps, layer_scale, drop_path_scale)
+
+
+def norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, rms: bool = False) -> Tensor:
+    """The public function ``op``, LayerNorm or RMSNorm."""
+    check_layer_norm(op, x, weight, bias, eps)
+    if not uses_kernels(x):
+        return _reference_norm(x, *parameters_for_torch(x.dtype, weight, bias), eps, rms)
+    out_dtype = torch.promote_types(x.dtype, torch.float32) if autocasts(x) else x.dtype
+    if needs_grad(x, weight, bias):
+        return LayerNormFunction.apply(x, None, weight, bias, None, None, eps, out_dtype, rms)
+    return layer_norm_fwd(x, None, weight, bias, None, None, eps, out_dtype, rms)[0]
+
+
+def add_norm(
+    op: str,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    layer_scale: Tensor | None,
+    drop_path_scale: Tensor | None,
+    *,
+    rms: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The public function ``op``, either norm behind a residual sum."""
+    check_tensor(op, "x", x)
+    check_like(op, "residual", residual, "x", x, dtype=False)
+    check_shape(op, "residual", residual, x.shape, "x's shape")
+    check_layer_norm(op, residual if residual.dtype.itemsize >= x.dtype.itemsize else x, weight, bias, eps)
+    if layer_scale is not None:
+        check_parameter(op, "layer_scale", layer_scale, residual, x.shape[-1])
+    if drop_path_scale is not None:
+        check_like(op, "drop_path_scale", drop_path_scale, "x", x, dtype=False)
+        if x.ndim < 2:
+            raise ValueError(f"{op}: x has shape {tuple(x.shape)}; drop_path_scale needs (batch, ..., channels)")
+        check_shape(op, "drop_path_scale", drop_path_scale, x.shape[:1], "one scale a sample of x")
+        if drop_path_scale.requires_grad:
+            raise NotImplementedError(f"{op}: drop_path_scale requires a gradient; it is a drawn constant: detach it")
+    sum_dtype = promoted_dtype(x, residual, layer_scale, drop_path_scale)
+    if not uses_kernels(x):
+        weight, bias = parameters_for_torch(sum_dtype, weight, bias)
+        scales = {"layer_scale": layer_scale, "drop_path_scale": drop_path_scale}
+        if rms:
+            outputs = reference.add_rms_norm(x, residual, weight, eps, **scales)
+        else:
+            outputs = reference.add_layer_norm(x, residual, weight, bias, eps, **scales)
+        return outputs[0].contiguous(), outputs[1].contiguous()
+    out_dtype = torch.promote_types(sum_dtype, torch.float32) if autocasts(x) else sum_dtype
+    if needs_grad(x, residual, weight, bias, layer_scale):
+        return LayerNormFunction.apply(x, residual, weight, bias, layer_scale, drop_path_scale, eps, out_dtype, rms)
+    return layer_norm_fwd(x, residual, weight, bias, layer_scale, drop_path_scale, eps, out_dtype, rms)[:2]
+
+
+def autocasts(x: Tensor) -> bool:
+    """Tell whether autocast makes PyTorch's LayerNorm run in fp32 on ``x``'s device: on a GPU, not on a CPU."""
+    return x.device.type != "cpu" and runtime.autocast_dtype(x) is not None
+
+
+def parameters_for_torch(dtype: torch.dtype, *parameters: Tensor | None) -> list[Tensor | None]:
+    """Cast parameters to ``dtype``, that of PyTorch's input, unless autocast does."""
+    # On a GPU PyTorch's LayerNorm takes no half inputs with fp32 parameters.
+    autocast = any(p is not None and autocasts(p) for p in parameters)
+    return list(parameters) if autocast else _cast(dtype, *parameters)
+
+
+def check_layer_norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
+    """Require floating-point rows, parameters of their width and a usable eps."""
+    check_tensor(op, "x", x)
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}; expected at least one channel in the last dim")
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None:
+            check_parameter(op, name, parameter, x, x.shape[-1])
+    if not eps >= 0:
+        raise ValueError(f"{op}: eps is {eps}; expected a number ≥ 0")
+
+
+def check_parameter(
+    op: str, name: str, parameter: Tensor, x: Tensor, size: int, why: str = "the last dim of x"
+) -> None:
+    """Require a norm's parameter (size,) on ``x``'s device, of its dtype or, beside half inputs, fp32."""
+    check_like(op, name, parameter, "x", x, dtype=False)
+    mixed = x.dtype.itemsize == 2 and parameter.dtype == torch.float32
+    if parameter.dtype != x.dtype and not mixed and not autocasts(x):
+        wanted = f"{x.dtype} or torch.float32" if x.dtype.itemsize == 2 else f"{x.dtype}"
+        raise TypeError(f"{op}: {name} has dtype {parameter.dtype}, x has {x.dtype}; expected {wanted}")
+    check_shape(op, name, parameter, (size,), why)

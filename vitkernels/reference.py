@@ -7,6 +7,7 @@ H heads, D head dim, F hidden features, P patch size, I image channels.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -139,15 +140,141 @@ def swiglu_mlp(
     return linear(hidden, w3, b3, residual=residual, layer_scale=layer_scale)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
-    """``softmax(scale · q kᵀ) v`` over (B, H, N, D); scale is 1/√D unless given (arXiv 1706.03762)."""
-    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, num_prefix_tokens: int = 0) -> Tensor:
+    """``x · cos + rot(x) · sin`` on (B, H, N, D) but its first tokens (arXiv 2104.09864).
+
+    rot maps the pair (a, b) to (−b, a); channels 2j and 2j + 1 are a pair where ``interleaved``, else j and j + D/2.
+    """
+    prefix, x = x[:, :, :num_prefix_tokens], x[:, :, num_prefix_tokens:]
+    pairs = x.unflatten(-1, (-1, 2)) if interleaved else x.unflatten(-1, (2, -1)).transpose(-1, -2)
+    rotated = torch.stack([-pairs[..., 1], pairs[..., 0]], -1)
+    rotated = rotated.flatten(-2) if interleaved else rotated.transpose(-1, -2).flatten(-2)
+    return torch.cat([prefix, (x * cos + rotated * sin).to(x.dtype)], dim=2)
 
 
-def attention_qkvpacked(qkv: Tensor, *, scale: float | None = None) -> Tensor:
+def qk_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str) -> Tensor:
+    """LayerNorm (``kind`` "layer") or RMSNorm ("rms", arXiv 1910.07467) of each head's channels, the last dim."""
+    weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
+    if kind == "rms":
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def prepare_qk(
+    q: Tensor, k: Tensor, rope_tables: tuple | None, num_prefix_tokens: int, q_norm: tuple | None, k_norm: tuple | None
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys (B, H, N, D) with QK-norm ``(weight, bias, eps, rms)`` and :func:`rope` applied."""
+    prepared = []
+    for x, norm in ((q, q_norm), (k, k_norm)):
+        if norm is not None:
+            x = qk_norm(x, norm[0], norm[1], norm[2], "rms" if norm[3] else "layer")
+        if rope_tables is not None:
+            x = rope(x, *rope_tables, num_prefix_tokens=num_prefix_tokens)
+        prepared.append(x)
+    return prepared[0], prepared[1]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    dropout_p: float = 0.0,
+    rope: tuple | None = None,
+    num_prefix_tokens: int = 0,
+    q_norm: tuple | None = None,
+    k_norm: tuple | None = None,
+    dropout_scale: Tensor | None = None,
+) -> Tensor:
+    """``softmax(scale · q kᵀ + mask) v`` over (B, H, N, D); scale is 1/√D unless given (arXiv 1706.03762).
+
+    Masks and causality as in PyTorch; a row that looks nowhere is 0. ``rope`` is ``(cos, sin, interleaved)``, a norm
+    ``(weight, bias, eps, rms)``. ``dropout_scale`` (B, H, N, N) is what a dropout has drawn, in place of ``dropout_p``.
+    """
+    q, k = prepare_qk(q, k, rope, num_prefix_tokens, q_norm, k_norm)
+    if attn_mask is not None and attn_mask.is_floating_point():
+        attn_mask = attn_mask.to(q.dtype)
+    if is_causal and attn_mask is not None:
+        behind = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+        if attn_mask.is_floating_point():
+            attn_mask = attn_mask.masked_fill(~behind, float("-inf"))
+        else:
+            attn_mask = attn_mask & behind
+        is_causal = False
+    if dropout_scale is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=attn_mask, scale=scale, is_causal=is_causal, dropout_p=dropout_p
+        )
+    weights = attention_weights(q, k, attn_mask=attn_mask, scale=scale, is_causal=is_causal)
+    return (weights * dropout_scale.to(q.dtype)) @ v
+
+
+def attention_weights(
+    q: Tensor, k: Tensor, *, attn_mask: Tensor | None = None, scale: float | None = None, is_causal: bool = False
+) -> Tensor:
+    """``softmax(scale · q kᵀ + mask)``, (B, H, N, N); a row that looks nowhere is 0."""
+    scores = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        behind = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        scores = scores.masked_fill(~behind, float("-inf"))
+    if attn_mask is not None:
+        if attn_mask.is_floating_point():
+            scores = scores + attn_mask.to(q.dtype)
+        else:
+            scores = scores.masked_fill(~attn_mask, float("-inf"))
+    empty = (scores == float("-inf")).all(-1, keepdim=True)
+    return scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+
+
+def attention_qkvpacked(qkv: Tensor, **options) -> Tensor:
     """:func:`attention` from (B, N, 3, H, D), the output of a qkv projection, to (B, N, H, D)."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    return attention(q, k, v, scale=scale).transpose(1, 2)
+    return attention(q, k, v, **options).transpose(1, 2)
+
+
+def attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, **options) -> Tensor:
+    """:func:`attention` within each of the images packed in (T, H, D): tokens ``cu_seqlens[i]`` to ``[i + 1]``.
+
+    Tokens of no image are 0.
+    """
+    bounds = cu_seqlens.tolist()
+    out = [q[: bounds[0]] * 0]
+    for start, end in itertools.pairwise(bounds):
+        image = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        out.append(attention(*image, **options).squeeze(0).transpose(0, 1))
+    return torch.cat([*out, q[bounds[-1] :] * 0])
+
+
+def dropout_scale(seed: int, shape: tuple[int, int, int, int], p: float) -> Tensor:
+    """What the attention kernels draw for weights (B, H, N_q, N_kv): 1/(1 − p), or 0 with probability p, fp64.
+
+    Philox4x32-10 (Salmon et al., SC 2011) with ``seed`` as key on the counter (key, query, image · H + head, 0).
+    """
+    low = 0xFFFFFFFF
+    B, H, N_q, N_kv = shape
+
+    def multiply(a: Tensor, constant: int) -> tuple[Tensor, Tensor]:
+        # 32 by 32 bits in parts of 16, as int64 has no room for the sign.
+        lower, upper = (a & 0xFFFF) * constant, (a >> 16) * constant
+        carried = (lower >> 16) + upper
+        return carried >> 16, ((carried & 0xFFFF) << 16) | (lower & 0xFFFF)
+
+    c0 = torch.arange(N_kv).expand(shape)
+    c1 = torch.arange(N_q)[:, None].expand(shape)
+    c2 = torch.arange(B * H).view(B, H, 1, 1).expand(shape)
+    c3 = torch.zeros(shape, dtype=torch.int64)
+    k0, k1 = seed & low, (seed >> 32) & low
+    for _ in range(10):
+        high0, low0 = multiply(c0, 0xD2511F53)
+        high2, low2 = multiply(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    threshold = round(p * 2**31)
+    stays = (c0 >> 1) >= threshold
+    return stays * (2**31 / (2**31 - threshold)) if threshold < 2**31 else torch.zeros(shape, dtype=torch.float64)
 
 
 def block(

@@ -7,16 +7,21 @@ import torch
 
 from vitkernels import ops, reference
 from vitkernels.ops._triton import tl
-from vitkernels.ops.attention.config import choose_config, shared_bytes
-from vitkernels.ops.attention.forward import LOG2_E, addressing
+from vitkernels.ops.attention.config import choose_config, head_parts, shared_bytes
+from vitkernels.ops.attention.operands import LOG2_E, addressing
 from vitkernels.runtime import INTERPRETER, DeviceFacts
 from vitkernels.testing import check_op
 
 FILE = sys.modules["vitkernels.ops.attention"]  # the package's attribute of that name is the function
-FORWARD = sys.modules["vitkernels.ops.attention.forward"]
+OPERANDS = sys.modules["vitkernels.ops.attention.operands"]
 BACKWARD = sys.modules["vitkernels.ops.attention.backward"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-KERNELS = ("_attention_bwd_delta_kernel", "_attention_bwd_dkv_kernel", "_attention_bwd_dq_kernel")
+KERNELS = (
+    "_attention_bwd_delta_kernel",
+    "_attention_bwd_dkv_kernel",
+    "_attention_bwd_dq_kernel",
+    "_attention_bwd_row_kernel",
+)
 
 
 def make(*shape, dtype=torch.float32, device="cpu", grad=True):
@@ -47,7 +52,7 @@ def test_qkvpacked(N, H, D, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("D", [1, 16, 80, 100, 128])
+@pytest.mark.parametrize("D", [1, 16, 80, 100, 128, 144, 256])
 def test_other_head_dims(D, dtype, device):
     check_op(ops.attention, reference.attention, make_qkv(1, 8, 67, 67, D, dtype=dtype, device=device))
 
@@ -151,8 +156,9 @@ def test_frozen_inputs_run_only_the_kernels_needed(trained, device, monkeypatch)
         kernel = getattr(BACKWARD, name)
         monkeypatch.setattr(BACKWARD, name, _Spy(kernel, lambda name=name: launched.append(name)))
     check_op(ops.attention, reference.attention, tensors)
-    delta, dkv, dq = KERNELS
-    assert launched == [delta] + [dkv] * ("k" in trained or "v" in trained) + [dq] * ("q" in trained)
+    delta, dkv, dq, row = KERNELS
+    expected = {"q": [dq], "k": [delta, dkv], "v": [delta, dkv], "kv": [delta, dkv], "qk": [row], "qv": [row]}
+    assert launched == expected[trained]
 
 
 class _Spy:
@@ -211,7 +217,7 @@ def test_with_and_without_gradients_agree(device):
 
 def test_log_sum_exp(device):
     q, k, v = (t.detach().transpose(1, 2) for t in make_qkv(2, 2, 70, 66, 24, device=device).values())
-    o, lse = FILE._attention_fwd(q, k, v, 0.2)
+    o, lse = FILE.attention_fwd(q, k, v, 0.2)
     scores = torch.einsum("bmhd,bnhd->bhmn", q.double(), k.double()) * 0.2
     torch.testing.assert_close(lse.double(), scores.logsumexp(-1) * LOG2_E, rtol=1e-6, atol=1e-6)
     for actual, expected in zip(FILE._reference_forward(q, k, v, 0.2), (o, lse), strict=True):
@@ -270,8 +276,8 @@ def test_fp16_near_its_limit(device):
 def test_no_weight_is_above_one_however_far_the_scores_drift_between_passes(device):
     # On a GPU the backward may sum a product in another order; at scores of 1e10 that is off by thousands.
     q, k, v = (t.detach().transpose(1, 2) for t in make_qkv(1, 2, 70, 66, 24, device=device).values())
-    o, lse = FILE._attention_fwd(q, k, v, 0.2)
-    for grad in FILE._attention_bwd(torch.randn_like(o), q, k, v, o, lse - 1000.0, 0.2, [True, True]):
+    o, lse = FILE.attention_fwd(q, k, v, 0.2)
+    for grad in FILE.attention_bwd(torch.randn_like(o), q, k, v, o, lse - 1000.0, 0.2, [True, True, False]):
         assert grad.isfinite().all()
 
 
@@ -307,7 +313,7 @@ def test_autocast(dtype, device):
 
 Q = torch.zeros(2, 3, 5, 8)
 QKV = torch.zeros(2, 5, 3, 4, 8)
-WIDE = torch.zeros(1, 1, 2, 136)
+WIDE = torch.zeros(1, 1, 2, 264)
 BAD = {
     "integer": (lambda: ops.attention(Q.int(), Q, Q), TypeError, "q has dtype torch.int32; expected float16"),
     "no tensor": (lambda: ops.attention(Q, None, Q), TypeError, "k is a NoneType"),
@@ -322,7 +328,7 @@ BAD = {
     "no queries": (lambda: ops.attention(Q[:, :, :0], Q, Q), ValueError, "q has shape .*no tokens"),
     "no keys": (lambda: ops.attention(Q, Q[:, :, :0], Q[:, :, :0]), ValueError, "k has shape .*no tokens"),
     "no channels": (lambda: ops.attention(*[Q[..., :0]] * 3), ValueError, "at least one channel"),
-    "wide head": (lambda: ops.attention(WIDE, WIDE, WIDE), NotImplementedError, "head dim 136; expected 128 at most"),
+    "wide head": (lambda: ops.attention(WIDE, WIDE, WIDE), NotImplementedError, "head dim 264; expected 256 at most"),
     "scale NaN": (lambda: ops.attention(Q, Q, Q, scale=float("nan")), ValueError, "scale is nan"),
     "scale infinite": (lambda: ops.attention_qkvpacked(QKV, scale=float("inf")), ValueError, "scale is inf"),
     "scale tensor": (lambda: ops.attention(Q, Q, Q, scale=torch.ones(())), TypeError, "scale is a Tensor"),
@@ -331,7 +337,7 @@ BAD = {
     "packed order": (lambda: ops.attention_qkvpacked(QKV.transpose(1, 2)), ValueError, r"has shape \(2, 3, 5, 4, 8\)"),
     "packed integer": (lambda: ops.attention_qkvpacked(QKV.long()), TypeError, "qkv has dtype torch.int64"),
     "packed empty": (lambda: ops.attention_qkvpacked(QKV[:, :0]), ValueError, "qkv has shape .*no tokens"),
-    "packed wide": (lambda: ops.attention_qkvpacked(QKV.repeat(1, 1, 1, 1, 17)), NotImplementedError, "head dim 136"),
+    "packed wide": (lambda: ops.attention_qkvpacked(QKV.repeat(1, 1, 1, 1, 33)), NotImplementedError, "head dim 264"),
 }
 
 
@@ -362,24 +368,24 @@ def test_double_backward_and_forward_mode_are_errors(device):
 
 def test_opcheck(device):
     q, k, v = (t.transpose(1, 2) for t in make_qkv(1, 2, 5, 3, 8, device=device, grad=False).values())
-    o, lse = FILE._attention_fwd(q, k, v, 0.3)
+    o, lse = FILE.attention_fwd(q, k, v, 0.3)
     qkv = torch.randn(1, 5, 3, 2, 8, device=device)
     po, plse = FILE.attention_qkvpacked_fwd(qkv, 0.3)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(FILE._attention_fwd, (q, k, v, 0.3), test_utils=tests)
+    torch.library.opcheck(FILE.attention_fwd, (q, k, v, 0.3), test_utils=tests)
     torch.library.opcheck(FILE.attention_qkvpacked_fwd, (qkv, 0.3), test_utils=tests)
     for needs_sum in (True, False):
         torch.library.opcheck(FILE.attention_qkvpacked_bwd, (po, qkv, po, plse, 0.3, needs_sum), test_utils=tests)
-    for needed in ([True, True], [True, False], [False, True]):
-        torch.library.opcheck(FILE._attention_bwd, (o, q, k, v, o, lse, 0.3, needed), test_utils=tests)
+    for needed in ([True, True, False], [True, False, False], [False, True, False]):
+        torch.library.opcheck(FILE.attention_bwd, (o, q, k, v, o, lse, 0.3, needed), test_utils=tests)
 
 
 def test_reference_backward_agrees_with_the_kernels(device):
     q, k, v = (t.transpose(1, 2) for t in make_qkv(1, 2, 5, 3, 8, device=device, grad=False).values())
-    o, lse = FILE._attention_fwd(q, k, v, 0.3)
-    for needed in ([True, True], [True, False], [False, True]):
+    o, lse = FILE.attention_fwd(q, k, v, 0.3)
+    for needed in ([True, True, False], [True, False, False], [False, True, False]):
         arguments = (torch.randn_like(o), q, k, v, o, lse, 0.3, needed)
-        for actual, expected in zip(FILE._reference_backward(*arguments), FILE._attention_bwd(*arguments), strict=True):
+        for actual, expected in zip(FILE._reference_backward(*arguments), FILE.attention_bwd(*arguments), strict=True):
             assert actual.stride() == expected.stride()
             torch.testing.assert_close(actual, expected)
     qkv = torch.randn(1, 5, 3, 2, 8, device=device)
@@ -416,8 +422,8 @@ def test_int64_offsets_give_the_same(device, monkeypatch):
     tensors = make_qkv(1, 2, 70, 66, 24, device=device)
     do = torch.randn(1, 2, 70, 24, device=device)
     runs = []
-    for reach in (FORWARD.MAX_INT32_REACH, 0):
-        monkeypatch.setattr(FORWARD, "MAX_INT32_REACH", reach)
+    for reach in (OPERANDS.MAX_INT32_REACH, 0):
+        monkeypatch.setattr(OPERANDS, "MAX_INT32_REACH", reach)
         out = ops.attention(**tensors)
         runs.append((out, *torch.autograd.grad(out, list(tensors.values()), do)))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
@@ -427,10 +433,10 @@ def test_config_fits_shared_memory():
     for arch, shared in (("sm_90", 227 << 10), ("sm_120", 99 << 10), ("gfx942", 64 << 10), ("small", 33 << 10)):
         for D in (1, 16, 64, 72, 128):
             for dtype in (torch.float32, torch.bfloat16):
-                config = choose_config(197, 197, D, dtype, DeviceFacts("none", arch, 1, shared))
-                block_d = max(16, 1 << (D - 1).bit_length())
+                config = choose_config(1374, 1374, D, dtype, DeviceFacts("none", arch, 1, shared), heads=8)
                 for kernel in ("forward", "dkv", "dq"):
                     tiling = getattr(config, kernel)
-                    assert shared_bytes(kernel, tiling, block_d, dtype.itemsize) <= shared, (arch, D, dtype, kernel)
+                    used = shared_bytes(kernel, tiling, sum(head_parts(D)), dtype.itemsize)
+                    assert used <= shared, (arch, D, dtype, kernel)
                     assert min(tiling.block_m, tiling.block_n) >= 16
-    assert choose_config(197, 197, 64, torch.float32, INTERPRETER).forward.block_m == 64
+    assert choose_config(1374, 1374, 64, torch.float32, INTERPRETER, heads=8).forward.block_m == 64

@@ -1,7 +1,15 @@
 """Ops on tensors: each checks its input, then runs Triton kernels or, on a CPU, :mod:`vitkernels.reference`."""
 
 from vitkernels.ops._registry import uses_kernels
-from vitkernels.ops.attention import attention, attention_qkvpacked
+from vitkernels.ops.attention import (
+    QKNorm,
+    Rope,
+    attention,
+    attention_provider,
+    attention_qkvpacked,
+    attention_varlen,
+    attention_weights,
+)
 from vitkernels.ops.block import block
 from vitkernels.ops.layer_norm import add_layer_norm, layer_norm
 from vitkernels.ops.linear import linear
@@ -11,10 +19,15 @@ from vitkernels.ops.rms_norm import add_rms_norm, rms_norm
 from vitkernels.ops.swiglu import swiglu_mlp
 
 __all__ = [
+    "QKNorm",
+    "Rope",
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "attention_provider",
     "attention_qkvpacked",
+    "attention_varlen",
+    "attention_weights",
     "block",
     "layer_norm",
     "linear",

@@ -82,7 +82,7 @@ class BlockFunction(torch.autograd.Function):
             )
             d_proj_b, d_gamma1 = _bias_and_gamma(dr_sum, proj_b, gamma1, d_gamma1, need_proj_b, need_gamma1)
         if need_qkv:
-            dqkv, d_qkv_b = attention_qkvpacked_bwd(do.view(o.shape), qkv, o, lse, scale, need_qkv_b)
+            dqkv, d_qkv_b, _ = attention_qkvpacked_bwd(do.view(o.shape), qkv, o, lse, scale, need_qkv_b)
             d_qkv_b = d_qkv_b.flatten()
             dh1, d_qkv_w, _, _ = linear_bwd(
                 dqkv.flatten(2), h1, qkv_w, None, None, None, None, [need_h1, need_qkv_w, False, False]

@@ -1,200 +1,406 @@
-"""Attention without a mask, from separate queries, keys and values or from a packed qkv projection.
+"""Attention, from separate queries, keys and values, from a packed qkv projection, or over packed images.
 
-Forward (arXiv 1706.03762), by online softmax (2205.14135, 2307.08691):
-    S = scale · q kᵀ,  P = softmax(S),  o = P v,  lse = log₂ Σ exp S
+Forward (arXiv 1706.03762), by whole rows where they are short, else by online softmax (2205.14135, 2307.08691):
+    S = scale · q kᵀ + mask,  P = softmax(S),  o = (P · drop) v,  lse = log₂ Σ exp S
 Backward:
-    delta = Σ_d o · do,  dP = do vᵀ,  dS = P · (dP − delta)
-    dv = Pᵀ do,  dk = scale · dSᵀ q,  dq = scale · dS k
+    dP = drop · (do vᵀ),  delta = Σ_n P · dP = Σ_d o · do,  dS = P · (dP − delta)
+    dv = (P · drop)ᵀ do,  dk = scale · dSᵀ q,  dq = scale · dS k,  dmask = Σ dS over what shares it
 
-Shapes: batch B, queries N_q, keys N_kv (both N when packed), heads H, head dim D. Inside, all tensors are
-(B, N, H, D) by strides, and o is so in memory, so that the output projection reads it without a copy. Softmax
-is in base 2, log₂e folded into the scale. Products accumulate in fp32 (fp64 for fp64 inputs); P and dS are
-rounded to the inputs' dtype before the second product. Saved for backward: the inputs, o and lse (B, H, N_q).
-A program of the forward and of dq owns a block of queries and walks the keys; one of dk and dv owns a block
-of keys and walks the queries: every element has one writer, nothing is atomic, and results repeat bit for bit.
+Shapes: batch B, queries N_q, keys N_kv (both N when packed), heads H, head dim D, tokens of all images T. Inside, all
+tensors are (B, N, H, D) by strides, and o is so in memory, so that the output projection reads it without a copy.
+Softmax is in base 2, log₂e folded into the scale. Products accumulate in fp32 (fp64 for fp64 inputs); P and dS are
+rounded to the inputs' dtype before the second product. Saved for backward: the inputs (as QK-norm and RoPE left
+them), o and lse (B, H, N_q). Every element of every gradient has one writer: nothing is atomic, and results repeat
+bit for bit.
+
+    config.py           which kernel, and its tiles       operands.py          masks, strides and options for kernels
+    forward.py          three kernels, one a regime       prepare.py           QK-norm and RoPE
+    backward_row.py     whole rows, everything read once  backward_blocks.py   rows of any length, and a mask's gradient
+    tiles.py            what the kernels share            backward.py          which of them run
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vitkernels import reference, runtime
-from vitkernels.ops._checks import check_like, check_shape, check_tensor
+from vitkernels.ops._checks import FLOATING, check_like, check_shape, check_tensor
 from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
 from vitkernels.ops.attention.backward import attention_backward
-from vitkernels.ops.attention.forward import LOG2_E, attention_forward, forward_outputs
+from vitkernels.ops.attention.config import attention_provider
+from vitkernels.ops.attention.forward import attention_forward, forward_outputs
+from vitkernels.ops.attention.operands import LOG2_E, Options
+from vitkernels.ops.attention.prepare import PrepareFunction, QKNorm, Rope, prepare_backward, prepare_fwd
 
-MAX_HEAD_DIM = 128
-
-
-def _separate_backward(do, q, k, v, o, lse, scale, needed):
-    dq, dk, dv = _gradients(do, q, k, v, o, lse, scale, needed)
-    attention_backward(
-        do, q, k, v, o, lse, scale, dq if needed[0] else None, dk if needed[1] else None, dv if needed[1] else None
-    )
-    return dq, dk, dv
+MAX_HEAD_DIM = 256
 
 
-def _gradients(do, q, k, v, o, lse, scale, needed):
-    needs_dq, needs_dkv = needed
-    return tuple(
-        torch.empty(x.shape if n else (0,), dtype=x.dtype, device=x.device)
+# How registered ops spell Options, and what prepares q and k.
+_OPTIONS = (
+    "Tensor? mask=None, Tensor? seed=None, bool is_causal=False, float dropout_p=0.0, Tensor? starts=None, "
+    "SymInt max_seqlen=0"
+)
+_PREPARED = (
+    "Tensor? q_weight, Tensor? q_bias, str q_norm, float q_eps, Tensor? k_weight, Tensor? k_bias, str k_norm, "
+    "float k_eps, Tensor? cos, Tensor? sin, bool interleaved, int prefix"
+)
+
+
+def _forward(q, k, v, scale, *options):
+    return attention_forward(q, k, v, Options(scale, *options))
+
+
+def _outputs(q, k, v, scale, *options):
+    return forward_outputs(q, k, v, Options(scale, *options))
+
+
+def _separate_backward(do, q, k, v, o, lse, scale, needed, *options):
+    dq, dk, dv, dmask = _gradients(do, q, k, v, o, lse, scale, needed, *options)
+    options = Options(scale, *options)
+    needs_dq, needs_dkv, needs_dmask = needed
+    _, computed = attention_backward(
+        do, q, k, v, o, lse, options, dq if needs_dq else None, dk if needs_dkv else None, dv if needs_dkv else None,
+        needs_dmask=needs_dmask,
+    )  # fmt: skip
+    return dq, dk, dv, computed if needs_dmask else dmask
+
+
+def _gradients(do, q, k, v, o, lse, scale, needed, *options):
+    options = Options(scale, *options)
+    needs_dq, needs_dkv, needs_dmask = needed
+    new = torch.empty if options.starts is None else torch.zeros  # tokens may belong to no image
+    grads = (
+        new(x.shape if n else (0,), dtype=x.dtype, device=x.device)
         for x, n in ((q, needs_dq), (k, needs_dkv), (v, needs_dkv))
     )
+    return *grads, _new_dmask(options.mask if needs_dmask else None, lse)
 
 
-def _packed_forward(qkv, scale):
-    return attention_forward(*qkv.unbind(2), scale)
+def _new_dmask(mask, lse):
+    return torch.empty((0,) if mask is None else mask.shape, dtype=lse.dtype, device=lse.device)
 
 
-def _packed_backward(do, qkv, o, lse, scale, needs_sum):
-    dqkv, dqkv_sum = _packed_gradients(do, qkv, o, lse, scale, needs_sum)
-    sums = attention_backward(do, *qkv.unbind(2), o, lse, scale, *dqkv.unbind(2), needs_sums=needs_sum)
-    return dqkv, torch.cat([sums[0].unsqueeze(0), sums[1]]) if needs_sum else dqkv_sum
+def _packed_forward(qkv, scale, *options):
+    return _forward(*qkv.unbind(2), scale, *options)
 
 
-def _packed_gradients(do, qkv, o, lse, scale, needs_sum):
+def _packed_backward(do, qkv, o, lse, scale, needs_sum, needs_dmask=False, *options):
+    dqkv, dqkv_sum, dmask = _packed_gradients(do, qkv, o, lse, scale, needs_sum, needs_dmask, *options)
+    sums, computed = attention_backward(
+        do, *qkv.unbind(2), o, lse, Options(scale, *options), *dqkv.unbind(2),
+        needs_sums=needs_sum, needs_dmask=needs_dmask,
+    )  # fmt: skip
+    return dqkv, sums if needs_sum else dqkv_sum, computed if needs_dmask else dmask
+
+
+def _packed_gradients(do, qkv, o, lse, scale, needs_sum, needs_dmask=False, *options):
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    return dqkv, torch.empty(qkv.shape[2:] if needs_sum else (0,), dtype=lse.dtype, device=qkv.device)
+    dqkv_sum = torch.empty(qkv.shape[2:] if needs_sum else (0,), dtype=lse.dtype, device=qkv.device)
+    return dqkv, dqkv_sum, _new_dmask(Options(scale, *options).mask if needs_dmask else None, lse)
 
 
-def _reference_output(q, k, v, scale):
-    return reference.attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale).transpose(1, 2)
+def _prepared_backward(
+    do, qkv, q, k, o, lse, scale, mask, seed, is_causal, dropout_p, needs_dmask, needed,
+    q_weight, q_bias, q_norm, q_eps, k_weight, k_bias, k_norm, k_eps, cos, sin, interleaved, prefix,
+):  # fmt: skip
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    dq, dk, dv = dqkv.unbind(2)
+    options = Options(scale, mask, seed, is_causal, dropout_p)
+    _, dmask = attention_backward(do, q, k, qkv.select(2, 2), o, lse, options, dq, dk, dv, needs_dmask=needs_dmask)
+    sums = []
+    for i, dx, weight, norm, eps in ((0, dq, q_weight, q_norm, q_eps), (1, dk, k_weight, k_norm, k_eps)):
+        needs = needed[2 * i : 2 * i + 2]
+        if norm or cos is not None:  # in place: a row is read by the program that writes it
+            sums += prepare_backward(dx, qkv.select(2, i), weight, cos, sin, norm, eps, interleaved, prefix, dx, *needs)
+        else:
+            sums += [lse.new_empty(0), lse.new_empty(0)]
+    return dqkv, *sums, dmask if needs_dmask else _new_dmask(None, lse)
 
 
-def _reference_forward(q, k, v, scale):
-    o, lse = forward_outputs(q, k, v, scale)
-    scores = torch.einsum("bmhd,bnhd->bhmn", q.to(lse.dtype), k.to(lse.dtype)) * scale
-    return o.copy_(_reference_output(q, k, v, scale)), scores.logsumexp(-1) * LOG2_E
+def _fake_prepared_backward(do, qkv, q, k, o, lse, scale, mask, seed, is_causal, dropout_p, needs_dmask, needed, *_):
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    sums = (torch.empty(qkv.shape[-1] if n else 0, dtype=lse.dtype, device=qkv.device) for n in needed)
+    return dqkv, *sums, _new_dmask(mask if needs_dmask else None, lse)
 
 
-def _reference_backward(do, q, k, v, o, lse, scale, needed):
-    return reference_gradients(
-        lambda q, k, v: _reference_output(q, k, v, scale), (q, k, v), (do,), (needed[0], needed[1], needed[1])
+def _reference_output(q, k, v, mask, scale, seed=None, is_causal=False, dropout_p=0.0, starts=None, max_seqlen=0):
+    if starts is not None:
+        return reference.attention_varlen(q[0], k[0], v[0], starts, scale=scale, is_causal=is_causal)[None]
+    drawn = None
+    if dropout_p:
+        shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+        drawn = reference.dropout_scale(int(seed), shape, dropout_p).to(q.device)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return reference.attention(
+        q, k, v, attn_mask=mask, scale=scale, is_causal=is_causal, dropout_scale=drawn
+    ).transpose(1, 2)
+
+
+def _reference_forward(q, k, v, scale, *options):
+    o, lse = _outputs(q, k, v, scale, *options)
+    mask, *rest = (*options, None)[: max(len(options), 1)]
+    o = o.copy_(_reference_output(q, k, v, mask, scale, *rest))
+    options = Options(scale, *options)
+    bounds = [0, q.shape[1]] if options.starts is None else options.starts.tolist()
+    lse.zero_()
+    for start, end in itertools.pairwise(bounds):
+        queries, keys = q[:, start:end].to(lse.dtype), k[:, start : k.shape[1] if options.starts is None else end]
+        scores = torch.einsum("bmhd,bnhd->bhmn", queries, keys.to(lse.dtype)) * scale
+        if options.is_causal:
+            scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), float("-inf"))
+        if options.mask is not None:
+            masks_out = options.mask.dtype == torch.bool
+            scores = scores.masked_fill(~options.mask, float("-inf")) if masks_out else scores + options.mask
+        total = scores.logsumexp(-1) * LOG2_E
+        empty = (total == float("-inf")) & (options.mask is not None)
+        lse[:, :, start:end] = total.masked_fill(empty, float("inf"))
+    return o, lse
+
+
+def _reference_backward(do, q, k, v, o, lse, scale, needed, *options):
+    mask, *rest = (*options, None)[: max(len(options), 1)]
+    needs_dq, needs_dkv, needs_dmask = needed
+    *grads, dmask = reference_gradients(
+        lambda q, k, v, mask: _reference_output(q, k, v, mask, scale, *rest),
+        (q, k, v, mask), (do,), (needs_dq, needs_dkv, needs_dkv, needs_dmask),
+    )  # fmt: skip
+    return *grads, dmask.to(lse.dtype)
+
+
+def _reference_packed_backward(do, qkv, o, lse, scale, needs_sum, needs_dmask=False, *options):
+    mask, *rest = (*options, None)[: max(len(options), 1)]
+    dqkv, dmask = reference_gradients(
+        lambda x, mask: _reference_output(*x.unbind(2), mask, scale, *rest), (qkv, mask), (do,), (True, needs_dmask)
     )
+    dqkv_sum = dqkv.sum((0, 1), dtype=lse.dtype) if needs_sum else lse.new_empty(0)
+    return dqkv, dqkv_sum, dmask.to(lse.dtype)
 
 
-def _reference_packed_backward(do, qkv, o, lse, scale, needs_sum):
-    (dqkv,) = reference_gradients(lambda x: _reference_output(*x.unbind(2), scale), (qkv,), (do,), (True,))
-    return dqkv, dqkv.sum((0, 1), dtype=lse.dtype) if needs_sum else lse.new_empty(0)
+def _reference_prepared_backward(
+    do, qkv, q, k, o, lse, scale, mask, seed, is_causal, dropout_p, needs_dmask, needed,
+    q_weight, q_bias, q_norm, q_eps, k_weight, k_bias, k_norm, k_eps, cos, sin, interleaved, prefix,
+):  # fmt: skip
+    def function(qkv, mask, q_weight, q_bias, k_weight, k_bias):
+        prepared = []
+        for i, w, b, norm, eps in ((0, q_weight, q_bias, q_norm, q_eps), (1, k_weight, k_bias, k_norm, k_eps)):
+            x = qkv[:, :, i].transpose(1, 2)
+            x = reference.qk_norm(x, w, b, eps, norm) if norm else x
+            x = x if cos is None else reference.rope(x, cos, sin, interleaved, prefix)
+            prepared.append(x.transpose(1, 2))
+        return _reference_output(*prepared, qkv[:, :, 2], mask, scale, seed, is_causal, dropout_p)
+
+    dqkv, dmask, *sums = reference_gradients(
+        function, (qkv, mask, q_weight, q_bias, k_weight, k_bias), (do,), (True, needs_dmask, *needed)
+    )
+    return dqkv, *(s.to(lse.dtype) for s in sums), dmask.to(lse.dtype)
 
 
-_attention_fwd = register(
-    "attention_fwd(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
-    launcher=attention_forward,
+attention_fwd = register(
+    f"attention_fwd(Tensor q, Tensor k, Tensor v, float scale, {_OPTIONS}) -> (Tensor, Tensor)",
+    launcher=_forward,
     reference=_reference_forward,
-    fake=forward_outputs,
+    fake=_outputs,
 )
-_attention_bwd = register(
-    "attention_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, float scale, bool[] needed) "
-    "-> (Tensor, Tensor, Tensor)",
+attention_bwd = register(
+    "attention_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, float scale, bool[] needed, "
+    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
     launcher=_separate_backward,
     reference=_reference_backward,
     fake=_gradients,
 )
 attention_qkvpacked_fwd = register(
-    "attention_qkvpacked_fwd(Tensor qkv, float scale) -> (Tensor, Tensor)",
+    f"attention_qkvpacked_fwd(Tensor qkv, float scale, {_OPTIONS}) -> (Tensor, Tensor)",
     launcher=_packed_forward,
-    reference=lambda qkv, scale: _reference_forward(*qkv.unbind(2), scale),
-    fake=lambda qkv, scale: forward_outputs(*qkv.unbind(2), scale),
+    reference=lambda qkv, scale, *options: _reference_forward(*qkv.unbind(2), scale, *options),
+    fake=lambda qkv, scale, *options: _outputs(*qkv.unbind(2), scale, *options),
 )
 attention_qkvpacked_bwd = register(
-    "attention_qkvpacked_bwd(Tensor do, Tensor qkv, Tensor o, Tensor lse, float scale, bool needs_sum) "
-    "-> (Tensor, Tensor)",
+    "attention_qkvpacked_bwd(Tensor do, Tensor qkv, Tensor o, Tensor lse, float scale, bool needs_sum, "
+    f"bool needs_dmask=False, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     launcher=_packed_backward,
     reference=_reference_packed_backward,
     fake=_packed_gradients,
 )
+attention_prepared_bwd = register(
+    "attention_prepared_bwd(Tensor do, Tensor qkv, Tensor q, Tensor k, Tensor o, Tensor lse, float scale, "
+    f"Tensor? mask, Tensor? seed, bool is_causal, float dropout_p, bool needs_dmask, bool[] needed, {_PREPARED}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    launcher=_prepared_backward,
+    reference=_reference_prepared_backward,
+    fake=_fake_prepared_backward,
+)
 
 
 class AttentionFunction(torch.autograd.Function):
-    """Autograd for separate q, k and v, (B, N, H, D) each."""
+    """Autograd for separate q, k and v, (B, N, H, D) each, and a mask."""
 
     @staticmethod
-    def forward(ctx, q, k, v, scale):
-        o, lse = _attention_fwd(q, k, v, scale)
-        ctx.save_for_backward(q, k, v, o, lse)
-        ctx.scale = scale
+    def forward(ctx, q, k, v, mask, seed, starts, scale, is_causal, dropout_p, max_seqlen):
+        o, lse = attention_fwd(q, k, v, scale, mask, seed, is_causal, dropout_p, starts, max_seqlen)
+        ctx.save_for_backward(q, k, v, o, lse, mask, seed, starts)
+        ctx.options = (scale, is_causal, dropout_p, max_seqlen)
         return o
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do):
-        needs_q, needs_k, needs_v, _ = ctx.needs_input_grad
-        dq, dk, dv = _attention_bwd(do, *ctx.saved_tensors, ctx.scale, [needs_q, needs_k or needs_v])
-        return dq if needs_q else None, dk if needs_k else None, dv if needs_v else None, None
+        *tensors, mask, seed, starts = ctx.saved_tensors
+        scale, is_causal, dropout_p, max_seqlen = ctx.options
+        needs_q, needs_k, needs_v, needs_mask, *_ = ctx.needs_input_grad
+        dq, dk, dv, dmask = attention_bwd(
+            do, *tensors, scale, [needs_q, needs_k or needs_v, needs_mask],
+            mask, seed, is_causal, dropout_p, starts, max_seqlen,
+        )  # fmt: skip
+        return (
+            dq if needs_q else None,
+            dk if needs_k else None,
+            dv if needs_v else None,
+            dmask.to(mask.dtype) if needs_mask else None,
+            *[None] * 6,
+        )
 
 
 class AttentionQkvpackedFunction(torch.autograd.Function):
-    """Autograd for packed qkv, (B, N, 3, H, D)."""
+    """Autograd for packed qkv, (B, N, 3, H, D), a mask, and what prepares q and k."""
 
     @staticmethod
-    def forward(ctx, qkv, scale):
-        o, lse = attention_qkvpacked_fwd(qkv, scale)
-        ctx.save_for_backward(qkv, o, lse)
-        ctx.scale = scale
+    def forward(
+        ctx, qkv, mask, q_weight, q_bias, k_weight, k_bias, cos, sin, seed, options, norms, interleaved, prefix
+    ):
+        q, k, v = qkv.unbind(2)
+        q_norm, q_eps, k_norm, k_eps = norms
+        if q_norm or cos is not None:
+            q = prepare_fwd(q, q_weight, q_bias, cos, sin, q_norm, q_eps, interleaved, prefix)
+        if k_norm or cos is not None:
+            k = prepare_fwd(k, k_weight, k_bias, cos, sin, k_norm, k_eps, interleaved, prefix)
+        scale, is_causal, dropout_p = options
+        ctx.prepared = bool(q_norm or k_norm or cos is not None)
+        if ctx.prepared:
+            o, lse = attention_fwd(q, k, v, scale, mask, seed, is_causal, dropout_p)
+        else:
+            q = k = None
+            o, lse = attention_qkvpacked_fwd(qkv, scale, mask, seed, is_causal, dropout_p)
+        ctx.save_for_backward(qkv, q, k, o, lse, mask, seed, q_weight, q_bias, k_weight, k_bias, cos, sin)
+        ctx.options = (options, norms, interleaved, prefix)
         return o
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do):
-        return attention_qkvpacked_bwd(do, *ctx.saved_tensors, ctx.scale, False)[0], None
+        qkv, q, k, o, lse, mask, seed, q_weight, q_bias, k_weight, k_bias, cos, sin = ctx.saved_tensors
+        (scale, is_causal, dropout_p), (q_norm, q_eps, k_norm, k_eps), interleaved, prefix = ctx.options
+        needs_qkv, needs_mask, *needed = ctx.needs_input_grad[:6]
+        if ctx.prepared:
+            dqkv, *sums, dmask = attention_prepared_bwd(
+                do, qkv, qkv[:, :, 0] if q is None else q, qkv[:, :, 1] if k is None else k, o, lse, scale, mask, seed,
+                is_causal, dropout_p, needs_mask, needed, q_weight, q_bias, q_norm, q_eps, k_weight, k_bias, k_norm,
+                k_eps, cos, sin, interleaved, prefix,
+            )  # fmt: skip
+        else:
+            dqkv, _, dmask = attention_qkvpacked_bwd(
+                do, qkv, o, lse, scale, False, needs_mask, mask, seed, is_causal, dropout_p
+            )
+            sums = [None] * 4
+        parameters = (q_weight, q_bias, k_weight, k_bias)
+        return (
+            dqkv if needs_qkv else None,
+            dmask.to(mask.dtype) if needs_mask else None,
+            *(s.to(p.dtype) if n else None for s, p, n in zip(sums, parameters, needed, strict=True)),
+            *[None] * 7,
+        )
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
-    """Attend from every query to every key: ``softmax(scale · q kᵀ) v``.
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    dropout_p: float = 0.0,
+    rope: Rope | tuple | None = None,
+    num_prefix_tokens: int = 0,
+    q_norm: QKNorm | tuple | None = None,
+    k_norm: QKNorm | tuple | None = None,
+) -> Tensor:
+    """Attend from every query to every key: ``softmax(scale · q kᵀ + mask) v``.
 
     Args:
         q: (B, H, N_q, D), fp16, bf16, fp32 or fp64, any strides (a last dim that is not contiguous is copied);
-            B and H may be 0, N_q may not, D ≤ 128.
+            B and H may be 0, N_q may not, D ≤ 256.
         k: (B, H, N_kv, D), ``q``'s dtype, any strides; N_kv ≥ 1.
         v: (B, H, N_kv, D), as ``k``.
+        attn_mask: Broadcasts to (B, H, N_q, N_kv), up to four dims: bool, True where a query looks at a key, or any
+            floating dtype, added to the scaled scores. What is expanded is never written out; rows that are not
+            multiples of 16 elements apart are copied once, without what is expanded. A query that looks at no key
+            gives 0 and gets no gradient. A floating mask that requires grad gets its gradient, summed over what
+            shares it in a fixed order: a learned bias (1, H, N, N) or (H, N, N) costs no (B, H, N, N) tensor.
         scale: Factor of the scores, finite; 1/√D unless given.
+        is_causal: Query i looks at keys 0 to i alone; may come with a mask.
+        dropout_p: Probability with which a weight is dropped, 0 to 1; the rest are scaled by 1/(1 − p). Drawn by a
+            seed from the device's generator: ``torch.manual_seed`` repeats it.
+        rope: :class:`Rope` tables (or a tuple of its fields), applied to q and k behind the norms; D is even and q and
+            k are equally long. Tables that require grad are applied by PyTorch's own ops.
+        num_prefix_tokens: How many tokens in front rope leaves alone.
+        q_norm, k_norm: :class:`QKNorm` (or a tuple of its fields) of q and of k.
 
     Returns:
         (B, H, N_q, D) in ``q``'s dtype (autocast's under autocast), laid out in memory as (B, N_q, H, D), so
         that ``.transpose(1, 2).flatten(2)`` makes no copy.
 
     Raises:
-        ValueError: A shape or device does not fit, there are no tokens or channels, or ``scale`` is not finite.
+        ValueError: A shape or device does not fit, there are no tokens or channels, ``scale`` is not finite, or
+            ``dropout_p`` lies outside 0 to 1.
         TypeError: A dtype does not fit.
-        NotImplementedError: D > 128, or a tensor is nested, sparse or quantized.
+        NotImplementedError: D > 256, or a tensor is nested, sparse or quantized.
 
     Reference: arXiv 1706.03762, 2205.14135, 2307.08691.
     """
     op = "attention"
     check_tensor(op, "q", q)
     q, k, v = _autocast(q, k, v)
-    if q.ndim != 4:
-        raise ValueError(f"{op}: q has shape {tuple(q.shape)}; expected (B, H, N, D)")
-    for name, x in (("k", k), ("v", v)):
-        check_like(op, name, x, "q", q)
-    if k.ndim != 4:
-        raise ValueError(f"{op}: k has shape {tuple(k.shape)}; expected (B, H, N, D)")
+    _check_operands(op, q, k, v)
     B, H, N_q, D = q.shape
-    check_shape(op, "k", k, (B, H, k.shape[2], D), "q's but for the number of tokens")
-    check_shape(op, "v", v, k.shape, "k's shape")
-    _check_sizes(op, "q", q, N_q, D)
-    _check_sizes(op, "k", k, k.shape[2], D)
+    N_kv = k.shape[2]
     scale = _check_scale(op, scale, D)
-    if not uses_kernels(q):
-        return reference.attention(q, k, v, scale=scale)
-    arguments = *(x.transpose(1, 2) for x in (q, k, v)), scale
-    o = AttentionFunction.apply(*arguments) if needs_grad(q, k, v) else _attention_fwd(*arguments)[0]
-    return o.transpose(1, 2)
+    mask = _check_mask(op, attn_mask, q, (B, H, N_q, N_kv))
+    dropout_p = _check_dropout(op, dropout_p)
+    rope, q_norm, k_norm = _check_prepared(op, q, N_kv, rope, num_prefix_tokens, q_norm, k_norm)
+    if not uses_kernels(q) or _prefers_sdpa(q, N_kv):
+        return reference.attention(
+            q, k, v, attn_mask=attn_mask, scale=scale, is_causal=is_causal, dropout_p=dropout_p, rope=rope,
+            num_prefix_tokens=num_prefix_tokens, q_norm=q_norm, k_norm=k_norm,
+        )  # fmt: skip
+    q, k = (_prepare(x, norm, rope, num_prefix_tokens) for x, norm in ((q, q_norm), (k, k_norm)))
+    tensors = *(x.transpose(1, 2) for x in (q, k, v)), mask
+    return _attend(*tensors, _seed(q, dropout_p), None, scale, is_causal, dropout_p, 0).transpose(1, 2)
 
 
-def attention_qkvpacked(qkv: Tensor, *, scale: float | None = None) -> Tensor:
+def attention_qkvpacked(
+    qkv: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    dropout_p: float = 0.0,
+    rope: Rope | tuple | None = None,
+    num_prefix_tokens: int = 0,
+    q_norm: QKNorm | tuple | None = None,
+    k_norm: QKNorm | tuple | None = None,
+) -> Tensor:
     """:func:`attention` straight from a qkv projection, read and written in place of any transpose or copy.
 
     Args:
         qkv: (B, N, 3, H, D), queries, keys and values along dim 2; dtypes, sizes and strides as for
             :func:`attention`.
-        scale: Factor of the scores, finite; 1/√D unless given.
+        attn_mask, scale, is_causal, dropout_p, rope, num_prefix_tokens, q_norm, k_norm: As for :func:`attention`.
 
     Returns:
         (B, N, H, D), contiguous, in ``qkv``'s dtype (autocast's under autocast).
@@ -209,13 +415,197 @@ def attention_qkvpacked(qkv: Tensor, *, scale: float | None = None) -> Tensor:
     (qkv,) = _autocast(qkv)
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"{op}: qkv has shape {tuple(qkv.shape)}; expected (B, N, 3, H, D)")
-    _check_sizes(op, "qkv", qkv, qkv.shape[1], qkv.shape[4])
-    scale = _check_scale(op, scale, qkv.shape[4])
-    if not uses_kernels(qkv):
-        return reference.attention_qkvpacked(qkv, scale=scale).contiguous()
-    if needs_grad(qkv):
-        return AttentionQkvpackedFunction.apply(qkv, scale)
-    return attention_qkvpacked_fwd(qkv, scale)[0]
+    B, N, _, H, D = qkv.shape
+    _check_sizes(op, "qkv", qkv, N, D)
+    scale = _check_scale(op, scale, D)
+    q = qkv[:, :, 0].transpose(1, 2)
+    mask = _check_mask(op, attn_mask, q, (B, H, N, N))
+    dropout_p = _check_dropout(op, dropout_p)
+    rope, q_norm, k_norm = _check_prepared(op, q, N, rope, num_prefix_tokens, q_norm, k_norm)
+    options = {
+        "scale": scale, "is_causal": is_causal, "dropout_p": dropout_p, "rope": rope,
+        "num_prefix_tokens": num_prefix_tokens, "q_norm": q_norm, "k_norm": k_norm,
+    }  # fmt: skip
+    if not uses_kernels(qkv) or _prefers_sdpa(q, N):
+        return reference.attention_qkvpacked(qkv, attn_mask=attn_mask, **options).contiguous()
+    if rope is not None and needs_grad(rope.cos, rope.sin):
+        q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+        return attention(q, k, v, attn_mask=attn_mask, **options).transpose(1, 2)
+    seed = _seed(qkv, dropout_p)
+    cos, sin = (None, None) if rope is None else (_table(rope.cos, q), _table(rope.sin, q))
+    parameters = tuple(t for norm in (q_norm, k_norm) for t in (norm[:2] if norm else (None, None)))
+    if not needs_grad(qkv, mask, *parameters) and cos is None and not q_norm and not k_norm:
+        return attention_qkvpacked_fwd(qkv, scale, mask, seed, is_causal, dropout_p)[0]
+    return AttentionQkvpackedFunction.apply(
+        qkv, mask, *parameters, cos, sin, seed, (scale, is_causal, dropout_p),
+        (_kind(q_norm), _eps(q_norm), _kind(k_norm), _eps(k_norm)),
+        rope.interleaved if rope else False, num_prefix_tokens,
+    )  # fmt: skip
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    dropout_p: float = 0.0,
+    rope: Rope | tuple | None = None,
+    q_norm: QKNorm | tuple | None = None,
+    k_norm: QKNorm | tuple | None = None,
+) -> Tensor:
+    """:func:`attention` within each of several images of different size, packed in one row of tokens.
+
+    Args:
+        q: (T, H, D), the tokens of all images one behind the other; dtypes, sizes and strides as for
+            :func:`attention`.
+        k, v: (T, H, D), as ``q``.
+        cu_seqlens: (images + 1,), int32 or int64, on ``q``'s device: image i has tokens ``cu_seqlens[i]`` to
+            ``cu_seqlens[i + 1]``. Tokens of no image give 0 and get no gradient.
+        max_seqlen: Tokens of the longest image, at least 1. Values of ``cu_seqlens`` are checked on a CPU alone, as a
+            GPU would have to be waited for; there, tokens of an image beyond ``max_seqlen`` give 0.
+        scale, is_causal, dropout_p, q_norm, k_norm: As for :func:`attention`.
+        rope: As for :func:`attention`, with tables that broadcast to (H, T, D), prefix tokens among them.
+
+    Returns:
+        (T, H, D), contiguous, in ``q``'s dtype (autocast's under autocast).
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: As for :func:`attention`.
+
+    Reference: as for :func:`attention`.
+    """
+    op = "attention_varlen"
+    check_tensor(op, "q", q)
+    q, k, v = _autocast(q, k, v)
+    if q.ndim != 3:
+        raise ValueError(f"{op}: q has shape {tuple(q.shape)}; expected (T, H, D)")
+    for name, x in (("k", k), ("v", v)):
+        check_like(op, name, x, "q", q)
+        check_shape(op, name, x, q.shape, "q's shape")
+    T, _, D = q.shape
+    _check_sizes(op, "q", q, T, D)
+    scale = _check_scale(op, scale, D)
+    dropout_p = _check_dropout(op, dropout_p)
+    _check_images(op, q, cu_seqlens, max_seqlen)
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    rope, q_norm, k_norm = _check_prepared(op, q, T, rope, 0, q_norm, k_norm)
+    if not uses_kernels(q):
+        q, k = reference.prepare_qk(q, k, rope, 0, q_norm, k_norm)
+        return reference.attention_varlen(
+            *(x[0].transpose(0, 1) for x in (q, k, v)), cu_seqlens, scale=scale, is_causal=is_causal,
+            dropout_p=dropout_p,
+        ).contiguous()  # fmt: skip
+    q, k = (_prepare(x, norm, rope, 0) for x, norm in ((q, q_norm), (k, k_norm)))
+    starts = cu_seqlens.to(torch.int32)
+    tensors = *(x.transpose(1, 2) for x in (q, k, v)), None
+    return _attend(*tensors, _seed(q, dropout_p), starts, scale, is_causal, dropout_p, max_seqlen)[0]
+
+
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    *,
+    query: int | None = None,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    rope: Rope | tuple | None = None,
+    num_prefix_tokens: int = 0,
+    q_norm: QKNorm | tuple | None = None,
+    k_norm: QKNorm | tuple | None = None,
+) -> Tensor:
+    """The weights that :func:`attention` never writes out: ``softmax(scale · q kᵀ + mask)``.
+
+    Taken by PyTorch's own ops, in fp32 (fp64 for fp64), and differentiable.
+
+    Args:
+        q, k, attn_mask, scale, is_causal, rope, num_prefix_tokens, q_norm, k_norm: As for :func:`attention`.
+        query: One query's row alone, the others' are not formed: 0 is a class token's; −1 the last.
+
+    Returns:
+        (B, H, N_q, N_kv), or (B, H, 1, N_kv) for one query; fp32, or fp64 for fp64.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: As for :func:`attention`.
+        IndexError: There is no such query.
+    """
+    op = "attention_weights"
+    check_tensor(op, "q", q)
+    q, k = _autocast(q, k)
+    _check_operands(op, q, k, k)
+    B, H, N_q, D = q.shape
+    scale = _check_scale(op, scale, D)
+    mask = _check_mask(op, attn_mask, q, (B, H, N_q, k.shape[2]))
+    rope, q_norm, k_norm = _check_prepared(op, q, k.shape[2], rope, num_prefix_tokens, q_norm, k_norm)
+    wide = runtime.wide_dtype(q.dtype)
+    q, k = reference.prepare_qk(q.to(wide), k.to(wide), rope, num_prefix_tokens, q_norm, k_norm)
+    if query is None:
+        return reference.attention_weights(q, k, attn_mask=mask, scale=scale, is_causal=is_causal)
+    if not -N_q <= query < N_q:
+        raise IndexError(f"{op}: query is {query}; expected −{N_q} to {N_q - 1}, as there are {N_q} queries")
+    query %= N_q
+    if mask is not None and mask.shape[2] > 1:
+        mask = mask[:, :, query : query + 1]
+    if is_causal:
+        behind = (torch.arange(k.shape[2], device=q.device) <= query)[None, None, None]
+        if mask is None:
+            mask = behind
+        elif mask.dtype == torch.bool:
+            mask = mask & behind
+        else:
+            mask = mask.masked_fill(~behind, float("-inf"))
+    return reference.attention_weights(q[:, :, query : query + 1], k, attn_mask=mask, scale=scale)
+
+
+def _attend(q, k, v, mask, seed, starts, scale, is_causal, dropout_p, max_seqlen):
+    """Attention of (B, N, H, D), through autograd where it must see it."""
+    if needs_grad(q, k, v, mask):
+        return AttentionFunction.apply(q, k, v, mask, seed, starts, scale, is_causal, dropout_p, max_seqlen)
+    return attention_fwd(q, k, v, scale, mask, seed, is_causal, dropout_p, starts, max_seqlen)[0]
+
+
+def _prepare(x: Tensor, norm: QKNorm | None, rope: Rope | None, prefix: int) -> Tensor:
+    """``x`` (B, H, N, D) behind its norm and its rotary positions."""
+    late = rope is not None and needs_grad(rope.cos, rope.sin)
+    cos, sin = (None, None) if rope is None or late else (_table(rope.cos, x), _table(rope.sin, x))
+    if norm is not None or cos is not None:
+        weight, bias = norm[:2] if norm else (None, None)
+        interleaved = cos is not None and rope.interleaved
+        spec = (x.transpose(1, 2), weight, bias, cos, sin, _kind(norm), _eps(norm), interleaved, prefix)
+        x = (PrepareFunction.apply if needs_grad(x, weight, bias) else prepare_fwd)(*spec).transpose(1, 2)
+    return reference.rope(x, *rope, num_prefix_tokens=prefix) if late else x
+
+
+def _kind(norm: QKNorm | None) -> str:
+    return "" if norm is None else "rms" if norm.rms else "layer"
+
+
+def _eps(norm: QKNorm | None) -> float:
+    return 0.0 if norm is None else norm.eps
+
+
+def _table(table: Tensor, x: Tensor) -> Tensor:
+    """``table`` with four dims, of size 1 where it is expanded."""
+    return _unexpanded(table[(None,) * (4 - table.ndim)])
+
+
+def _unexpanded(x: Tensor) -> Tensor:
+    for i in range(x.ndim):
+        if x.stride(i) == 0 and x.shape[i] > 1:
+            x = x.narrow(i, 0, 1)
+    return x
+
+
+def _seed(x: Tensor, dropout_p: float) -> Tensor | None:
+    return torch.randint(2**62, (1,), device=x.device) if dropout_p else None
+
+
+def _prefers_sdpa(q: Tensor, N_kv: int) -> bool:
+    return q.device.type != "cpu" and attention_provider(q.shape[2], N_kv, q.shape[3], q.dtype, q.device) == "sdpa"
 
 
 def _autocast(*tensors: Tensor) -> list[Tensor]:
@@ -225,6 +615,20 @@ def _autocast(*tensors: Tensor) -> list[Tensor]:
         x.to(dtype) if dtype and isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
         for x in tensors
     ]
+
+
+def _check_operands(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.ndim != 4:
+        raise ValueError(f"{op}: q has shape {tuple(q.shape)}; expected (B, H, N, D)")
+    for name, x in (("k", k), ("v", v)):
+        check_like(op, name, x, "q", q)
+    if k.ndim != 4:
+        raise ValueError(f"{op}: k has shape {tuple(k.shape)}; expected (B, H, N, D)")
+    B, H, N_q, D = q.shape
+    check_shape(op, "k", k, (B, H, k.shape[2], D), "q's but for the number of tokens")
+    check_shape(op, "v", v, k.shape, "k's shape")
+    _check_sizes(op, "q", q, N_q, D)
+    _check_sizes(op, "k", k, k.shape[2], D)
 
 
 def _check_sizes(op: str, name: str, x: Tensor, tokens: int, D: int) -> None:
@@ -244,3 +648,98 @@ def _check_scale(op: str, scale: float | None, D: int) -> float:
     if not math.isfinite(scale):
         raise ValueError(f"{op}: scale is {scale}; expected a finite number")
     return float(scale)
+
+
+def _check_dropout(op: str, dropout_p: float) -> float:
+    if not isinstance(dropout_p, Real) or isinstance(dropout_p, bool):
+        raise TypeError(f"{op}: dropout_p is a {type(dropout_p).__name__}; expected a number")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"{op}: dropout_p is {dropout_p}; expected 0 to 1")
+    return float(dropout_p)
+
+
+def _check_mask(op: str, mask: Tensor | None, q: Tensor, shape: tuple[int, int, int, int]) -> Tensor | None:
+    """Return ``mask`` with four dims, of size 1 where it is expanded."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{op}: attn_mask is a {type(mask).__name__}; expected a torch.Tensor or None")
+    if mask.dtype != torch.bool and mask.dtype not in FLOATING:
+        raise TypeError(f"{op}: attn_mask has dtype {mask.dtype}; expected bool (True: look) or a floating dtype")
+    if mask.is_nested or mask.layout != torch.strided:
+        raise NotImplementedError(f"{op}: attn_mask is nested or sparse; expected a dense tensor")
+    if mask.device != q.device:
+        raise ValueError(f"{op}: attn_mask is on {mask.device}, q on {q.device}; expected one device")
+    sizes = (1,) * (4 - mask.ndim) + tuple(mask.shape)
+    if mask.ndim > 4 or any(n not in (1, whole) for n, whole in zip(sizes, shape, strict=True)):
+        raise ValueError(
+            f"{op}: attn_mask has shape {tuple(mask.shape)}; expected one that broadcasts to {shape}, (B, H, N_q, N_kv)"
+        )
+    return _unexpanded(mask.reshape(sizes) if mask.ndim < 4 else mask)
+
+
+def _check_prepared(
+    op: str, q: Tensor, N_kv: int, rope, prefix: int, q_norm, k_norm
+) -> tuple[Rope | None, QKNorm | None, QKNorm | None]:
+    """Check what prepares q and k (B, H, N, D), and return it by its own types."""
+    B, H, N, D = q.shape
+    norms = []
+    for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
+        if norm is not None:
+            norm = QKNorm(*norm)
+            if norm.rms and norm.bias is not None:
+                raise ValueError(f"{op}: {name} is an RMSNorm with a bias; expected none")
+            if not (isinstance(norm.eps, Real) and math.isfinite(norm.eps) and norm.eps >= 0):
+                raise ValueError(f"{op}: {name}.eps is {norm.eps}; expected a finite number, 0 at least")
+            norm = norm._replace(eps=float(norm.eps))
+            for part, t in (("weight", norm.weight), ("bias", norm.bias)):
+                if t is not None:
+                    check_like(op, f"{name}.{part}", t, "q", q, dtype=False)
+                    check_shape(op, f"{name}.{part}", t, (D,), "the head dim")
+        norms.append(norm)
+    if rope is None:
+        if prefix:
+            raise ValueError(f"{op}: num_prefix_tokens is {prefix} without rope; expected 0")
+        return None, *norms
+    rope = Rope(*rope)
+    if N_kv != N:
+        raise ValueError(f"{op}: rope needs as many keys as queries; got {N} queries and {N_kv} keys")
+    if D % 2:
+        raise ValueError(f"{op}: rope needs an even head dim; got {D}")
+    if not isinstance(prefix, int) or not 0 <= prefix <= N:
+        raise ValueError(f"{op}: num_prefix_tokens is {prefix}; expected 0 to {N}, the tokens")
+    for name, table in (("cos", rope.cos), ("sin", rope.sin)):
+        check_like(op, f"rope.{name}", table, "q", q, dtype=False)
+        sizes = (1,) * (4 - table.ndim) + tuple(table.shape)
+        expected = (B, H, N - prefix, D)
+        if table.ndim < 2 or table.ndim > 4 or sizes[2:] != expected[2:] or any(
+            n not in (1, whole) for n, whole in zip(sizes[:2], expected[:2], strict=True)
+        ):  # fmt: skip
+            raise ValueError(
+                f"{op}: rope.{name} has shape {tuple(table.shape)}; expected one that broadcasts to (B, H, "
+                f"N − num_prefix_tokens, D) = {expected}, its last two dims in full"
+            )
+    check_shape(op, "rope.sin", rope.sin, rope.cos.shape, "rope.cos's shape")
+    return rope, *norms
+
+
+def _check_images(op: str, q: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise TypeError(f"{op}: cu_seqlens is {got}; expected an int32 or int64 tensor")
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(f"{op}: cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected (images + 1,), one at least")
+    if cu_seqlens.device != q.device:
+        raise ValueError(f"{op}: cu_seqlens is on {cu_seqlens.device}, q on {q.device}; expected one device")
+    if not isinstance(max_seqlen, (int, torch.SymInt)) or isinstance(max_seqlen, bool):
+        raise TypeError(f"{op}: max_seqlen is a {type(max_seqlen).__name__}; expected an integer")
+    if max_seqlen < 1:
+        raise ValueError(f"{op}: max_seqlen is {max_seqlen}; expected 1 at least")
+    if q.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    lengths = cu_seqlens.diff()
+    if cu_seqlens[0] < 0 or cu_seqlens[-1] > q.shape[0] or (lengths < 0).any() or (lengths > max_seqlen).any():
+        raise ValueError(
+            f"{op}: cu_seqlens is {cu_seqlens.tolist()}; expected rising values from 0 to {q.shape[0]}, the tokens, "
+            f"{max_seqlen}, max_seqlen, at most apart"
+        )

@@ -1,4 +1,10 @@
-"""Forward of attention: the kernel and its launcher."""
+"""Forward of attention: three kernels, one a regime, and their launcher.
+
+row      the whole row of scores at once, in pieces of keys: no running maximum, nothing rescaled
+windows  one tile holds all queries and keys of a window; a program takes one head of several windows
+blocks   any number of keys, block by block with a running maximum (arXiv 1805.02867, 2205.14135); also packed
+         images of different length
+"""
 
 from __future__ import annotations
 
@@ -6,50 +12,50 @@ import torch
 from torch import Tensor
 
 from vitkernels import runtime
-from vitkernels.ops import _tile
 from vitkernels.ops._triton import tl, triton
-from vitkernels.ops.attention.config import choose_config, padded_head_dim
-
-LOG2_E = 1.4426950408889634
-MAX_INT32_REACH = 2**31 - 2**16  # elements between a head's first row and its last; the rest is the row itself
-
-
-@triton.jit
-def head_ptr(ptr, b, h, stride_b, stride_h, ALIGN: tl.constexpr):
-    """Where head h of image b starts in a tensor (B, N, H, D) whose rows all lie at multiples of ALIGN bytes."""
-    item_bytes: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
-    return ptr + tl.multiple_of(b * stride_b + h * stride_h, ALIGN // item_bytes)
-
-
-@triton.jit
-def row_ptrs(head, offs_n, stride_n, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr):
-    """Pointers to rows ``offs_n`` of one head, (len(offs_n), BLOCK_D)."""
-    item_bytes: tl.constexpr = head.dtype.element_ty.primitive_bitwidth // 8
-    rows = tl.multiple_of(offs_n * stride_n, ALIGN // item_bytes)
-    return head + rows[:, None] + tl.arange(0, BLOCK_D)[None, :]
+from vitkernels.ops.attention.config import choose_config, head_parts, key_pieces
+from vitkernels.ops.attention.operands import Options, addressing, alignment, strides
+from vitkernels.ops.attention.tiles import (
+    dropout_scale,
+    gather,
+    head_ptr,
+    image_of,
+    inner,
+    load_head,
+    load_mask,
+    masked,
+    scaled_head,
+    store_head,
+    zero_head,
+    zeros,
+)
 
 
 @triton.jit
-def load_rows(head, offs_n, stride_n, mask_n, D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr):
-    """Rows ``offs_n`` of one head, (len(offs_n), BLOCK_D), zero outside ``mask_n`` and beyond D."""
-    mask = mask_n[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
-    return tl.load(row_ptrs(head, offs_n, stride_n, BLOCK_D, ALIGN), mask=mask, other=0.0)
+def _store_output(
+    o, total, m, o_head, lse_head, offs_m, stride_o_n, mask_m, MAY_BE_EMPTY: tl.constexpr, D: tl.constexpr,
+    PARTS: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Store o / total and the base-2 log-sum-exp of rows with maximum ``m``."""
+    lse = m + tl.log2(total)
+    if MAY_BE_EMPTY:
+        # A row that looks at no key is 0, and an lse of +inf gives all its weights, and so all gradients, 0 as well.
+        empty = total == 0.0
+        total = tl.where(empty, 1.0, total)
+        lse = tl.where(empty, float("inf"), lse)
+    store_head(o_head, scaled_head(o, (1.0 / total)[:, None]), offs_m, stride_o_n, mask_m, D, PARTS, ALIGN)
+    tl.store(lse_head + offs_m, lse, mask=mask_m)
 
 
 @triton.jit
-def store_rows(head, x, offs_n, stride_n, mask_n, D: tl.constexpr, BLOCK_D: tl.constexpr, ALIGN: tl.constexpr):
-    """Store ``x`` (len(offs_n), BLOCK_D) where :func:`load_rows` would load it, in the tensor's dtype."""
-    mask = mask_n[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
-    tl.store(row_ptrs(head, offs_n, stride_n, BLOCK_D, ALIGN), _tile.cast(x, head.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _attention_fwd_kernel(
+def _attention_fwd_row_kernel(
     q_ptr,  # (B, N_q, H, D)
     k_ptr,  # (B, N_kv, H, D)
     v_ptr,  # (B, N_kv, H, D)
     o_ptr,  # (B, N_q, H, D)
     lse_ptr,  # (B, H, N_q)
+    mask_ptr,  # (B, H, N_q, N_kv) by strides, with MASK
+    seed_ptr,  # (1,), with DROPOUT
     stride_q_b,
     stride_q_n,
     stride_q_h,
@@ -62,19 +68,29 @@ def _attention_fwd_kernel(
     stride_o_b,
     stride_o_n,
     stride_o_h,
+    stride_mask_b,
+    stride_mask_h,
+    stride_mask_m,
+    mask_width,
     N_q,
     N_kv,
     H,
     num_blocks,
     scale_log2: tl.constexpr,
     D: tl.constexpr,
+    MASK: tl.constexpr,
+    MASK_M: tl.constexpr,
+    MASK_N: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
     ALIGN: tl.constexpr,
     INDEX: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    STARTS: tl.constexpr,  # of the pieces of keys
+    PIECES: tl.constexpr,  # their sizes; all but the last are full
+    PARTS: tl.constexpr,
 ):
     pid = tl.program_id(0)
     pid_m = (pid % num_blocks).to(INDEX)
@@ -83,100 +99,357 @@ def _attention_fwd_kernel(
     h = bh % H
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < N_q
-    q = load_rows(head_ptr(q_ptr, b, h, stride_q_b, stride_q_h, ALIGN), offs_m, stride_q_n, mask_m, D, BLOCK_D, ALIGN)
-    k_head = head_ptr(k_ptr, b, h, stride_k_b, stride_k_h, ALIGN)
-    v_head = head_ptr(v_ptr, b, h, stride_v_b, stride_v_h, ALIGN)
+    v_head = head_ptr(v_ptr, b, h, 0, stride_v_b, stride_v_n, stride_v_h, ALIGN)
+    k_head = head_ptr(k_ptr, b, h, 0, stride_k_b, stride_k_n, stride_k_h, ALIGN)
+    q_head = head_ptr(q_ptr, b, h, 0, stride_q_b, stride_q_n, stride_q_h, ALIGN)
+    mask_head = mask_ptr + b * stride_mask_b + h * stride_mask_h
+
+    # The values come first: loaded when they are due, they would wait in registers beside all scores (sm_90, head dim
+    # 64: 251 registers a thread instead of 129).
+    v = ()
+    for i in tl.static_range(len(PIECES)):
+        offs_n = STARTS[i] + tl.arange(0, PIECES[i]).to(INDEX)
+        v = v + (load_head(v_head, offs_n, stride_v_n, offs_n < N_kv, D, PARTS, ALIGN),)
+    q = load_head(q_head, offs_m, stride_q_n, mask_m, D, PARTS, ALIGN)
 
     m = tl.full((BLOCK_M,), float("-inf"), ACC)
-    total = tl.zeros((BLOCK_M,), ACC)
-    o = tl.zeros((BLOCK_M, BLOCK_D), ACC)
-    for start in range(0, N_kv, BLOCK_N):
-        offs_n = start + tl.arange(0, BLOCK_N).to(INDEX)
+    scores = ()
+    for i in tl.static_range(len(PIECES)):
+        offs_n = STARTS[i] + tl.arange(0, PIECES[i]).to(INDEX)
         mask_n = offs_n < N_kv
-        k = load_rows(k_head, offs_n, stride_k_n, mask_n, D, BLOCK_D, ALIGN)
-        s = _tile.dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), ACC), PRECISION) * scale_log2
-        s = tl.where(mask_n[None, :], s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, axis=1))
-        # Scores may overflow to -inf in a whole block: -inf - -inf would be NaN, in rows whose other blocks are finite.
-        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+        k = load_head(k_head, offs_n, stride_k_n, mask_n, D, PARTS, ALIGN)
+        s = inner(q, k, zeros(BLOCK_M, PIECES[i], ACC), PRECISION) * scale_log2
+        mask = 0
+        if MASK != "":
+            mask = load_mask(
+                mask_head, offs_m[:, None], offs_n[None, :], N_q, mask_width, stride_mask_m,
+                MASK_M, MASK_N,
+            )  # fmt: skip
+        s = masked(s, mask, offs_m[:, None], offs_n[None, :], mask_n[None, :], MASK, IS_CAUSAL, i < len(PIECES) - 1)
+        m = tl.maximum(m, tl.max(s, axis=1))
+        scores = scores + (s,)
+
+    # All scores of a row may be -inf: -inf - -inf would be NaN.
+    shift = tl.where(m == float("-inf"), 0.0, m)
+    total = tl.zeros((BLOCK_M,), ACC)
+    o = zero_head(BLOCK_M, PARTS, ACC)
+    for i in tl.static_range(len(PIECES)):
+        p = tl.exp2(scores[i] - shift[:, None])
+        total += tl.sum(p, axis=1)
+        if DROPOUT > 0:
+            offs_n = STARTS[i] + tl.arange(0, PIECES[i])
+            p *= dropout_scale(tl.load(seed_ptr), bh, offs_m.to(tl.int32)[:, None], offs_n[None, :], DROPOUT, ACC)
+        o = gather(p, v[i], o, PRECISION)
+
+    o_head = head_ptr(o_ptr, b, h, 0, stride_o_b, stride_o_n, stride_o_h, ALIGN)
+    _store_output(
+        o, total, m, o_head, lse_ptr + bh * N_q, offs_m, stride_o_n, mask_m, MASK != "", D, PARTS, ALIGN
+    )  # fmt: skip
+
+
+@triton.jit
+def _attention_fwd_windows_kernel(
+    q_ptr,  # (B, N_q, H, D)
+    k_ptr,  # (B, N_kv, H, D)
+    v_ptr,  # (B, N_kv, H, D)
+    o_ptr,  # (B, N_q, H, D)
+    lse_ptr,  # (B, H, N_q)
+    mask_ptr,  # (B, H, N_q, N_kv) by strides, with MASK
+    seed_ptr,  # (1,), with DROPOUT
+    stride_q_b,
+    stride_q_n,
+    stride_q_h,
+    stride_k_b,
+    stride_k_n,
+    stride_k_h,
+    stride_v_b,
+    stride_v_n,
+    stride_v_h,
+    stride_o_b,
+    stride_o_n,
+    stride_o_h,
+    stride_mask_b,
+    stride_mask_h,
+    stride_mask_m,
+    mask_width,
+    B,
+    N_q,
+    N_kv,
+    H,
+    windows,  # images a program
+    scale_log2: tl.constexpr,
+    D: tl.constexpr,
+    MASK: tl.constexpr,
+    MASK_M: tl.constexpr,
+    MASK_N: tl.constexpr,
+    MASK_B: tl.constexpr,  # whether it varies over images
+    IS_CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    h = (pid % H).to(tl.int64)
+    first = (pid // H).to(tl.int64) * windows
+    m = tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
+    mask_m = m < N_q
+    mask_n = n < N_kv
+    mask_head = mask_ptr + h * stride_mask_h
+    mask = 0
+    if MASK != "" and not MASK_B:  # read once for all windows
+        mask = load_mask(mask_head, m[:, None], n[None, :], N_q, mask_width, stride_mask_m, MASK_M, MASK_N)
+    for b in range(first, tl.minimum(first + windows, B)):
+        k_head = head_ptr(k_ptr, b, h, 0, stride_k_b, stride_k_n, stride_k_h, ALIGN)
+        v_head = head_ptr(v_ptr, b, h, 0, stride_v_b, stride_v_n, stride_v_h, ALIGN)
+        q_head = head_ptr(q_ptr, b, h, 0, stride_q_b, stride_q_n, stride_q_h, ALIGN)
+        q = load_head(q_head, m, stride_q_n, mask_m, D, PARTS, ALIGN)
+        k = load_head(k_head, n, stride_k_n, mask_n, D, PARTS, ALIGN)
+        v = load_head(v_head, n, stride_v_n, mask_n, D, PARTS, ALIGN)
+        s = inner(q, k, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION) * scale_log2
+        if MASK != "" and MASK_B:
+            window_mask = load_mask(
+                mask_head + b * stride_mask_b, m[:, None], n[None, :], N_q, mask_width,
+                stride_mask_m, MASK_M, MASK_N,
+            )  # fmt: skip
+            s = masked(s, window_mask, m[:, None], n[None, :], mask_n[None, :], MASK, IS_CAUSAL, False)
+        else:
+            s = masked(s, mask, m[:, None], n[None, :], mask_n[None, :], MASK, IS_CAUSAL, False)
+        maximum = tl.max(s, axis=1)
+        shift = tl.where(maximum == float("-inf"), 0.0, maximum)
         p = tl.exp2(s - shift[:, None])
-        rescale = tl.exp2(m - shift)
-        total = total * rescale + tl.sum(p, axis=1)
-        v = load_rows(v_head, offs_n, stride_v_n, mask_n, D, BLOCK_D, ALIGN)
-        o = _tile.dot(_tile.cast(p, v.dtype), v, o * rescale[:, None], PRECISION)
-        m = m_new
+        total = tl.sum(p, axis=1)
+        bh = b * H + h
+        if DROPOUT > 0:
+            p *= dropout_scale(tl.load(seed_ptr), bh, m[:, None], n[None, :], DROPOUT, ACC)
+        o = gather(p, v, zero_head(BLOCK_M, PARTS, ACC), PRECISION)
+        o_head = head_ptr(o_ptr, b, h, 0, stride_o_b, stride_o_n, stride_o_h, ALIGN)
+        _store_output(
+            o, total, maximum, o_head, lse_ptr + bh * N_q, m, stride_o_n, mask_m, MASK != "", D, PARTS, ALIGN
+        )  # fmt: skip
 
-    o_head = head_ptr(o_ptr, b, h, stride_o_b, stride_o_h, ALIGN)
-    store_rows(o_head, o / total[:, None], offs_m, stride_o_n, mask_m, D, BLOCK_D, ALIGN)
-    tl.store(lse_ptr + bh * N_q + offs_m, m + tl.log2(total), mask=mask_m)
+
+@triton.jit
+def _attend(
+    state, q, k_head, v_head, mask_head, seed_ptr, bh, offs_m, start, stride_k_n, stride_v_n, stride_mask_m,
+    mask_width, N_q, N_kv, scale_log2: tl.constexpr, D: tl.constexpr, MASK: tl.constexpr, MASK_M: tl.constexpr,
+    MASK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, ALIGN: tl.constexpr, INDEX: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """One step of the softmax with a running maximum: ``state`` after BLOCK_N keys from ``start``."""
+    m, total, o = state
+    offs_n = start + tl.arange(0, BLOCK_N).to(INDEX)
+    mask_n = offs_n < N_kv
+    k = load_head(k_head, offs_n, stride_k_n, mask_n, D, PARTS, ALIGN)
+    s = inner(q, k, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION) * scale_log2
+    mask = 0
+    if MASK != "":
+        mask = load_mask(
+            mask_head, offs_m[:, None], offs_n[None, :], N_q, mask_width, stride_mask_m,
+            MASK_M, MASK_N,
+        )  # fmt: skip
+    s = masked(s, mask, offs_m[:, None], offs_n[None, :], mask_n[None, :], MASK, IS_CAUSAL, EVEN)
+    m_new = tl.maximum(m, tl.max(s, axis=1))
+    # Scores may be -inf in a whole block: -inf - -inf would be NaN, in rows whose other blocks are finite.
+    shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(s - shift[:, None])
+    rescale = tl.exp2(m - shift)
+    total = total * rescale + tl.sum(p, axis=1)
+    if DROPOUT > 0:
+        counters_m, counters_n = offs_m.to(tl.int32)[:, None], offs_n.to(tl.int32)[None, :]
+        p *= dropout_scale(tl.load(seed_ptr), bh, counters_m, counters_n, DROPOUT, ACC)
+    v = load_head(v_head, offs_n, stride_v_n, mask_n, D, PARTS, ALIGN)
+    return m_new, total, gather(p, v, scaled_head(o, rescale[:, None]), PRECISION)
 
 
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+@triton.jit
+def _attention_fwd_blocks_kernel(
+    q_ptr,  # (B, N_q, H, D); (1, all tokens, H, D) with VARLEN
+    k_ptr,  # (B, N_kv, H, D)
+    v_ptr,  # (B, N_kv, H, D)
+    o_ptr,  # (B, N_q, H, D)
+    lse_ptr,  # (B, H, N_q)
+    mask_ptr,  # (B, H, N_q, N_kv) by strides, with MASK
+    seed_ptr,  # (1,), with DROPOUT
+    starts_ptr,  # (images + 1,), the first token of each image and the end, with VARLEN
+    stride_q_b,
+    stride_q_n,
+    stride_q_h,
+    stride_k_b,
+    stride_k_n,
+    stride_k_h,
+    stride_v_b,
+    stride_v_n,
+    stride_v_h,
+    stride_o_b,
+    stride_o_n,
+    stride_o_h,
+    stride_mask_b,
+    stride_mask_h,
+    stride_mask_m,
+    mask_width,
+    N_q,
+    N_kv,
+    H,
+    num_blocks,
+    scale_log2: tl.constexpr,
+    D: tl.constexpr,
+    MASK: tl.constexpr,
+    MASK_M: tl.constexpr,
+    MASK_N: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    VARLEN: tl.constexpr,
+    ALIGN: tl.constexpr,
+    INDEX: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STARTS: tl.constexpr,  # of the pieces behind the last full block, from there
+    PIECES: tl.constexpr,  # their sizes; none with VARLEN
+    PARTS: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    pid_m = (pid % num_blocks).to(INDEX)
+    bh = (pid // num_blocks).to(tl.int64)
+    b = bh // H
+    h = bh % H
+    first = 0
+    lse_head = lse_ptr + bh * N_q
+    if VARLEN:
+        first, N_kv = image_of(starts_ptr, b, N_q)
+        lse_head = lse_ptr + h * N_q + first
+        N_q = N_kv
+        b = b * 0
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < N_q
+    q_head = head_ptr(q_ptr, b, h, first, stride_q_b, stride_q_n, stride_q_h, ALIGN)
+    k_head = head_ptr(k_ptr, b, h, first, stride_k_b, stride_k_n, stride_k_h, ALIGN)
+    v_head = head_ptr(v_ptr, b, h, first, stride_v_b, stride_v_n, stride_v_h, ALIGN)
+    mask_head = mask_ptr + b * stride_mask_b + h * stride_mask_h
+    q = load_head(q_head, offs_m, stride_q_n, mask_m, D, PARTS, ALIGN)
+
+    end = N_kv
+    if len(PIECES) > 0:
+        end = N_kv // BLOCK_N * BLOCK_N
+    visible = end
+    if IS_CAUSAL:
+        visible = tl.minimum(end, pid_m * BLOCK_M + BLOCK_M)
+    if VARLEN:  # of a program beyond the image's last query
+        visible = tl.where(pid_m * BLOCK_M < N_q, visible, 0)
+    m = tl.full((BLOCK_M,), float("-inf"), ACC)
+    total = tl.zeros((BLOCK_M,), ACC)
+    o = zero_head(BLOCK_M, PARTS, ACC)
+    for start in range(0, visible, BLOCK_N):
+        m, total, o = _attend(
+            (m, total, o), q, k_head, v_head, mask_head, seed_ptr, bh, offs_m, start,
+            stride_k_n, stride_v_n, stride_mask_m, mask_width, N_q, N_kv, scale_log2, D, MASK, MASK_M, MASK_N,
+            IS_CAUSAL, DROPOUT, ALIGN, INDEX, ACC, PRECISION, BLOCK_M, BLOCK_N, len(PIECES) > 0, PARTS,
+        )  # fmt: skip
+    for i in tl.static_range(len(PIECES)):
+        m, total, o = _attend(
+            (m, total, o), q, k_head, v_head, mask_head, seed_ptr, bh, offs_m, end + STARTS[i],
+            stride_k_n, stride_v_n, stride_mask_m, mask_width, N_q, N_kv, scale_log2, D, MASK, MASK_M, MASK_N,
+            IS_CAUSAL, DROPOUT, ALIGN, INDEX, ACC, PRECISION, BLOCK_M, PIECES[i], i < len(PIECES) - 1, PARTS,
+        )  # fmt: skip
+
+    o_head = head_ptr(o_ptr, b, h, first, stride_o_b, stride_o_n, stride_o_h, ALIGN)
+    _store_output(
+        o, total, m, o_head, lse_head, offs_m, stride_o_n, mask_m, MASK != "" or VARLEN, D, PARTS, ALIGN
+    )  # fmt: skip
+
+
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """Launch the forward on q (B, N_q, H, D), k and v (B, N_kv, H, D): ``(o, lse)``."""
-    o, lse = forward_outputs(q, k, v, scale)
+    o, lse = forward_outputs(q, k, v, options)
     if o.numel() == 0:
         return o, lse
     q, k, v = (runtime.unit_stride(t) for t in (q, k, v))
     B, N_q, H, D = q.shape
     N_kv = k.shape[1]
-    tiling = choose_config(N_q, N_kv, D, q.dtype, runtime.device_facts(q.device)).forward
-    num_blocks = runtime.cdiv(N_q, tiling.block_m)
-    _attention_fwd_kernel[(B * H * num_blocks,)](
-        q_ptr=q,
-        k_ptr=k,
-        v_ptr=v,
-        o_ptr=o,
-        lse_ptr=lse,
+    images, longest_q, longest_kv = options.rows(B, N_q, N_kv)
+    varlen = options.starts is not None
+    tiling = choose_config(
+        longest_q,
+        longest_kv,
+        D,
+        q.dtype,
+        runtime.device_facts(q.device),
+        heads=images * H,
+        varlen=varlen,
+        masked=options.changes_scores,
+    ).forward
+    arguments = {
+        "q_ptr": q,
+        "k_ptr": k,
+        "v_ptr": v,
+        "o_ptr": o,
+        "lse_ptr": lse,
         **strides("q", q),
         **strides("k", k),
         **strides("v", v),
         **strides("o", o),
-        N_q=N_q,
-        N_kv=N_kv,
-        H=H,
-        num_blocks=num_blocks,
-        scale_log2=scale * LOG2_E,
-        D=D,
-        **addressing(q, k, v, o),
-        ACC=_tile.accumulator(q.dtype),
-        PRECISION=runtime.dot_precision(q.device),
-        BLOCK_M=tiling.block_m,
-        BLOCK_N=tiling.block_n,
-        BLOCK_D=padded_head_dim(D),
-        num_warps=tiling.num_warps,
-        num_stages=tiling.num_stages,
+        **options.arguments(q),
+        "N_q": N_q,
+        "N_kv": N_kv,
+        "H": H,
+        "D": D,
+        "BLOCK_M": tiling.block_m,
+        "PARTS": head_parts(D),
+        "num_warps": tiling.num_warps,
+        "num_stages": tiling.num_stages,
         # Contracted to fma(dot, scale, -max), the largest score of a row would not be exactly its maximum:
         # at scores of 1e10, which fp16 inputs reach, exp2 of the difference overflows.
-        enable_fp_fusion=False,
-    )
+        "enable_fp_fusion": False,
+    }
+    num_blocks = runtime.cdiv(longest_q, tiling.block_m)
+    if tiling.regime == "row":
+        starts, pieces = key_pieces(N_kv, tiling.block_n)
+        _attention_fwd_row_kernel[(B * H * num_blocks,)](
+            **arguments, **addressing(q, k, v, o), num_blocks=num_blocks, STARTS=starts, PIECES=pieces
+        )
+    elif tiling.regime == "windows":
+        windows, groups = window_groups(B, H, q.device)
+        _attention_fwd_windows_kernel[(groups * H,)](
+            **arguments,
+            B=B,
+            windows=windows,
+            MASK_B=not options.shares_mask,
+            ALIGN=alignment(q, k, v, o),
+            BLOCK_N=tiling.block_n,
+        )
+    else:
+        # How the keys end is known where all images have as many.
+        starts, pieces = ((), ()) if varlen else key_pieces(N_kv % tiling.block_n, tiling.block_n)
+        _attention_fwd_blocks_kernel[(images * H * num_blocks,)](
+            **arguments,
+            **addressing(q, k, v, o),
+            starts_ptr=options.starts if varlen else q,
+            num_blocks=num_blocks,
+            VARLEN=varlen,
+            BLOCK_N=tiling.block_n,
+            STARTS=starts,
+            PIECES=pieces,
+        )
     return o, lse
 
 
-def forward_outputs(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Allocate what :func:`attention_forward` returns."""
+def forward_outputs(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """Allocate what :func:`attention_forward` returns; zeros where tokens may belong to no image."""
     B, N_q, H, D = q.shape
-    o = torch.empty((B, N_q, H, D), dtype=q.dtype, device=q.device)
-    statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return o, torch.empty((B, H, N_q), dtype=statistics, device=q.device)
+    new = torch.empty if options.starts is None else torch.zeros
+    o = new((B, N_q, H, D), dtype=q.dtype, device=q.device)
+    return o, new((B, H, N_q), dtype=runtime.wide_dtype(q.dtype), device=q.device)
 
 
-def strides(name: str, x: Tensor) -> dict[str, int]:
-    """Name the strides of ``x`` (B, N, H, D) as the kernels do."""
-    return {f"stride_{name}_{dim}": x.stride(i) for i, dim in enumerate("bnh")}
-
-
-def addressing(*tensors: Tensor) -> dict[str, object]:
-    """Tell the kernels how tensors (B, N, H, D) lie: ``ALIGN`` and ``INDEX``.
-
-    ALIGN is how many bytes, 16 at most, divide the address of every row: the width of a load follows from it. Triton
-    itself only tells strides divisible by 16 elements from others, and would load heads of 72 channels one by one.
-    INDEX is the type of offsets within a head: int64 costs up to 70 registers a thread, so int32 wherever it reaches.
-    """
-    bits = 16
-    reach = 0
-    for x in tensors:
-        bits |= x.data_ptr()
-        for stride in x.stride()[:-1]:
-            bits |= stride * x.element_size()
-        reach = max(reach, x.shape[1] * x.stride(1))
-    return {"ALIGN": bits & -bits, "INDEX": tl.int32 if reach < MAX_INT32_REACH else tl.int64}
+def window_groups(B: int, H: int, device: torch.device) -> tuple[int, int]:
+    """How many of B images a program of the windows' kernels takes, and how many programs a head has."""
+    # Eight programs a multiprocessor hide each other's loads; more would only read a shared bias more often.
+    windows = max(1, B * H // (8 * runtime.device_facts(device).num_sms))
+    return windows, runtime.cdiv(B, windows)

@@ -1,0 +1,406 @@
+"""Masks, learned biases, causality and dropout of attention, in each of its regimes."""
+
+import dataclasses
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vitkernels import ops, reference
+from vitkernels.ops.attention.config import choose_config
+from vitkernels.testing import check_op
+
+MODULES = [sys.modules[f"vitkernels.ops.attention.{name}"] for name in ("forward", "backward")]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# Tokens, and the regimes of forward and backward that they fall into: of windows with head dims up to 32 alone.
+REGIMES = {"windows": 49, "row": 100, "blocks": 150}
+
+
+@pytest.fixture(params=REGIMES)
+def N(request, monkeypatch):
+    """A number of tokens, in each regime."""
+    if request.param == "blocks":
+        force_blocks(monkeypatch)
+    return REGIMES[request.param]
+
+
+def force_blocks(monkeypatch):
+    """Take the kernels for rows of any length, which short rows do not need."""
+
+    def choose(N_q, N_kv, D, dtype, facts, **options):
+        return choose_config(10_000, 10_000, D, dtype, facts, **options)
+
+    for module in MODULES:
+        monkeypatch.setattr(module, "choose_config", choose)
+
+
+def make(B, H, N, D, dtype=torch.float32, N_kv=None, device="cpu", grad=True):
+    return {
+        name: torch.randn(B, H, n, D, dtype=torch.float64).to(device, dtype).requires_grad_(grad)
+        for name, n in (("q", N), ("k", N_kv or N), ("v", N_kv or N))
+    }
+
+
+def test_the_regimes_are_those_named(device):
+    facts = sys.modules["vitkernels.runtime"].INTERPRETER
+    for regime, N in REGIMES.items():
+        config = choose_config(N, N, 32, torch.float32, facts, heads=4)
+        if regime != "blocks":
+            assert (config.forward.regime, config.backward.regime) == (regime, regime)
+    assert choose_config(300, 300, 32, torch.float32, facts, heads=4).forward.regime == "blocks"
+
+
+BOOL_MASKS = {
+    "keys of each image": lambda B, H, N: random_bool(B, 1, 1, N),
+    "keys of all": lambda B, H, N: random_bool(N),
+    "pairs of each head": lambda B, H, N: random_bool(B, H, N, N),
+    "pairs of all": lambda B, H, N: random_bool(N, N),
+    "pairs of a head": lambda B, H, N: random_bool(H, N, N),
+    "pairs of an image": lambda B, H, N: random_bool(B, 1, N, N),
+    "queries": lambda B, H, N: random_bool(B, 1, N, 1),
+    "one": lambda B, H, N: torch.ones(B, H, 1, 1, dtype=torch.bool),
+    "expanded": lambda B, H, N: random_bool(1, 1, N, N).expand(B, H, N, N),
+    "transposed": lambda B, H, N: random_bool(B, H, N, N).transpose(-1, -2),
+    "sliced": lambda B, H, N: random_bool(B, H, N, N + 3)[..., 3:],
+}
+
+
+def random_bool(*shape):
+    return torch.rand(shape) > 0.4
+
+
+@pytest.mark.parametrize("kind", BOOL_MASKS)
+def test_bool_masks(kind, N, device):
+    mask = BOOL_MASKS[kind](2, 3, N).to(device)
+    check_op(ops.attention, reference.attention, make(2, 3, N, 24, device=device), options={"attn_mask": mask})
+
+
+@pytest.mark.parametrize("kind", BOOL_MASKS)
+def test_added_masks_and_their_gradients(kind, N, device):
+    # A bias that requires grad is laid out as the mask of that kind.
+    mask = BOOL_MASKS[kind](2, 3, N)
+    bias = torch.randn(mask.shape, dtype=torch.float64)
+    bias = bias.as_strided(mask.shape, mask.stride()) if 0 in mask.stride() else bias
+    bias = bias.transpose(-1, -2).contiguous().transpose(-1, -2) if kind == "transposed" else bias
+    bias = bias.float().to(device)
+    tensors = make(2, 3, N, 24, device=device)
+    if kind in ("queries", "one"):  # what shifts a whole row has no gradient: see the next test
+        check_op(ops.attention, reference.attention, tensors, options={"attn_mask": bias})
+    else:
+        check_op(ops.attention, reference.attention, tensors | {"attn_mask": bias.requires_grad_()})
+
+
+def test_a_bias_of_whole_rows_gets_no_gradient(N, device):
+    tensors = make(1, 2, N, 24, device=device)
+    bias = torch.randn(1, 1, N, 1, device=device, requires_grad=True)
+    (gradient,) = torch.autograd.grad(ops.attention(**tensors, attn_mask=bias).square().sum(), bias)
+    assert gradient.shape == bias.shape and gradient.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("sense", ["bool", "float", "fp32"])
+def test_masks_in_half_precision(sense, dtype, N, device):
+    tensors = make(2, 4, N, 32, dtype, device=device)
+    if sense == "bool":
+        options = {"attn_mask": random_bool(2, 1, N, N).to(device)}
+        check_op(ops.attention, reference.attention, tensors, options=options)
+    elif sense == "float":
+        bias = torch.randn(4, N, N, device=device).to(dtype).requires_grad_()
+        check_op(ops.attention, reference.attention, tensors | {"attn_mask": bias})
+    else:  # a bias kept in fp32, as under autocast: PyTorch rounds it first
+        bias = torch.randn(4, N, N, device=device).to(dtype).float().requires_grad_()
+        out = ops.attention(**tensors, attn_mask=bias)
+        assert torch.equal(out, ops.attention(**tensors, attn_mask=bias.detach().to(dtype)))
+        assert torch.autograd.grad(out.sum(), bias)[0].dtype == torch.float32
+
+
+def test_packed_with_a_bias(N, device):
+    qkv = torch.randn(2, N, 3, 3, 24, device=device, requires_grad=True)
+    bias = torch.randn(3, N, N, device=device, requires_grad=True)
+    check_op(ops.attention_qkvpacked, reference.attention_qkvpacked, {"qkv": qkv, "attn_mask": bias})
+
+
+@pytest.mark.parametrize("trained", ["attn_mask", "q and attn_mask", "k and attn_mask"])
+def test_frozen_operands_under_a_bias(trained, N, device):
+    tensors = make(2, 2, N, 24, device=device, grad=False)
+    tensors["attn_mask"] = torch.randn(2, N, N, device=device)
+    for name in trained.split(" and "):
+        tensors[name].requires_grad_()
+    check_op(ops.attention, reference.attention, tensors)
+
+
+@pytest.mark.parametrize(("N_q", "N_kv"), [(70, 20), (20, 70), (130, 90)])
+def test_cross_attention_with_a_bias(N_q, N_kv, device):
+    tensors = make(2, 2, N_q, 24, N_kv=N_kv, device=device)
+    bias = torch.randn(1, 2, N_q, N_kv, device=device, requires_grad=True)
+    check_op(ops.attention, reference.attention, tensors | {"attn_mask": bias})
+
+
+def test_cropped_bias_gradients_reach_the_whole(device):
+    # A window at the border takes a part of the table's rows, at whatever stride.
+    tensors = make(1, 2, 40, 16, device=device)
+    table = torch.randn(2, 64, 64, device=device, requires_grad=True)
+    check_op(lambda q, k, v, table: ops.attention(q, k, v, attn_mask=table[:, 3:43, 7:47]),
+             lambda q, k, v, table: reference.attention(q, k, v, attn_mask=table[:, 3:43, 7:47]),
+             tensors | {"table": table})  # fmt: skip
+
+
+@pytest.mark.parametrize("masks", ["bool", "float"])
+def test_a_query_that_looks_at_no_key(masks, N, device):
+    tensors = make(2, 2, N, 24, device=device)
+    mask = random_bool(2, 1, N, N).to(device)
+    mask[0, 0, 5] = mask[1, 0, N - 1] = False
+    if masks == "float":
+        mask = torch.zeros(mask.shape, device=device).masked_fill(~mask, float("-inf"))
+    check_op(ops.attention, reference.attention, tensors, options={"attn_mask": mask})
+    out = ops.attention(**tensors, attn_mask=mask)
+    dq, dk, dv = torch.autograd.grad(out.sum(), list(tensors.values()))
+    assert not out[0, :, 5].any() and not out[1, :, N - 1].any()
+    assert not dq[0, :, 5].any() and not dq[1, :, N - 1].any()
+    assert dk.isfinite().all() and dv.isfinite().all()
+
+
+def test_no_query_looks_anywhere(N, device):
+    tensors = make(1, 2, N, 24, device=device)
+    out = ops.attention(**tensors, attn_mask=torch.zeros(N, dtype=torch.bool, device=device))
+    assert not out.any()
+    assert not any(g.any() for g in torch.autograd.grad(out.sum(), list(tensors.values())))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_causal(masked, N, device):
+    mask = random_bool(2, 1, 1, N).to(device)
+    mask[..., 0] = True
+    options = {"is_causal": True, "attn_mask": mask} if masked else {"is_causal": True}
+    check_op(ops.attention, reference.attention, make(2, 2, N, 24, device=device), options=options)
+
+
+@pytest.mark.parametrize(("N_q", "N_kv"), [(70, 40), (40, 70), (200, 130), (130, 300)])
+def test_causal_of_unequal_lengths_counts_from_the_first(N_q, N_kv, device):
+    tensors = make(1, 2, N_q, 16, N_kv=N_kv, device=device)
+    check_op(ops.attention, reference.attention, tensors, options={"is_causal": True})
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
+def test_dropout_is_that_of_its_seed(p, N, device):
+    torch.manual_seed(7)
+    seed = torch.randint(2**62, (1,), device=device)
+    drawn = reference.dropout_scale(int(seed), (2, 3, N, N), p).to(device)
+
+    def dropped(q, k, v):
+        torch.manual_seed(7)
+        return ops.attention(q, k, v, dropout_p=p)
+
+    tensors = make(2, 3, N, 24, device=device)
+    if p == 1.0:
+        out = dropped(**tensors)
+        assert not out.any()
+        assert not any(g.any() for g in torch.autograd.grad(out.sum(), list(tensors.values())))
+        return
+    check_op(dropped, lambda q, k, v: reference.attention(q, k, v, dropout_scale=drawn.to(q.dtype)), tensors)
+
+
+def test_dropout_with_a_bias(N, device):
+    torch.manual_seed(3)
+    drawn = reference.dropout_scale(int(torch.randint(2**62, (1,), device=device)), (2, 2, N, N), 0.2).to(device)
+
+    def dropped(q, k, v, attn_mask):
+        torch.manual_seed(3)
+        return ops.attention(q, k, v, attn_mask=attn_mask, dropout_p=0.2)
+
+    def expected(q, k, v, attn_mask):
+        return reference.attention(q, k, v, attn_mask=attn_mask, dropout_scale=drawn.to(q.dtype))
+
+    bias = torch.randn(2, N, N, device=device, requires_grad=True)
+    check_op(dropped, expected, make(2, 2, N, 24, device=device) | {"attn_mask": bias})
+
+
+def test_dropout_draws_as_often_as_it_says():
+    drawn = reference.dropout_scale(2**61 + 12345, (4, 4, 128, 128), 0.3)
+    kept = drawn > 0
+    torch.testing.assert_close(drawn[kept], torch.full_like(drawn[kept], 1 / 0.7), rtol=1e-8, atol=0)
+    n = drawn.numel()
+    assert abs(kept.double().mean() - 0.7) < 4 * (0.21 / n) ** 0.5
+    # No row, column or head is drawn as its neighbour is.
+    for dim in range(4):
+        if drawn.shape[dim] > 1:
+            agree = (kept == kept.roll(1, dim)).double().mean()
+            assert abs(agree - 0.58) < 4 * (0.58 * 0.42 / n) ** 0.5
+    other = reference.dropout_scale(2**61 + 12346, (4, 4, 128, 128), 0.3) > 0
+    assert abs((kept == other).double().mean() - 0.58) < 4 * (0.58 * 0.42 / n) ** 0.5
+
+
+def test_dropout_is_repeated_by_manual_seed_alone(device):
+    qkv = torch.randn(1, 60, 3, 2, 16, device=device)
+    torch.manual_seed(0)
+    first, second = (ops.attention_qkvpacked(qkv, dropout_p=0.3) for _ in range(2))
+    torch.manual_seed(0)
+    assert torch.equal(first, ops.attention_qkvpacked(qkv, dropout_p=0.3)) and not torch.equal(first, second)
+
+
+def test_gradcheck(device):
+    for N, options in ((3, {}), (70, {"is_causal": True})):
+        tensors = make(2, 2, N, 4, torch.float64, device=device)
+        bias = torch.randn(2, N, N, dtype=torch.float64, device=device, requires_grad=True)
+
+        def f(q, k, v, bias, options=options):
+            torch.manual_seed(1)
+            return ops.attention(q, k, v, attn_mask=bias, dropout_p=0.2, **options)
+
+        assert torch.autograd.gradcheck(f, [*tensors.values(), bias], fast_mode=N > 10)
+
+
+def test_gradcheck_over_blocks(device, monkeypatch):
+    force_blocks(monkeypatch)
+    tensors = make(2, 2, 70, 4, torch.float64, device=device)
+    bias = torch.randn(2, 70, 70, dtype=torch.float64, device=device, requires_grad=True)
+    f = lambda q, k, v, bias: ops.attention(q, k, v, attn_mask=bias)  # noqa: E731
+    assert torch.autograd.gradcheck(f, [*tensors.values(), bias], fast_mode=True)
+
+
+def test_reruns_are_bit_equal(N, device):
+    tensors = make(3, 2, N, 24, torch.bfloat16, device=device)
+    bias = torch.randn(2, N, N, device=device, dtype=torch.bfloat16, requires_grad=True)
+    do = torch.randn_like(tensors["q"])
+
+    def run():
+        out = ops.attention(**tensors, attn_mask=bias)
+        return out, *torch.autograd.grad(out, [*tensors.values(), bias], do)
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the most elements that an op gives out."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, torch.Tensor):
+                self.elements = max(self.elements, t.untyped_storage().nbytes() // t.element_size())
+        return out
+
+
+@pytest.mark.parametrize("shape", ["HNN", "1HNN"])
+def test_a_shared_bias_costs_no_tensor_of_all_pairs(shape, N, device):
+    B, H = 16, 2
+    tensors = make(B, H, N, 16, device=device)
+    bias = torch.randn((1,) * (shape == "1HNN") + (H, N, N), device=device, requires_grad=True)
+    with _Largest() as largest:
+        ops.attention(**tensors, attn_mask=bias).sum().backward()
+    assert bias.grad.shape == bias.shape
+    # Partial sums: as many as programs share the work, which does not grow with the images.
+    assert largest.elements < B * H * N * N
+
+
+def test_an_expanded_mask_is_not_written_out(N, device):
+    tensors = make(16, 2, N, 16, device=device, grad=False)
+    mask = torch.randn(1, 1, N, N, device=device).expand(16, 2, N, N)
+    with torch.no_grad(), _Largest() as largest:
+        ops.attention(**tensors, attn_mask=mask)
+    assert largest.elements < 16 * 2 * N * N
+
+
+@pytest.mark.parametrize("where", ["k", "v", "attn_mask"])
+def test_a_nan_in_one_image_stays_there(where, N, device):
+    tensors = make(3, 2, N, 24, device=device)
+    tensors["attn_mask"] = torch.zeros(3, 1, N, N, device=device)
+    with torch.no_grad():
+        tensors[where][1, 0, N // 2, 3] = float("nan")
+    out = ops.attention(**tensors)
+    grads = torch.autograd.grad(out.sum(), [tensors[x] for x in "qkv"])
+    for t in (out, *grads):
+        assert t[0].isfinite().all() and t[2].isfinite().all()
+    assert not out[1].isfinite().all()
+
+
+def test_programs_in_any_order_agree_bit_for_bit(N, monkeypatch):
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    if torch.cuda.is_available():
+        pytest.skip("a GPU orders programs as it likes; the reruns above are compared there")
+    tensors = make(3, 2, N, 24)
+    bias = torch.randn(2, N, N, requires_grad=True)
+    do = torch.randn_like(tensors["q"])
+
+    def run():
+        out = ops.attention(**tensors, attn_mask=bias)
+        return out, *torch.autograd.grad(out, [*tensors.values(), bias], do)
+
+    before = run()
+    builder = interpreter.interpreter_builder
+    set_grid_idx, seen = builder.set_grid_idx, []
+
+    def shuffled(x, y, z):
+        order = torch.randperm(builder.grid_dim[0], generator=torch.Generator().manual_seed(builder.grid_dim[0]))
+        seen.append(int(order[x]))
+        set_grid_idx(seen[-1], y, z)
+
+    monkeypatch.setattr(builder, "set_grid_idx", shuffled)
+    after = run()
+    assert seen != sorted(seen)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_compiled_equals_eager(N, device):
+    tensors = make(2, 2, N, 16, device=device)
+    bias = torch.randn(2, N, N, device=device, requires_grad=True)
+
+    def f(q, k, v, bias):
+        return ops.attention(q, k, v, attn_mask=bias, is_causal=True)
+
+    runs = []
+    for g in (f, torch.compile(f, fullgraph=True, backend="aot_eager")):
+        out = g(*tensors.values(), bias)
+        runs.append((out, *torch.autograd.grad(out.square().sum(), [*tensors.values(), bias])))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+Q = torch.zeros(2, 3, 5, 8)
+QKV = torch.zeros(2, 5, 3, 4, 8)
+BAD = {
+    "mask does not broadcast": (
+        lambda: ops.attention(Q, Q, Q, attn_mask=torch.zeros(2, 3, 5, 4)),
+        ValueError,
+        r"attn_mask has shape \(2, 3, 5, 4\); expected one that broadcasts to \(2, 3, 5, 5\)",
+    ),
+    "mask of five dims": (
+        lambda: ops.attention(Q, Q, Q, attn_mask=torch.zeros(1, 1, 1, 5, 5)),
+        ValueError,
+        "broadcasts",
+    ),
+    "mask of integers": (
+        lambda: ops.attention(Q, Q, Q, attn_mask=torch.ones(5, 5, dtype=torch.int64)),
+        TypeError,
+        r"attn_mask has dtype torch.int64; expected bool \(True: look\) or a floating dtype",
+    ),
+    "mask elsewhere": (
+        lambda: ops.attention(Q, Q, Q, attn_mask=torch.zeros(5, 5, device="meta")),
+        ValueError,
+        "attn_mask is on meta, q on cpu",
+    ),
+    "mask is a list": (lambda: ops.attention(Q, Q, Q, attn_mask=[True]), TypeError, "attn_mask is a list"),
+    "mask is sparse": (
+        lambda: ops.attention_qkvpacked(QKV, attn_mask=torch.zeros(5, 5).to_sparse()),
+        NotImplementedError,
+        "attn_mask is nested or sparse",
+    ),
+    "dropout below 0": (lambda: ops.attention(Q, Q, Q, dropout_p=-0.1), ValueError, "dropout_p is -0.1; expected 0 to"),
+    "dropout above 1": (lambda: ops.attention_qkvpacked(QKV, dropout_p=1.5), ValueError, "dropout_p is 1.5"),
+    "dropout NaN": (lambda: ops.attention(Q, Q, Q, dropout_p=float("nan")), ValueError, "dropout_p is nan"),
+    "dropout a tensor": (lambda: ops.attention(Q, Q, Q, dropout_p=torch.ones(())), TypeError, "dropout_p is a Tensor"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case, no_launch):
+    call, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_dataclass_fields_of_a_tiling_are_what_a_tuning_table_holds():
+    fields = [f.name for f in dataclasses.fields(sys.modules["vitkernels.ops.attention.config"].Tiling)]
+    assert fields == ["regime", "block_m", "block_n", "num_warps", "num_stages"]

@@ -1,0 +1,201 @@
+"""attention_varlen: images of different size packed in one row of tokens."""
+
+import itertools
+import sys
+
+import pytest
+import torch
+
+from vitkernels import ops, reference
+from vitkernels.testing import check_op
+
+FILE = sys.modules["vitkernels.ops.attention"]
+LENGTHS = [1, 50, 130, 64, 7]
+
+
+def make(lengths=LENGTHS, H=2, D=24, dtype=torch.float32, device="cpu", extra=0, before=0):
+    T = before + sum(lengths) + extra
+    tensors = {x: torch.randn(T, H, D).to(device, dtype).requires_grad_() for x in "qkv"}
+    starts = torch.tensor([before, *lengths], device=device).cumsum(0).int()
+    return tensors, {"cu_seqlens": starts, "max_seqlen": max(lengths)}
+
+
+def varlen(q, k, v, cu_seqlens, max_seqlen, **options):
+    return reference.attention_varlen(q, k, v, cu_seqlens, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("D", [24, 64, 72])
+def test_images_do_not_see_each_other(D, dtype, device):
+    tensors, options = make(H=4, D=D, dtype=dtype, device=device)
+    check_op(ops.attention_varlen, varlen, tensors, options=options)
+
+
+def test_packed_images_equal_the_same_one_by_one(device):
+    tensors, options = make(device=device)
+    do = torch.randn_like(tensors["q"])
+    out = ops.attention_varlen(**tensors, **options)
+    grads = torch.autograd.grad(out, list(tensors.values()), do)
+    bounds = options["cu_seqlens"].tolist()
+    for start, end in itertools.pairwise(bounds):
+        image = [x[start:end].detach().transpose(0, 1)[None].requires_grad_() for x in tensors.values()]
+        alone = ops.attention(*image)
+        torch.testing.assert_close(out[start:end], alone[0].transpose(0, 1), rtol=1e-5, atol=1e-6)
+        for packed, single in zip(
+            grads, torch.autograd.grad(alone, image, do[start:end].transpose(0, 1)[None]), strict=True
+        ):
+            torch.testing.assert_close(packed[start:end], single[0].transpose(0, 1), rtol=1e-5, atol=2e-6)
+
+
+def test_causal_scale_and_int64_bounds(device):
+    tensors, options = make(device=device)
+    options |= {"is_causal": True, "scale": 0.3, "cu_seqlens": options["cu_seqlens"].long()}
+    check_op(ops.attention_varlen, varlen, tensors, options=options)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rope_and_qk_norm(interleaved, device):
+    tensors, options = make(device=device)
+    T, weight = tensors["q"].shape[0], torch.randn(24, device=device)
+    rope = (torch.randn(T, 24, device=device), torch.randn(T, 24, device=device), interleaved)
+
+    def expected(q, k, v, cu_seqlens, max_seqlen):
+        q, k = (x.transpose(0, 1)[None] for x in (q, k))
+        q, k = reference.prepare_qk(q, k, rope, 0, (weight, None, 1e-6, False), None)
+        return reference.attention_varlen(q[0].transpose(0, 1), k[0].transpose(0, 1), v, cu_seqlens)
+
+    check_op(
+        lambda **given: ops.attention_varlen(**given, rope=rope, q_norm=(weight,)), expected, tensors, options=options
+    )
+
+
+def test_tokens_of_no_image_are_zero(device):
+    tensors, options = make([40, 30], extra=9, before=5, device=device)
+    check_op(ops.attention_varlen, varlen, tensors, options=options)
+    out = ops.attention_varlen(**tensors, **options)
+    grads = torch.autograd.grad(out.sum(), list(tensors.values()))
+    for t in (out, *grads):
+        assert not t[:5].any() and not t[75:].any()
+
+
+def test_an_image_without_tokens(device):
+    tensors, options = make([40, 0, 30], device=device)
+    check_op(ops.attention_varlen, varlen, tensors, options=options)
+
+
+def test_slices_of_a_packed_projection(device):
+    qkv = torch.randn(sum(LENGTHS), 3, 2, 24, device=device, requires_grad=True)
+    _, options = make(device=device)
+    check_op(lambda qkv, **options: ops.attention_varlen(*qkv.unbind(1), **options),
+             lambda qkv, **options: varlen(*qkv.unbind(1), **options), {"qkv": qkv}, options=options)  # fmt: skip
+
+
+@pytest.mark.parametrize("trained", ["q", "k", "v", "kv"])
+def test_frozen(trained, device):
+    tensors, options = make(device=device)
+    for name, t in tensors.items():
+        t.requires_grad_(name in trained)
+    check_op(ops.attention_varlen, varlen, tensors, options=options)
+
+
+def test_a_nan_stays_in_its_image(device):
+    tensors, options = make([40, 70, 30], device=device)
+    with torch.no_grad():
+        for t in tensors.values():
+            t[60, 0, 3] = float("nan")
+    out = ops.attention_varlen(**tensors, **options)
+    grads = torch.autograd.grad(out.sum(), list(tensors.values()))
+    for t in (out, *grads):
+        assert t[:40].isfinite().all() and t[110:].isfinite().all()
+        assert not t[40:110].isfinite().all()
+
+
+def test_gradcheck(device):
+    tensors, options = make([3, 1, 5], D=4, dtype=torch.float64, device=device)
+    f = lambda q, k, v: ops.attention_varlen(q, k, v, **options)  # noqa: E731
+    assert torch.autograd.gradcheck(f, [t.detach().double().requires_grad_() for t in tensors.values()], fast_mode=True)
+
+
+def test_dropout_is_drawn_by_image(device):
+    tensors, options = make([20, 30], D=8, device=device)
+    torch.manual_seed(5)
+    drawn = reference.dropout_scale(int(torch.randint(2**62, (1,), device=device)), (2, 2, 30, 30), 0.4).to(device)
+
+    def dropped(**given):
+        torch.manual_seed(5)
+        return ops.attention_varlen(**given, dropout_p=0.4)
+
+    def expected(q, k, v, cu_seqlens, max_seqlen):
+        out = []
+        for i, (start, end) in enumerate(((0, 20), (20, 50))):
+            image = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))
+            scale = drawn[i : i + 1, :, : end - start, : end - start].to(q.dtype)
+            out.append(reference.attention(*image, dropout_scale=scale)[0].transpose(0, 1))
+        return torch.cat(out)
+
+    check_op(dropped, expected, tensors, options=options)
+
+
+def test_reruns_are_bit_equal(device):
+    tensors, options = make(dtype=torch.bfloat16, device=device)
+    do = torch.randn_like(tensors["q"])
+
+    def run():
+        out = ops.attention_varlen(**tensors, **options)
+        return out, *torch.autograd.grad(out, list(tensors.values()), do)
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+def test_opcheck_and_the_references_of_registered_ops(device):
+    tensors, options = make([4, 1, 6], D=8, device=device, extra=2)
+    q, k, v = (t.detach()[None] for t in tensors.values())
+    more = (None, None, True, 0.0, options["cu_seqlens"], options["max_seqlen"])
+    o, lse = FILE.attention_fwd(q, k, v, 0.3, *more)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(FILE.attention_fwd, (q, k, v, 0.3, *more), test_utils=tests)
+    for a, e in zip(FILE._reference_forward(q, k, v, 0.3, *more), (o, lse), strict=True):
+        torch.testing.assert_close(a, e)
+    backward = (torch.randn_like(o), q, k, v, o, lse, 0.3, [True, True, False], *more)
+    torch.library.opcheck(FILE.attention_bwd, backward, test_utils=tests)
+    for a, e in zip(FILE._reference_backward(*backward), FILE.attention_bwd(*backward), strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def test_fullgraph_compile(device):
+    tensors, options = make([4, 1, 6], D=8, device=device)
+
+    def f(q, k, v):
+        return ops.attention_varlen(q, k, v, **options).square().sum()
+
+    runs = [
+        torch.autograd.grad(g(*tensors.values()), list(tensors.values()))
+        for g in (f, torch.compile(f, fullgraph=True, backend="aot_eager"))
+    ]
+    for a, b in zip(*runs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+Q = torch.zeros(10, 3, 8)
+STARTS = torch.tensor([0, 4, 10], dtype=torch.int32)
+BAD = {
+    "rank": (lambda: ops.attention_varlen(Q[None], Q, Q, STARTS, 6), ValueError, r"expected \(T, H, D\)"),
+    "shape of k": (lambda: ops.attention_varlen(Q, Q[:9], Q, STARTS, 6), ValueError, r"k has shape \(9, 3, 8\)"),
+    "bounds of floats": (lambda: ops.attention_varlen(Q, Q, Q, STARTS.float(), 6), TypeError, "is torch.float32"),
+    "bounds a list": (lambda: ops.attention_varlen(Q, Q, Q, [0, 10], 6), TypeError, "cu_seqlens is list"),
+    "no image": (lambda: ops.attention_varlen(Q, Q, Q, STARTS[:1], 6), ValueError, r"cu_seqlens has shape \(1,\)"),
+    "bounds elsewhere": (lambda: ops.attention_varlen(Q, Q, Q, STARTS.to("meta"), 6), ValueError, "is on meta"),
+    "falling": (lambda: ops.attention_varlen(Q, Q, Q, STARTS[[0, 2, 1]], 10), ValueError, r"is \[0, 10, 4\]"),
+    "beyond": (lambda: ops.attention_varlen(Q, Q, Q, STARTS + 1, 6), ValueError, "rising values from 0 to 10"),
+    "too long": (lambda: ops.attention_varlen(Q, Q, Q, STARTS, 5), ValueError, "5, max_seqlen, at most apart"),
+    "max_seqlen 0": (lambda: ops.attention_varlen(Q, Q, Q, STARTS, 0), ValueError, "max_seqlen is 0; expected 1"),
+    "max_seqlen float": (lambda: ops.attention_varlen(Q, Q, Q, STARTS, 6.0), TypeError, "max_seqlen is a float"),
+    "no tokens": (lambda: ops.attention_varlen(Q[:0], Q[:0], Q[:0], STARTS, 6), ValueError, "no tokens"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case, no_launch):
+    call, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        call()

@@ -1,0 +1,126 @@
+"""What the attention kernels are told about tensors, masks and dropout. No kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from vitkernels import runtime
+from vitkernels.ops import _tile
+from vitkernels.ops._triton import tl
+
+LOG2_E = 1.4426950408889634
+MAX_INT32_REACH = 2**31 - 2**16  # elements between a head's first row and its last; the rest is the row itself
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What attention is told beside queries, keys and values.
+
+    Attributes:
+        scale: Factor of the scores.
+        mask: (B or 1, H or 1, N_q or 1, N_kv or 1), bool (True: look) or floating (added to the scores).
+        seed: (1,) int64, of the dropout.
+        is_causal: Whether query i looks at keys 0 to i alone.
+        dropout_p: The share of weights that are dropped.
+        starts: (images + 1,) int32, the first token of each packed image and the end; q, k and v are then
+            (1, all tokens, H, D).
+        max_seqlen: Tokens of the longest packed image.
+    """
+
+    scale: float
+    mask: Tensor | None = None
+    seed: Tensor | None = None
+    is_causal: bool = False
+    dropout_p: float = 0.0
+    starts: Tensor | None = None
+    max_seqlen: int = 0
+
+    @property
+    def shares_mask(self) -> bool:
+        """Whether one mask serves all images."""
+        return self.mask is None or self.mask.shape[0] == 1
+
+    @property
+    def changes_scores(self) -> bool:
+        """Whether a mask or a dropout stands between scores and weights, and takes registers."""
+        return self.mask is not None or self.dropout_p > 0
+
+    def rows(self, B: int, N_q: int, N_kv: int) -> tuple[int, int, int]:
+        """Images, and the most queries and keys that one has."""
+        if self.starts is None:
+            return B, N_q, N_kv
+        return self.starts.shape[0] - 1, self.max_seqlen, self.max_seqlen
+
+    def arguments(self, q: Tensor) -> dict[str, object]:
+        """The kernels' arguments that tell of scores, mask and dropout."""
+        mask = None if self.mask is None else _aligned(self.mask)
+        placeholder = q
+        shape = (1, 1, 1, 1) if mask is None else mask.shape
+        strides = (0,) * 4 if mask is None else [0 if n == 1 else s for n, s in zip(shape, mask.stride(), strict=True)]
+        return {
+            "mask_ptr": placeholder if mask is None else mask,
+            "seed_ptr": placeholder if self.seed is None else self.seed,
+            "stride_mask_b": strides[0],
+            "stride_mask_h": strides[1],
+            "stride_mask_m": strides[2],
+            "scale_log2": self.scale * LOG2_E,
+            "mask_width": shape[3],
+            "MASK": "" if mask is None else "bool" if mask.dtype == torch.uint8 else "float",
+            "MASK_M": shape[2] > 1,
+            "MASK_N": shape[3] > 1,
+            "IS_CAUSAL": self.is_causal,
+            # The threshold of a 31-bit random number.
+            "DROPOUT": round(self.dropout_p * 2**31),
+            "ACC": _tile.accumulator(q.dtype),
+            "PRECISION": runtime.dot_precision(q.device),
+        }
+
+
+def _aligned(mask: Tensor) -> Tensor:
+    """``mask``, bytes for bool, in rows that vector loads can read: copied only where it lies otherwise.
+
+    A row of 197 keys starts at any element and ends at any, and would be loaded one element at a time: rows get a
+    multiple of 16, zeros behind. One row for all queries is loaded key by key, and is so in fp32.
+    """
+    if mask.shape[2] == 1 and mask.shape[3] > 1:
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, float("-inf"))
+        return mask.to(runtime.wide_dtype(mask.dtype)).contiguous()
+    if mask.dtype == torch.bool:
+        mask = mask.view(torch.uint8)
+    N = mask.shape[-1]
+    steps = [step for n, step in zip(mask.shape[:-1], mask.stride(), strict=False) if n > 1]
+    if N == 1 or (mask.stride(-1) == 1 and all(x % 16 == 0 for x in (mask.data_ptr(), N, *steps))):
+        return mask
+    return torch.constant_pad_nd(mask, (0, -N % 16)).contiguous()
+
+
+def strides(name: str, x: Tensor) -> dict[str, int]:
+    """Name the strides of ``x`` (B, N, H, D) as the kernels do."""
+    return {f"stride_{name}_{dim}": x.stride(i) for i, dim in enumerate("bnh")}
+
+
+def alignment(*tensors: Tensor) -> int:
+    """How many bytes, 16 at most, divide the address of every row of tensors (B, N, H, D).
+
+    The width of a load follows from it. Triton itself only tells strides divisible by 16 elements from others, and
+    would load heads of 72 channels one by one.
+    """
+    bits = 16
+    for x in tensors:
+        bits |= x.data_ptr()
+        for stride in x.stride()[:-1]:
+            bits |= stride * x.element_size()
+    return bits & -bits
+
+
+def addressing(*tensors: Tensor) -> dict[str, object]:
+    """Tell the kernels how tensors (B, N, H, D) lie: ``ALIGN``, and ``INDEX``, the type of offsets within a head.
+
+    int64 costs up to 70 registers a thread, so INDEX is int32 wherever that reaches.
+    """
+    reach = max(x.shape[1] * x.stride(1) for x in tensors)
+    return {"ALIGN": alignment(*tensors), "INDEX": tl.int32 if reach < MAX_INT32_REACH else tl.int64}

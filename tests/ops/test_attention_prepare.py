@@ -330,7 +330,7 @@ Q = torch.zeros(2, 3, 5, 8)
 TABLE = torch.zeros(5, 8)
 WEIGHT = torch.ones(8)
 BAD = {
-    "odd head": (lambda: ops.attention(*[Q[..., :7]] * 3, rope=(TABLE[:, :7],) * 2), ValueError, "even head dim; got 7"),
+    "odd head": (lambda: ops.attention(*[Q[..., :7]] * 3, rope=(TABLE[:, :7],) * 2), ValueError, "an even head dim"),
     "table": (
         lambda: ops.attention(Q, Q, Q, rope=(TABLE[:4], TABLE[:4])),
         ValueError,

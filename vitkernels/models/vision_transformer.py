@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import os
 from collections.abc import Callable, Sequence
 
 import torch
@@ -24,6 +25,7 @@ from vitkernels.layers import (
     sincos1d,
     sincos2d,
 )
+from vitkernels.models import convert
 
 POOLS = ("", "token", "avg", "avgmax", "max")
 POS_EMBEDS = ("learn", "none", "sincos1d", "sincos2d")
@@ -213,6 +215,102 @@ class VisionTransformer(nn.Module):
         self.head = Linear(self.head_hidden_size, num_classes, **dd) if num_classes else nn.Identity()
         if weight_init != "skip":
             self.init_weights()
+
+    @classmethod
+    def from_timm(
+        cls,
+        source: nn.Module | str | os.PathLike,
+        *,
+        architecture: str | None = None,
+        pretrained: bool = True,
+        features_only: bool = False,
+        **timm_args,
+    ) -> VisionTransformer:
+        """Make a model with the weights of timm's ``VisionTransformer``: ViT, DeiT, DINOv2, CLIP and the like.
+
+        Args:
+            source: A model of timm's; or a file or directory of weights, see
+                :func:`vitkernels.models.convert.read_weights`; or a name that ``timm.create_model`` knows.
+            architecture: That name, for a file; a directory's is in its config.json.
+            pretrained: Let timm download the weights of a name.
+            features_only: Leave the head and the pool out; the model then gives all tokens (B, R + N, C).
+            timm_args: Further arguments of ``timm.create_model``, for a name or a path. With another ``img_size`` timm
+                resamples the positions of pretrained weights.
+
+        Raises:
+            ValueError: The weights do not fit, with all that is missing and unexpected; or the file is not of tensors.
+            NotImplementedError: The model has something that there is none of here: attention pooling (SigLIP) without
+                ``features_only``, SwiGLU, QK-norm, ….
+        """
+        config, state = convert.timm_source(source, architecture, pretrained, features_only, timm_args)
+        return cls._converted(config, state, source)
+
+    @classmethod
+    def from_torchvision(
+        cls,
+        source: nn.Module | str | os.PathLike,
+        *,
+        architecture: str | None = None,
+        weights: str | None = "DEFAULT",
+        features_only: bool = False,
+        **torchvision_args,
+    ) -> VisionTransformer:
+        """Make a model with the weights of torchvision's ``VisionTransformer``, under its old key names or the new.
+
+        Args:
+            source: A model of torchvision's; or a file or directory of weights; or a name: ``"vit_b_16"``.
+            architecture: That name, for a path.
+            weights: Which weights torchvision downloads for a name; None for none.
+            features_only: As for :meth:`from_timm`.
+            torchvision_args: Further arguments of ``torchvision.models.get_model``, for a name or a path.
+
+        Raises:
+            ValueError, NotImplementedError: As for :meth:`from_timm`.
+        """
+        config, state = convert.torchvision_source(source, architecture, weights, features_only, torchvision_args)
+        return cls._converted(config, state, source)
+
+    @classmethod
+    def from_hf(cls, source: nn.Module | str | os.PathLike, *, features_only: bool = False) -> VisionTransformer:
+        """Make a model with the weights of transformers' ViT, DeiT, DINOv2, SigLIP or CLIP vision tower.
+
+        What comes out is what the source gives as logits, image embeddings (CLIP with its projection) or
+        ``pooler_output``. Of DINOv2 with registers the class token's position is added to the token, as timm has it.
+
+        Args:
+            source: A model of transformers' (release 4 or 5); or a directory of config.json and weights; or the name of
+                a repository on the Hugging Face Hub. The pair of CLIP or SigLIP will do, for its vision tower.
+            features_only: As for :meth:`from_timm`. SigLIP's attention pool, DINOv2's classifier and DeiT's pair of
+                heads have no counterpart here and need it.
+
+        Raises:
+            ValueError, NotImplementedError: As for :meth:`from_timm`.
+        """
+        config, state = convert.hf_source(source, features_only)
+        return cls._converted(config, state, source)
+
+    @classmethod
+    def _converted(cls, config: dict, state: dict[str, Tensor], source: object) -> VisionTransformer:
+        model = cls(**config, weight_init="skip", device="meta")
+        name = type(source).__name__ if isinstance(source, nn.Module) else str(source)
+        convert.check_state(state, model.state_dict(), name)
+        model.load_state_dict({name: tensor.detach().clone() for name, tensor in state.items()}, assign=True)
+        return model
+
+    def to_timm(self) -> nn.Module:
+        """Return timm's ``VisionTransformer`` with copies of these weights; the state dict is the same, name by name.
+
+        Raises:
+            NotImplementedError: There is a hidden layer before the head (``representation_size``), or ``normalize``.
+        """
+        from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
+
+        if not isinstance(self.pre_logits, nn.Identity) or self.patch_embed.normalize is not None:
+            raise NotImplementedError("timm's model has no representation_size and no normalize")
+        like = self.patch_embed.proj.weight
+        model = TimmVisionTransformer(**convert.timm_config(self), weight_init="skip").to(like.device, like.dtype)
+        model.load_state_dict(self.state_dict())
+        return model.train(self.training)
 
     @torch.no_grad()
     def init_weights(self) -> None:

@@ -199,5 +199,5 @@ def forward_outputs(x, residual, weight, bias, gamma, path, eps, out_dtype, rms=
     y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     sum_dtype = promoted_dtype(x, residual, gamma, path)
     r = torch.empty((0,) if residual is None else x.shape, dtype=sum_dtype, device=x.device)
-    rstd = torch.empty(x.shape[:-1].numel(), dtype=wide_dtype(sum_dtype), device=x.device)
+    rstd = torch.empty(x.numel() // x.shape[-1], dtype=wide_dtype(sum_dtype), device=x.device)
     return y, r, rstd.new_empty(0) if rms else torch.empty_like(rstd), rstd

@@ -1,0 +1,436 @@
+"""Weights of timm, torchvision and transformers into :class:`VisionTransformer`, and back to timm.
+
+Every source becomes two things: the arguments of a model here, and a state dict under timm's names, which are those
+of this package. Whatever does not fit is one error that lists it; nothing is resampled or left out unasked. Dropout
+rates are not carried over. None of the three libraries is imported but for a source that needs it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vitkernels.layers.fused import activation_name
+
+Config = dict[str, object]
+State = dict[str, Tensor]
+
+_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+_FEATURES_ONLY = "take its tokens with features_only=True"
+_ATTENTION_POOL = f"it pools by attention (SigLIP's head), which the model here does not; {_FEATURES_ONLY}"
+_HEADS = ("head.", "head_dist.", "fc_norm.", "attn_pool.", "pre_logits.")
+
+
+def read_weights(path: str | Path) -> State:
+    """Read a state dict: a ``.safetensors`` file, one by torch.save, or a directory that holds one or the other.
+
+    A file by torch.save is read with ``weights_only=True``. Where it is a checkpoint of a training run, the weights are
+    what is under ``model`` or ``state_dict``.
+
+    Raises:
+        FileNotFoundError: There is no such file, or none in the directory.
+        ValueError: The file holds something else than tensors, such as code, or is damaged.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in _FILES if (path / name).exists()]
+        if not found:
+            raise FileNotFoundError(f"{path} holds none of {', '.join(_FILES)}")
+        path = found[0]
+    if path.name.endswith(".index.json"):
+        parts = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        if not all(part.endswith(".safetensors") for part in parts):
+            raise ValueError(f"{path} names files that are no safetensors: {', '.join(parts)}")
+        return {name: tensor for part in parts for name, tensor in read_weights(path.parent / Path(part).name).items()}
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{path} is no file of plain tensors, and anything else in it is not run (weights_only=True): {error}"
+        ) from error
+    for name in ("model", "state_dict"):
+        if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
+            state = state[name]
+    wrong = [n for n, t in state.items() if not isinstance(t, Tensor)] if isinstance(state, Mapping) else ["all of it"]
+    if wrong:
+        raise ValueError(f"{path} holds something else than tensors: {', '.join(map(str, wrong[:8]))}")
+    return dict(state)
+
+
+def check_state(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str) -> None:
+    """Raise one ValueError of all that is missing, unexpected or of another shape in ``state``."""
+    problems = []
+    missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    shapes = [
+        f"{name} is {tuple(state[name].shape)}, expected {tuple(wanted[name].shape)}"
+        for name in sorted(wanted.keys() & state.keys())
+        if state[name].shape != wanted[name].shape
+    ]
+    for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)):
+        if names:
+            problems.append(f"{len(names)} {kind}: {', '.join(names)}")
+    if problems:
+        hint = "; set_input_size resamples positions" if any(line.startswith("pos_embed") for line in shapes) else ""
+        raise ValueError(f"the weights of {source} do not fit, by timm's names: {'; '.join(problems)}{hint}")
+
+
+def timm_source(
+    source: nn.Module | str | Path, architecture: str | None, pretrained: bool, features_only: bool, args: Config
+) -> tuple[Config, State]:
+    """Return arguments and weights for :meth:`VisionTransformer.from_timm`."""
+    state = None
+    if isinstance(source, nn.Module):
+        _refuse_arguments(architecture, args)
+    else:
+        from timm import create_model
+
+        path = Path(source)
+        if path.exists():
+            architecture, args = _timm_architecture(path, architecture, args)
+            state = read_weights(path)
+            source = create_model(architecture, pretrained=False, weight_init="skip", **args)
+        else:
+            source = create_model(str(source), pretrained=pretrained, **args)
+    config, state = timm_config(source), source.state_dict() if state is None else state
+    if features_only:
+        return _without_head(config, state)
+    if config["global_pool"] == "map":
+        raise NotImplementedError(_ATTENTION_POOL)
+    return config, state
+
+
+def torchvision_source(
+    source: nn.Module | str | Path, architecture: str | None, weights: str | None, features_only: bool, args: Config
+) -> tuple[Config, State]:
+    """Return arguments and weights for :meth:`VisionTransformer.from_torchvision`."""
+    state = None
+    if isinstance(source, nn.Module):
+        _refuse_arguments(architecture, args)
+    else:
+        from torchvision.models import get_model
+
+        path = Path(source)
+        if path.exists():
+            if architecture is None:
+                raise ValueError(f"{path} says nothing of its architecture; give architecture='vit_b_16', say")
+            state = read_weights(path)
+            source = get_model(architecture, weights=None, **args)
+        else:
+            source = get_model(str(source), weights=weights, **args)
+    config = torchvision_config(source)
+    state = _renamed(source.state_dict() if state is None else state, _TORCHVISION)
+    return _without_head(config, state) if features_only else (config, state)
+
+
+def hf_source(source: nn.Module | str | Path, features_only: bool) -> tuple[Config, State]:
+    """Return arguments and weights for :meth:`VisionTransformer.from_hf`."""
+    if isinstance(source, nn.Module):
+        config, state = source.config.to_dict(), source.state_dict()
+    else:
+        folder = Path(source) if Path(source).exists() else _downloaded(str(source))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        state = read_weights(folder)
+    made, renamed = hf_config(config), hf_state(state)
+    if made["no_embed_class"] and {"cls_token", "pos_embed"} <= renamed.keys():
+        renamed = _merge_class_position(renamed)
+    if features_only:
+        return _without_head(made, renamed)
+    classifies = "classifier.weight" in state
+    if "head_dist.weight" in renamed:
+        raise NotImplementedError(f"its two heads are averaged (DeiT with a teacher); {_FEATURES_ONLY}")
+    if classifies and _HF_KINDS[config["model_type"]] in ("dinov2", "clip"):
+        raise NotImplementedError(
+            f"its head takes the mean of the patches, with the class token or before the last norm; {_FEATURES_ONLY}"
+        )
+    if not made["class_token"]:
+        if classifies:
+            made["global_pool"] = "avg"
+            renamed = {name: tensor for name, tensor in renamed.items() if not name.startswith("attn_pool.")}
+        elif "attn_pool.probe" in renamed:
+            raise NotImplementedError(_ATTENTION_POOL)
+    if "head.weight" in renamed:
+        made["num_classes"] = renamed["head.weight"].shape[0]
+    if "pre_logits.fc.weight" in renamed:
+        if config.get("pooler_act", "tanh") != "tanh":
+            raise NotImplementedError(f"pooler_act is {config['pooler_act']!r}; expected 'tanh'")
+        made["representation_size"] = renamed["pre_logits.fc.weight"].shape[0]
+    return made, renamed
+
+
+def _refuse_arguments(architecture: str | None, args: Config) -> None:
+    if architecture or args:
+        names = ", ".join([*args] or ["architecture"])
+        raise TypeError(f"a model is taken as it is; {names} can be given with a name or a path alone")
+
+
+def _timm_architecture(path: Path, architecture: str | None, args: Config) -> tuple[str, Config]:
+    """Return what model the weights at ``path`` are of: from the config.json of a directory that timm wrote."""
+    if architecture is None and (path / "config.json").exists():
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        own = {name: config[name] for name in ("num_classes", "global_pool") if name in config}
+        return config["architecture"], {**own, **(config.get("model_args") or {}), **args}
+    if architecture is None:
+        raise ValueError(f"{path} says nothing of its architecture; give architecture='vit_base_patch16_224', say")
+    return architecture, args
+
+
+def _downloaded(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    folder = Path(snapshot_download(name, allow_patterns=["config.json", "model*.safetensors", _FILES[1]]))
+    if not any(folder.glob("*.safetensors")):
+        folder = Path(snapshot_download(name, allow_patterns=["config.json", "pytorch_model.bin"]))
+    return folder
+
+
+def _without_head(config: Config, state: State) -> tuple[Config, State]:
+    """Leave out what comes behind the last norm over tokens: the model then gives all of them."""
+    kept = {name: tensor for name, tensor in state.items() if not name.startswith(_HEADS)}
+    more = {"num_classes": 0, "global_pool": "", "representation_size": None, "fc_norm": False}
+    if config.get("fc_norm"):  # its norm is behind the pool
+        more["final_norm"] = False
+    return {**config, **more}, kept
+
+
+def timm_config(model: nn.Module) -> Config:
+    """Return the arguments that make a model like ``model``: a timm ``VisionTransformer``, or one of this package.
+
+    Raises:
+        NotImplementedError: It has something that there is none of here.
+    """
+    _expect(model, "the model", "VisionTransformer")
+    _expect(model.patch_embed, "patch_embed", "PatchEmbed")
+    _expect(getattr(model.patch_embed, "norm", None), "patch_embed.norm", "Identity", "NoneType")
+    if getattr(model.patch_embed, "dynamic_img_pad", False):
+        raise NotImplementedError("patch_embed pads images (dynamic_img_pad), which there is none of here")
+    for i, block in enumerate(model.blocks):
+        _expect(block, f"blocks.{i}", "Block")
+        _expect(block.attn, f"blocks.{i}.attn", "Attention")
+        _expect(block.mlp, f"blocks.{i}.mlp", "Mlp")
+        _expect(block.norm1, f"blocks.{i}.norm1", "LayerNorm")
+    block, conv = model.blocks[0], model.patch_embed.proj
+    norms = [norm for name, norm in model.named_modules() if isinstance(norm, nn.LayerNorm) and "attn_pool" not in name]
+    if len({norm.eps for norm in norms}) > 1:
+        raise NotImplementedError(f"its norms have several eps: {sorted({norm.eps for norm in norms})}")
+    has_norm, has_fc_norm = (isinstance(norm, nn.LayerNorm) for norm in (model.norm, model.fc_norm))
+    return {
+        "img_size": tuple(model.patch_embed.img_size or (224, 224)),
+        "patch_size": tuple(model.patch_embed.patch_size),
+        "in_chans": conv.in_channels,
+        "num_classes": model.num_classes,
+        "global_pool": model.global_pool,
+        "embed_dim": model.embed_dim,
+        "depth": len(model.blocks),
+        "num_heads": block.attn.num_heads,
+        "mlp_ratio": mlp_ratio(model.embed_dim, block.mlp.fc1.out_features),
+        "qkv_bias": block.attn.qkv.bias is not None,
+        "proj_bias": block.attn.proj.bias is not None,
+        "init_values": None if isinstance(block.ls1, nn.Identity) else 1e-5,
+        "class_token": model.cls_token is not None,
+        "pos_embed": "none" if model.pos_embed is None else "learn",
+        "no_embed_class": model.no_embed_class,
+        "reg_tokens": 0 if model.reg_token is None else model.reg_token.shape[1],
+        "pre_norm": isinstance(model.norm_pre, nn.LayerNorm),
+        "final_norm": has_norm or has_fc_norm,
+        "fc_norm": has_fc_norm,
+        "pool_include_prefix": getattr(model, "pool_include_prefix", False),
+        "dynamic_img_size": model.dynamic_img_size,
+        "norm_layer": functools.partial(nn.LayerNorm, eps=block.norm1.eps),
+        "act_layer": _activation(block.mlp.act),
+    }
+
+
+def torchvision_config(model: nn.Module) -> Config:
+    """Return the arguments that make a model like torchvision's ``VisionTransformer``.
+
+    Raises:
+        NotImplementedError: It has a convolutional stem.
+    """
+    _expect(model, "the model", "VisionTransformer")
+    _expect(model.conv_proj, "conv_proj", "Conv2d")
+    block = model.encoder.layers[0]
+    return {
+        "img_size": model.image_size,
+        "patch_size": model.patch_size,
+        "num_classes": model.heads.head.out_features,
+        "embed_dim": model.hidden_dim,
+        "depth": len(model.encoder.layers),
+        "num_heads": block.num_heads,
+        "mlp_ratio": mlp_ratio(model.hidden_dim, model.mlp_dim),
+        "representation_size": model.representation_size,
+        "norm_layer": functools.partial(nn.LayerNorm, eps=block.ln_1.eps),
+        "act_layer": _activation(block.mlp[1]),
+    }
+
+
+def hf_config(config: Mapping) -> Config:
+    """Return the arguments, but for the head's, of a model like the one of a transformers config as a dictionary.
+
+    Args:
+        config: Of ViT, DeiT, DINOv2 with or without registers, SigLIP or CLIP; of the two towers' pair too.
+
+    Raises:
+        NotImplementedError: Another kind of model, activation or MLP.
+    """
+    kind = config.get("model_type")
+    if kind not in _HF_KINDS:
+        raise NotImplementedError(f"model_type is {kind!r}; expected one of {', '.join(_HF_KINDS)}")
+    config = config.get("vision_config", config)
+    if config.get("use_swiglu_ffn"):
+        raise NotImplementedError("its MLPs are SwiGLU (use_swiglu_ffn); the model here has plain ones")
+    activation = config.get("hidden_act", "gelu")
+    if activation not in _HF_ACTIVATIONS:
+        raise NotImplementedError(f"hidden_act is {activation!r}; expected one of {', '.join(_HF_ACTIVATIONS)}")
+    family, width = _HF_KINDS[kind], config["hidden_size"]
+    hidden = int(width * config["mlp_ratio"]) if family == "dinov2" else config["intermediate_size"]
+    registers = 1 if family == "deit" else config.get("num_register_tokens", 0)
+    return {
+        "img_size": config["image_size"],
+        "patch_size": config["patch_size"],
+        "in_chans": config.get("num_channels", 3),
+        "num_classes": 0,
+        "global_pool": "" if family == "siglip" else "token",
+        "embed_dim": width,
+        "depth": config["num_hidden_layers"],
+        "num_heads": config["num_attention_heads"],
+        "mlp_ratio": mlp_ratio(width, hidden),
+        "qkv_bias": config.get("qkv_bias", True),
+        "init_values": 1e-5 if family == "dinov2" else None,
+        "class_token": family != "siglip",
+        "no_embed_class": family == "dinov2" and registers > 0,
+        "reg_tokens": registers,
+        "pre_norm": family == "clip",
+        "fc_norm": False,
+        "norm_layer": functools.partial(nn.LayerNorm, eps=config["layer_norm_eps"]),
+        "act_layer": _HF_ACTIVATIONS[activation],
+    }
+
+
+def hf_state(state: Mapping[str, Tensor]) -> State:
+    """Rename transformers' weights, of releases 4 and 5, to timm's; separate q, k and v become one qkv.
+
+    What belongs to training (mask tokens) or to a text tower is left out.
+    """
+    state = {name: tensor for name, tensor in state.items() if not re.search(_HF_ELSEWHERE, name)}
+    renamed = _renamed(state, _HF)
+    for name in [name for name in renamed if ".attn.q." in name]:
+        parts = [renamed.pop(name.replace(".attn.q.", f".attn.{x}."), None) for x in "qkv"]
+        if None not in parts:
+            renamed[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
+    for name in ("cls_token", "pos_embed"):  # (C,) in CLIP, (N, C) where it is an Embedding's weight
+        if name in renamed:
+            renamed[name] = renamed[name].reshape(1, -1, renamed[name].shape[-1])
+    if "visual_projection.weight" in state:  # which has no bias
+        renamed["head.bias"] = renamed["head.weight"].new_zeros(renamed["head.weight"].shape[0])
+    return renamed
+
+
+def _merge_class_position(state: State) -> State:
+    """Add the class token's position to the token itself, for models whose positions are the patches' alone."""
+    cls_token, pos_embed = state["cls_token"], state["pos_embed"]
+    return {**state, "cls_token": cls_token + pos_embed[:, :1], "pos_embed": pos_embed[:, 1:]}
+
+
+def mlp_ratio(width: int, hidden: int) -> float:
+    """Return a ratio whose product with ``width`` is ``hidden`` when rounded down: 4304 / 1152 alone is not."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
+def _activation(act: nn.Module) -> str:
+    name = activation_name(act)
+    if name is None:
+        raise NotImplementedError(f"the activation is a {type(act).__name__}, which there is none of here")
+    return name
+
+
+def _expect(module: object, where: str, *classes: str) -> None:
+    name = type(module).__name__.removeprefix("Fused")  # what accelerate has made of it
+    if name not in classes:
+        raise NotImplementedError(f"{where} is a {name}; expected a {' or '.join(classes)}")
+
+
+def _renamed(state: Mapping[str, Tensor], rules: tuple[tuple[str, str], ...]) -> State:
+    renamed = {}
+    for name, tensor in state.items():
+        new = name
+        for pattern, replacement in rules:
+            new = re.sub(pattern, replacement, new)
+        if new in renamed:
+            raise ValueError(f"two weights are {new} by timm's names; one of them is {name}")
+        renamed[new] = tensor
+    return renamed
+
+
+_TORCHVISION = (
+    (r"^class_token$", "cls_token"),
+    (r"^conv_proj\.", "patch_embed.proj."),
+    (r"^encoder\.pos_embedding$", "pos_embed"),
+    (r"^encoder\.ln\.", "norm."),
+    (r"^heads\.head\.", "head."),
+    (r"^heads\.pre_logits\.", "pre_logits.fc."),
+    (r"^encoder\.layers\.encoder_layer_(\d+)\.", r"blocks.\1."),
+    (r"\.ln_([12])\.", r".norm\1."),
+    (r"\.self_attention\.in_proj_(weight|bias)$", r".attn.qkv.\1"),
+    (r"\.self_attention\.out_proj\.", ".attn.proj."),
+    (r"\.mlp\.(0|linear_1)\.", ".mlp.fc1."),
+    (r"\.mlp\.(3|linear_2)\.", ".mlp.fc2."),
+)
+
+# Of a text tower, or of training with masked patches; CLIP's position_ids are 0, 1, 2, ….
+_HF_ELSEWHERE = r"^text_model\.|^text_projection\.|^logit_(scale|bias)$|\.?mask_token$|\.position_ids$"
+_HF = (
+    (r"^((vit|deit|dinov2|dinov2_with_registers|vision_model)\.)+", ""),
+    (r"^embeddings\.(cls_token|class_embedding)$", "cls_token"),
+    (r"^embeddings\.(distillation_token|register_tokens)$", "reg_token"),
+    (r"^embeddings\.position_embedding(s|\.weight)$", "pos_embed"),
+    (r"^embeddings\.(patch_embeddings\.projection|patch_embedding)\.", "patch_embed.proj."),
+    (r"^head\.(?=probe|attention|layernorm|mlp)", "attn_pool."),
+    (r"^pre_layrnorm\.", "norm_pre."),
+    (r"^(layernorm|post_layernorm)\.", "norm."),
+    (r"^(classifier|cls_classifier|visual_projection)\.", "head."),
+    (r"^distillation_classifier\.", "head_dist."),
+    (r"^pooler\.dense\.", "pre_logits.fc."),
+    (r"^(encoder\.)?layers?\.(\d+)\.", r"blocks.\2."),
+    (r"^(blocks\.\d+)\.(layernorm_before|layer_norm1)\.", r"\1.norm1."),
+    (r"^(blocks\.\d+)\.(layernorm_after|layer_norm2)\.", r"\1.norm2."),
+    (r"^(blocks\.\d+)\.layer_scale([12])\.lambda1$", r"\1.ls\2.gamma"),
+    (r"^(blocks\.\d+)\.(attention\.attention|attention|self_attn)\.(q|k|v)(uery|ey|alue|_proj)\.", r"\1.attn.\3."),
+    (r"^(blocks\.\d+)\.(attention\.output\.dense|attention\.o_proj|self_attn\.out_proj)\.", r"\1.attn.proj."),
+    (r"^(blocks\.\d+)\.intermediate\.dense\.", r"\1.mlp.fc1."),
+    (r"^(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
+)
+_HF_KINDS = {
+    "vit": "vit",
+    "deit": "deit",
+    "dinov2": "dinov2",
+    "dinov2_with_registers": "dinov2",
+    "siglip": "siglip",
+    "siglip_vision_model": "siglip",
+    "clip": "clip",
+    "clip_vision_model": "clip",
+}
+_HF_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "silu": "silu",
+    "swish": "silu",
+}

@@ -1,0 +1,167 @@
+"""What is swapped of DINOv2's own code (``torch.hub`` and the repository): blocks, attention, MLPs, patch embedding.
+
+Imported only where the package ``dinov2`` has been. The subclasses lie at module level, so that pickle finds them.
+Lists of tensors, which are nested for xFormers, run the blocks' own forward with what is swapped inside of them; so
+does training with ``sample_drop_ratio``, which leaves samples out of the branches rather than masking them.
+"""
+
+from __future__ import annotations
+
+from dinov2.layers.attention import Attention, MemEffAttention
+from dinov2.layers.block import Block, NestedTensorBlock
+from dinov2.layers.layer_scale import LayerScale
+from dinov2.layers.mlp import Mlp
+from dinov2.layers.patch_embed import PatchEmbed
+from dinov2.layers.swiglu_ffn import SwiGLUFFN, SwiGLUFFNFused
+from torch import Tensor, nn
+
+from vitkernels.layers import fused
+from vitkernels.swap import _views
+from vitkernels.swap._rules import PARAMETERS, Rule, add, runs_fused
+
+
+class FusedAttention(Attention):
+    """DINOv2's Attention, not causal, on the kernels."""
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if not args and not kwargs and runs_fused(ATTENTION, self, x):
+            return fused.attention(_attention(self), x)
+        return super().forward(x, *args, **kwargs)
+
+
+class FusedMemEffAttention(MemEffAttention):
+    """DINOv2's MemEffAttention, without a bias, on the kernels."""
+
+    def forward(self, x: Tensor, attn_bias=None) -> Tensor:
+        if attn_bias is None and runs_fused(MEM_EFF_ATTENTION, self, x):
+            return fused.attention(_attention(self), x)
+        return super().forward(x, attn_bias=attn_bias)
+
+
+class FusedMlp(Mlp):
+    """DINOv2's Mlp on :func:`vitkernels.ops.mlp`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if runs_fused(MLP, self, x):
+            return fused.mlp(_views.dino_mlp(self), x)
+        return super().forward(x)
+
+
+class FusedSwiGLUFFN(SwiGLUFFN):
+    """DINOv2's SwiGLUFFN on :func:`vitkernels.ops.swiglu_mlp`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if runs_fused(SWIGLU, self, x):
+            return fused.mlp(_views.packed_swiglu(self.w12, self.w3), x)
+        return super().forward(x)
+
+
+class FusedSwiGLUFFNFused(SwiGLUFFNFused):
+    """DINOv2's SwiGLUFFNFused, where xFormers is not its base, on :func:`vitkernels.ops.swiglu_mlp`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if runs_fused(SWIGLU_FUSED, self, x):
+            return fused.mlp(_views.packed_swiglu(self.w12, self.w3), x)
+        return super().forward(x)
+
+
+class FusedPatchEmbed(PatchEmbed):
+    """DINOv2's PatchEmbed on :func:`vitkernels.ops.patch_embed`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Images of a wrong size are the original's business: it raises.
+        if runs_fused(PATCH_EMBED, self, x) and _views.fills_patches(self, x):
+            return _views.dino_patch_embed(self, x)
+        return super().forward(x)
+
+
+class FusedBlock(Block):
+    """DINOv2's pre-norm Block, with both residual sums and LayerScale inside the kernels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _drops_samples(self) and runs_fused(BLOCK, self, x):
+            return _block(self, x)
+        return super().forward(x)
+
+
+class FusedNestedTensorBlock(NestedTensorBlock):
+    """DINOv2's pre-norm NestedTensorBlock on one tensor, with residual sums and LayerScale inside the kernels."""
+
+    def forward(self, x_or_x_list: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        if not _drops_samples(self) and runs_fused(NESTED_BLOCK, self, x_or_x_list):
+            return _block(self, x_or_x_list)
+        return super().forward(x_or_x_list)
+
+
+def _attention(attn: Attention) -> _views.Attention:
+    head_dim = attn.qkv.in_features // attn.num_heads
+    return _views.Attention(attn.qkv, attn.proj, attn.num_heads, head_dim, attn.scale, attn.proj_drop)
+
+
+def _drops_samples(block: Block) -> bool:
+    return block.training and block.sample_drop_ratio > 0.0
+
+
+def _block(block: Block, x: Tensor) -> Tensor:
+    mlp = block.mlp
+    mlp = _views.dino_mlp(mlp) if isinstance(mlp, Mlp) else _views.packed_swiglu(mlp.w12, mlp.w3)
+    return fused.block(_views.Block(block.norm1, _attention(block.attn), block.norm2, mlp, block.ls1, block.ls2), x)
+
+
+def _attention_limit(attn: Attention) -> str | None:
+    # A number; in the code of 2023 an nn.Dropout, which is called.
+    rate = getattr(attn.attn_drop, "p", attn.attn_drop)
+    if rate > 0:
+        return f"it drops attention weights (p = {rate:g}), which the attention kernel does not"
+    return _views.head_dim_limit(attn.qkv.in_features // attn.num_heads)
+
+
+def _patch_embed_limit(embed: PatchEmbed) -> str | None:
+    return _views.patches_limit(embed.proj, tuple(embed.patch_size))
+
+
+PARAMETERS[LayerScale] = frozenset({"gamma"})
+
+_ATTENTION = {
+    "bypassed": {"qkv": (nn.Linear,), "proj": (nn.Linear,), "proj_drop": (nn.Dropout,)},
+    "called": frozenset({"attn_drop"}),
+    "attributes": frozenset({"dim", "num_heads", "scale", "attn_drop"}),
+    "limit": _attention_limit,
+}
+_SWIGLU = {"bypassed": {"w12": (nn.Linear,), "w3": (nn.Linear,)}}
+_BLOCK = {
+    "bypassed": {
+        "norm1": (nn.LayerNorm,),
+        "attn": (Attention, MemEffAttention),
+        "ls1": (nn.Identity, LayerScale),
+        "norm2": (nn.LayerNorm,),
+        "mlp": (Mlp, SwiGLUFFN, SwiGLUFFNFused),
+        "ls2": (nn.Identity, LayerScale),
+    },
+    "called": frozenset({"drop_path1", "drop_path2"}),  # by the original forward, which runs where they drop
+    "attributes": frozenset({"sample_drop_ratio"}),
+    "limit": _views.layer_scales_limit,
+}
+
+ATTENTION = Rule(Attention, FusedAttention, **_ATTENTION)
+MEM_EFF_ATTENTION = Rule(MemEffAttention, FusedMemEffAttention, **_ATTENTION)
+MLP = Rule(
+    Mlp,
+    FusedMlp,
+    bypassed={"fc1": (nn.Linear,), "act": (nn.GELU, nn.SiLU), "fc2": (nn.Linear,), "drop": (nn.Dropout,)},
+)
+SWIGLU = Rule(SwiGLUFFN, FusedSwiGLUFFN, **_SWIGLU)
+SWIGLU_FUSED = Rule(SwiGLUFFNFused, FusedSwiGLUFFNFused, **_SWIGLU)
+PATCH_EMBED = Rule(
+    PatchEmbed,
+    FusedPatchEmbed,
+    bypassed={"proj": (nn.Conv2d,)},
+    called=frozenset({"norm"}),
+    attributes=_views.DINO_PATCH_EMBED_ATTRIBUTES,
+    limit=_patch_embed_limit,
+)
+BLOCK = Rule(Block, FusedBlock, **_BLOCK)
+NESTED_BLOCK = Rule(NestedTensorBlock, FusedNestedTensorBlock, **_BLOCK)
+add(ATTENTION, MEM_EFF_ATTENTION, MLP, SWIGLU, PATCH_EMBED, BLOCK, NESTED_BLOCK)
+if issubclass(SwiGLUFFNFused, SwiGLUFFN):
+    add(SWIGLU_FUSED)

@@ -1,0 +1,146 @@
+"""What is swapped of DINOv3's own code (``torch.hub`` and the repository): blocks, attention, MLPs, patch embedding.
+
+Imported only where the package ``dinov3`` has been. The subclasses lie at module level, so that pickle finds them.
+``LinearKMaskedBias`` masks its bias as its checkpoint says (before one is loaded, its mask is NaN). Lists of tensors,
+and training with ``sample_drop_ratio``, run the blocks' own forward with what is swapped inside of them.
+"""
+
+from __future__ import annotations
+
+from dinov3.layers.attention import LinearKMaskedBias, SelfAttention
+from dinov3.layers.block import SelfAttentionBlock
+from dinov3.layers.ffn_layers import Mlp, SwiGLUFFN
+from dinov3.layers.layer_scale import LayerScale
+from dinov3.layers.patch_embed import PatchEmbed
+from torch import Tensor, nn
+
+from vitkernels import ops
+from vitkernels.layers import fused
+from vitkernels.swap import _views
+from vitkernels.swap._rules import PARAMETERS, Rule, add, runs_fused
+
+
+class FusedSelfAttention(SelfAttention):
+    """DINOv3's SelfAttention with RoPE and attention in the kernels, between its own projections."""
+
+    def compute_attention(self, qkv: Tensor, attn_bias=None, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        if attn_bias is None and runs_fused(ATTENTION, self, qkv):
+            B, N, C = qkv.shape
+            packed = qkv.view(B, N, 3, self.num_heads, C // (3 * self.num_heads))
+            tables, prefix = _rope(rope, N)
+            return ops.attention_qkvpacked(packed, scale=self.scale, rope=tables, num_prefix_tokens=prefix).flatten(2)
+        return super().compute_attention(qkv, attn_bias=attn_bias, rope=rope)
+
+
+class FusedMlp(Mlp):
+    """DINOv3's Mlp on :func:`vitkernels.ops.mlp`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if runs_fused(MLP, self, x):
+            return fused.mlp(_views.dino_mlp(self), x)
+        return super().forward(x)
+
+
+class FusedSwiGLUFFN(SwiGLUFFN):
+    """DINOv3's SwiGLUFFN on :func:`vitkernels.ops.swiglu_mlp`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if runs_fused(SWIGLU, self, x):
+            return fused.mlp(_views.swiglu(self.w1, self.w2, self.w3), x)
+        return super().forward(x)
+
+
+class FusedPatchEmbed(PatchEmbed):
+    """DINOv3's PatchEmbed on :func:`vitkernels.ops.patch_embed`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if runs_fused(PATCH_EMBED, self, x) and _views.fills_patches(self, x):
+            return _views.dino_patch_embed(self, x)
+        return super().forward(x)
+
+
+class FusedSelfAttentionBlock(SelfAttentionBlock):
+    """DINOv3's pre-norm block on one tensor, with both residual sums and LayerScale inside the kernels."""
+
+    def forward(self, x_or_x_list, rope_or_rope_list=None):
+        x, mlp = x_or_x_list, self.mlp
+        if (self.training and self.sample_drop_ratio > 0.0) or not runs_fused(BLOCK, self, x):
+            return super().forward(x_or_x_list, rope_or_rope_list)
+        tables, prefix = _rope(rope_or_rope_list, x.shape[1])
+        attn = _attention(self.attn, prefix)
+        mlp = _views.dino_mlp(mlp) if isinstance(mlp, Mlp) else _views.swiglu(mlp.w1, mlp.w2, mlp.w3)
+        return fused.block(_views.Block(self.norm1, attn, self.norm2, mlp, self.ls1, self.ls2), x, rope=tables)
+
+
+def _rope(rope: tuple[Tensor, Tensor] | None, tokens: int) -> tuple[ops.Rope | None, int]:
+    """Return DINOv3's ``(sin, cos)`` of the patches as the ops take it, and the number of tokens in front of them."""
+    if rope is None:
+        return None, 0
+    sin, cos = rope
+    return ops.Rope(cos, sin), tokens - sin.shape[-2]
+
+
+def _attention(attn: SelfAttention, prefix: int) -> _views.Attention:
+    qkv = attn.qkv
+    bias = qkv.bias
+    if bias is not None and isinstance(qkv, LinearKMaskedBias):
+        bias = bias * qkv.bias_mask.to(bias.dtype)
+    return _views.Attention(
+        _views.Linear(qkv.weight, bias),
+        attn.proj,
+        attn.num_heads,
+        qkv.in_features // attn.num_heads,
+        attn.scale,
+        attn.proj_drop,
+        num_prefix_tokens=prefix,
+    )
+
+
+def _attention_limit(attn: SelfAttention) -> str | None:
+    return _views.head_dim_limit(attn.qkv.in_features // attn.num_heads)
+
+
+def _patch_embed_limit(embed: PatchEmbed) -> str | None:
+    return _views.patches_limit(embed.proj, tuple(embed.patch_size))
+
+
+PARAMETERS[LayerScale] = frozenset({"gamma"})
+PARAMETERS[LinearKMaskedBias] = PARAMETERS[nn.Linear]
+
+ATTENTION = Rule(
+    SelfAttention,
+    FusedSelfAttention,
+    bypassed={"qkv": (nn.Linear, LinearKMaskedBias), "proj": (nn.Linear,), "proj_drop": (nn.Dropout,)},
+    called=frozenset({"attn_drop"}),  # by nobody: the original has no use for it either
+    attributes=frozenset({"num_heads", "scale"}),
+    limit=_attention_limit,
+)
+MLP = Rule(
+    Mlp,
+    FusedMlp,
+    bypassed={"fc1": (nn.Linear,), "act": (nn.GELU, nn.SiLU), "fc2": (nn.Linear,), "drop": (nn.Dropout,)},
+)
+SWIGLU = Rule(SwiGLUFFN, FusedSwiGLUFFN, bypassed={"w1": (nn.Linear,), "w2": (nn.Linear,), "w3": (nn.Linear,)})
+PATCH_EMBED = Rule(
+    PatchEmbed,
+    FusedPatchEmbed,
+    bypassed={"proj": (nn.Conv2d,)},
+    called=frozenset({"norm"}),
+    attributes=_views.DINO_PATCH_EMBED_ATTRIBUTES,
+    limit=_patch_embed_limit,
+)
+BLOCK = Rule(
+    SelfAttentionBlock,
+    FusedSelfAttentionBlock,
+    bypassed={
+        "norm1": (nn.LayerNorm,),
+        "attn": (SelfAttention,),
+        "ls1": (nn.Identity, LayerScale),
+        "norm2": (nn.LayerNorm,),
+        "mlp": (Mlp, SwiGLUFFN),
+        "ls2": (nn.Identity, LayerScale),
+    },
+    attributes=frozenset({"sample_drop_ratio"}),
+    limit=_views.layer_scales_limit,
+)
+add(ATTENTION, MLP, SWIGLU, PATCH_EMBED, BLOCK)

@@ -1,0 +1,129 @@
+"""What is swapped of open_clip: the residual blocks, their LayerNorms, and the image tower's embedding.
+
+Imported only where open_clip itself has been. The subclasses lie at module level, so that pickle finds them.
+Text towers are made of the same blocks, with a mask.
+"""
+
+from __future__ import annotations
+
+from open_clip.transformer import LayerNorm, LayerScale, QuickGELU, ResidualAttentionBlock, VisionTransformer
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from vitkernels import runtime
+from vitkernels.layers import fused
+from vitkernels.swap import _views
+from vitkernels.swap._rules import PARAMETERS, Rule, add, runs_fused
+from vitkernels.swap.torch_nn import one_dim
+
+
+class FusedLayerNorm(LayerNorm):
+    """open_clip's LayerNorm, which gives back its input's dtype, on :func:`vitkernels.ops.layer_norm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if runs_fused(LAYER_NORM, self, x):
+            return fused.layer_norm(self, x).to(x.dtype)
+        return super().forward(x)
+
+
+class FusedResidualAttentionBlock(ResidualAttentionBlock):
+    """open_clip's pre-norm block as self-attention, with both residual sums inside the kernels."""
+
+    def forward(
+        self,
+        q_x: Tensor,
+        k_x: Tensor | None = None,
+        v_x: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+    ) -> Tensor:
+        one_mask = attn_mask is None or attn_mask.ndim == 2  # of three dims: images and heads in one
+        if k_x is None and v_x is None and one_mask and runs_fused(BLOCK, self, q_x):
+            no_dropout = _views.Dropout(0.0, False)
+            attn = _views.multihead(self.attn, no_dropout)
+            mlp = _views.Mlp(self.mlp.c_fc, self.mlp.gelu, no_dropout, self.mlp.c_proj, no_dropout)
+            block = _views.Block(self.ln_1, attn, self.ln_2, mlp, self.ls_1, self.ls_2)
+            # Added to the scores, as open_clip makes numbers of bools too.
+            return fused.block(block, q_x, attn_mask=None if attn_mask is None else attn_mask.to(q_x.dtype))
+        return super().forward(q_x, k_x, v_x, attn_mask)
+
+
+class FusedVisionTransformer(VisionTransformer):
+    """open_clip's image tower with patches, class token and positions in :func:`vitkernels.ops.patch_embed`."""
+
+    def _embeds(self, x: Tensor) -> Tensor:
+        # Images of a wrong size are the original's business: it raises. Under autocast it makes tokens of half
+        # precision, which the op, with parameters of fp32, does not.
+        fits = isinstance(x, Tensor) and x.ndim == 4 and tuple(x.shape[2:]) == tuple(self.image_size)
+        if fits and runtime.autocast_dtype(x) is None and runs_fused(TOWER, self, x):
+            tokens = fused.patch_embed(
+                self.conv1,
+                x,
+                pos_embed=self.positional_embedding[None],
+                prefix_tokens=self.class_embedding.view(1, 1, -1),
+            )
+            return self.ln_pre(self.patch_dropout(tokens))
+        return super()._embeds(x)
+
+
+def _block_limit(block: ResidualAttentionBlock) -> str | None:
+    if len(block.mlp) != 3:
+        return f"its mlp has {len(block.mlp)} layers, not c_fc, gelu and c_proj alone"
+    if getattr(block.ls_1, "inplace", False) or getattr(block.ls_2, "inplace", False):
+        return "its LayerScale works in place"
+    reason = _views.multihead_limit(block.attn)
+    return reason and f"attn: {reason}"
+
+
+def _tower_limit(tower: VisionTransformer) -> str | None:
+    return _views.patches_limit(tower.conv1, tuple(tower.patch_size))
+
+
+PARAMETERS[nn.MultiheadAttention] = _views.MULTIHEAD_PARAMETERS
+PARAMETERS[NonDynamicallyQuantizableLinear] = PARAMETERS[nn.Linear]
+PARAMETERS[LayerScale] = frozenset({"gamma"})
+
+LAYER_NORM = Rule(
+    LayerNorm,
+    FusedLayerNorm,
+    parameters=frozenset({"weight", "bias"}),
+    attributes=frozenset({"normalized_shape", "eps", "elementwise_affine"}),
+    limit=one_dim,
+)
+BLOCK = Rule(
+    ResidualAttentionBlock,
+    FusedResidualAttentionBlock,
+    bypassed={
+        "ln_1": (LayerNorm, nn.LayerNorm),
+        "attn": (nn.MultiheadAttention,),
+        "attn.out_proj": (NonDynamicallyQuantizableLinear,),
+        "ls_1": (nn.Identity, LayerScale),
+        "ln_2": (LayerNorm, nn.LayerNorm),
+        "mlp": (nn.Sequential,),
+        "mlp.c_fc": (nn.Linear,),
+        "mlp.gelu": (nn.GELU, nn.SiLU, QuickGELU),
+        "mlp.c_proj": (nn.Linear,),
+        "ls_2": (nn.Identity, LayerScale),
+    },
+    limit=_block_limit,
+)
+TOWER = Rule(
+    VisionTransformer,
+    FusedVisionTransformer,
+    bypassed={"conv1": (nn.Conv2d,)},
+    called=frozenset({"patch_dropout", "ln_pre", "transformer", "attn_pool", "attn_pool_contrastive", "ln_post"}),
+    parameters=frozenset({"class_embedding", "positional_embedding", "proj"}),
+    attributes=frozenset(
+        {
+            "output_tokens",
+            "image_size",
+            "patch_size",
+            "grid_size",
+            "final_ln_after_pool",
+            "output_dim",
+            "pool_type",
+            "attn_pool_type",
+        }
+    ),
+    limit=_tower_limit,
+)
+add(LAYER_NORM, BLOCK, TOWER)

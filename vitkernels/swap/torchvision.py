@@ -1,0 +1,103 @@
+"""What is swapped of torchvision's ViTs: the encoder's blocks, their MLPs, and the model's cut into patches.
+
+Imported only where torchvision itself has been. The subclasses lie at module level, so that pickle finds them.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torchvision.models.vision_transformer import EncoderBlock, MLPBlock, VisionTransformer
+
+from vitkernels.layers import fused
+from vitkernels.swap import _views
+from vitkernels.swap._rules import PARAMETERS, Rule, add, runs_fused
+
+
+class FusedMLPBlock(MLPBlock):
+    """torchvision's MLPBlock, a Sequential, on :func:`vitkernels.ops.mlp`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if runs_fused(MLP, self, input):
+            return fused.mlp(_mlp(self), input)
+        return super().forward(input)
+
+
+class FusedEncoderBlock(EncoderBlock):
+    """torchvision's pre-norm EncoderBlock, with both residual sums inside the kernels."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() == 3 and runs_fused(BLOCK, self, input):
+            attn = _views.multihead(self.self_attention, self.dropout)
+            return fused.block(_views.Block(self.ln_1, attn, self.ln_2, _mlp(self.mlp)), input)
+        return super().forward(input)
+
+
+class FusedVisionTransformer(VisionTransformer):
+    """torchvision's VisionTransformer with its patches embedded by :func:`vitkernels.ops.patch_embed`."""
+
+    def _process_input(self, x: Tensor) -> Tensor:
+        # Images of a wrong size are the original's business: it raises.
+        if runs_fused(MODEL, self, x) and x.ndim == 4 and tuple(x.shape[2:]) == (self.image_size, self.image_size):
+            return fused.patch_embed(self.conv_proj, x)
+        return super()._process_input(x)
+
+
+def _mlp(mlp: MLPBlock) -> _views.Mlp:
+    return _views.Mlp(*mlp)
+
+
+def _block_limit(block: EncoderBlock) -> str | None:
+    reason = _views.multihead_limit(block.self_attention)
+    return reason and f"self_attention: {reason}"
+
+
+def _model_limit(model: VisionTransformer) -> str | None:
+    return _views.patches_limit(model.conv_proj, (model.patch_size, model.patch_size))
+
+
+PARAMETERS[nn.MultiheadAttention] = _views.MULTIHEAD_PARAMETERS
+PARAMETERS[NonDynamicallyQuantizableLinear] = PARAMETERS[nn.Linear]
+
+MLP = Rule(
+    MLPBlock,
+    FusedMLPBlock,
+    bypassed={"0": (nn.Linear,), "1": (nn.GELU,), "2": (nn.Dropout,), "3": (nn.Linear,), "4": (nn.Dropout,)},
+)
+BLOCK = Rule(
+    EncoderBlock,
+    FusedEncoderBlock,
+    bypassed={
+        "ln_1": (nn.LayerNorm,),
+        "self_attention": (nn.MultiheadAttention,),
+        "self_attention.out_proj": (NonDynamicallyQuantizableLinear,),
+        "dropout": (nn.Dropout,),
+        "ln_2": (nn.LayerNorm,),
+        "mlp": (MLPBlock,),
+    },
+    attributes=frozenset({"num_heads"}),
+    limit=_block_limit,
+)
+MODEL = Rule(
+    VisionTransformer,
+    FusedVisionTransformer,
+    bypassed={"conv_proj": (nn.Conv2d,)},
+    called=frozenset({"encoder", "heads"}),
+    parameters=frozenset({"class_token"}),
+    attributes=frozenset(
+        {
+            "image_size",
+            "patch_size",
+            "hidden_dim",
+            "mlp_dim",
+            "attention_dropout",
+            "dropout",
+            "num_classes",
+            "representation_size",
+            "norm_layer",
+            "seq_length",
+        }
+    ),
+    limit=_model_limit,
+)
+add(MLP, BLOCK, MODEL)

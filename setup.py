@@ -12,9 +12,24 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "vitkernels" / "__init__.
 # names, which a hard requirement would overwrite: it is an extra.
 TRITON = ["triton>=3.6; platform_system == 'Linux'"]
 TIMM = ["timm>=1.0.20", "torchvision"]
+HF = ["transformers>=4.50", "safetensors"]
 DEMO = [*TRITON, "matplotlib", "numpy", "pillow", "rich", "safetensors", "scikit-learn"]
 BENCH = [*TRITON, *TIMM, "matplotlib", "numpy", "pytest-benchmark", "rich"]  # benchmarks/ runs from a checkout
-TEST = [*DEMO, *TIMM, "expecttest", "hypothesis", "pytest", "pytest-benchmark", "pytest-timeout", "pytest-xdist"]
+TEST = [
+    *DEMO,
+    *TIMM,
+    *HF,
+    "bitsandbytes",
+    "expecttest",
+    "hypothesis",
+    "open_clip_torch",
+    "peft",
+    "pytest",
+    "pytest-benchmark",
+    "pytest-timeout",
+    "pytest-xdist",
+    "torchao",
+]
 
 setup(
     name="vitkernels",
@@ -29,7 +44,7 @@ setup(
     extras_require={
         "triton": TRITON,
         "timm": TIMM,
-        "hf": ["transformers>=4.50", "safetensors"],
+        "hf": HF,
         "demo": DEMO,
         "bench": BENCH,
         "test": TEST,

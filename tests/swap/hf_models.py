@@ -1,0 +1,192 @@
+"""Small models of transformers, made from configurations, with inputs for them."""
+
+from collections.abc import Callable
+
+import torch
+import transformers
+from parity import shake
+from torch import Tensor, nn
+
+# Cut down in what the interpreter's time depends on alone; every path of the originals is there.
+VISION = {
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "intermediate_size": 48,
+    "image_size": 16,
+    "patch_size": 8,
+}
+TEXT = {
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "intermediate_size": 48,
+    "vocab_size": 99,
+    "max_position_embeddings": 16,
+    "projection_dim": 24,
+    "eos_token_id": 98,
+}
+PARTS = {"Attention", "MLP", "Layer", "PatchEmbeddings"}
+SIGLIP_PARTS = {"Attention", "MLP", "EncoderLayer", "VisionEmbeddings"}
+
+
+def images(size: int = 16, batch: int = 2) -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(batch, 3, size, size)}
+
+
+def texts() -> dict[str, Tensor]:
+    ids = torch.randint(0, 98, (2, 9))
+    ids[:, -1] = 98
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0  # padding, so that masks other than the causal one are there too
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def packed_patches() -> dict[str, Tensor]:
+    """SigLIP2's images: patches of two sizes of image, padded to the longer."""
+    mask = torch.ones(2, 12, dtype=torch.int32)
+    mask[1, 6:] = 0
+    return {
+        "pixel_values": torch.randn(2, 12, 3 * 8 * 8),
+        "pixel_attention_mask": mask,
+        "spatial_shapes": torch.tensor([[3, 4], [2, 3]]),
+    }
+
+
+def llava(**more) -> nn.Module:
+    text = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=99
+    )
+    vision = transformers.CLIPVisionConfig(**VISION | more)
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_id=98)
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def paligemma() -> nn.Module:
+    text = transformers.GemmaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=16, vocab_size=99,
+    )  # fmt: skip
+    vision = transformers.SiglipVisionConfig(**VISION)
+    config = transformers.PaliGemmaConfig(vision_config=vision, text_config=text, image_token_id=98, projection_dim=32)
+    return transformers.PaliGemmaForConditionalGeneration(config)
+
+
+def images_in_texts() -> dict[str, Tensor]:
+    ids = torch.tensor([[1, *[98] * 4, 5, 6], [2, *[98] * 4, 7, 8]])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **images()}
+
+
+def clip_pair() -> nn.Module:
+    config = transformers.CLIPConfig(vision_config=VISION, text_config=TEXT, projection_dim=24)
+    return transformers.CLIPModel(config)
+
+
+def siglip_pair() -> nn.Module:
+    text = TEXT | {"projection_size": 32}
+    return transformers.SiglipModel(transformers.SiglipConfig(vision_config=VISION, text_config=text))
+
+
+def vit(**more) -> nn.Module:
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**VISION | more))
+
+
+def dinov2(**more) -> nn.Module:
+    return transformers.Dinov2Model(transformers.Dinov2Config(**VISION | {"layerscale_value": 0.7} | more))
+
+
+def dinov3(**more) -> nn.Module:
+    options = VISION | {"num_register_tokens": 2, "layerscale_value": 0.7} | more
+    return transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**options))
+
+
+# By name: what makes the model, its inputs, and the ends of the names of the classes that must be swapped.
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]], set[str]]] = {
+    "vit": (lambda: vit(num_hidden_layers=2), images, PARTS),
+    "deit": (
+        lambda: transformers.DeiTForImageClassificationWithTeacher(transformers.DeiTConfig(**VISION)), images, PARTS,
+    ),
+    "vit_mae": (
+        lambda: transformers.ViTMAEForPreTraining(
+            transformers.ViTMAEConfig(
+                **VISION, decoder_hidden_size=32, decoder_num_attention_heads=2, decoder_num_hidden_layers=1,
+                decoder_intermediate_size=64,
+            )
+        ),
+        lambda: images() | {"noise": torch.rand(2, 4)},
+        PARTS,
+    ),
+    "dinov2": (dinov2, images, PARTS),
+    "dinov2, swiglu": (
+        lambda: dinov2(use_swiglu_ffn=True), images, PARTS - {"MLP"} | {"SwiGLUFFN"},
+    ),
+    "dinov2, registers": (
+        lambda: transformers.Dinov2WithRegistersModel(
+            transformers.Dinov2WithRegistersConfig(**VISION, num_register_tokens=3, layerscale_value=0.7)
+        ),
+        images,
+        PARTS,
+    ),
+    "dinov2, registers, swiglu": (
+        lambda: transformers.Dinov2WithRegistersModel(
+            transformers.Dinov2WithRegistersConfig(**VISION, use_swiglu_ffn=True)
+        ),
+        images,
+        PARTS - {"MLP"} | {"SwiGLUFFN"},
+    ),
+    "dinov3": (dinov3, images, PARTS - {"PatchEmbeddings"} | {"Embeddings"}),
+    "dinov3, gated": (
+        lambda: dinov3(use_gated_mlp=True, hidden_act="silu"),
+        images,
+        {"Attention", "GatedMLP", "Layer", "Embeddings"},
+    ),
+    "siglip": (
+        lambda: transformers.SiglipVisionModel(
+            transformers.SiglipVisionConfig(**VISION | {"image_size": 22, "hidden_size": 72, "num_attention_heads": 1})
+        ),
+        lambda: images(22),
+        SIGLIP_PARTS,
+    ),
+    "siglip2": (
+        lambda: transformers.Siglip2VisionModel(transformers.Siglip2VisionConfig(**VISION, num_patches=16)),
+        packed_patches,
+        SIGLIP_PARTS - {"VisionEmbeddings"},
+    ),
+    "clip": (
+        lambda: transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**VISION, projection_dim=24)),
+        images,
+        SIGLIP_PARTS,
+    ),
+    "clip text": (lambda: transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXT)), texts, set()),
+    "clip pair": (clip_pair, lambda: images() | texts(), SIGLIP_PARTS),
+    "siglip pair": (siglip_pair, lambda: images() | texts(), SIGLIP_PARTS),
+    "llava": (llava, images_in_texts, SIGLIP_PARTS),
+    "paligemma": (
+        paligemma, lambda: images_in_texts() | {"token_type_ids": torch.zeros(2, 7, dtype=torch.long)}, SIGLIP_PARTS,
+    ),
+}  # fmt: skip
+
+
+def build(name: str) -> nn.Module:
+    return shake(MODELS[name][0]()).eval()
+
+
+def inputs_of(name: str, like: Tensor | None = None) -> dict[str, Tensor]:
+    """Fresh inputs for a model, on the device and in the dtype of ``like``."""
+    inputs = MODELS[name][1]()
+    if like is None:
+        return inputs
+    return {k: x.to(like.device, like.dtype if x.is_floating_point() else x.dtype) for k, x in inputs.items()}
+
+
+def tensors(outputs: dict) -> dict[str, Tensor]:
+    """The floating-point outputs of a model, of models inside it too."""
+    found = {}
+    for name, value in outputs.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            found[name] = value
+        elif isinstance(value, dict):
+            found |= {f"{name}.{inner}": t for inner, t in tensors(value).items()}
+        elif isinstance(value, tuple):
+            found |= {f"{name}.{i}": t for i, t in enumerate(value) if isinstance(t, Tensor)}
+    return found

@@ -12,7 +12,7 @@ LAYERS = [
     {"ops"},
     {"layers"},
     {"models"},
-    {"swap", "precompile"},
+    {"swap", "precompile", "hf"},
     {"testing", "console"},
     {"aot", "demo"},
     {"cli"},

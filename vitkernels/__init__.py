@@ -21,13 +21,15 @@ _HOME = {
 }
 _SUBMODULES = ("layers", "models", "ops", "reference", "runtime", "swap", "testing", "tuning")
 
+_OPTIONAL = ("hf",)  # needs transformers, so a star import leaves it out
+
 __all__ = [*_HOME, *_SUBMODULES, "__version__"]
 
 
 def __getattr__(name: str):
     if name in _HOME:
         return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    if name in _SUBMODULES:
+    if name in (*_SUBMODULES, *_OPTIONAL):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

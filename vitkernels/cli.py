@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib.util
 import json
 import os
@@ -46,6 +47,13 @@ def _parser() -> argparse.ArgumentParser:
     classify.add_argument("--out", type=Path, default=Path("vitkernels_classify.png"), help="the picture (%(default)s)")
     classify.set_defaults(run=_classify, runs_kernels=True)
 
+    explain = commands.add_parser("explain", help="say what accelerate() would make of a model, without its weights")
+    explain.add_argument(
+        "name", metavar="NAME", help="timm's name, as vit_tiny_patch16_224, or a folder with a config.json"
+    )
+    explain.add_argument("--json", action="store_true", help="print JSON, not a table")
+    explain.set_defaults(run=_explain, runs_kernels=False)
+
     inspect = commands.add_parser("inspect", help="compile every kernel, without a GPU, and hold it to the contract")
     inspect.add_argument(
         "--target", action="append", choices=("sm_80", "sm_90", "sm_100", "sm_120", "gfx942"), metavar="ARCH",
@@ -76,6 +84,46 @@ def _classify(args: argparse.Namespace) -> None:
     from vitkernels.demo.classify import classify
 
     classify(args.image, args.model, args.weights, args.out)
+
+
+def _explain(args: argparse.Namespace) -> None:
+    from vitkernels import swap
+    from vitkernels.console import UserError, one_line
+
+    try:
+        model = _without_weights(args.name)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        raise UserError(one_line(error)) from error
+    report = swap.explain(model)
+    if args.json:
+        print(report.to_json())
+    else:
+        report.print()
+
+
+def _without_weights(name: str):
+    """Build timm's model ``name``, or what the config.json in the folder ``name`` names, on the meta device."""
+    import torch
+
+    from vitkernels.console import UserError, import_timm
+
+    config = Path(name) / "config.json"
+    described = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    if "model_type" in described:
+        try:
+            import transformers
+        except ImportError as error:
+            raise UserError(f"{config} is of transformers, which is not installed: pip install transformers") from error
+        with torch.device("meta"):
+            return transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(name))
+    timm = import_timm()
+    architecture = described.get("architecture", name)
+    if not timm.is_model(architecture):
+        alike = difflib.get_close_matches(architecture.partition(".")[0], timm.list_models(), n=3)
+        hint = f"; did you mean {', '.join(alike)}?" if alike else ""
+        raise UserError(f"{architecture!r} is neither a model of timm nor a folder with a config.json{hint}")
+    with torch.device("meta"):
+        return timm.create_model(architecture)
 
 
 def _inspect(args: argparse.Namespace) -> bool:

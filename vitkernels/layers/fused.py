@@ -8,12 +8,15 @@ by the caller; shapes are (B, N, C).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkernels import ops
+
+_NO_NORM = (nn.Identity, type(None))
 
 
 def activation_name(act: nn.Module) -> str | None:
@@ -22,26 +25,43 @@ def activation_name(act: nn.Module) -> str | None:
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(act.approximate)
     if type(act) is nn.SiLU:
         return "silu"
-    # timm's and transformers' classes, by name: neither library is needed here.
+    # Other libraries' classes, by name: none of them is needed here.
     return {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu"}.get(
-        type(act).__name__ if type(act).__module__.startswith(("timm.", "vitkernels.")) else ""
+        type(act).__name__ if type(act).__module__.startswith(("timm.", "vitkernels.", "open_clip.")) else ""
     )
 
 
-def drop_path_scale(drop_path: nn.Module, x: Tensor, gamma: Tensor | None = None) -> Tensor | None:
+class Packed(NamedTuple):
+    """Images of different size in one row of tokens, in the place of a mask.
+
+    Attributes:
+        cu_seqlens: (images + 1,): image i has tokens ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``.
+        max_seqlen: Tokens of the longest image, or more.
+    """
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+
+def drop_path_scale(
+    drop_path: nn.Module, x: Tensor, gamma: Tensor | None = None, images: Packed | None = None
+) -> Tensor | None:
     """Draw the scale (B,) of each sample's branch: 0 or 1/keep; None where nothing is dropped.
 
     Drawn exactly as timm's DropPath draws it on ``x · gamma``, so that a seed gives the same masks; in the dtype of
-    that product, as 1/keep rounded to bf16 would scale every branch wrongly.
+    that product, as 1/keep rounded to bf16 would scale every branch wrongly. With ``images`` x is (T, 1, C), and each
+    token gets its image's.
     """
     if not _drops(drop_path):
         return None
     keep = 1.0 - drop_path.drop_prob
     dtype = x.dtype if gamma is None else torch.promote_types(x.dtype, gamma.dtype)
-    scale = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1), dtype=dtype).bernoulli_(keep)
+    samples = x.shape[0] if images is None else len(images.cu_seqlens) - 1
+    scale = x.new_empty((samples,) + (1,) * (x.ndim - 1), dtype=dtype).bernoulli_(keep)
     if keep > 0.0 and drop_path.scale_by_keep:
         scale.div_(keep)
-    return scale.reshape(-1)
+    scale = scale.reshape(-1)
+    return scale if images is None else scale.repeat_interleave(images.cu_seqlens.diff(), output_size=x.shape[0])
 
 
 def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -49,21 +69,118 @@ def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     return ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
 
 
-def attention(attn: nn.Module, x: Tensor) -> Tensor:
-    """Self-attention with ``qkv`` and ``proj`` of ``attn``; no mask, no dropout on the scores."""
+def rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """RMSNorm with the parameters of ``norm``."""
+    return ops.rms_norm(x, norm.weight, norm.eps)
+
+
+def norm(module: nn.Module, x: Tensor) -> Tensor:
+    """LayerNorm, RMSNorm (whatever is no ``nn.LayerNorm``) or, where ``module`` is an ``nn.Identity``, ``x``."""
+    if isinstance(module, nn.Identity):
+        return x
+    return layer_norm(module, x) if isinstance(module, nn.LayerNorm) else rms_norm(module, x)
+
+
+def add_norm(
+    norm: nn.Module,
+    branch: Tensor,
+    x: Tensor,
+    *,
+    layer_scale: Tensor | None = None,
+    drop_path_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``r = x + drop_path_scale · layer_scale · branch``; returns ``(norm(r), r)``, in one pass."""
+    scales = {"layer_scale": layer_scale, "drop_path_scale": drop_path_scale}
+    if isinstance(norm, nn.LayerNorm):
+        return ops.add_layer_norm(branch, x, norm.weight, norm.bias, norm.eps, **scales)
+    return ops.add_rms_norm(branch, x, norm.weight, norm.eps, **scales)
+
+
+def attention(
+    attn: nn.Module,
+    x: Tensor,
+    *,
+    attn_mask: Tensor | Packed | None = None,
+    is_causal: bool = False,
+    rope: ops.Rope | None = None,
+) -> Tensor:
+    """Self-attention with ``qkv``, or ``q_proj``, ``k_proj`` and ``v_proj``, and ``proj`` of ``attn``.
+
+    QK-norm, the norm and the gate in front of ``proj``, and dropout are those of ``attn`` where it has any; ``rope``
+    leaves its ``num_prefix_tokens`` alone. With :class:`Packed`, x is (1, T, C) and tables broadcast to (H, T, D).
+    """
     B, N, _ = x.shape
-    qkv = ops.linear(x, attn.qkv.weight, attn.qkv.bias).view(B, N, 3, attn.num_heads, attn.head_dim)
-    out = ops.attention_qkvpacked(qkv, scale=attn.scale).flatten(2)
+    options = {"scale": _scale(attn), "is_causal": is_causal, "dropout_p": _attention_dropout(attn), "rope": rope}
+    options |= {name: _qk_norm(getattr(attn, name, None)) for name in ("q_norm", "k_norm")}
+    packed = isinstance(attn_mask, Packed)
+    if not packed:
+        options |= {"attn_mask": attn_mask, "num_prefix_tokens": 0 if rope is None else attn.num_prefix_tokens}
+    if getattr(attn, "qkv", None) is not None:
+        head_dim = attn.qkv.weight.shape[0] // (3 * attn.num_heads)
+        qkv = ops.linear(x, attn.qkv.weight, qkv_bias(attn)).view(B, N, 3, attn.num_heads, head_dim)
+        if not packed:
+            out = ops.attention_qkvpacked(qkv, **options)
+        else:
+            out = ops.attention_varlen(*qkv[0].unbind(1), *attn_mask, **options)
+    else:
+        head_dim = attn.q_proj.weight.shape[0] // attn.num_heads
+        q, k, v = (
+            ops.linear(x, proj.weight, proj.bias).view(B, N, proj.weight.shape[0] // head_dim, head_dim)
+            for proj in (attn.q_proj, attn.k_proj, attn.v_proj)
+        )
+        groups = getattr(attn, "num_kv_groups", 1)
+        if groups > 1:  # grouped queries: each head of k and v serves several of q (arXiv 2305.13245)
+            k, v = (t.repeat_interleave(groups, dim=2) for t in (k, v))
+        if not packed:
+            out = ops.attention(*(t.transpose(1, 2) for t in (q, k, v)), **options).transpose(1, 2)
+        else:
+            out = ops.attention_varlen(q[0], k[0], v[0], *attn_mask, **options)
+    out = out.reshape(B, N, attn.num_heads * head_dim)
+    if hasattr(attn, "norm"):
+        out = norm(attn.norm, out)
+    if getattr(attn, "gate", None) is not None:
+        out = out * attn.gate(x).sigmoid()
     out = ops.linear(out, attn.proj.weight, attn.proj.bias)
     return F.dropout(out, attn.proj_drop.p, attn.proj_drop.training)
 
 
+def qkv_bias(attn: nn.Module) -> Tensor | None:
+    """Return the bias of packed queries, keys and values; EVA keeps it in three parts, the keys' being zero."""
+    if getattr(attn, "q_bias", None) is None:
+        return attn.qkv.bias
+    return torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+
+
+def _scale(attn: nn.Module) -> float | None:
+    # timm's fused attention is PyTorch's, with 1/√D; its ``scale`` counts in the other branch alone.
+    return None if getattr(attn, "fused_attn", False) else attn.scale
+
+
+def _attention_dropout(attn: nn.Module) -> float:
+    drop = getattr(attn, "attn_drop", None)
+    if drop is None:
+        return 0.0
+    # As with the scale: PyTorch's attention in timm's goes by the module's mode.
+    training = attn.training if getattr(attn, "fused_attn", False) else drop.training
+    return drop.p if training else 0.0
+
+
+def _qk_norm(norm: nn.Module | None) -> ops.QKNorm | None:
+    if isinstance(norm, _NO_NORM):
+        return None
+    rms = not isinstance(norm, nn.LayerNorm)
+    return ops.QKNorm(norm.weight, None if rms else norm.bias, norm.eps, rms)
+
+
 def mlp(mlp: nn.Module, x: Tensor, *, residual: Tensor | None = None, layer_scale: Tensor | None = None) -> Tensor:
-    """``residual + layer_scale · mlp(x)`` with ``fc1``, ``act`` and ``fc2`` of ``mlp``."""
+    """``residual + layer_scale · mlp(x)`` with ``fc1``, ``act``, ``norm`` if there is one, and ``fc2`` of ``mlp``.
+
+    Gated where ``fc1`` makes two halves or comes in two parts: :func:`swiglu`.
+    """
+    if _is_gated(mlp):
+        return swiglu(mlp, x, residual=residual, layer_scale=layer_scale)
     activation = activation_name(mlp.act)
-    drop1 = mlp.drop1.p if mlp.drop1.training else 0.0
-    drop2 = mlp.drop2.p if mlp.drop2.training else 0.0
-    if not drop1 and not drop2:
+    if not _drops_features(mlp) and not _has_norm(mlp):
         return ops.mlp(
             x,
             mlp.fc1.weight,
@@ -75,57 +192,155 @@ def mlp(mlp: nn.Module, x: Tensor, *, residual: Tensor | None = None, layer_scal
             layer_scale=layer_scale,
         )
     hidden = ops.linear(x, mlp.fc1.weight, mlp.fc1.bias, activation=activation)
-    out = ops.linear(F.dropout(hidden, drop1), mlp.fc2.weight, mlp.fc2.bias)
-    out = F.dropout(out, drop2)
+    return _behind_activation(mlp, hidden, residual, layer_scale)
+
+
+def swiglu(mlp: nn.Module, x: Tensor, *, residual: Tensor | None = None, layer_scale: Tensor | None = None) -> Tensor:
+    """``residual + layer_scale · mlp(x)`` of a gated MLP: ``fc1``, or ``fc1_g`` and ``fc1_x``; ``norm``; ``fc2``.
+
+    One op, but where features are dropped or ``norm`` is an RMSNorm. ViTamin's ``norm(x)``, ``w0``, ``w1``, ``w2`` too.
+    """
+    if hasattr(mlp, "w0"):
+        x, gate, value, last, inner, gate_last = norm(mlp.norm, x), mlp.w0, mlp.w1, mlp.w2, nn.Identity(), False
+    else:
+        last, inner = mlp.fc2, mlp.norm
+        gate, value = (mlp.fc1, None) if hasattr(mlp, "fc1") else (mlp.fc1_g, mlp.fc1_x)
+        gate_last = getattr(mlp, "gate_last", False)
+    if _drops_features(mlp) or not isinstance(inner, (nn.Identity, nn.LayerNorm)):
+        parts = [ops.linear(x, part.weight, part.bias) for part in (gate, value) if part is not None]
+        gated, values = parts if value is not None else parts[0].chunk(2, dim=-1)[:: -1 if gate_last else 1]
+        return _behind_activation(mlp, mlp.act(gated) * values, residual, layer_scale, inner, last)
+    both = (gate.bias, None if value is None else value.bias)
+    return ops.swiglu_mlp(
+        x,
+        gate.weight if value is None else (gate.weight, value.weight),
+        gate.bias if value is None or gate.bias is None else both,
+        last.weight,
+        last.bias,
+        activation=activation_name(mlp.act),
+        gate_last=gate_last,
+        norm=None if isinstance(inner, nn.Identity) else (inner.weight, inner.bias, inner.eps),
+        residual=residual,
+        layer_scale=layer_scale,
+    )
+
+
+def _behind_activation(mlp, hidden, residual, layer_scale, inner=None, last=None) -> Tensor:
+    """Dropout, the inner norm, the last layer, dropout, LayerScale and the residual sum."""
+    last = mlp.fc2 if last is None else last
+    inner = getattr(mlp, "norm", None) if inner is None else inner
+    hidden = F.dropout(hidden, mlp.drop1.p, mlp.drop1.training)
+    if inner is not None:
+        hidden = norm(inner, hidden)
+    if not (mlp.drop2.training and mlp.drop2.p):
+        return ops.linear(hidden, last.weight, last.bias, residual=residual, layer_scale=layer_scale)
+    out = F.dropout(ops.linear(hidden, last.weight, last.bias), mlp.drop2.p)
     if layer_scale is not None:
         out = out * layer_scale
     return out if residual is None else residual + out
 
 
-def block(block: nn.Module, x: Tensor) -> Tensor:
-    """A pre-norm block: ``x + ls1(attn(norm1(x)))``, then ``x + ls2(mlp(norm2(x)))``, with DropPath on both branches.
+def _is_gated(mlp: nn.Module) -> bool:
+    return hasattr(mlp, "gate_last") or hasattr(mlp, "fc1_g") or hasattr(mlp, "w0")
 
-    One op where nothing is dropped. Else the first residual sum, LayerScale and DropPath are one pass with norm2.
+
+def _has_norm(mlp: nn.Module) -> bool:
+    return not isinstance(getattr(mlp, "norm", None), _NO_NORM)
+
+
+def _drops_features(mlp: nn.Module) -> bool:
+    return any(drop.training and drop.p for drop in (mlp.drop1, mlp.drop2))
+
+
+def block(
+    block: nn.Module,
+    x: Tensor,
+    *,
+    attn_mask: Tensor | Packed | None = None,
+    is_causal: bool = False,
+    rope: ops.Rope | None = None,
+) -> Tensor:
+    """A pre-norm block: ``x + γ1 · attn(norm1(x))``, then ``x + γ2 · mlp(norm2(x))``, with DropPath on both branches.
+
+    γ is ``ls1.gamma`` (timm's ViT) or ``gamma_1`` (EVA). One op where the block is plain and nothing is masked or
+    dropped. Else the first residual sum, LayerScale and DropPath are one pass with norm2.
     """
     attn, mlp_ = block.attn, block.mlp
-    gamma1, gamma2 = getattr(block.ls1, "gamma", None), getattr(block.ls2, "gamma", None)
-    dropouts = (attn.proj_drop, mlp_.drop1, mlp_.drop2)
+    gamma1, gamma2 = _layer_scales(block)
     paths = (block.drop_path1, block.drop_path2)
-    if not any(d.training and d.p for d in dropouts) and not any(_drops(path) for path in paths):
+    plain = attn_mask is None and not is_causal and rope is None and _is_plain(block)
+    if plain and not any(_drops(path) for path in paths):
         return ops.block(
             x,
             norm1=(block.norm1.weight, block.norm1.bias),
-            qkv=(attn.qkv.weight, attn.qkv.bias),
+            qkv=(attn.qkv.weight, qkv_bias(attn)),
             proj=(attn.proj.weight, attn.proj.bias),
             norm2=(block.norm2.weight, block.norm2.bias),
             fc1=(mlp_.fc1.weight, mlp_.fc1.bias),
             fc2=(mlp_.fc2.weight, mlp_.fc2.bias),
             layer_scale=(gamma1, gamma2),
             num_heads=attn.num_heads,
-            scale=attn.scale,
+            scale=_scale(attn),
             eps=(block.norm1.eps, block.norm2.eps),
             activation=activation_name(mlp_.act),
         )
-    branch = attention(attn, layer_norm(block.norm1, x))
-    normed, x = ops.add_layer_norm(
-        branch,
-        x,
-        block.norm2.weight,
-        block.norm2.bias,
-        block.norm2.eps,
-        layer_scale=gamma1,
-        drop_path_scale=drop_path_scale(block.drop_path1, branch, gamma1),
+    branch = attention(attn, norm(block.norm1, x), attn_mask=attn_mask, is_causal=is_causal, rope=rope)
+    images = attn_mask if isinstance(attn_mask, Packed) else None
+    if images is not None:
+        branch, x = branch.transpose(0, 1), x.transpose(0, 1)  # (T, 1, C): what is dropped, is dropped by row
+    scale = drop_path_scale(block.drop_path1, branch, gamma1, images)
+    normed, x = add_norm(block.norm2, branch, x, layer_scale=gamma1, drop_path_scale=scale)
+    if _drops(block.drop_path2):
+        x = _add_dropped(block.drop_path2, mlp(mlp_, normed, layer_scale=gamma2), x, images)
+    else:
+        x = mlp(mlp_, normed, residual=x, layer_scale=gamma2)
+    return x if images is None else x.transpose(0, 1)
+
+
+def post_norm_block(
+    block: nn.Module,
+    x: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    rope: ops.Rope | None = None,
+) -> Tensor:
+    """A block with its norms behind: ``x + norm1(attn(x))``, then ``x + norm2(mlp(x))``, DropPath on both branches."""
+    branch = attention(block.attn, x, attn_mask=attn_mask, is_causal=is_causal, rope=rope)
+    x = _add_dropped(block.drop_path1, norm(block.norm1, branch), x)
+    return _add_dropped(block.drop_path2, norm(block.norm2, mlp(block.mlp, x)), x)
+
+
+def _layer_scales(block: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    if hasattr(block, "ls1"):
+        return getattr(block.ls1, "gamma", None), getattr(block.ls2, "gamma", None)
+    return block.gamma_1, block.gamma_2
+
+
+def _is_plain(block: nn.Module) -> bool:
+    """Tell whether ``ops.block`` does all of the block as it is now, DropPath aside."""
+    attn, mlp_ = block.attn, block.mlp
+    return (
+        isinstance(block.norm1, nn.LayerNorm)
+        and isinstance(block.norm2, nn.LayerNorm)
+        and getattr(attn, "qkv", None) is not None
+        and getattr(attn, "gate", None) is None
+        and all(isinstance(getattr(attn, name, None), _NO_NORM) for name in ("q_norm", "k_norm", "norm"))
+        and not _attention_dropout(attn)
+        and not (attn.proj_drop.training and attn.proj_drop.p)
+        and not _is_gated(mlp_)
+        and not _has_norm(mlp_)
+        and not _drops_features(mlp_)
     )
-    if not _drops(block.drop_path2):
-        return mlp(mlp_, normed, residual=x, layer_scale=gamma2)
-    branch = mlp(mlp_, normed)
-    if gamma2 is not None:
-        branch = branch * gamma2
-    return torch.addcmul(x, branch, drop_path_scale(block.drop_path2, branch).reshape(-1, 1, 1))
+
+
+def _add_dropped(drop_path: nn.Module, branch: Tensor, x: Tensor, images: Packed | None = None) -> Tensor:
+    scale = drop_path_scale(drop_path, branch, images=images)
+    return x + branch if scale is None else torch.addcmul(x, branch, scale.reshape(-1, 1, 1))
 
 
 def _drops(drop_path: nn.Module) -> bool:
-    return drop_path.training and getattr(drop_path, "drop_prob", 0.0) > 0.0
+    return getattr(drop_path, "drop_prob", 0.0) > 0.0 and drop_path.training
 
 
 def patch_embed(

@@ -6,10 +6,9 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from vitkernels import ops
 from vitkernels.layers._plain import has_plain_children
 from vitkernels.layers.activation import QuickGELU, create_activation
-from vitkernels.layers.fused import activation_name
+from vitkernels.layers.fused import swiglu as fused_swiglu
 from vitkernels.layers.layer_norm import LayerNorm
 
 _CHILDREN = {
@@ -19,33 +18,6 @@ _CHILDREN = {
     "fc2": (nn.Linear,),
     "drop2": (nn.Dropout,),
 }
-
-
-def fused_swiglu(
-    mlp: nn.Module, x: Tensor, *, residual: Tensor | None = None, layer_scale: Tensor | None = None
-) -> Tensor:
-    """``residual + layer_scale · mlp(x)`` in one op, with timm's names: ``fc1``, or ``fc1_g`` and ``fc1_x``; ``fc2``.
-
-    ``norm`` of ``mlp`` is a LayerNorm or an ``nn.Identity``; dropout is left out.
-    """
-    if hasattr(mlp, "fc1"):
-        w12, b12, gate_last = mlp.fc1.weight, mlp.fc1.bias, mlp.gate_last
-    else:
-        w12, gate_last = (mlp.fc1_g.weight, mlp.fc1_x.weight), False
-        b12 = None if mlp.fc1_g.bias is None else (mlp.fc1_g.bias, mlp.fc1_x.bias)
-    norm = None if isinstance(mlp.norm, nn.Identity) else (mlp.norm.weight, mlp.norm.bias, mlp.norm.eps)
-    return ops.swiglu_mlp(
-        x,
-        w12,
-        b12,
-        mlp.fc2.weight,
-        mlp.fc2.bias,
-        activation=activation_name(mlp.act),
-        gate_last=gate_last,
-        norm=norm,
-        residual=residual,
-        layer_scale=layer_scale,
-    )
 
 
 class _GatedMlp(nn.Module):

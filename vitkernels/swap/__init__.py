@@ -11,17 +11,27 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
+import weakref
 from collections.abc import Iterator
 
 from torch import nn
 
 from vitkernels.swap import _rules
+from vitkernels.swap.estimate import Estimate, estimate_time
 from vitkernels.swap.report import Kept, Report, Swapped
 
 __all__ = ["Kept", "Report", "Swapped", "accelerate", "explain", "restore"]
 
 # The file here that knows a library's modules. Without the library in sys.modules there are no such modules.
-_FILES = {"torch": "torch_nn", "timm": "timm"}
+_FILES = {
+    "torch": "torch_nn",
+    "timm": "timm",
+    "torchvision": "torchvision",
+    "open_clip": "open_clip",
+    "dinov2": "dinov2",
+    "dinov3": "dinov3",
+    "transformers.modeling_utils": "hf",  # transformers itself is a lazy module: this one comes with any model
+}
 
 _LIBRARY_PRODUCTS = {
     nn.Linear: "a plain Linear: already one library product",
@@ -47,7 +57,7 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
         NotImplementedError: With ``strict``; the model is as it was.
     """
     plan = list(_plan(model))
-    report = _report(plan)
+    report = _report(plan, model)
     if strict:
         refused = [k for k in report.kept if k.known]
         if refused:
@@ -68,7 +78,7 @@ def explain(model: nn.Module) -> Report:
     Raises:
         TypeError: ``model`` is no ``torch.nn.Module``.
     """
-    return _report(list(_plan(model)))
+    return _report(list(_plan(model)), model)
 
 
 def restore(model: nn.Module) -> Report:
@@ -123,8 +133,10 @@ def _plan(model: nn.Module) -> Iterator[tuple[nn.Module, Swapped | Kept]]:
         cls = type(module)
         rule = _rule(module)
         reason = None if rule is None else _rules.why_not_swap(rule, module)
+        if reason is not None and reason.endswith(_rules.SHARDED) and isinstance(module, rule.fused):
+            reason = None  # swapped before it was sharded: every call judges for itself
         if rule is not None and reason is None:
-            bypassed.update(child for name, child in module.named_children() if name in rule.bypassed)
+            bypassed.update(_rules.descendant(module, path) for path in rule.bypassed)
             subclassed = cls not in (rule.original, rule.fused)
             yield module, Swapped(path, rule.original.__name__, (cls if subclassed else rule.fused).__name__)
         elif rule is not None:
@@ -150,9 +162,15 @@ def _reason(module: nn.Module) -> str | None:
     return "no fused forward for this class"
 
 
-def _report(plan: list[tuple[nn.Module | None, Swapped | Kept]]) -> Report:
+def _report(plan: list[tuple[nn.Module | None, Swapped | Kept]], model: nn.Module | None = None) -> Report:
     entries = [entry for _, entry in plan]
-    return Report(
-        tuple(e for e in entries if isinstance(e, Swapped)),
-        tuple(e for e in entries if isinstance(e, Kept)),
-    )
+    swapped = tuple(e for e in entries if isinstance(e, Swapped))
+    kept = tuple(e for e in entries if isinstance(e, Kept))
+    if model is None:
+        return Report(swapped, kept)
+    alive, paths = weakref.ref(model), dict.fromkeys(entry.module for entry in swapped)
+
+    def estimated() -> Estimate | None:
+        return None if alive() is None else estimate_time(alive(), paths)
+
+    return Report(swapped, kept, estimated)

@@ -28,6 +28,9 @@ PARAMETERS: dict[type[nn.Module], frozenset[str]] = {
 # torch.export puts fakes in the place of parameters.
 PLAIN = (nn.Parameter, FakeTensor)
 
+# How a reason ends where FSDP2 has sharded a parameter: while the module runs, it is whole and plain again.
+SHARDED = "is a DTensor, not a plain Parameter"
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
@@ -36,9 +39,11 @@ class Rule:
     Attributes:
         original: The class, matched exactly: a subclass may compute something else.
         fused: Its subclass with a fused forward and no state of its own.
-        bypassed: The children that the fused forward reads and does not call: their allowed classes by name.
+        bypassed: The children that the fused forward reads and does not call: their allowed classes by name. Those of
+            a child that has no rule are named by their path, ``"mlp.c_fc"``. With ``NoneType`` it may be absent.
         called: The children that it calls as ever.
         parameters: The names of the module's own parameters.
+        optional_parameters: Those that it may lack.
         attributes: The public attributes that are known; another one may switch on something unknown.
         limit: What else rules a module out: its reason, or None.
     """
@@ -48,6 +53,7 @@ class Rule:
     bypassed: Mapping[str, tuple[type[nn.Module], ...]] = dataclasses.field(default_factory=dict)
     called: frozenset[str] = frozenset()
     parameters: frozenset[str] = frozenset()
+    optional_parameters: frozenset[str] = frozenset()
     attributes: frozenset[str] = frozenset()
     limit: Callable[[nn.Module], str | None] = lambda module: None
 
@@ -74,27 +80,41 @@ def why_not_swap(rule: Rule, module: nn.Module) -> str | None:
     """Return why ``module`` is not swapped: :func:`why_not`, or something that the class swap itself cannot cover."""
     if "forward" in vars(module):
         return "its forward is bound to the instance, which hides that of any class"
+    return _strange_attribute(rule, module) or why_not(rule, module)
+
+
+def _strange_attribute(rule: Rule, module: nn.Module) -> str | None:
     for name, value in vars(module).items():
         known = name[0] == "_" or name == "training" or name in rule.attributes
         if not known and value is not None and value is not False:
             return f"it has an attribute {name!r} that is unknown here and may change what it computes"
-    return why_not(rule, module)
+    for name in rule.bypassed:
+        child = descendant(module, name)
+        inner = RULES.get(type(child))
+        reason = None if inner is None else _strange_attribute(inner, child)
+        if reason is not None:
+            return f"{name}: {reason}"
+    return None
 
 
 def _blocked(rule: Rule, module: nn.Module, dtypes: set[torch.dtype]) -> str | None:
-    reason = _strange_parameters(module, rule.parameters, dtypes)
+    reason = _strange_parameters(module, rule.parameters, dtypes, rule.optional_parameters)
     if reason is not None:
         return reason
     for name, child in module._modules.items():
         if child is not None and name not in rule.bypassed and name not in rule.called:
             return f"it has a child {name!r} ({type(child).__name__}) that is unknown here"
     for name, classes in rule.bypassed.items():
-        child = module._modules.get(name)
+        child = descendant(module, name)
         inner = RULES.get(type(child))
         original = type(child) if inner is None else inner.original
         if original not in classes:
-            wanted = " or ".join(cls.__name__ for cls in classes)
-            return f"{name} is a {type(child).__name__}, not exactly {wanted}"
+            names = [cls.__name__ for cls in classes]
+            got = type(child).__name__
+            got = f"{type(child).__module__}.{got}" if got in names else got  # PEFT calls its own a Linear too
+            return f"{name} is a {got}, not exactly {' or '.join(names)}"
+        if child is None:
+            continue
         if has_hooks(child):
             return f"a hook on {name}, which fusion would not call"
         if "forward" in vars(child):
@@ -108,8 +128,17 @@ def _blocked(rule: Rule, module: nn.Module, dtypes: set[torch.dtype]) -> str | N
     return rule.limit(module)
 
 
-def _strange_parameters(module: nn.Module, names: frozenset[str], dtypes: set[torch.dtype]) -> str | None:
-    if module._parameters.keys() != names:
+def descendant(module: nn.Module, path: str) -> nn.Module | None:
+    """Return the module at ``path`` below ``module``, or None where there is none."""
+    for name in path.split("."):
+        module = None if module is None else module._modules.get(name)
+    return module
+
+
+def _strange_parameters(
+    module: nn.Module, names: frozenset[str], dtypes: set[torch.dtype], optional: frozenset[str] = frozenset()
+) -> str | None:
+    if not names <= module._parameters.keys() <= names | optional:
         return f"its parameters are {sorted(module._parameters)}, not {sorted(names)}"
     for name, parameter in module._parameters.items():
         if parameter is None:

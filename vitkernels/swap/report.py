@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+
+from vitkernels.swap.estimate import Estimate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +55,35 @@ class Report:
 
     swapped: tuple[Swapped, ...]
     kept: tuple[Kept, ...]
+    _estimate: Callable[[], Estimate | None] = dataclasses.field(default=lambda: None, compare=False, repr=False)
 
-    def to_dict(self) -> dict[str, list[dict[str, str]]]:
-        """Return ``{"swapped": [{"module", "was", "now"}], "kept": [{"module", "class", "reason"}]}``."""
+    @functools.cached_property
+    def estimate(self) -> Estimate | None:
+        """The share of the model's time that lies in what is swapped, and who attends: see ``swap/estimate.py``.
+
+        Made at the first look, by running a copy of the model without data; None where the size of its images is not
+        known, or where the model is gone.
+        """
+        return self._estimate()
+
+    def __getstate__(self) -> dict:
+        return vars(self) | {"estimate": self.estimate, "_estimate": None}
+
+    def to_dict(self) -> dict:
+        """Return the report as plain data.
+
+        ``{"swapped": [{"module", "was", "now"}], "kept": [{"module", "class", "reason"}], "estimate": {"image",
+        "fused_share", "attention": [{"queries", "keys", "head_dim", "calls", "provider"}]} or None}``.
+        """
         return {
             "swapped": [dataclasses.asdict(entry) for entry in self.swapped],
             "kept": [{"module": k.module, "class": k.cls, "reason": k.reason} for k in self.kept],
+            "estimate": None if self.estimate is None else dataclasses.asdict(self.estimate),
         }
+
+    def to_json(self, indent: int | None = 1) -> str:
+        """Return :meth:`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False)
 
     def print(self) -> None:
         """Print a table, in colour where rich is installed; modules alike in a row of blocks share a line."""
@@ -75,14 +101,17 @@ class Report:
             for module, count, cls, runs in rows:
                 table.add_row(escape(module), count, escape(cls), escape(runs), style=style)
             table.add_section()
-        Console().print(table)
+        console = Console()
+        console.print(table)
+        if self.estimate is not None:
+            console.print(str(self.estimate), markup=False, highlight=False)
 
     def __str__(self) -> str:
         rows = [*self._swapped_rows(), *self._kept_rows()]
         widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
         module, count, cls = widths
         lines = [f"  {row[0]:<{module}} {row[1]:>{count}}  {row[2]:<{cls}}  {row[3]}" for row in rows]
-        return "\n".join([self._title(), *lines])
+        return "\n".join([self._title(), *lines, *([] if self.estimate is None else [str(self.estimate)])])
 
     def _title(self) -> str:
         return f"vitkernels: {len(self.swapped)} swapped, {len(self.kept)} kept"
@@ -98,7 +127,7 @@ def _grouped(entries: Iterable[tuple[str, str, str]]) -> list[tuple[str, str, st
     """Join entries that differ in the numbers of their path alone: ``blocks.*.attn``, ``×12``."""
     groups: dict[tuple[str, str, str], list[str]] = {}
     for module, cls, runs in entries:
-        groups.setdefault((re.sub(r"(?<![^.])\d+(?![^.])", "*", module), cls, runs), []).append(module)
+        groups.setdefault((re.sub(r"(?<![^._])\d+(?![^.])", "*", module), cls, runs), []).append(module)
     rows = []
     for (pattern, cls, runs), modules in groups.items():
         many = len(modules) > 1

@@ -1,0 +1,155 @@
+"""Write docs/coverage.md: what accelerate() makes of each of timm's models.
+
+    python docs/make_coverage.py
+
+Every name is built without data, on the meta device, explained, accelerated and run there; a module that the report
+calls swapped and that nevertheless runs the forward of its original class stops the script. It takes a quarter of an
+hour.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+import statistics
+import sys
+import unittest.mock
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vitkernels import swap
+from vitkernels.console import import_timm, track
+from vitkernels.swap import _rules
+from vitkernels.swap.estimate import image_size
+
+PAGE = Path(__file__).with_name("coverage.md")
+WHOLE = ("Block", "EvaBlock", "EvaBlockPostNorm", "ResPostBlock")
+ATTENTION = re.compile("Attention|Attn|MHSA|GPSA|XCA")
+HEAD = """\
+# Coverage of timm
+
+What `vitkernels.accelerate(model)` makes of each of the {names} names of timm {timm}; written by
+`docs/make_coverage.py`, which builds every one on the meta device, runs it there accelerated, and stops where a module
+that the report calls swapped runs its original forward. `vitkernels explain NAME` says the same of one model.
+
+**Whole blocks** of {whole} names run fused: `vision_transformer.Block` {Block}, `eva.EvaBlock` {EvaBlock},
+`eva.EvaBlockPostNorm` {EvaBlockPostNorm}, `vision_transformer.ResPostBlock` {ResPostBlock} (a model may have two
+kinds). {attention} names hold a module whose class is called attention. Of another {parts} names some
+parts are swapped one by one: LayerNorm, RmsNorm, Mlp and its gated relatives, the patch embedding; where nothing is,
+the model runs as it did.
+
+*Time fused* is the part of a model's estimated time, before the swap, that lies in what is swapped: its median over
+the family, as `vitkernels/swap/estimate.py` tells it from FLOPs and bytes, for one image of the model's own size. It
+is no measurement, and not the time that is saved. Families are modules of `timm.models`.
+
+| family | names | with attention | whole blocks | parts | time fused | what is swapped | attention that is left |
+|---|--:|--:|--:|--:|--:|---|---|
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What became of one name."""
+
+    family: str
+    attention: frozenset[str]  # classes that attend
+    swapped: frozenset[str]  # classes, as they were
+    share: float | None
+
+    @property
+    def whole(self) -> frozenset[str]:
+        return self.swapped & frozenset(WHOLE)
+
+
+def look_at(timm, name: str) -> Found:
+    """Build ``name`` without data, see what the report says, and that it is so.
+
+    Raises:
+        RuntimeError: A module that is reported as swapped runs its original forward.
+        Exception: Whatever a model raises that cannot run without data.
+    """
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")
+        model = timm.create_model(name).eval()
+    family = type(model).__module__.rpartition(".")[2]
+    attention = frozenset(c.__name__ for c in map(type, model.modules()) if ATTENTION.search(c.__name__))
+    report = swap.explain(model)
+    # Not whole, if another block of the class is kept.
+    kept = {entry.cls for entry in report.kept if entry.known}
+    swapped = frozenset(entry.was for entry in report.swapped if entry.was not in kept or entry.was not in WHOLE)
+    share = None if report.estimate is None else report.estimate.fused_share
+    if swap.accelerate(model) != report:
+        raise RuntimeError(f"{name}: explain and accelerate disagree")
+    if report.swapped:
+        strayed = original_forwards(model)
+        if strayed:
+            raise RuntimeError(f"{name}: reported as swapped, but run their own forward: {dict(strayed)}")
+    return Found(family, attention, swapped, share)
+
+
+def original_forwards(model: nn.Module) -> Counter[str]:
+    """Run ``model`` without data, and count by class the swapped modules that run the forward they had before."""
+    counted: Counter[str] = Counter()
+    with contextlib.ExitStack() as stack:
+        for rule in {id(rule): rule for rule in _rules.RULES.values()}.values():
+            if "forward" in vars(rule.fused):
+                stack.enter_context(_counting(rule, counted))
+        stack.enter_context(torch.no_grad())
+        model(torch.empty(1, *image_size(model), device="meta"))
+    return counted
+
+
+def _counting(rule: _rules.Rule, counted: Counter[str]):
+    original = rule.original.forward
+
+    def forward(self, *args, **kwargs):
+        if type(self) is rule.fused:
+            counted[rule.original.__name__] += 1
+        return original(self, *args, **kwargs)
+
+    return unittest.mock.patch.object(rule.original, "forward", forward)
+
+
+def lines(found: dict[str, Found], version: str) -> Iterator[str]:
+    """Yield the page."""
+    blocks = Counter(cls for f in found.values() for cls in f.whole)
+    yield HEAD.format(
+        names=len(found),
+        timm=version,
+        whole=sum(bool(f.whole) for f in found.values()),
+        attention=sum(bool(f.attention) for f in found.values()),
+        parts=sum(bool(f.swapped) and not f.whole for f in found.values()),
+        **{cls: blocks[cls] for cls in WHOLE},
+    )
+    families: dict[str, list[Found]] = {}
+    for f in found.values():
+        families.setdefault(f.family, []).append(f)
+    for family, members in sorted(families.items()):
+        shares = [f.share for f in members if f.share is not None]
+        swapped = sorted({cls for f in members for cls in f.swapped})
+        left = sorted({cls for f in members for cls in f.attention - f.swapped})
+        yield (
+            f"| {family} | {len(members)} | {sum(bool(f.attention) for f in members)} "
+            f"| {sum(bool(f.whole) for f in members)} | {sum(bool(f.swapped) and not f.whole for f in members)} "
+            f"| {f'{100 * statistics.median(shares):.0f} %' if shares else 'not known'} "
+            f"| {', '.join(swapped) or '—'} | {', '.join(left) or '—'} |\n"
+        )
+
+
+def main() -> int:
+    timm = import_timm()
+    names = timm.list_models()
+    found = {name: look_at(timm, name) for name in track(names, "models of timm")}
+    PAGE.write_text("".join(lines(found, timm.__version__)), encoding="utf-8")
+    print(f"{PAGE}: {len(found)} names, {sum(bool(f.whole) for f in found.values())} with whole blocks fused")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

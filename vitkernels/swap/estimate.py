@@ -1,0 +1,206 @@
+"""How much of a model's time lies in what is swapped: an estimate, from what PyTorch's ops compute and move.
+
+A copy without data, on the meta device, classifies one image in evaluation mode. Each of PyTorch's ops counts the
+longer of two times: its floating-point operations (``torch.utils.flop_counter``) at ``FLOPS_PER_BYTE``, or the
+elements that enter and leave it, two bytes each. Attention counts as one op that never writes its weights. Views and
+allocations count nothing, and neither do launches. What is estimated is the model's time before the swap, not what
+the swap saves.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from vitkernels import ops, runtime
+from vitkernels.swap import _rules
+
+FLOPS_PER_BYTE = 200  # fp16 and bf16 on an A100 (156) to an H100 (295), by their data sheets
+_FREE = {
+    "_unsafe_view",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "detach",
+    "lift_fresh",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """Attention calls of one shape within what is swapped.
+
+    Attributes:
+        queries, keys: How many there are.
+        head_dim: Channels a head.
+        calls: How often.
+        provider: Who attends there: ``triton``, or ``sdpa``, PyTorch's own (see ``ops.attention_provider``).
+    """
+
+    queries: int
+    keys: int
+    head_dim: int
+    calls: int
+    provider: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What a report expects of a model.
+
+    Attributes:
+        image: Channels, height and width of the image that is classified.
+        fused_share: Of the estimated time of one image, 0 to 1, what lies in modules that are swapped.
+        attention: Each shape of attention there.
+    """
+
+    image: tuple[int, int, int]
+    fused_share: float
+    attention: tuple[Attention, ...]
+
+    def __str__(self) -> str:
+        image = "×".join(map(str, self.image))
+        text = f"about {100 * self.fused_share:.0f} % of the time of a {image} image lies in what is swapped"
+        for a in self.attention:
+            tokens = a.queries if a.queries == a.keys else f"{a.queries} on {a.keys}"
+            text += f"\nattention of {tokens} tokens, head dim {a.head_dim}, ×{a.calls}: {a.provider}"
+        return text
+
+
+def estimate_time(model: nn.Module, swapped: Mapping[str, object]) -> Estimate | None:
+    """Return the estimate for ``model`` with the modules at the paths ``swapped``.
+
+    None where the size of its images is not known (it is of models of timm, torchvision and transformers), or where
+    the model cannot run without data.
+    """
+    image = image_size(model)
+    if image is None:
+        return None
+    first = next(model.parameters(), None)
+    dtype = torch.float32 if first is None else first.dtype
+    try:
+        skeleton = _without_data(model)
+        counter = _Counter(skeleton, swapped)
+        with torch.no_grad(), runtime.use_backend("torch"), counter, _Attend(counter):
+            skeleton(torch.empty(1, *image, device="meta", dtype=dtype))
+    except Exception:  # whatever a model of the user's own does without data: there is no estimate then
+        return None
+    if not counter.total:
+        return None
+    device = torch.device("cpu") if first is None else first.device
+    shapes = (Attention(*shape, calls, _provider(shape, dtype, device)) for shape, calls in counter.attention.items())
+    return Estimate(image, counter.fused / counter.total, tuple(shapes))
+
+
+def image_size(model: nn.Module) -> tuple[int, int, int] | None:
+    """Return channels, height and width of the images that a model of timm, torchvision or transformers takes."""
+    config = getattr(model, "config", None)
+    known = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, None, None))
+    sizes = (
+        getattr(getattr(model, "patch_embed", None), "img_size", None),  # as built, which pretrained_cfg may not be
+        getattr(model, "image_size", None),
+        getattr(config, "image_size", None),
+        known[1:],
+    )
+    size = next(size for size in sizes if size is not None)
+    height, width = (size, size) if isinstance(size, int) else size
+    channels = getattr(model, "in_chans", None) or getattr(config, "num_channels", None) or known[0]
+    return None if height is None else (channels, height, width)
+
+
+def _without_data(model: nn.Module) -> nn.Module:
+    memo: dict[int, object] = {id(p): nn.Parameter(_meta(p), requires_grad=False) for p in model.parameters()}
+    memo |= {id(b): _meta(b) for b in model.buffers()}
+    skeleton = copy.deepcopy(model, memo).eval()
+    for module in skeleton.modules():  # a user's hooks are not for this
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    return skeleton
+
+
+def _meta(t: Tensor) -> Tensor:
+    return torch.empty_like(t, device="meta")
+
+
+def _provider(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> str:
+    if device.type == "cpu" and not ops.uses_kernels(torch.empty(0)):
+        return "sdpa"  # a module on a CPU runs its own forward
+    return ops.attention_provider(*shape, dtype, device)
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up the time of each op, and of those within swapped modules."""
+
+    def __init__(self, model: nn.Module, swapped: Mapping[str, object]) -> None:
+        super().__init__()
+        self.total = self.fused = 0.0
+        self.attention: Counter[tuple[int, int, int]] = Counter()
+        self._within = [False]  # of the modules that are running, outermost first: whether a fused forward covers it
+        self._attends = False
+        paths = {module: path for path, module in model.named_modules()}
+        covers: dict[nn.Module, bool] = {}
+        for module, path in paths.items():
+            parent = model.get_submodule(path.rpartition(".")[0]) if path else None
+            covers[module] = path in swapped or (covers.get(parent, False) and not _calls(parent, path))
+            module.register_forward_pre_hook(lambda *_, inside=covers[module]: self._within.append(inside))
+            module.register_forward_hook(lambda *_: self._leave())
+
+    def _leave(self) -> None:
+        self._within.pop()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not self._attends and not func.is_view and func.overloadpacket.__name__ not in _FREE:
+            count = flop_registry.get(func.overloadpacket)
+            self.add(0 if count is None else count(*args, **(kwargs or {}), out_val=out), (args, kwargs, out))
+        return out
+
+    def add(self, flops: float, operands: object) -> None:
+        """Count an op that reads or writes ``operands``, trees of tensors."""
+        moved = sum(2 * t.numel() for t in tree_leaves(operands) if isinstance(t, Tensor))
+        time = max(flops / FLOPS_PER_BYTE, moved)
+        self.total += time
+        self.fused += time * self._within[-1]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Count attention of (..., N, D) as one op, and return what it gives."""
+        self._attends = True
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        self._attends = False
+        self.add(2 * math.prod(q.shape[:-1]) * k.shape[-2] * (q.shape[-1] + v.shape[-1]), (q, k, v, out))
+        if self._within[-1]:
+            self.attention[q.shape[-2], k.shape[-2], q.shape[-1]] += 1
+        return out
+
+
+class _Attend(TorchFunctionMode):
+    """Keeps PyTorch's attention in one piece, which on the meta device is several ops."""
+
+    def __init__(self, counter: _Counter) -> None:
+        super().__init__()
+        self._counter = counter
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            names = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
+            return self._counter.attend(names["query"], names["key"], names["value"])
+        return func(*args, **(kwargs or {}))
+
+
+def _calls(parent: nn.Module, path: str) -> bool:
+    """Tell whether the fused forward of ``parent``, if it has one, calls the child at ``path`` as ever."""
+    rule = _rules.RULES.get(type(parent))
+    return rule is not None and path.rpartition(".")[2] in rule.called

@@ -1,0 +1,45 @@
+"""What is swapped of timm, imported only where timm itself has been.
+
+    layers.py               LayerNorm, RmsNorm, Attention, Mlp, GluMlp (SwiGLUPacked), SwiGLU, PatchEmbed
+    vision_transformer.py   Block, ResPostBlock, ViTamin's GeGluMlp
+    eva.py                  EvaAttention, AttentionRope, EvaBlock, EvaBlockPostNorm
+    naflexvit.py            NaFlexVit: images of different size packed in one row of tokens
+
+The subclasses take the constructor arguments of timm's own, for who would rather build a model of them than have one
+accelerated; its other parts are then timm's::
+
+    from vitkernels.swap.timm import FusedAttention, FusedBlock, FusedPatchEmbed
+    timm.create_model(name, block_fn=FusedBlock, embed_layer=FusedPatchEmbed)   # whole blocks
+    timm.create_model(name, attn_layer=FusedAttention)                          # the attention alone
+"""
+
+from vitkernels.swap.timm.eva import FusedAttentionRope, FusedEvaAttention, FusedEvaBlock, FusedEvaBlockPostNorm
+from vitkernels.swap.timm.layers import (
+    FusedAttention,
+    FusedGluMlp,
+    FusedLayerNorm,
+    FusedMlp,
+    FusedPatchEmbed,
+    FusedRmsNorm,
+    FusedSwiGLU,
+)
+from vitkernels.swap.timm.naflexvit import FusedNaFlexVit
+from vitkernels.swap.timm.vision_transformer import FusedBlock, FusedGeGluMlp, FusedResPostBlock
+
+__all__ = [
+    "FusedAttention",
+    "FusedAttentionRope",
+    "FusedBlock",
+    "FusedEvaAttention",
+    "FusedEvaBlock",
+    "FusedEvaBlockPostNorm",
+    "FusedGeGluMlp",
+    "FusedGluMlp",
+    "FusedLayerNorm",
+    "FusedMlp",
+    "FusedNaFlexVit",
+    "FusedPatchEmbed",
+    "FusedResPostBlock",
+    "FusedRmsNorm",
+    "FusedSwiGLU",
+]

@@ -1,0 +1,220 @@
+"""timm's layers: norms, attention, the MLPs, and the patch embedding.
+
+The subclasses lie at module level, so that pickle finds them.
+"""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import (
+    Attention,
+    DropPath,
+    GluMlp,
+    LayerNorm,
+    Mlp,
+    PatchEmbed,
+    RmsNorm,
+    SwiGLU,
+)
+from timm.layers.activations import GELU, GELUTanh, QuickGELU
+from timm.layers.format import Format, nchw_to
+from torch import Tensor, nn
+
+from vitkernels.layers import fused
+from vitkernels.swap._rules import Rule, add, runs_fused
+from vitkernels.swap._views import head_dim_limit, patches_limit
+from vitkernels.swap.torch_nn import one_dim
+
+
+class FusedLayerNorm(LayerNorm):
+    """timm's LayerNorm on :func:`vitkernels.ops.layer_norm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if runs_fused(LAYER_NORM, self, x):
+            return fused.layer_norm(self, x)
+        return super().forward(x)
+
+
+class FusedRmsNorm(RmsNorm):
+    """timm's RmsNorm on :func:`vitkernels.ops.rms_norm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if runs_fused(RMS_NORM, self, x):
+            return fused.rms_norm(self, x)
+        return super().forward(x)
+
+
+class FusedAttention(Attention):
+    """timm's Attention on the kernels: qkv, attention as qkv lies in memory, proj; with masks and QK-norm."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if runs_fused(ATTENTION, self, x) and takes_masks(attn_mask, is_causal):
+            return fused.attention(self, x, attn_mask=attn_mask, is_causal=is_causal)
+        return super().forward(x, **given(attn_mask, is_causal))
+
+
+class FusedMlp(Mlp):
+    """timm's Mlp on :func:`vitkernels.ops.mlp`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if runs_fused(MLP, self, x):
+            return fused.mlp(self, x)
+        return super().forward(x)
+
+
+class FusedGluMlp(GluMlp):
+    """timm's GluMlp, packed gate and value, on :func:`vitkernels.ops.swiglu_mlp`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if runs_fused(GLU_MLP, self, x):
+            return fused.mlp(self, x)
+        return super().forward(x)
+
+
+class FusedSwiGLU(SwiGLU):
+    """timm's SwiGLU, separate gate and value, on :func:`vitkernels.ops.swiglu_mlp`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if runs_fused(SWIGLU, self, x):
+            return fused.mlp(self, x)
+        return super().forward(x)
+
+
+class FusedPatchEmbed(PatchEmbed):
+    """timm's PatchEmbed on :func:`vitkernels.ops.patch_embed`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Images of a wrong size are the original's business: it raises.
+        if not (runs_fused(PATCH_EMBED, self, x) and self._fits(x)):
+            return super().forward(x)
+        grid = (x.shape[2] // self.patch_size[0], x.shape[3] // self.patch_size[1])
+        # The convolution drops what fills no patch at the right and the bottom: 384 by patches of 14, say.
+        tokens = fused.patch_embed(self.proj, x[:, :, : grid[0] * self.patch_size[0], : grid[1] * self.patch_size[1]])
+        if not self.flatten:
+            tokens = tokens.transpose(1, 2).unflatten(2, grid)
+            # A view in NHWC and NLC; a copy in NCHW, whose users may count on a contiguous result.
+            tokens = tokens.contiguous() if self.output_fmt == Format.NCHW else nchw_to(tokens, self.output_fmt)
+        return self.norm(tokens)
+
+    def _fits(self, x: Tensor) -> bool:
+        if x.ndim != 4:
+            return False
+        height, width = x.shape[2:]
+        if self.img_size is None:
+            return height >= self.patch_size[0] and width >= self.patch_size[1]
+        if self.strict_img_size:
+            return (height, width) == tuple(self.img_size)
+        return height % self.patch_size[0] == 0 and width % self.patch_size[1] == 0
+
+
+def takes_masks(attn_mask: Tensor | None, is_causal: bool) -> bool:
+    """Tell whether the kernels mask as timm would; what is refused is the original's business, which may raise."""
+    if attn_mask is None:
+        return True
+    return not is_causal and isinstance(attn_mask, Tensor) and _is_mask(attn_mask)
+
+
+def _is_mask(mask: Tensor) -> bool:
+    return mask.dtype == torch.bool or mask.is_floating_point()
+
+
+def given(attn_mask: Tensor | None, is_causal: bool) -> dict:
+    """Return the masks as keywords, without those that are not set: older releases of timm lack ``is_causal``."""
+    masks = {} if attn_mask is None else {"attn_mask": attn_mask}
+    return masks | ({"is_causal": True} if is_causal else {})
+
+
+def _norm_limit(norm: LayerNorm | RmsNorm) -> str | None:
+    if norm._fast_norm:
+        return "timm's fast norm is on, which rounds differently under autocast"
+    return one_dim(norm)
+
+
+def head_dim(attn: nn.Module) -> int:
+    """Return the channels a head, which EVA's attention of older releases does not tell."""
+    return getattr(attn, "head_dim", None) or attn.proj.in_features // attn.num_heads
+
+
+def attention_limit(attn: nn.Module) -> str | None:
+    """Return why no kernel attends as ``attn`` does."""
+    return head_dim_limit(head_dim(attn))
+
+
+def _glu_limit(mlp: GluMlp) -> str | None:
+    return None if mlp.chunk_dim == -1 else f"it splits dim {mlp.chunk_dim}; the kernel the last one"
+
+
+def _patch_embed_limit(embed: PatchEmbed) -> str | None:
+    if embed.dynamic_img_pad:
+        return "it pads images (dynamic_img_pad)"
+    return patches_limit(embed.proj, tuple(embed.patch_size))
+
+
+ACTIVATIONS = (nn.GELU, nn.SiLU, GELU, GELUTanh, QuickGELU)
+NORMS = (LayerNorm, nn.LayerNorm, RmsNorm)
+ABSENT = type(None)
+NORM_ATTRIBUTES = frozenset({"normalized_shape", "eps", "elementwise_affine"})
+DROP_PATHS = (nn.Identity, DropPath)
+# Of every attention here, behind what makes queries, keys and values.
+ATTENTION_CHILDREN = {
+    "q_norm": (nn.Identity, *NORMS),
+    "k_norm": (nn.Identity, *NORMS),
+    "attn_drop": (nn.Dropout,),
+    "norm": (nn.Identity, *NORMS),
+    "proj": (nn.Linear,),
+    "proj_drop": (nn.Dropout,),
+}
+# Of every MLP here, behind its first layer.
+MLP_CHILDREN = {
+    "act": ACTIVATIONS,
+    "drop1": (nn.Dropout,),
+    "norm": (nn.Identity, *NORMS),
+    "fc2": (nn.Linear,),
+    "drop2": (nn.Dropout,),
+}
+
+LAYER_NORM = Rule(
+    LayerNorm,
+    FusedLayerNorm,
+    parameters=frozenset({"weight", "bias"}),
+    attributes=NORM_ATTRIBUTES,
+    limit=_norm_limit,
+)
+RMS_NORM = Rule(RmsNorm, FusedRmsNorm, parameters=frozenset({"weight"}), attributes=NORM_ATTRIBUTES, limit=_norm_limit)
+ATTENTION = Rule(
+    Attention,
+    FusedAttention,
+    bypassed={"qkv": (nn.Linear,), **ATTENTION_CHILDREN},
+    called=frozenset({"gate"}),
+    attributes=frozenset({"num_heads", "head_dim", "attn_dim", "scale", "fused_attn"}),
+    limit=attention_limit,
+)
+MLP = Rule(Mlp, FusedMlp, bypassed={"fc1": (nn.Linear,), **MLP_CHILDREN})
+GLU_MLP = Rule(
+    GluMlp,
+    FusedGluMlp,
+    bypassed={"fc1": (nn.Linear,), **MLP_CHILDREN},
+    attributes=frozenset({"chunk_dim", "gate_last"}),
+    limit=_glu_limit,
+)
+SWIGLU = Rule(SwiGLU, FusedSwiGLU, bypassed={"fc1_g": (nn.Linear,), "fc1_x": (nn.Linear,), **MLP_CHILDREN})
+PATCH_EMBED = Rule(
+    PatchEmbed,
+    FusedPatchEmbed,
+    bypassed={"proj": (nn.Conv2d,)},
+    called=frozenset({"norm"}),
+    attributes=frozenset(
+        {
+            "patch_size",
+            "img_size",
+            "grid_size",
+            "num_patches",
+            "flatten",
+            "output_fmt",
+            "strict_img_size",
+            "dynamic_img_pad",
+        }
+    ),
+    limit=_patch_embed_limit,
+)
+add(LAYER_NORM, RMS_NORM, ATTENTION, MLP, GLU_MLP, SWIGLU, PATCH_EMBED)

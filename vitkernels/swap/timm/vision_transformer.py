@@ -1,0 +1,80 @@
+"""The blocks of timm's vision_transformer.py, and the MLP that ViTamin puts into them."""
+
+from __future__ import annotations
+
+from timm.layers import Attention, GluMlp, Mlp, SwiGLU
+from timm.models.vision_transformer import Block, LayerScale, ResPostBlock
+from timm.models.vitamin import GeGluMlp
+from torch import Tensor, nn
+
+from vitkernels.layers import fused
+from vitkernels.swap._rules import PARAMETERS, Rule, add, runs_fused
+from vitkernels.swap.timm.layers import ACTIVATIONS, DROP_PATHS, NORMS, given, takes_masks
+
+
+class FusedGeGluMlp(GeGluMlp):
+    """timm's GeGluMlp, its norm in front, on :func:`vitkernels.ops.swiglu_mlp`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if runs_fused(GE_GLU_MLP, self, x):
+            return fused.mlp(self, x)
+        return super().forward(x)
+
+
+class FusedBlock(Block):
+    """timm's pre-norm Block, with both residual sums, LayerScale and DropPath inside the kernels."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if isinstance(attn_mask, fused.Packed):  # of FusedNaFlexVit, which has asked whether this runs fused
+            return fused.block(self, x, attn_mask=attn_mask)
+        if runs_fused(BLOCK, self, x) and takes_masks(attn_mask, is_causal):
+            return fused.block(self, x, attn_mask=attn_mask, is_causal=is_causal)
+        return super().forward(x, **given(attn_mask, is_causal))
+
+
+class FusedResPostBlock(ResPostBlock):
+    """timm's ResPostBlock, its norms behind the branches, as a chain of kernels."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if runs_fused(RES_POST_BLOCK, self, x) and takes_masks(attn_mask, is_causal):
+            return fused.post_norm_block(self, x, attn_mask=attn_mask, is_causal=is_causal)
+        return super().forward(x, **given(attn_mask, is_causal))
+
+
+def _block_limit(block: Block) -> str | None:
+    if getattr(block.ls1, "inplace", False) or getattr(block.ls2, "inplace", False):
+        return "its LayerScale works in place"
+    return None
+
+
+PARAMETERS[LayerScale] = frozenset({"gamma"})
+
+GE_GLU_MLP = Rule(
+    GeGluMlp,
+    FusedGeGluMlp,
+    bypassed={
+        "norm": NORMS,
+        "w0": (nn.Linear,),
+        "act": ACTIVATIONS,
+        "w1": (nn.Linear,),
+        "drop1": (nn.Dropout,),
+        "w2": (nn.Linear,),
+        "drop2": (nn.Dropout,),
+    },
+)
+BRANCHES = {
+    "norm1": NORMS,
+    "attn": (Attention,),
+    "drop_path1": DROP_PATHS,
+    "norm2": NORMS,
+    "mlp": (Mlp, GluMlp, SwiGLU, GeGluMlp),
+    "drop_path2": DROP_PATHS,
+}
+BLOCK = Rule(
+    Block,
+    FusedBlock,
+    bypassed={**BRANCHES, "ls1": (nn.Identity, LayerScale), "ls2": (nn.Identity, LayerScale)},
+    limit=_block_limit,
+)
+RES_POST_BLOCK = Rule(ResPostBlock, FusedResPostBlock, bypassed=BRANCHES, attributes=frozenset({"init_values"}))
+add(GE_GLU_MLP, BLOCK, RES_POST_BLOCK)

@@ -12,7 +12,7 @@ LAYERS = [
     {"ops"},
     {"layers"},
     {"models"},
-    {"swap", "precompile"},
+    {"swap", "precompile", "maps"},
     {"testing", "console"},
     {"aot", "demo"},
     {"cli"},

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from vitkernels import ops, reference
+from vitkernels.aot.build import TARGETS
 from vitkernels.ops._triton import tl
-from vitkernels.ops.attention.config import choose_config, head_parts, shared_bytes
+from vitkernels.ops.attention.config import choose_config, head_parts, key_pieces, shared_bytes, useful_share
 from vitkernels.ops.attention.operands import LOG2_E, addressing
 from vitkernels.runtime import INTERPRETER, DeviceFacts
 from vitkernels.testing import check_op
@@ -440,3 +441,30 @@ def test_config_fits_shared_memory():
                     assert used <= shared, (arch, D, dtype, kernel)
                     assert min(tiling.block_m, tiling.block_n) >= 16
     assert choose_config(1374, 1374, 64, torch.float32, INTERPRETER, heads=8).forward.block_m == 64
+
+
+def test_pieces_hold_every_key_and_little_else():
+    for largest in (64, 128):
+        for N in range(1, 300):
+            starts, sizes = key_pieces(N, largest)
+            assert list(starts) == [sum(sizes[:i]) for i in range(len(sizes))]
+            assert N <= sum(sizes) < N + max(16, largest // 4) + (N % largest > largest // 2) * largest // 4
+            assert starts[-1] < N and all(s & (s - 1) == 0 and s >= 16 for s in sizes)
+    assert key_pieces(197, 128)[1] == (128, 64, 16)
+
+
+def test_heads_are_split_rather_than_padded():
+    assert [head_parts(D) for D in (16, 36, 64, 72, 80, 88, 96)] == [
+        (16,), (32, 16), (64,), (64, 16), (64, 16), (64, 32), (64, 32)
+    ]  # fmt: skip
+    for D in range(1, 257):
+        assert D <= sum(head_parts(D)) <= max(16, 1 << (D - 1).bit_length())
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_useful_share_of_the_scores(target):
+    # 197²/(256 · 208) is 72.9 %, 577²/(640 · 592) 87.9 %: rounded, what 64 rows and pieces of 16 keys allow.
+    for N, least in ((197, 0.728), (577, 0.878)):
+        config = choose_config(N, N, 64, torch.bfloat16, TARGETS[target].facts, heads=384)
+        if target.startswith(("sm_9", "sm_10", "gfx")) or N == 197:
+            assert useful_share(N, N, config.forward) > least

@@ -49,7 +49,8 @@ def attention_backward(
     images, longest_q, longest_kv = options.rows(B, N_q, k.shape[1])
     config = choose_config(
         longest_q, longest_kv, D, q.dtype, runtime.device_facts(q.device),
-        heads=images * H, varlen=options.starts is not None, masked=options.changes_scores,
+        heads=images * H, varlen=options.starts is not None, masked=options.mask is not None,
+        dropout=options.dropout_p > 0,
     )  # fmt: skip
     arguments = {
         "do_ptr": do,
@@ -76,7 +77,7 @@ def attention_backward(
         sums, delta = _launch_blocks(arguments, config, options, rows, o, lse, dq, dk, dv, needs_sums)
         dmask = None
     if needs_dmask and dmask is None:
-        dmask = _launch_dmask(arguments, config.dq, options, lse, delta)
+        dmask = _launch_dmask(arguments, config.dmask, options, lse, delta)
     if needs_dmask:  # over the dims that the kernels do not sum
         dims = [i for i in (2, 3) if options.mask.shape[i] < dmask.shape[i]]
         dmask = dmask.sum(dims, keepdim=True) if dims else dmask

@@ -383,7 +383,8 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tupl
         runtime.device_facts(q.device),
         heads=images * H,
         varlen=varlen,
-        masked=options.changes_scores,
+        masked=options.mask is not None,
+        dropout=options.dropout_p > 0,
     ).forward
     arguments = {
         "q_ptr": q,

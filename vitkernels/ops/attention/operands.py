@@ -43,11 +43,6 @@ class Options:
         """Whether one mask serves all images."""
         return self.mask is None or self.mask.shape[0] == 1
 
-    @property
-    def changes_scores(self) -> bool:
-        """Whether a mask or a dropout stands between scores and weights, and takes registers."""
-        return self.mask is not None or self.dropout_p > 0
-
     def rows(self, B: int, N_q: int, N_kv: int) -> tuple[int, int, int]:
         """Images, and the most queries and keys that one has."""
         if self.starts is None:
@@ -87,7 +82,7 @@ def _aligned(mask: Tensor) -> Tensor:
     """
     if mask.shape[2] == 1 and mask.shape[3] > 1:
         if mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, float("-inf"))
+            mask = torch.log(mask.to(torch.float32))  # of 1 and 0: what is added to the scores
         return mask.to(runtime.wide_dtype(mask.dtype)).contiguous()
     if mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)

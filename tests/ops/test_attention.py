@@ -417,6 +417,7 @@ def test_addressing():
         far = torch.empty(2, tokens, 1, 8, device="meta").as_strided((2, tokens, 1, 8), (8, 2**20, 8, 1))
         far.data_ptr = lambda: 0
         assert addressing(far)["INDEX"] == index
+    assert addressing(x, mask_reach=2**31)["INDEX"] == tl.int64
 
 
 def test_int64_offsets_give_the_same(device, monkeypatch):

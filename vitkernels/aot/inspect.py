@@ -184,7 +184,7 @@ def _write_json(path: Path, uses: Mapping[Launch, list[Use]], results: Mapping[L
 
 HEADER = (
     "kernel", "launches", "registers", "spilled B", "shared KiB", "blocks an SM", "matrix instructions", "TMA",
-    "cp.async", "16-bit in loops", "16-bit else", "atomics", "TF32", "addresses",
+    "cp.async", "8/16-bit in loops", "8/16-bit else", "atomics", "TF32", "addresses",
 )  # fmt: skip
 
 

@@ -112,10 +112,11 @@ def alignment(*tensors: Tensor) -> int:
     return bits & -bits
 
 
-def addressing(*tensors: Tensor) -> dict[str, object]:
+def addressing(*tensors: Tensor, mask_reach: int = 0) -> dict[str, object]:
     """Tell the kernels how tensors (B, N, H, D) lie: ``ALIGN``, and ``INDEX``, the type of offsets within a head.
 
-    int64 costs up to 70 registers a thread, so INDEX is int32 wherever that reaches.
+    int64 costs up to 70 registers a thread, so INDEX is int32 wherever that reaches; ``mask_reach`` is how far the
+    last row of a head's mask lies from its first.
     """
-    reach = max(x.shape[1] * x.stride(1) for x in tensors)
+    reach = max(mask_reach, *(x.shape[1] * x.stride(1) for x in tensors))
     return {"ALIGN": alignment(*tensors), "INDEX": tl.int32 if reach < MAX_INT32_REACH else tl.int64}

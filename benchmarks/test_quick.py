@@ -35,8 +35,6 @@ def synchronized(function):
 @pytest.mark.parametrize(("name", "who"), OPS)
 def test_op(benchmark, name, who, mode):
     bench = all_ops()[name]
-    if who == "vitkernels" and bench.missing():
-        pytest.skip(bench.missing())
     benchmark.group = f"{name}, {mode}"
     tensors = bench.inputs(CASE, DTYPES[DTYPE], DEVICE)
     upstreams = None if mode == "forward" else upstreams_of(bench.reference, CASE, tensors)

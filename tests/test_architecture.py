@@ -12,7 +12,7 @@ LAYERS = [
     {"ops"},
     {"layers"},
     {"models"},
-    {"swap", "precompile", "hf"},
+    {"swap", "precompile", "maps", "hf"},
     {"testing", "console"},
     {"aot", "demo"},
     {"cli"},

@@ -180,6 +180,9 @@ def opcheck_cases(device):
                                    gate_last=True, recompute=True)]  # fmt: skip
         outputs += [ops.attention(*(randn(2, 2, 5, 16) for _ in range(3)))]
         outputs += [ops.attention_qkvpacked(randn(2, 5, 3, 2, 16))]
+        prepared = {"rope": (randn(5, 16).detach(), randn(5, 16).detach(), True), "q_norm": (randn(16),)}
+        outputs += [ops.attention_qkvpacked(randn(2, 5, 3, 2, 16), attn_mask=randn(2, 5, 5), **prepared)]
+        outputs += [ops.attention(*(randn(2, 2, 5, 16) for _ in range(3)), **prepared)]
         outputs += [ops.patch_embed(randn(2, 3, 8, 8), randn(16, 3, 4, 4), randn(16), pos_embed=randn(1, 4, 16),
                                     pos_embed_prefix=False, prefix_tokens=randn(1, 1, 16))]  # fmt: skip
         sum(o.sum() for o in outputs).backward()

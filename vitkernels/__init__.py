@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Report": "swap",
     "accelerate": "swap",
+    "attention_maps": "maps",
     "explain": "swap",
     "restore": "swap",
     "backend": "runtime",

@@ -32,7 +32,6 @@ class OpBench:
         reference: The same in plain PyTorch: a rival, the yardstick of errors, and on fp64 the truth.
         flops, bytes: As above.
         rivals: What makes a further rival on ``device``, or raises :class:`Missing` with the reason.
-        missing: Why ours cannot run, where it cannot.
         applies: Whether the network of a case has the op.
     """
 
@@ -43,7 +42,6 @@ class OpBench:
     flops: Callable[[Case, str], int]
     bytes: Callable[[Case, str, int], int]
     rivals: Mapping[str, Callable[[torch.device], Callable]] = dataclasses.field(default_factory=dict)
-    missing: Callable[[], str] = lambda: ""
     applies: Callable[[Case], bool] = lambda case: True
 
 

@@ -7,8 +7,6 @@ turn, as NaViT packs them (arXiv 2307.06304).
 
 from __future__ import annotations
 
-import inspect
-
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -119,14 +117,6 @@ def _flash_attention_varlen(device):
     return lambda case, q, k, v, cu_seqlens: attend(q, k, v, cu_seqlens, cu_seqlens, case.tokens, case.tokens)
 
 
-def _no_masks() -> str:
-    return "" if "attn_mask" in inspect.signature(ops.attention).parameters else "ops.attention takes no attn_mask yet"
-
-
-def _no_varlen() -> str:
-    return "" if hasattr(ops, "attention_varlen") else "ops has no attention_varlen yet"
-
-
 BENCHES = (
     OpBench(
         "attention",
@@ -153,7 +143,6 @@ BENCHES = (
             "sdpa efficient": _backend(SDPBackend.EFFICIENT_ATTENTION),
             "sdpa cudnn": _backend(SDPBackend.CUDNN_ATTENTION),
         },
-        missing=_no_masks,
     ),
     OpBench(
         "attention_biased",
@@ -163,7 +152,6 @@ BENCHES = (
         _flops(_scores),
         _bytes(_elements, lambda case: case.heads * case.tokens**2),
         rivals={"sdpa efficient": _backend(SDPBackend.EFFICIENT_ATTENTION)},
-        missing=_no_masks,
     ),
     OpBench(
         "attention_varlen",
@@ -173,6 +161,5 @@ BENCHES = (
         _flops(_scores_varlen),
         _bytes(lambda case: sum(_lengths(case)) * case.channels),
         rivals={"flash-attn 2": _flash_attention_varlen},
-        missing=_no_varlen,
     ),
 )

@@ -75,11 +75,6 @@ def truth_of(reference: Callable, case: Case, tensors: Tensors, upstreams: list[
 
 
 def _makers(bench: OpBench, device: torch.device) -> dict[str, Callable[[], Callable]]:
-    def ours():
-        if bench.missing():
-            raise Missing(bench.missing())
-        return bench.ours
-
     def compiled(mode):
         if device.type != "cuda":
             raise Missing("a CPU run compares with plain PyTorch alone")
@@ -87,7 +82,7 @@ def _makers(bench: OpBench, device: torch.device) -> dict[str, Callable[[], Call
         return torch.compile(bench.reference, dynamic=False, fullgraph=True, mode=mode)
 
     return {
-        "vitkernels": ours,
+        "vitkernels": lambda: bench.ours,
         "torch": lambda: bench.reference,
         "compile": functools.partial(compiled, COMPILED["compile"]),
         **{provider: functools.partial(make, device) for provider, make in bench.rivals.items()},

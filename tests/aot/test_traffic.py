@@ -171,7 +171,9 @@ PLAIN = "vit_base_patch16_224"
 LAYER_SCALE = ("vit_base_patch14_dinov2", "deit3_base_patch16_224")
 MODELS = (PLAIN, *LAYER_SCALE)
 MOST_IN_INFERENCE = 8
-MOST_IN_TRAINING = 28.3
+MOST_IN_TRAINING = 24
+# At 518 pixels a row of 1,370 keys is no program's: dkv reads again what dq has read, q, k, v and do.
+LONG_ROWS, AGAIN = ("vit_base_patch14_dinov2",), 4
 WIDTH, HEADS = 768, 12
 
 
@@ -282,10 +284,14 @@ def test_a_block_of_ours(counted, model):
     inference, training = counted[model]["inference"]["vitkernels"], counted[model]["training"]["vitkernels"]
     # The same products and attention as timm's, kernel by kernel.
     assert inference["least"] == pytest.approx(LEAST_FORWARD)
-    assert training["least"] == pytest.approx(LEAST_FORWARD + LEAST_BACKWARD)
+    # Where a program sees whole rows, attention's backward needs no o.
+    assert training["least"] == pytest.approx(LEAST_FORWARD + LEAST_BACKWARD - (model not in LONG_ROWS))
     assert not any("native_layer_norm" in row["op"] for row in training["rows"])
     assert 0 < inference["extra"] <= MOST_IN_INFERENCE
-    assert 0 < training["extra"] <= MOST_IN_TRAINING
+    # Op by op, from what enters and leaves each; ours are counted kernel by kernel.
+    again = AGAIN if model in LONG_ROWS else 0
+    assert again <= training["extra_of_attention"] < again + 0.2
+    assert 0 < training["extra"] - again <= MOST_IN_TRAINING
 
 
 def test_what_is_printed(counted):

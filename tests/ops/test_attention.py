@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from vitkernels import ops, reference
+from vitkernels.aot.build import TARGETS
 from vitkernels.ops._triton import tl
-from vitkernels.ops.attention.config import choose_config, head_parts, shared_bytes
+from vitkernels.ops.attention.config import choose_config, head_parts, key_pieces, shared_bytes, useful_share
 from vitkernels.ops.attention.operands import LOG2_E, addressing
 from vitkernels.runtime import INTERPRETER, DeviceFacts
 from vitkernels.testing import check_op
@@ -52,7 +53,7 @@ def test_qkvpacked(N, H, D, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("D", [1, 16, 80, 100, 128, 144, 256])
+@pytest.mark.parametrize("D", [1, 100, 144, 256])
 def test_other_head_dims(D, dtype, device):
     check_op(ops.attention, reference.attention, make_qkv(1, 8, 67, 67, D, dtype=dtype, device=device))
 
@@ -416,6 +417,7 @@ def test_addressing():
         far = torch.empty(2, tokens, 1, 8, device="meta").as_strided((2, tokens, 1, 8), (8, 2**20, 8, 1))
         far.data_ptr = lambda: 0
         assert addressing(far)["INDEX"] == index
+    assert addressing(x, mask_reach=2**31)["INDEX"] == tl.int64
 
 
 def test_int64_offsets_give_the_same(device, monkeypatch):
@@ -440,3 +442,52 @@ def test_config_fits_shared_memory():
                     assert used <= shared, (arch, D, dtype, kernel)
                     assert min(tiling.block_m, tiling.block_n) >= 16
     assert choose_config(1374, 1374, 64, torch.float32, INTERPRETER, heads=8).forward.block_m == 64
+
+
+def test_pieces_hold_every_key_and_little_else():
+    for largest in (64, 128):
+        for N in range(1, 300):
+            starts, sizes = key_pieces(N, largest)
+            assert list(starts) == [sum(sizes[:i]) for i in range(len(sizes))]
+            assert N <= sum(sizes) < N + max(16, largest // 4) + (N % largest > largest // 2) * largest // 4
+            assert starts[-1] < N and all(s & (s - 1) == 0 and s >= 16 for s in sizes)
+    assert key_pieces(197, 128)[1] == (128, 64, 16)
+
+
+def test_heads_are_split_rather_than_padded():
+    assert [head_parts(D) for D in (16, 36, 64, 72, 80, 88, 96)] == [
+        (16,), (32, 16), (64,), (64, 16), (64, 16), (64, 32), (64, 32)
+    ]  # fmt: skip
+    for D in range(1, 257):
+        assert D <= sum(head_parts(D)) <= max(16, 1 << (D - 1).bit_length())
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_useful_share_of_the_scores(target):
+    # 197²/(256 · 208) is 72.9 %, 577²/(640 · 592) 87.9 %: rounded, what 64 rows and pieces of 16 keys allow.
+    for N, least in ((197, 0.728), (577, 0.878)):
+        config = choose_config(N, N, 64, torch.bfloat16, TARGETS[target].facts, heads=384)
+        if target.startswith(("sm_9", "sm_10", "gfx")) or N == 197:
+            assert useful_share(N, N, config.forward) > least
+
+
+# Every number of tokens and every head dim that a vision transformer has, in forward and backward.
+TOKENS = (1, 16, 49, 50, 64, 144, 197, 257, 577, 729, 1025, 1374)
+HEAD_DIMS = (16, 24, 32, 36, 48, 60, 64, 72, 80, 88, 96, 104, 112, 128)
+
+
+@pytest.mark.parametrize("N", TOKENS)
+def test_tokens(N, device):
+    D = HEAD_DIMS[TOKENS.index(N)]
+    tensors = make_qkv(1, 2, N, N, D, device=device)
+    if N == 1:  # the gradients of q and k are exactly zero: see above
+        tensors["q"].requires_grad_(False)
+        tensors["k"].requires_grad_(False)
+    bias = torch.randn(1, 1, 1, N, device=device)  # one row: a mask of all pairs is PyTorch's slow path
+    check_op(ops.attention, reference.attention, tensors, options={"attn_mask": bias})
+
+
+@pytest.mark.parametrize(("N", "dtype"), [(33, torch.float32), (33, torch.bfloat16), (100, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("D", HEAD_DIMS)
+def test_head_dims(D, N, dtype, device):
+    check_op(ops.attention, reference.attention, make_qkv(1, 6, N, N, D, dtype=dtype, device=device))

@@ -358,6 +358,29 @@ def test_compiled_equals_eager(N, device):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+def test_opcheck_and_the_references_of_registered_ops(device):
+    file = sys.modules["vitkernels.ops.attention"]
+    tests = ("test_schema", "test_faketensor")
+    q, k, v = (torch.randn(2, 5, 3, 8, device=device) for _ in range(3))
+    qkv = torch.stack([q, k, v], 2)
+    seed = torch.tensor([12345], device=device)
+    bias, key_mask = torch.randn(1, 3, 5, 5, device=device), torch.ones(2, 1, 1, 5, dtype=torch.bool, device=device)
+    for options in ((None, None, True), (bias, seed, False, 0.4), (key_mask, None, True)):
+        learned = options[0] is bias
+        o, lse = file.attention_fwd(q, k, v, 0.3, *options)
+        backward = (o.cos(), q, k, v, o, lse, 0.3, [True, True, learned], *options)
+        packed = (o.cos(), qkv, o, lse, 0.3, True, learned, *options)
+        for op, arguments, expected in (
+            (file.attention_fwd, (q, k, v, 0.3, *options), file._reference_forward),
+            (file.attention_bwd, backward, file._reference_backward),
+            (file.attention_qkvpacked_bwd, packed, file._reference_packed_backward),
+        ):
+            torch.library.opcheck(op, arguments, test_utils=tests)
+            for a, e in zip(op(*arguments), expected(*arguments), strict=True):
+                assert a.shape == e.shape and a.dtype == e.dtype
+                torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+
+
 Q = torch.zeros(2, 3, 5, 8)
 QKV = torch.zeros(2, 5, 3, 4, 8)
 BAD = {

@@ -17,11 +17,12 @@ import torch
 import triton
 
 from vitkernels.aot import contract
-from vitkernels.aot.build import Launch, compile_launch, trace
+from vitkernels.aot.build import TARGETS, Launch, compile_launch, trace
 from vitkernels.aot.launches import launches
 from vitkernels.aot.read import Report, read_kernel
 from vitkernels.console import UserError, one_line, print_table, track
 from vitkernels.ops._triton import INTERPRETED
+from vitkernels.ops.attention.config import choose_config, useful_share
 from vitkernels.testing.cases import CASES
 
 # fp16 compiles as bf16 does; fp32 takes other paths (TF32, or no tensor cores at all), at one case.
@@ -95,6 +96,7 @@ def inspect(
             raise UserError(f"the contract of {target}: {one_line(error)}") from error
         verdict = contract.check(before, measured, complete=complete)
         _show(target, reports, uses, every, markdown)
+        _show_useful_work(target, reports, uses)
         if before["triton"] != triton.__version__:
             print(
                 f"The figures are of Triton {before['triton']}, this is {triton.__version__}: only rules are checked."
@@ -182,7 +184,7 @@ def _write_json(path: Path, uses: Mapping[Launch, list[Use]], results: Mapping[L
 
 HEADER = (
     "kernel", "launches", "registers", "spilled B", "shared KiB", "blocks an SM", "matrix instructions", "TMA",
-    "cp.async", "16-bit in loops", "16-bit else", "atomics", "TF32", "addresses",
+    "cp.async", "8/16-bit in loops", "8/16-bit else", "atomics", "TF32", "addresses",
 )  # fmt: skip
 
 
@@ -206,6 +208,24 @@ def _show(
     else:
         print_table(HEADER, rows)
     print(f"\nNot shown, but checked: {hidden} launches in fp32.\n" if hidden else "", flush=True)
+
+
+def _show_useful_work(target: str, reports: Iterable[Launch], uses: Mapping[Launch, list[Use]]) -> None:
+    """Print, by case, how much of the scores that attention's forward computes is no padding."""
+    attended = {case for launch in reports for case, op, _ in uses[launch] if op == "attention"}
+    shares = collections.defaultdict(list)
+    for name in (name for name in CASES if name in attended):
+        case = CASES[name]
+        config = choose_config(
+            case.tokens, case.tokens, case.head_dim, torch.bfloat16, TARGETS[target].facts,
+            heads=case.batch * case.heads,
+        )  # fmt: skip
+        share = useful_share(case.tokens, case.tokens, config.forward)
+        shares[f"{share:.0%} at {case.tokens} tokens, head dim {case.head_dim}"].append(name)
+    if shares:
+        print("Useful work in the padded score matrix of attention's forward:")
+        for text, names in shares.items():
+            print(f"  {text}: {', '.join(names)}")
 
 
 def _cells(reports: Sequence[Report]) -> list[str]:

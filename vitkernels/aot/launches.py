@@ -88,8 +88,40 @@ def launches(case: Case, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     def attention():
         qkv, o, lse = new(B, N, 3, H, D), new(B, N, H, D), new(B, H, N, dtype=sums)
         run("attention_qkvpacked_fwd", qkv, D**-0.5)
-        run("attention_qkvpacked_bwd", o, qkv, o, lse, D**-0.5, False)
         run("attention_qkvpacked_bwd", o, qkv, o, lse, D**-0.5, True)
+
+    def attend(B, N, H, D, *options, needs_dmask=False):
+        qkv, o, lse = new(B, N, 3, H, D), new(B, N, H, D), new(B, H, N, dtype=sums)
+        run("attention_qkvpacked_fwd", qkv, D**-0.5, *options)
+        run("attention_qkvpacked_bwd", o, qkv, o, lse, D**-0.5, True, needs_dmask, *options)
+
+    def attention_varlen():
+        q, lse = new(1, B * N, H, D), new(1, H, B * N, dtype=sums)
+        options = None, None, False, 0.0, new(B + 1, dtype=torch.int32), N
+        run("attention_fwd", q, q, q, D**-0.5, *options)
+        run("attention_bwd", q, q, q, q, q, lse, D**-0.5, [True, True, False], *options)
+
+    def attention_rope(interleaved: bool):
+        qkv, tables = new(B, N, 3, H, D), [new(1, 1, N - case.prefix, D, dtype=sums)] * 2
+        q, weight = qkv.select(2, 0), new(D)
+        spec = weight, weight, *tables, "layer", 1e-6, interleaved, case.prefix
+        run("attention_prepare_fwd", q, None, None, *tables, "", 0.0, interleaved, case.prefix)
+        run("attention_prepare_fwd", q, *spec)
+        run("attention_prepare_bwd", q, q, None, None, *tables, "", 0.0, interleaved, case.prefix, [False, False])
+        run("attention_prepare_bwd", q, q, *spec, [True, True])
+
+    variants = {
+        "biased": lambda: attend(B, N, H, D, new(1, H, N, N), needs_dmask=True),
+        "key_mask": lambda: attend(B, N, H, D, new(B, 1, 1, N, dtype=torch.bool)),
+        "pair_mask": lambda: attend(B, N, H, D, new(B, 1, N, N, dtype=torch.bool)),
+        "causal": lambda: attend(B, N, H, D, None, None, True),
+        "dropout": lambda: attend(B, N, H, D, None, new(1, dtype=torch.int64), False, 0.1),
+        "windows": lambda: attend(64 * B, 49, 4, 32, new(1, 4, 49, 49), needs_dmask=True),
+        "visible": lambda: attend(8 * B, 50, H, D),
+        "varlen": attention_varlen,
+        "rope_half": lambda: attention_rope(False),
+        "rope_interleaved": lambda: attention_rope(True),
+    }
 
     def patch_embed():
         side = case.image // case.patch * case.patch
@@ -104,7 +136,8 @@ def launches(case: Case, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         prefix = new(1, case.prefix, C) if case.prefix else None
         planar = new(B, 3, side, side, dtype=torch.uint8)
         channels_last = new(B, side, side, 3, dtype=torch.uint8).permute(0, 3, 1, 2)  # as decoders write
-        for images in (planar, channels_last):
+        # One layout is enough to see every kernel, and one case to see the other.
+        for images in (planar, channels_last) if case.attention else (planar,):
             run("patch_embed_fwd", images, weight, new(C), new(1, N, C), prefix, True, dtype, *constants)
             run("patch_embed_bwd", new(B, N, C), images, weight, False, True, *constants)
 
@@ -113,4 +146,5 @@ def launches(case: Case, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         functions |= {"linear_activation": linear_activation, "mlp": mlp}
     else:
         functions["swiglu_mlp"] = swiglu_mlp
+    functions |= {f"attention_{name}": variants[name] for name in case.attention}
     return functions | {f.__name__: f for f in (attention, patch_embed, patch_embed_uint8)}

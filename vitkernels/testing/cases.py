@@ -23,6 +23,10 @@ class Case:
         norm: ``layer_norm`` or ``rms_norm``.
         mlp: ``mlp``, or ``swiglu_mlp`` with ``packed`` weights or with ``separate`` ones.
         mlp_norm: Whether a LayerNorm stands before the MLP's last layer.
+        attention: What else its attention is run with: ``biased`` (a learned bias a head), ``key_mask``,
+            ``pair_mask``, ``causal``, ``dropout``, ``varlen`` (images packed), ``windows`` (of 49 tokens, head dim
+            32, as Swin's), ``visible`` (the 50 tokens that a masked autoencoder's encoder sees), ``rope_half`` and
+            ``rope_interleaved`` (with QK-norm).
     """
 
     name: str
@@ -38,6 +42,7 @@ class Case:
     norm: str = "layer_norm"
     mlp: str = "mlp"
     mlp_norm: bool = False
+    attention: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -56,20 +61,65 @@ CASES = {
     for case in (
         Case("vit_tiny_patch16_224", 256, 224, 16, 1, 192, 3, 768),
         Case("vit_small_patch16_224", 256, 224, 16, 1, 384, 6, 1536),
-        Case("vit_base_patch16_224", 32, 224, 16, 1, 768, 12, 3072),
+        Case(
+            "vit_base_patch16_224",
+            32,
+            224,
+            16,
+            1,
+            768,
+            12,
+            3072,
+            attention=("biased", "key_mask", "pair_mask", "causal", "dropout", "windows", "visible"),
+        ),
         Case("vit_large_patch16_224", 64, 224, 16, 1, 1024, 16, 4096),
         Case("deit3_base_patch16_224", 64, 224, 16, 1, 768, 12, 3072, layer_scale=True),
         Case("vit_large_patch14_reg4_dinov2_518", 8, 518, 14, 5, 1024, 16, 4096, layer_scale=True),
-        Case("vit_so400m_patch14_siglip_378", 32, 378, 14, 0, 1152, 16, 4304, "gelu_tanh"),
+        Case(
+            "vit_so400m_patch14_siglip_378",
+            32,
+            378,
+            14,
+            0,
+            1152,
+            16,
+            4304,
+            "gelu_tanh",
+            attention=("key_mask", "varlen"),
+        ),
         Case("vit_large_patch14_clip_336", 32, 336, 14, 1, 1024, 16, 4096, "quick_gelu"),
         Case("vit_huge_patch14_clip_224", 32, 224, 14, 1, 1280, 16, 5120),
         Case(
             "vit_giant_patch14_reg4_dinov2_518", 8, 518, 14, 5, 1536, 24, 4096, "silu", layer_scale=True, mlp="packed"
         ),
         Case(
-            "vit_huge_plus_patch16_dinov3_256", 32, 256, 16, 5, 1280, 20, 5120, "silu", layer_scale=True, mlp="separate"
+            "vit_huge_plus_patch16_dinov3_256",
+            32,
+            256,
+            16,
+            5,
+            1280,
+            20,
+            5120,
+            "silu",
+            layer_scale=True,
+            mlp="separate",
+            attention=("rope_half",),
         ),
-        Case("eva02_large_patch14_448", 16, 448, 14, 1, 1024, 16, 2730, "silu", mlp="separate", mlp_norm=True),
+        Case(
+            "eva02_large_patch14_448",
+            16,
+            448,
+            14,
+            1,
+            1024,
+            16,
+            2730,
+            "silu",
+            mlp="separate",
+            mlp_norm=True,
+            attention=("rope_interleaved", "biased"),
+        ),
         Case("aimv2_large_patch14_224", 64, 224, 14, 0, 1024, 8, 2816, "silu", norm="rms_norm", mlp="separate"),
     )
 }

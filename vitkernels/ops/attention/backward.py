@@ -49,7 +49,8 @@ def attention_backward(
     images, longest_q, longest_kv = options.rows(B, N_q, k.shape[1])
     config = choose_config(
         longest_q, longest_kv, D, q.dtype, runtime.device_facts(q.device),
-        heads=images * H, varlen=options.starts is not None, masked=options.changes_scores,
+        heads=images * H, varlen=options.starts is not None, masked=options.mask is not None,
+        dropout=options.dropout_p > 0,
     )  # fmt: skip
     arguments = {
         "do_ptr": do,
@@ -76,7 +77,7 @@ def attention_backward(
         sums, delta = _launch_blocks(arguments, config, options, rows, o, lse, dq, dk, dv, needs_sums)
         dmask = None
     if needs_dmask and dmask is None:
-        dmask = _launch_dmask(arguments, config.dq, options, lse, delta)
+        dmask = _launch_dmask(arguments, config.dmask, options, lse, delta)
     if needs_dmask:  # over the dims that the kernels do not sum
         dims = [i for i in (2, 3) if options.mask.shape[i] < dmask.shape[i]]
         dmask = dmask.sum(dims, keepdim=True) if dims else dmask
@@ -102,6 +103,7 @@ def _launch_row(arguments, tiling, options, lse, dq, dk, dv, needs_sums, needs_d
         NEEDS_SUMS=needs_sums,
         NEEDS_DELTA=needs_dmask,
         **_tiles(tiling),
+        enable_fp_fusion=False,  # as in the forward
     )
     return sums.sum(0) if needs_sums else None, delta, None
 
@@ -134,6 +136,7 @@ def _launch_windows(arguments, tiling, options, lse, dq, dk, dv, needs_sums, nee
         NEEDS_DELTA=delta is not None,
         NEEDS_DMASK=shared,
         **_tiles(tiling),
+        enable_fp_fusion=False,  # as in the forward
     )
     if shared:
         dmask = dmask.sum(0 if options.mask.shape[1] > 1 else (0, 1), keepdim=True)
@@ -143,6 +146,7 @@ def _launch_windows(arguments, tiling, options, lse, dq, dk, dv, needs_sums, nee
 def _launch_blocks(arguments, config: AttentionConfig, options, rows, o, lse, dq, dk, dv, needs_sums):
     images, longest_q, longest_kv = rows
     do, q, k, v = (arguments[f"{x}_ptr"] for x in ("do", "q", "k", "v"))
+    mask_reach = q.shape[1] * arguments["stride_mask_m"]
     B, N_q, H, D = q.shape
     varlen = {"VARLEN": options.starts is not None, "starts_ptr": q if options.starts is None else options.starts}
     delta = torch.empty_like(lse)
@@ -161,7 +165,7 @@ def _launch_blocks(arguments, config: AttentionConfig, options, rows, o, lse, dq
             sums_ptr=dq_sums if needs_sums else lse,
             **strides("o", o),
             **strides("dq", dq),
-            **addressing(do, q, k, v, o, dq),
+            **addressing(do, q, k, v, o, dq, mask_reach=mask_reach),
             **_tiles(config.dq),
             num_blocks=num_blocks,
             scale=options.scale,
@@ -197,7 +201,7 @@ def _launch_blocks(arguments, config: AttentionConfig, options, rows, o, lse, dq
             dv_ptr=dv,
             sums_ptr=dkv_sums if needs_sums else lse,
             **strides("dk", dk),
-            **addressing(do, q, k, v, dk, dv),
+            **addressing(do, q, k, v, dk, dv, mask_reach=mask_reach),
             **_tiles(config.dkv),
             num_blocks=num_blocks,
             scale=options.scale,
@@ -209,6 +213,7 @@ def _launch_blocks(arguments, config: AttentionConfig, options, rows, o, lse, dq
 
 def _launch_dmask(arguments, tiling: Tiling, options, lse, delta):
     do, q, k, v = (arguments[f"{x}_ptr"] for x in ("do", "q", "k", "v"))
+    mask_reach = q.shape[1] * arguments["stride_mask_m"]
     B, N_q, H, _ = q.shape
     N_kv = k.shape[1]
     varies = [n > 1 for n in options.mask.shape[:2]]
@@ -230,7 +235,7 @@ def _launch_dmask(arguments, tiling: Tiling, options, lse, delta):
         scale=options.scale,
         MASK_B=varies[0],
         MASK_H=varies[1],
-        **addressing(do, q, k, v),
+        **addressing(do, q, k, v, mask_reach=mask_reach),
         **_tiles(tiling),
     )
     return dmask.sum(0) if splits > 1 else dmask.squeeze(0)

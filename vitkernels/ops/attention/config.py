@@ -32,6 +32,7 @@ class AttentionConfig:
     backward: Tiling
     dkv: Tiling
     dq: Tiling
+    dmask: Tiling
 
 
 def choose_config(
@@ -44,6 +45,7 @@ def choose_config(
     heads: int,
     varlen: bool = False,
     masked: bool = False,
+    dropout: bool = False,
 ) -> AttentionConfig:
     """Choose regimes and tilings: the tuning table's, else a heuristic.
 
@@ -54,13 +56,15 @@ def choose_config(
         facts: The device's.
         heads: Heads of all images together.
         varlen: Whether images of different length are packed.
-        masked: Whether a mask or a dropout stands between scores and weights.
+        masked: Whether a mask stands between scores and weights.
+        dropout: Whether weights are dropped.
     """
     width = sum(head_parts(D))
-    start = _blocks(width, dtype.itemsize, facts)
+    start = _blocks(width, dtype.itemsize, facts, masked)
     if not varlen:
-        start |= _whole_rows(N_q, N_kv, width, dtype.itemsize, facts, heads, masked)
-    key = f"N_q={N_q},N_kv={N_kv},D={D},{dtype}" + ",varlen" * varlen + ",masked" * masked
+        start |= _whole_rows(N_q, N_kv, width, dtype.itemsize, facts, heads, masked, dropout)
+    options = ",varlen" * varlen + ",masked" * masked + ",dropout" * dropout
+    key = f"N_q={N_q},N_kv={N_kv},D={D},{dtype}{options}"
     chosen = {}
     for kernel, tiling in start.items():
         tuned = tuning.lookup(f"attention_{kernel}", facts.name, key)
@@ -68,28 +72,31 @@ def choose_config(
     return AttentionConfig(**chosen)
 
 
-def _blocks(width: int, itemsize: int, facts: DeviceFacts) -> dict[str, Tiling]:
-    """Tilings for rows of any length and heads of ``width`` channels."""
-    kernels = ("forward", "backward", "dkv", "dq")
+def _blocks(width: int, itemsize: int, facts: DeviceFacts, masked: bool) -> dict[str, Tiling]:
+    """Tilings for rows of any length and heads of ``width`` channels: the largest of those tried that do not spill."""
+    kernels = ("forward", "backward", "dkv", "dq", "dmask")
+
+    def tile(block_m: int, block_n: int, num_warps: int, num_stages: int = 2) -> Tiling:
+        return Tiling("blocks", block_m, block_n, num_warps, num_stages)
+
     if facts.arch == "interpreter":
-        return dict.fromkeys(kernels, Tiling("blocks", 64, 64, 4, 1))
+        return dict.fromkeys(kernels, tile(64, 64, 4, 1))
     if itemsize > 2:  # products of fp32 without tensor cores hold whole tiles in registers
-        warps = 8 if width > 32 else 4
-        tilings = dict.fromkeys(kernels, Tiling("blocks", 32, 32, warps, 2))
-        if facts.arch.startswith("gfx"):  # 32 queries would spill
-            tilings["dkv"] = Tiling("blocks", 16, 32, warps, 2)
-        return tilings
-    tilings = dict.fromkeys(kernels, Tiling("blocks", 64, 64, 4, 2))
-    short = _short_of_registers(facts)
-    if width > 64 or short:  # 64 queries would spill
-        tilings["dkv"] = Tiling("blocks", 32, 64, 8 if width > 64 and short else 4, 2)
-    if width > 64 and short:  # 64 keys would spill
-        tilings["dq"] = Tiling("blocks", 64, 32, 4, 2)
-    return tilings
+        warps = 8 if width > 32 or masked else 4
+        tilings = dict.fromkeys(kernels, tile(32, 32, warps)) | {"dmask": tile(16, 32, 4)}
+        return tilings | {"dkv": tile(16, 32, warps)} if facts.arch.startswith("gfx") else tilings
+    tilings = dict.fromkeys(kernels, tile(64, 64, 4))
+    if not _short_of_registers(facts):
+        return tilings | {"dkv": tile(32 if width > 64 else 64, 64, 4)}
+    tilings |= {"dq": tile(64, 32, 4), "dmask": tile(64, 32, 4)}
+    if width <= 64:
+        return tilings | {"forward": tile(64, 32, 4), "dkv": tile(32, 32 if masked else 64, 4)}
+    tilings["forward"] = tile(64, 64, 8) if width < 128 else tile(32, 64, 4)
+    return tilings | {"dkv": tile(16, 32, 4) if masked and width < 128 else tile(32, 64, 8)}
 
 
 def _whole_rows(
-    N_q: int, N_kv: int, width: int, itemsize: int, facts: DeviceFacts, heads: int, masked: bool
+    N_q: int, N_kv: int, width: int, itemsize: int, facts: DeviceFacts, heads: int, masked: bool, dropout: bool
 ) -> dict[str, Tiling]:
     """Tilings for rows whose scores a program holds at once, where it can, without a spill on any architecture."""
     interpreted = facts.arch == "interpreter"
@@ -97,22 +104,24 @@ def _whole_rows(
         return {}
     block_m, block_n = (max(16, runtime.next_power_of_2(n)) for n in (N_q, N_kv))
     is_window = max(N_q, N_kv) <= WINDOW
-    short = _short_of_registers(facts)
+    short, amd = _short_of_registers(facts), facts.arch.startswith("gfx")
+    # A mask's tile and the counters of a dropout take registers, too.
+    short_and_masked = short and (masked or dropout)
     tilings = {}
     if is_window and (width <= 64 or interpreted):
         tilings["forward"] = Tiling("windows", block_m, block_n, 4, 1)
-    elif width <= (80 if short else 128):
+    elif interpreted or (width <= (80 if short else 128) and not short_and_masked and not dropout):
         tilings["forward"] = Tiling("row", 64, 128 if width <= 64 else 64, 4, 1)
 
     # The backward holds the gradients of all keys and values as well, and has one program a head.
     if is_window and width <= 32:
-        tilings["backward"] = Tiling("windows", block_m, block_n, 8, 1)
+        tilings["backward"] = Tiling("windows", block_m, block_n, 4 if amd else 8, 1)
     elif interpreted:
         tilings["backward"] = Tiling("row", 32, block_n, 4, 1)
     elif width <= 64 and heads >= facts.num_sms:
-        if N_kv <= 64 and not (short and masked):
+        if N_kv <= 64 and not short_and_masked:
             tilings["backward"] = Tiling("row", 32, block_n, 4, 1)
-        elif 64 < N_kv <= (128 if short else 256) and not masked:
+        elif 64 < N_kv <= (128 if short else 256) and not (masked or dropout):
             tilings["backward"] = Tiling("row", 16, block_n, 8, 1)
     return tilings
 

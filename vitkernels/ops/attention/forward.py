@@ -336,7 +336,7 @@ def _attention_fwd_blocks_kernel(
     q = load_head(q_head, offs_m, stride_q_n, mask_m, D, PARTS, ALIGN)
 
     end = N_kv
-    if len(PIECES) > 0:
+    if not VARLEN:  # what is left behind the last full block is in pieces
         end = N_kv // BLOCK_N * BLOCK_N
     visible = end
     if IS_CAUSAL:
@@ -350,7 +350,7 @@ def _attention_fwd_blocks_kernel(
         m, total, o = _attend(
             (m, total, o), q, k_head, v_head, mask_head, seed_ptr, bh, offs_m, start,
             stride_k_n, stride_v_n, stride_mask_m, mask_width, N_q, N_kv, scale_log2, D, MASK, MASK_M, MASK_N,
-            IS_CAUSAL, DROPOUT, ALIGN, INDEX, ACC, PRECISION, BLOCK_M, BLOCK_N, len(PIECES) > 0, PARTS,
+            IS_CAUSAL, DROPOUT, ALIGN, INDEX, ACC, PRECISION, BLOCK_M, BLOCK_N, not VARLEN, PARTS,
         )  # fmt: skip
     for i in tl.static_range(len(PIECES)):
         m, total, o = _attend(
@@ -383,7 +383,8 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tupl
         runtime.device_facts(q.device),
         heads=images * H,
         varlen=varlen,
-        masked=options.changes_scores,
+        masked=options.mask is not None,
+        dropout=options.dropout_p > 0,
     ).forward
     arguments = {
         "q_ptr": q,
@@ -409,10 +410,15 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tupl
         "enable_fp_fusion": False,
     }
     num_blocks = runtime.cdiv(longest_q, tiling.block_m)
+    mask_reach = N_q * arguments["stride_mask_m"]
     if tiling.regime == "row":
         starts, pieces = key_pieces(N_kv, tiling.block_n)
         _attention_fwd_row_kernel[(B * H * num_blocks,)](
-            **arguments, **addressing(q, k, v, o), num_blocks=num_blocks, STARTS=starts, PIECES=pieces
+            **arguments,
+            **addressing(q, k, v, o, mask_reach=mask_reach),
+            num_blocks=num_blocks,
+            STARTS=starts,
+            PIECES=pieces,
         )
     elif tiling.regime == "windows":
         windows, groups = window_groups(B, H, q.device)
@@ -429,7 +435,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tupl
         starts, pieces = ((), ()) if varlen else key_pieces(N_kv % tiling.block_n, tiling.block_n)
         _attention_fwd_blocks_kernel[(images * H * num_blocks,)](
             **arguments,
-            **addressing(q, k, v, o),
+            **addressing(q, k, v, o, mask_reach=mask_reach),
             starts_ptr=options.starts if varlen else q,
             num_blocks=num_blocks,
             VARLEN=varlen,

@@ -43,11 +43,6 @@ class Options:
         """Whether one mask serves all images."""
         return self.mask is None or self.mask.shape[0] == 1
 
-    @property
-    def changes_scores(self) -> bool:
-        """Whether a mask or a dropout stands between scores and weights, and takes registers."""
-        return self.mask is not None or self.dropout_p > 0
-
     def rows(self, B: int, N_q: int, N_kv: int) -> tuple[int, int, int]:
         """Images, and the most queries and keys that one has."""
         if self.starts is None:
@@ -87,7 +82,7 @@ def _aligned(mask: Tensor) -> Tensor:
     """
     if mask.shape[2] == 1 and mask.shape[3] > 1:
         if mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, float("-inf"))
+            mask = torch.log(mask.to(torch.float32))  # of 1 and 0: what is added to the scores
         return mask.to(runtime.wide_dtype(mask.dtype)).contiguous()
     if mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)
@@ -117,10 +112,11 @@ def alignment(*tensors: Tensor) -> int:
     return bits & -bits
 
 
-def addressing(*tensors: Tensor) -> dict[str, object]:
+def addressing(*tensors: Tensor, mask_reach: int = 0) -> dict[str, object]:
     """Tell the kernels how tensors (B, N, H, D) lie: ``ALIGN``, and ``INDEX``, the type of offsets within a head.
 
-    int64 costs up to 70 registers a thread, so INDEX is int32 wherever that reaches.
+    int64 costs up to 70 registers a thread, so INDEX is int32 wherever that reaches; ``mask_reach`` is how far the
+    last row of a head's mask lies from its first.
     """
-    reach = max(x.shape[1] * x.stride(1) for x in tensors)
+    reach = max(mask_reach, *(x.shape[1] * x.stride(1) for x in tensors))
     return {"ALIGN": alignment(*tensors), "INDEX": tl.int32 if reach < MAX_INT32_REACH else tl.int64}

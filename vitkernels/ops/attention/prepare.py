@@ -271,7 +271,7 @@ def _prepare_bwd_kernel(
                 # Of what is left the mean is that of g: that of x_hat is zero.
                 g -= tl.sum(g, axis=1)[:, None] / D
             g *= rstd
-        if ROPE == "half":
+        if ROPE != "":
             tl.debug_barrier()  # dx may be dy, whose rows other threads have then read
         dx_head = head_ptr(dx_ptr, b, h, 0, stride_dx_b, stride_dx_n, stride_dx_h, ALIGN)
         dx_rows = dx_head + tl.multiple_of(n * stride_dx_n, ALIGN // item_bytes)[:, None]
@@ -292,7 +292,7 @@ def prepare_forward(
     if y.numel() == 0:
         return y
     x = runtime.unit_stride(x)
-    grid, arguments = _arguments(x, cos, sin, interleaved, prefix, norm, eps)
+    grid, arguments = _arguments(x, cos, sin, interleaved, prefix, norm, eps, 4096)
     _prepare_fwd_kernel[grid](
         x_ptr=x,
         weight_ptr=runtime.dense_or(weight, x),
@@ -317,7 +317,8 @@ def prepare_backward(
     if dy.numel() == 0:
         return tuple(torch.zeros(D if n else 0, dtype=wide, device=x.device) for n in (needs_weight, needs_bias))
     dy, x = runtime.unit_stride(dy), runtime.unit_stride(x)
-    grid, arguments = _arguments(x, cos, sin, interleaved, prefix, norm, eps)
+    # Half a tile, beside which the sums for weight and bias stay in registers.
+    grid, arguments = _arguments(x, cos, sin, interleaved, prefix, norm, eps, 2048)
     dweight, dbias = (
         torch.empty((grid[0] if n else 0, D), dtype=wide, device=x.device) for n in (needs_weight, needs_bias)
     )
@@ -340,10 +341,10 @@ def prepare_backward(
     return dweight.sum(0) if needs_weight else dweight.new_empty(0), dbias.sum(0) if needs_bias else dbias.new_empty(0)
 
 
-def _arguments(x, cos, sin, interleaved, prefix, norm, eps) -> tuple[tuple[int], dict[str, object]]:
+def _arguments(x, cos, sin, interleaved, prefix, norm, eps, elements) -> tuple[tuple[int], dict[str, object]]:
     B, N, H, D = x.shape
     block_d = max(2, runtime.next_power_of_2(D))
-    block_n = max(1, min(runtime.next_power_of_2(N), 4096 // block_d))
+    block_n = max(1, min(runtime.next_power_of_2(N), elements // block_d))
     num_blocks = runtime.cdiv(N, block_n)
     table = (0,) * 3
     if cos is not None:

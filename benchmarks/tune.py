@@ -48,14 +48,24 @@ class Space:
     starts: tuple[Config, ...] = ({},)
 
 
-def _tiling(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Config:
-    return {"block_m": block_m, "block_n": block_n, "num_warps": num_warps, "num_stages": num_stages}
+def _tiling(regime: str, block_m: int, block_n: int, num_warps: int, num_stages: int) -> Config:
+    sizes = {"block_m": block_m, "block_n": block_n, "num_warps": num_warps, "num_stages": num_stages}
+    return {"regime": regime} | sizes
 
 
-_TILING = Space(
-    {"block_m": (16, 32, 64, 128), "block_n": (16, 32, 64, 128), "num_warps": (2, 4, 8), "num_stages": (1, 2, 3, 4)},
-    (_tiling(64, 64, 4, 2), _tiling(64, 32, 4, 2), _tiling(32, 64, 4, 2), _tiling(32, 32, 4, 1)),
-)
+def _tilings(*starts: Config) -> Space:
+    """Tiles of attention: a regime that a shape does not allow gives wrong results, and is refused for them."""
+    fields = {
+        "regime": ("blocks", "row", "windows"),
+        "block_m": (16, 32, 64, 128),
+        "block_n": (16, 32, 64, 128, 256),
+        "num_warps": (2, 4, 8),
+        "num_stages": (1, 2, 3, 4),
+    }
+    return Space(fields, starts)
+
+
+_BLOCKS = tuple(_tiling("blocks", *sizes) for sizes in ((64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2), (32, 32, 4, 1)))
 _PRODUCT = Space(
     {
         "provider": ("triton", "torch"),
@@ -69,9 +79,11 @@ _PRODUCT = Space(
 )
 # By the op that a row of the table is of.
 SPACES = {
-    "attention_forward": _TILING,
-    "attention_dq": _TILING,
-    "attention_dkv": _TILING,
+    "attention_forward": _tilings(_tiling("row", 64, 128, 4, 1), _tiling("windows", 64, 64, 4, 1), *_BLOCKS),
+    "attention_backward": _tilings(_tiling("row", 16, 256, 8, 1), _tiling("windows", 64, 64, 8, 1), *_BLOCKS),
+    "attention_dq": _tilings(*_BLOCKS),
+    "attention_dkv": _tilings(*_BLOCKS),
+    "attention_dmask": _tilings(*_BLOCKS),
     "linear": _PRODUCT,
     "swiglu_mlp": _PRODUCT,
     "layer_norm": Space({"block_m": (1, 2, 4, 8, 16), "num_warps": (1, 2, 4, 8, 16)}),

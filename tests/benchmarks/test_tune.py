@@ -124,6 +124,8 @@ def test_tuning_needs_a_gpu(tmp_path):
 def test_spaces_have_the_fields_of_the_configurations():
     configs = {
         "attention_forward": Tiling,
+        "attention_backward": Tiling,
+        "attention_dmask": Tiling,
         "attention_dq": Tiling,
         "attention_dkv": Tiling,
         "linear": ProductConfig,

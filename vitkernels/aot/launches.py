@@ -101,6 +101,10 @@ def launches(case: Case, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         run("attention_fwd", q, q, q, D**-0.5, *options)
         run("attention_bwd", q, q, q, q, q, lse, D**-0.5, [True, True, False], *options)
 
+    def attention_frozen_queries():
+        q, lse = new(B, N, H, D), new(B, H, N, dtype=sums)
+        run("attention_bwd", q, q, q, q, q, lse, D**-0.5, [False, True, False])
+
     def attention_rope(interleaved: bool):
         qkv, tables = new(B, N, 3, H, D), [new(1, 1, N - case.prefix, D, dtype=sums)] * 2
         q, weight = qkv.select(2, 0), new(D)
@@ -119,6 +123,7 @@ def launches(case: Case, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         "windows": lambda: attend(64 * B, 49, 4, 32, new(1, 4, 49, 49), needs_dmask=True),
         "visible": lambda: attend(8 * B, 50, H, D),
         "varlen": attention_varlen,
+        "frozen_queries": attention_frozen_queries,
         "rope_half": lambda: attention_rope(False),
         "rope_interleaved": lambda: attention_rope(True),
     }

@@ -26,7 +26,7 @@ class Case:
         attention: What else its attention is run with: ``biased`` (a learned bias a head), ``key_mask``,
             ``pair_mask``, ``causal``, ``dropout``, ``varlen`` (images packed), ``windows`` (of 49 tokens, head dim
             32, as Swin's), ``visible`` (the 50 tokens that a masked autoencoder's encoder sees), ``rope_half`` and
-            ``rope_interleaved`` (with QK-norm).
+            ``rope_interleaved`` (with QK-norm), and ``frozen_queries``, whose gradient nobody wants.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Case:
 CASES = {
     case.name: case
     for case in (
-        Case("vit_tiny_patch16_224", 256, 224, 16, 1, 192, 3, 768),
+        Case("vit_tiny_patch16_224", 256, 224, 16, 1, 192, 3, 768, attention=("windows", "frozen_queries")),
         Case("vit_small_patch16_224", 256, 224, 16, 1, 384, 6, 1536),
         Case(
             "vit_base_patch16_224",

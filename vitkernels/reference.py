@@ -195,8 +195,10 @@ def attention(
     ``(weight, bias, eps, rms)``. ``dropout_scale`` (B, H, N, N) is what a dropout has drawn, in place of ``dropout_p``.
     """
     q, k = prepare_qk(q, k, rope, num_prefix_tokens, q_norm, k_norm)
-    if attn_mask is not None and attn_mask.is_floating_point():
-        attn_mask = attn_mask.to(q.dtype)
+    if attn_mask is not None:
+        attn_mask = attn_mask[(None,) * max(0, 2 - attn_mask.ndim)]  # PyTorch takes no mask of one dim
+        if attn_mask.is_floating_point():
+            attn_mask = attn_mask.to(q.dtype)
     if is_causal and attn_mask is not None:
         behind = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
         if attn_mask.is_floating_point():

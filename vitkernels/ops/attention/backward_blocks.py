@@ -4,6 +4,9 @@ dq      owns a block of queries and walks the keys; takes delta = Σ o · do on 
 dkv     owns a block of keys and walks the queries
 dmask   owns a tile of a bias and walks the images (or heads) that share it
 delta   only where dq is not needed
+
+Weights are taken from the forward's lse, which is rounded: in fp32 their RMS error is 1.6 times PyTorch's (150 keys, 40
+draws), and shows in the gradient of a bias, which averages nothing. In 16 bits it drowns.
 """
 
 from __future__ import annotations

@@ -184,9 +184,9 @@ BAD = {
         "107 rows; expected 3 · 3 heads · head dim",
     ),
     "head dim": (
-        {"qkv_weight": torch.zeros(3 * 3 * 129, 36), "qkv_bias": None},
+        {"qkv_weight": torch.zeros(3 * 3 * 257, 36), "qkv_bias": None},
         NotImplementedError,
-        "head dim is 129",
+        "head dim is 257",
     ),
     "proj": ({"proj_weight": torch.zeros(24, 36), "proj_bias": None}, ValueError, r"proj weight has shape \(24, 36\)"),
     "fc2": ({"fc2_weight": torch.zeros(36, 41)}, ValueError, r"fc2 weight has shape \(36, 41\); expected .*40"),

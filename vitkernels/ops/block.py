@@ -170,7 +170,7 @@ def block(
     Raises:
         ValueError: A shape, device, eps or activation does not fit.
         TypeError: A dtype does not fit.
-        NotImplementedError: The head dim is above 128, or a tensor is nested, sparse or quantized.
+        NotImplementedError: The head dim is above 256, or a tensor is nested, sparse or quantized.
 
     Reference: arXiv 2010.11929.
     """

@@ -60,7 +60,9 @@ def test_the_contract_on_sm_90(tmp_path):
     bf16_products = [row for row in rows if row["wgmma"]]
     assert {row["kernel"] for row in bf16_products} == {k for k in kernels if re.search(
         r"product|attention_(fwd|bwd_(dkv|dq|dmask|row|windows))|patch_embed", k)}  # fmt: skip
-    assert all(row["spilled_bytes"] == row["mma_sync"] == 0 < row["registers"] <= 255 for row in rows)
+    assert all(row["spilled_bytes"] == row["slow_products"] == 0 < row["registers"] <= 255 for row in rows)
+    # The 32 channels of a window's head are fewer rows than wgmma takes.
+    assert {row["kernel"] for row in rows if row["mma_sync"]} == {"_attention_bwd_windows_kernel"}
 
 
 def test_exit_codes(tmp_path):

@@ -44,6 +44,7 @@ def run(*arguments, interpreted=False):
     )
 
 
+@pytest.mark.timeout(900)
 def test_the_contract_on_sm_90(tmp_path):
     """Every kernel of the library is compiled, and holds the contract."""
     options = [f for case in CASES for f in ("--case", case)]

@@ -270,3 +270,16 @@ def test_resampled_position_embedding_equals_timms(new, old, prefix, dtype):
 def test_bad_arguments_are_refused(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_a_block_leaves_attention_to_whom_the_table_says(monkeypatch, device):
+    from vitkernels.layers import fused
+
+    block = layers.Block(32, 2).to(device)
+    x = torch.randn(1, 5, 32, device=device)
+    expected = block(x)
+    calls = []
+    monkeypatch.setattr(fused.ops, "block", lambda *a, **k: calls.append("block"))
+    monkeypatch.setattr(fused.ops, "attention_provider", lambda *a: "sdpa")
+    torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-5)
+    assert not calls

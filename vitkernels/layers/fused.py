@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitkernels import ops
+from vitkernels import ops, runtime
 
 _NO_NORM = (nn.Identity, type(None))
 
@@ -269,7 +269,7 @@ def block(
     gamma1, gamma2 = _layer_scales(block)
     paths = (block.drop_path1, block.drop_path2)
     plain = attn_mask is None and not is_causal and rope is None and _is_plain(block)
-    if plain and not any(_drops(path) for path in paths):
+    if plain and not any(_drops(path) for path in paths) and _attends(attn, x) == "triton":
         return ops.block(
             x,
             norm1=(block.norm1.weight, block.norm1.bias),
@@ -309,6 +309,12 @@ def post_norm_block(
     branch = attention(block.attn, x, attn_mask=attn_mask, is_causal=is_causal, rope=rope)
     x = _add_dropped(block.drop_path1, norm(block.norm1, branch), x)
     return _add_dropped(block.drop_path2, norm(block.norm2, mlp(block.mlp, x)), x)
+
+
+def _attends(attn: nn.Module, x: Tensor) -> str:
+    """Who attends at the size of ``x``, by the tuning table: the one-op block has the kernels alone."""
+    dtype = runtime.autocast_dtype(x) or x.dtype
+    return ops.attention_provider(x.shape[1], x.shape[1], attn.head_dim, dtype, x.device)
 
 
 def _layer_scales(block: nn.Module) -> tuple[Tensor | None, Tensor | None]:

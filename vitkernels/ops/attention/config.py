@@ -197,7 +197,8 @@ def attention_provider(N_q: int, N_kv: int, D: int, dtype: torch.dtype, device: 
     The tuning table's word where it has measured both, else the kernels: PyTorch's are not deterministic, and take
     and give tensors that a packed projection must be unpacked for.
     """
-    if device.type not in ("cuda", "xpu"):
+    # A table is a file, which a compiler cannot trace: compiled graphs take the kernels.
+    if device.type not in ("cuda", "xpu") or torch.compiler.is_compiling():
         return "triton"
     key = f"N_q={N_q},N_kv={N_kv},D={D},{dtype}"
     tuned = tuning.lookup("attention", runtime.device_facts(device).name, key)

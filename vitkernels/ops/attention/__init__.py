@@ -129,24 +129,26 @@ def _fake_prepared_backward(do, qkv, q, k, o, lse, scale, mask, seed, is_causal,
     return dqkv, *sums, _new_dmask(mask if needs_dmask else None, lse)
 
 
-def _reference_output(q, k, v, mask, scale, seed=None, is_causal=False, dropout_p=0.0, starts=None, max_seqlen=0):
-    if starts is not None:
-        return reference.attention_varlen(q[0], k[0], v[0], starts, scale=scale, is_causal=is_causal)[None]
+def _reference_output(q, k, v, mask, options):
+    """o of q, k and v (B, N, H, D): ``options`` but for their mask, which may be a leaf of autograd in its place."""
+    if options.starts is not None:
+        return reference.attention_varlen(
+            q[0], k[0], v[0], options.starts, scale=options.scale, is_causal=options.is_causal
+        )[None]
     drawn = None
-    if dropout_p:
+    if options.dropout_p:
         shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
-        drawn = reference.dropout_scale(int(seed), shape, dropout_p).to(q.device)
+        drawn = reference.dropout_scale(int(options.seed), shape, options.dropout_p).to(q.device)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return reference.attention(
-        q, k, v, attn_mask=mask, scale=scale, is_causal=is_causal, dropout_scale=drawn
+        q, k, v, attn_mask=mask, scale=options.scale, is_causal=options.is_causal, dropout_scale=drawn
     ).transpose(1, 2)
 
 
 def _reference_forward(q, k, v, scale, *options):
     o, lse = _outputs(q, k, v, scale, *options)
-    mask, *rest = (*options, None)[: max(len(options), 1)]
-    o = o.copy_(_reference_output(q, k, v, mask, scale, *rest))
     options = Options(scale, *options)
+    o = o.copy_(_reference_output(q, k, v, options.mask, options))
     bounds = [0, q.shape[1]] if options.starts is None else options.starts.tolist()
     lse.zero_()
     for start, end in itertools.pairwise(bounds):
@@ -164,19 +166,19 @@ def _reference_forward(q, k, v, scale, *options):
 
 
 def _reference_backward(do, q, k, v, o, lse, scale, needed, *options):
-    mask, *rest = (*options, None)[: max(len(options), 1)]
+    options = Options(scale, *options)
     needs_dq, needs_dkv, needs_dmask = needed
     *grads, dmask = reference_gradients(
-        lambda q, k, v, mask: _reference_output(q, k, v, mask, scale, *rest),
-        (q, k, v, mask), (do,), (needs_dq, needs_dkv, needs_dkv, needs_dmask),
+        lambda q, k, v, mask: _reference_output(q, k, v, mask, options),
+        (q, k, v, options.mask), (do,), (needs_dq, needs_dkv, needs_dkv, needs_dmask),
     )  # fmt: skip
     return *grads, dmask.to(lse.dtype)
 
 
 def _reference_packed_backward(do, qkv, o, lse, scale, needs_sum, needs_dmask=False, *options):
-    mask, *rest = (*options, None)[: max(len(options), 1)]
+    options = Options(scale, *options)
     dqkv, dmask = reference_gradients(
-        lambda x, mask: _reference_output(*x.unbind(2), mask, scale, *rest), (qkv, mask), (do,), (True, needs_dmask)
+        lambda x, mask: _reference_output(*x.unbind(2), mask, options), (qkv, options.mask), (do,), (True, needs_dmask)
     )
     dqkv_sum = dqkv.sum((0, 1), dtype=lse.dtype) if needs_sum else lse.new_empty(0)
     return dqkv, dqkv_sum, dmask.to(lse.dtype)
@@ -186,6 +188,8 @@ def _reference_prepared_backward(
     do, qkv, q, k, o, lse, scale, mask, seed, is_causal, dropout_p, needs_dmask, needed,
     q_weight, q_bias, q_norm, q_eps, k_weight, k_bias, k_norm, k_eps, cos, sin, interleaved, prefix,
 ):  # fmt: skip
+    options = Options(scale, mask, seed, is_causal, dropout_p)
+
     def function(qkv, mask, q_weight, q_bias, k_weight, k_bias):
         prepared = []
         for i, w, b, norm, eps in ((0, q_weight, q_bias, q_norm, q_eps), (1, k_weight, k_bias, k_norm, k_eps)):
@@ -193,7 +197,7 @@ def _reference_prepared_backward(
             x = reference.qk_norm(x, w, b, eps, norm) if norm else x
             x = x if cos is None else reference.rope(x, cos, sin, interleaved, prefix)
             prepared.append(x.transpose(1, 2))
-        return _reference_output(*prepared, qkv[:, :, 2], mask, scale, seed, is_causal, dropout_p)
+        return _reference_output(*prepared, qkv[:, :, 2], mask, options)
 
     dqkv, dmask, *sums = reference_gradients(
         function, (qkv, mask, q_weight, q_bias, k_weight, k_bias), (do,), (True, needs_dmask, *needed)

@@ -19,8 +19,7 @@ from vitkernels.ops.attention.tiles import (
     image_of,
     inner,
     load_head,
-    load_mask,
-    masked,
+    masked_scores,
     row_inner,
     scaled_head,
     store_head,
@@ -162,13 +161,10 @@ def _attention_bwd_dq_kernel(
         k = load_head(k_head, offs_n, stride_k_n, mask_n, D, PARTS, ALIGN)
         v = load_head(v_head, offs_n, stride_v_n, mask_n, D, PARTS, ALIGN)
         s = inner(q, k, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION) * scale_log2
-        mask = 0
-        if MASK != "":
-            mask = load_mask(
-                mask_head, offs_m[:, None], offs_n[None, :], N_q, mask_width, stride_mask_m,
-                MASK_M, MASK_N,
-            )  # fmt: skip
-        s = masked(s, mask, offs_m[:, None], offs_n[None, :], mask_n[None, :], MASK, IS_CAUSAL, False)
+        s = masked_scores(
+            s, mask_head, offs_m[:, None], offs_n[None, :], mask_n[None, :], N_q, mask_width, stride_mask_m,
+            MASK, MASK_M, MASK_N, IS_CAUSAL, False,
+        )  # fmt: skip
         p = weights_of(s, lse[:, None])
         dp = inner(do, v, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION)
         if DROPOUT > 0:
@@ -278,14 +274,11 @@ def _attention_bwd_dkv_kernel(
         lse = tl.load(lse_ptr + rows + offs_m, mask=mask_m, other=float("inf"))
         delta = tl.load(delta_ptr + rows + offs_m, mask=mask_m, other=0.0)
         s = inner(k, q, zeros(BLOCK_N, BLOCK_M, ACC), PRECISION) * scale_log2
-        mask = 0
-        if MASK != "":
-            mask = load_mask(
-                mask_head, offs_m[None, :], offs_n[:, None], N_q, mask_width, stride_mask_m,
-                MASK_M, MASK_N,
-            )  # fmt: skip
         # Keys beyond the last need no mask: what they collect is not stored.
-        s = masked(s, mask, offs_m[None, :], offs_n[:, None], mask_n[:, None], MASK, IS_CAUSAL, True)
+        s = masked_scores(
+            s, mask_head, offs_m[None, :], offs_n[:, None], mask_n[:, None], N_q, mask_width, stride_mask_m,
+            MASK, MASK_M, MASK_N, IS_CAUSAL, True,
+        )  # fmt: skip
         p = weights_of(s, lse[None, :])
         dp = inner(v, do, zeros(BLOCK_N, BLOCK_M, ACC), PRECISION)
         if DROPOUT > 0:
@@ -402,11 +395,10 @@ def _attention_bwd_dmask_kernel(
         lse = tl.load(lse_ptr + bh * N_q + offs_m, mask=mask_m, other=float("inf"))
         delta = tl.load(delta_ptr + bh * N_q + offs_m, mask=mask_m, other=0.0)
         s = inner(q, k, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION) * scale_log2
-        mask = load_mask(
-            mask_head, offs_m[:, None], offs_n[None, :], N_q, mask_width, stride_mask_m,
-            MASK_M, MASK_N,
+        s = masked_scores(
+            s, mask_head, offs_m[:, None], offs_n[None, :], mask_n[None, :], N_q, mask_width, stride_mask_m,
+            MASK, MASK_M, MASK_N, IS_CAUSAL, True,
         )  # fmt: skip
-        s = masked(s, mask, offs_m[:, None], offs_n[None, :], mask_n[None, :], MASK, IS_CAUSAL, True)
         p = weights_of(s, lse[:, None])
         dp = inner(do, v, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION)
         if DROPOUT > 0:

@@ -22,6 +22,7 @@ from vitkernels.ops.attention.tiles import (
     load_head,
     load_mask,
     masked,
+    masked_scores,
     scaled_head,
     store_head,
     store_sums,
@@ -124,13 +125,10 @@ def _attention_bwd_row_kernel(
         q = load_head(q_head, offs_m.to(INDEX), stride_q_n, mask_m, D, PARTS, ALIGN)
         do = load_head(do_head, offs_m.to(INDEX), stride_do_n, mask_m, D, PARTS, ALIGN)
         s = inner(k, q, zeros(BLOCK_N, BLOCK_M, ACC), PRECISION) * scale_log2
-        mask = 0
-        if MASK != "":
-            mask = load_mask(
-                mask_head, offs_m[None, :], offs_n[:, None], N_q, mask_width, stride_mask_m,
-                MASK_M, MASK_N,
-            )  # fmt: skip
-        s = masked(s, mask, offs_m[None, :], offs_n[:, None], mask_n[:, None], MASK, IS_CAUSAL, False)
+        s = masked_scores(
+            s, mask_head, offs_m[None, :], offs_n[:, None], mask_n[:, None], N_q, mask_width, stride_mask_m,
+            MASK, MASK_M, MASK_N, IS_CAUSAL, False,
+        )  # fmt: skip
         p = _softmax_columns(s)
         dp = inner(v, do, zeros(BLOCK_N, BLOCK_M, ACC), PRECISION)
         if DROPOUT > 0:
@@ -278,14 +276,13 @@ def _attention_bwd_windows_kernel(
         )
         bh = b * H + h
         s = inner(k, q, zeros(BLOCK_N, BLOCK_M, ACC), PRECISION) * scale_log2
+        window_mask = mask
         if MASK != "" and MASK_B:
             window_mask = load_mask(
                 mask_head + b * stride_mask_b, m[None, :], n[:, None], N_q, mask_width,
                 stride_mask_m, MASK_M, MASK_N,
             )  # fmt: skip
-            s = masked(s, window_mask, m[None, :], n[:, None], mask_n[:, None], MASK, IS_CAUSAL, False)
-        else:
-            s = masked(s, mask, m[None, :], n[:, None], mask_n[:, None], MASK, IS_CAUSAL, False)
+        s = masked(s, window_mask, m[None, :], n[:, None], mask_n[:, None], MASK, IS_CAUSAL, False)
         p = _softmax_columns(s)
         dp = inner(v, do, zeros(BLOCK_N, BLOCK_M, ACC), PRECISION)
         dv = zero_head(BLOCK_N, PARTS, ACC)

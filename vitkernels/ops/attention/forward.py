@@ -24,6 +24,7 @@ from vitkernels.ops.attention.tiles import (
     load_head,
     load_mask,
     masked,
+    masked_scores,
     scaled_head,
     store_head,
     zero_head,
@@ -119,13 +120,10 @@ def _attention_fwd_row_kernel(
         mask_n = offs_n < N_kv
         k = load_head(k_head, offs_n, stride_k_n, mask_n, D, PARTS, ALIGN)
         s = inner(q, k, zeros(BLOCK_M, PIECES[i], ACC), PRECISION) * scale_log2
-        mask = 0
-        if MASK != "":
-            mask = load_mask(
-                mask_head, offs_m[:, None], offs_n[None, :], N_q, mask_width, stride_mask_m,
-                MASK_M, MASK_N,
-            )  # fmt: skip
-        s = masked(s, mask, offs_m[:, None], offs_n[None, :], mask_n[None, :], MASK, IS_CAUSAL, i < len(PIECES) - 1)
+        s = masked_scores(
+            s, mask_head, offs_m[:, None], offs_n[None, :], mask_n[None, :], N_q, mask_width, stride_mask_m,
+            MASK, MASK_M, MASK_N, IS_CAUSAL, i < len(PIECES) - 1,
+        )  # fmt: skip
         m = tl.maximum(m, tl.max(s, axis=1))
         scores = scores + (s,)
 
@@ -211,14 +209,13 @@ def _attention_fwd_windows_kernel(
         k = load_head(k_head, n, stride_k_n, mask_n, D, PARTS, ALIGN)
         v = load_head(v_head, n, stride_v_n, mask_n, D, PARTS, ALIGN)
         s = inner(q, k, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION) * scale_log2
+        window_mask = mask
         if MASK != "" and MASK_B:
             window_mask = load_mask(
                 mask_head + b * stride_mask_b, m[:, None], n[None, :], N_q, mask_width,
                 stride_mask_m, MASK_M, MASK_N,
             )  # fmt: skip
-            s = masked(s, window_mask, m[:, None], n[None, :], mask_n[None, :], MASK, IS_CAUSAL, False)
-        else:
-            s = masked(s, mask, m[:, None], n[None, :], mask_n[None, :], MASK, IS_CAUSAL, False)
+        s = masked(s, window_mask, m[:, None], n[None, :], mask_n[None, :], MASK, IS_CAUSAL, False)
         maximum = tl.max(s, axis=1)
         shift = tl.where(maximum == float("-inf"), 0.0, maximum)
         p = tl.exp2(s - shift[:, None])
@@ -247,13 +244,10 @@ def _attend(
     mask_n = offs_n < N_kv
     k = load_head(k_head, offs_n, stride_k_n, mask_n, D, PARTS, ALIGN)
     s = inner(q, k, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION) * scale_log2
-    mask = 0
-    if MASK != "":
-        mask = load_mask(
-            mask_head, offs_m[:, None], offs_n[None, :], N_q, mask_width, stride_mask_m,
-            MASK_M, MASK_N,
-        )  # fmt: skip
-    s = masked(s, mask, offs_m[:, None], offs_n[None, :], mask_n[None, :], MASK, IS_CAUSAL, EVEN)
+    s = masked_scores(
+        s, mask_head, offs_m[:, None], offs_n[None, :], mask_n[None, :], N_q, mask_width, stride_mask_m,
+        MASK, MASK_M, MASK_N, IS_CAUSAL, EVEN,
+    )  # fmt: skip
     m_new = tl.maximum(m, tl.max(s, axis=1))
     # Scores may be -inf in a whole block: -inf - -inf would be NaN, in rows whose other blocks are finite.
     shift = tl.where(m_new == float("-inf"), 0.0, m_new)

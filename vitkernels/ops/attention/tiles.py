@@ -184,6 +184,18 @@ def masked(s, mask, m, n, in_n, MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, EVE
 
 
 @triton.jit
+def masked_scores(
+    s, mask_head, m, n, in_n, N_q, mask_width, stride_mask_m, MASK: tl.constexpr, MASK_M: tl.constexpr,
+    MASK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """:func:`masked` with the mask's tile for queries ``m`` and keys ``n`` loaded, where there is a mask."""
+    mask = 0
+    if MASK != "":
+        mask = load_mask(mask_head, m, n, N_q, mask_width, stride_mask_m, MASK_M, MASK_N)
+    return masked(s, mask, m, n, in_n, MASK, IS_CAUSAL, EVEN)
+
+
+@triton.jit
 def weights_of(s, lse):
     """Attention weights of base-2 scores ``s``, given what broadcasts to their rows' base-2 log-sum-exp."""
     # Products summed in another order than in the forward may put a score above its row's lse, far above where

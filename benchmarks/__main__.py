@@ -21,7 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     args = _parser().parse_args(argv)
     # A stop from outside ends a run as Ctrl-C does: with what was measured until then.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stop in (signal.SIGTERM, signal.SIGINT):  # a shell starts what runs in the background deaf to SIGINT
+        signal.signal(stop, signal.default_int_handler)
     try:
         return args.run(args)
     except (UserError, ValueError, OSError) as error:

@@ -310,6 +310,13 @@ def test_an_expanded_mask_is_not_written_out(N, device):
     assert largest.elements < 16 * 2 * N * N
 
 
+def test_an_expanded_leaf_gets_a_gradient_an_element(N, device):
+    """Nothing sums the gradient of a leaf, so that what lies in one place may still want many."""
+    tensors = make(2, 2, N, 16, device=device)
+    tensors["attn_mask"] = torch.randn(1, N, N, device=device).expand(2, N, N).requires_grad_()
+    check_op(ops.attention, reference.attention, tensors)
+
+
 @pytest.mark.parametrize("where", ["k", "v", "attn_mask"])
 def test_a_nan_in_one_image_stays_there(where, N, device):
     tensors = make(3, 2, N, 24, device=device)

@@ -679,7 +679,9 @@ def _check_mask(op: str, mask: Tensor | None, q: Tensor, shape: tuple[int, int, 
         raise ValueError(
             f"{op}: attn_mask has shape {tuple(mask.shape)}; expected one that broadcasts to {shape}, (B, H, N_q, N_kv)"
         )
-    return _unexpanded(mask.reshape(sizes) if mask.ndim < 4 else mask)
+    whole = mask.reshape(sizes) if mask.ndim < 4 else mask
+    # What made an expanded tensor sums its gradient. Where nothing did, each element has one of its own.
+    return whole if mask.requires_grad and mask.is_leaf else _unexpanded(whole)
 
 
 def _check_prepared(

@@ -1,5 +1,5 @@
 """What tests and tools share: real cases by name, and the rule by which an error is judged."""
 
-from vitkernels.testing.compare import Verdict, check, check_op
+from vitkernels.testing.compare import Verdict, check, check_op, judge_op
 
-__all__ = ["Verdict", "check", "check_op"]
+__all__ = ["Verdict", "check", "check_op", "judge_op"]

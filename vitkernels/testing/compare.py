@@ -9,8 +9,10 @@ nobody can beat.
 The terms for noise count in small tensors. eps · |truth|: of two ways to sum a bias gradient of 100 rows and 36
 features, γ · Σ dy and Σ γ · dy, equally exact (RMS 9.2e-7 and 9.4e-7 over 300 seeds), each fails against twice the
 other in 4 of 100 seeds without that term, in none with it. The gain's noise: four standard deviations of what
-random roundings add to it, read off PyTorch's own errors. Over 150 seeds of a bf16 MLP of 100 rows and 36 → 72 → 36
-features PyTorch's gain on dW2 deviates by 3.4e-4 and ours by 2.0e-4, where eps / 32 is 2.4e-4.
+random roundings add to it, read off PyTorch's own errors and off what is left of ours without the gain. Over 150 seeds
+of a bf16 MLP of 100 rows and 36 → 72 → 36 features PyTorch's gain on dW2 deviates by 3.4e-4 and ours by 2.0e-4, where
+eps / 32 is 2.4e-4; over 12 of attention with a learned bias, which PyTorch computes in fp32, the gain of our dk by
+1.9e-4 around 0 at 1.4 times PyTorch's RMS error.
 """
 
 from __future__ import annotations
@@ -87,15 +89,16 @@ def check(name: str, actual: Tensor, yardstick: Tensor, truth: Tensor, *, gain_c
     rms, torch_rms = _rms(error), max(_rms(torch_error), _rms(rounding))
     row, torch_row = _worst_row(error), max(_worst_row(torch_error), _worst_row(rounding))
     power = (want * want).sum().item()
-    gain = abs(((got - want) * want).sum().item()) / power if power else 0.0
+    gain = ((got - want) * want).sum().item() / power if power else 0.0
     torch_gain = abs(((torch_got - want) * want).sum().item()) / power if power else 0.0
     spacing = torch.finfo(dtype).eps * torch.exp2(want.abs().clamp_min(torch.finfo(dtype).tiny).log2().floor())
-    noise = 4.0 * max(_gain_deviation(torch_got - want, want), _gain_deviation(spacing * 12**-0.5, want))
+    errors = (torch_got - want, got - want - gain * want, spacing * 12**-0.5)
+    noise = 4.0 * max(_gain_deviation(e, want) for e in errors)
     gain_limit = max(torch.finfo(dtype).eps / 32, 1e-6, noise, torch_gain)
-    passed = rms <= 1.5 * torch_rms and row <= 10.0 * torch_row and (gain <= gain_limit or not gain_counts)
+    passed = rms <= 1.5 * torch_rms and row <= 10.0 * torch_row and (abs(gain) <= gain_limit or not gain_counts)
     detail = (
         f"RMS error {rms:.3g} (limit {1.5 * torch_rms:.3g}), worst row {row:.3g} (limit {10 * torch_row:.3g}), "
-        f"gain {gain:.2g} (limit {gain_limit:.2g}), max at {worst}"
+        f"gain {abs(gain):.2g} (limit {gain_limit:.2g}), max at {worst}"
     )
     return Verdict(name, passed, rms / max(torch_rms, 1e-300), detail)
 
@@ -120,14 +123,29 @@ def check_op(
     Raises:
         AssertionError: An output or gradient breaks the rule, or ``function`` changed an input.
     """
+    verdicts = judge_op(function, reference, tensors, options=options, upstream=upstream)
+    failed = [v for v in verdicts if not v.passed]
+    assert not failed, "\n".join(f"{v.name}: {v.detail}" for v in failed)
+    return verdicts
+
+
+def judge_op(
+    function: Callable,
+    reference: Callable,
+    tensors: Mapping[str, Tensor | None],
+    *,
+    options: Mapping[str, object] | None = None,
+    upstream: Callable[[Tensor], Tensor] = torch.randn_like,
+) -> list[Verdict]:
+    """Return the verdicts of :func:`check_op`, passed or not; an input that was changed is one that did not."""
     options = dict(options or {})
     before = {name: t.detach().clone() for name, t in tensors.items() if t is not None}
     outputs, grads, upstreams = _run(function, tensors, options, None, upstream)
-    for name, t in before.items():
-        torch.testing.assert_close(tensors[name].detach(), t, rtol=0, atol=0, equal_nan=True, msg=f"{name} was changed")
+    changed = [name for name, t in before.items() if not _same(tensors[name].detach(), t)]
     torch_outputs, torch_grads, _ = _run(reference, tensors, options, upstreams, None)
     wide = {
-        name: None if t is None else t.detach().double().requires_grad_(t.requires_grad) for name, t in tensors.items()
+        name: t.detach().double().requires_grad_(t.requires_grad) if t is not None and t.is_floating_point() else t
+        for name, t in tensors.items()
     }
     wide_upstreams = [u.double() for u in upstreams]
     truth_outputs, truth_grads, _ = _run(reference, wide, options, wide_upstreams, None)
@@ -136,9 +154,12 @@ def check_op(
         for i, triple in enumerate(zip(outputs, torch_outputs, truth_outputs, strict=True))
     ]
     verdicts += [check(f"d{name}", grads[name], torch_grads[name], truth_grads[name]) for name in grads]
-    failed = [v for v in verdicts if not v.passed]
-    assert not failed, "\n".join(f"{v.name}: {v.detail}" for v in failed)
-    return verdicts
+    return verdicts + [Verdict(name, False, float("inf"), f"the input {name} was changed") for name in changed]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Tell whether two tensors hold the same values, NaN included."""
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _run(function, tensors, options, upstreams, make_upstream):

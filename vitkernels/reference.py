@@ -243,11 +243,12 @@ def attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, **opti
     Tokens of no image are 0.
     """
     bounds = cu_seqlens.tolist()
-    out = [q[: bounds[0]] * 0]
+    out = []
     for start, end in itertools.pairwise(bounds):
         image = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
         out.append(attention(*image, **options).squeeze(0).transpose(0, 1))
-    return torch.cat([*out, q[bounds[-1] :] * 0])
+    dtype = out[0].dtype if out else q.dtype  # under autocast not q's
+    return torch.cat([q[: bounds[0]].to(dtype) * 0, *out, q[bounds[-1] :].to(dtype) * 0])
 
 
 def dropout_scale(seed: int, shape: tuple[int, int, int, int], p: float) -> Tensor:

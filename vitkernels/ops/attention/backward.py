@@ -15,7 +15,7 @@ from vitkernels.ops.attention.backward_blocks import (
 from vitkernels.ops.attention.backward_row import _attention_bwd_row_kernel, _attention_bwd_windows_kernel
 from vitkernels.ops.attention.config import AttentionConfig, Tiling, choose_config, head_parts
 from vitkernels.ops.attention.forward import window_groups
-from vitkernels.ops.attention.operands import Options, addressing, alignment, strides
+from vitkernels.ops.attention.operands import Options, addressing, strides
 
 
 def attention_backward(
@@ -91,7 +91,13 @@ def _launch_row(arguments, tiling, options, lse, dq, dk, dv, needs_sums, needs_d
     delta = torch.empty_like(lse) if needs_dmask else None
     _attention_bwd_row_kernel[(B * H,)](
         **arguments,
-        **addressing(*(arguments[f"{x}_ptr"] for x in ("do", "q", "k", "v")), dq, dk, dv),
+        **addressing(
+            *(arguments[f"{x}_ptr"] for x in ("do", "q", "k", "v")),
+            dq,
+            dk,
+            dv,
+            mask_reach=arguments["N_q"] * arguments["stride_mask_m"],
+        ),
         delta_ptr=delta if needs_dmask else lse,
         dq_ptr=dq,
         dk_ptr=dk,
@@ -119,7 +125,13 @@ def _launch_windows(arguments, tiling, options, lse, dq, dk, dv, needs_sums, nee
     delta = torch.empty_like(lse) if needs_dmask and not shared else None
     _attention_bwd_windows_kernel[(groups * H,)](
         **arguments,
-        ALIGN=alignment(*(arguments[f"{x}_ptr"] for x in ("do", "q", "k", "v")), dq, dk, dv),
+        **addressing(
+            *(arguments[f"{x}_ptr"] for x in ("do", "q", "k", "v")),
+            dq,
+            dk,
+            dv,
+            mask_reach=N_q * arguments["stride_mask_m"],
+        ),
         delta_ptr=lse if delta is None else delta,
         dq_ptr=dq,
         dk_ptr=dk,

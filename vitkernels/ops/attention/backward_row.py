@@ -126,7 +126,7 @@ def _attention_bwd_row_kernel(
         do = load_head(do_head, offs_m.to(INDEX), stride_do_n, mask_m, D, PARTS, ALIGN)
         s = inner(k, q, zeros(BLOCK_N, BLOCK_M, ACC), PRECISION) * scale_log2
         s = masked_scores(
-            s, mask_head, offs_m[None, :], offs_n[:, None], mask_n[:, None], N_q, mask_width, stride_mask_m,
+            s, mask_head, offs_m.to(INDEX)[None, :], offs_n[:, None], mask_n[:, None], N_q, mask_width, stride_mask_m,
             MASK, MASK_M, MASK_N, IS_CAUSAL, False,
         )  # fmt: skip
         p = _softmax_columns(s)
@@ -238,6 +238,7 @@ def _attention_bwd_windows_kernel(
     NEEDS_DELTA: tl.constexpr,
     NEEDS_DMASK: tl.constexpr,
     ALIGN: tl.constexpr,
+    INDEX: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -248,8 +249,8 @@ def _attention_bwd_windows_kernel(
     h = (pid % H).to(tl.int64)
     group = (pid // H).to(tl.int64)
     first = group * windows
-    m = tl.arange(0, BLOCK_M)
-    n = tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M).to(INDEX)
+    n = tl.arange(0, BLOCK_N).to(INDEX)
     mask_m = m < N_q
     mask_n = n < N_kv
     mask_head = mask_ptr + h * stride_mask_h
@@ -279,7 +280,7 @@ def _attention_bwd_windows_kernel(
         window_mask = mask
         if MASK != "" and MASK_B:
             window_mask = load_mask(
-                mask_head + b * stride_mask_b, m[None, :], n[:, None], N_q, mask_width,
+                mask_head + b * tl.cast(stride_mask_b, tl.int64), m[None, :], n[:, None], N_q, mask_width,
                 stride_mask_m, MASK_M, MASK_N,
             )  # fmt: skip
         s = masked(s, window_mask, m[None, :], n[:, None], mask_n[:, None], MASK, IS_CAUSAL, False)
@@ -287,7 +288,8 @@ def _attention_bwd_windows_kernel(
         dp = inner(v, do, zeros(BLOCK_N, BLOCK_M, ACC), PRECISION)
         dv = zero_head(BLOCK_N, PARTS, ACC)
         if DROPOUT > 0:
-            keep = dropout_scale(tl.load(seed_ptr), bh, m[None, :], n[:, None], DROPOUT, ACC)
+            counters_m, counters_n = m.to(tl.int32)[None, :], n.to(tl.int32)[:, None]
+            keep = dropout_scale(tl.load(seed_ptr), bh, counters_m, counters_n, DROPOUT, ACC)
             dv = gather(p * keep, do, dv, PRECISION)
             dp *= keep
         else:

@@ -14,7 +14,7 @@ from torch import Tensor
 from vitkernels import runtime
 from vitkernels.ops._triton import tl, triton
 from vitkernels.ops.attention.config import choose_config, head_parts, key_pieces
-from vitkernels.ops.attention.operands import Options, addressing, alignment, strides
+from vitkernels.ops.attention.operands import Options, addressing, strides
 from vitkernels.ops.attention.tiles import (
     dropout_scale,
     gather,
@@ -184,6 +184,7 @@ def _attention_fwd_windows_kernel(
     IS_CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr,
     ALIGN: tl.constexpr,
+    INDEX: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -193,8 +194,8 @@ def _attention_fwd_windows_kernel(
     pid = tl.program_id(0)
     h = (pid % H).to(tl.int64)
     first = (pid // H).to(tl.int64) * windows
-    m = tl.arange(0, BLOCK_M)
-    n = tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M).to(INDEX)
+    n = tl.arange(0, BLOCK_N).to(INDEX)
     mask_m = m < N_q
     mask_n = n < N_kv
     mask_head = mask_ptr + h * stride_mask_h
@@ -212,7 +213,7 @@ def _attention_fwd_windows_kernel(
         window_mask = mask
         if MASK != "" and MASK_B:
             window_mask = load_mask(
-                mask_head + b * stride_mask_b, m[:, None], n[None, :], N_q, mask_width,
+                mask_head + b * tl.cast(stride_mask_b, tl.int64), m[:, None], n[None, :], N_q, mask_width,
                 stride_mask_m, MASK_M, MASK_N,
             )  # fmt: skip
         s = masked(s, window_mask, m[:, None], n[None, :], mask_n[None, :], MASK, IS_CAUSAL, False)
@@ -222,7 +223,8 @@ def _attention_fwd_windows_kernel(
         total = tl.sum(p, axis=1)
         bh = b * H + h
         if DROPOUT > 0:
-            p *= dropout_scale(tl.load(seed_ptr), bh, m[:, None], n[None, :], DROPOUT, ACC)
+            counters_m, counters_n = m.to(tl.int32)[:, None], n.to(tl.int32)[None, :]
+            p *= dropout_scale(tl.load(seed_ptr), bh, counters_m, counters_n, DROPOUT, ACC)
         o = gather(p, v, zero_head(BLOCK_M, PARTS, ACC), PRECISION)
         o_head = head_ptr(o_ptr, b, h, 0, stride_o_b, stride_o_n, stride_o_h, ALIGN)
         _store_output(
@@ -421,7 +423,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tupl
             B=B,
             windows=windows,
             MASK_B=not options.shares_mask,
-            ALIGN=alignment(q, k, v, o),
+            **addressing(q, k, v, o, mask_reach=mask_reach),
             BLOCK_N=tiling.block_n,
         )
     else:

@@ -17,7 +17,9 @@ def head_ptr(ptr, b, h, first, stride_b, stride_n, stride_h, ALIGN: tl.constexpr
     """Where token ``first`` of head h of image b lies in a tensor (B, N, H, D) whose rows all lie at multiples of
     ALIGN bytes."""
     item_bytes: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
-    return ptr + tl.multiple_of(b * stride_b + first * stride_n + h * stride_h, ALIGN // item_bytes)
+    # An image counted by a loop is a plain int where kernels are interpreted, which widens nothing.
+    offset = b * tl.cast(stride_b, tl.int64) + first * stride_n + h * stride_h
+    return ptr + tl.multiple_of(offset, ALIGN // item_bytes)
 
 
 @triton.jit

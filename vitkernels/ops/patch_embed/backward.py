@@ -137,7 +137,7 @@ def _patch_embed_bwd_weight_kernel(
     first_m = split.to(INDEX) * rows_per_split
     last_m = tl.minimum(first_m + rows_per_split, M)
     for start_m in range(first_m, last_m, BLOCK_M):
-        offs_m = start_m + tl.arange(0, BLOCK_M)
+        offs_m = start_m + tl.arange(0, BLOCK_M).to(INDEX)
         mask_m = offs_m < last_m
         b = offs_m // N
         n = offs_m - b * N

@@ -7,13 +7,18 @@ kernel's type, because ``TRITON_INTERPRET`` is fixed when a kernel is decorated 
 from __future__ import annotations
 
 import contextlib
+import functools
+import tempfile
+import threading
+import warnings
 from collections.abc import Iterator
 
+import torch
+
 try:
-    import triton
+    import triton as _triton
     import triton.language as tl
 except ImportError as error:
-    triton = tl = None
     MISSING: str | None = str(error)
 else:
     MISSING = None
@@ -34,16 +39,78 @@ class _Missing:
 
 if MISSING is None:
 
+    class _Kernel(_triton.JITFunction):
+        """A kernel that minds what is around it when it is compiled or read from disk; warm launches are as ever."""
+
+        def _do_compile(self, *args, **kwargs):
+            # Loading a kernel would spoil the capture, on ROCm in silence.
+            if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    f"{self.fn.__name__} is launched for the first time, with these dtypes and sizes, while a CUDA "
+                    "graph is captured; expected it to be compiled before: run the same once, or call "
+                    "vitkernels.warmup(model, input_shape), and then capture"
+                )
+            try:
+                return self._ready(*args, **kwargs)
+            except (OSError, LookupError, ValueError, RuntimeError) as error:
+                with another_cache(error):
+                    return self._ready(*args, **kwargs)
+
+        def _ready(self, *args, **kwargs):
+            kernel = super()._do_compile(*args, **kwargs)
+            warmup = kwargs.get("warmup", args[-1])
+            if kernel is not None and not warmup:
+                _ = kernel.run  # loads the binary, as the launch would do next: it may be broken
+            return kernel
+
+    class _Decorators:
+        """What op files call ``triton``."""
+
+        @staticmethod
+        def jit(fn):
+            kernel = _triton.jit(fn)
+            if isinstance(kernel, _triton.JITFunction):
+                kernel.__class__ = _Kernel
+            return kernel
+
+    triton = _Decorators()
+
     @triton.jit
     def _probe():
         pass
 
-    INTERPRETED = not isinstance(_probe, triton.JITFunction)
+    INTERPRETED = not isinstance(_probe, _triton.JITFunction)
 else:
     triton = tl = _Missing()
     INTERPRETED = False
 
 HAS_TRITON = MISSING is None
+
+_CACHE_LOCK = threading.RLock()  # where the cache lies is one setting for all threads
+
+
+@functools.cache
+def _own_cache() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="vitkernels-triton-")
+
+
+@contextlib.contextmanager
+def another_cache(error: Exception) -> Iterator[None]:
+    """Give Triton a cache of this process's own meanwhile, and warn that its own could not be used for ``error``.
+
+    A wrong program raises its error there again, without the warning.
+    """
+    knobs = _triton.knobs.cache
+    given = knobs.dir
+    with _CACHE_LOCK, knobs.scope():
+        knobs.dir = _own_cache().name
+        yield
+    warnings.warn(
+        f"Triton's cache at {given} cannot be read or written ({type(error).__name__}: {error}); this process compiles "
+        "its kernels anew. Make the directory writable, empty it, or name another one in TRITON_CACHE_DIR",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 @contextlib.contextmanager
@@ -53,7 +120,7 @@ def compilations() -> Iterator[list[tuple[str, float, bool]]]:
     if not HAS_TRITON:
         yield found
         return
-    knobs = triton.knobs.compilation
+    knobs = _triton.knobs.compilation
     before = knobs.listener
 
     def listen(*, metadata, times, cache_hit, **others):

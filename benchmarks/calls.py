@@ -1,9 +1,10 @@
 """What an op's call costs the host above its launch, on any machine: ``python -m benchmarks.calls SECONDS``.
 
-The public function runs as it does on a GPU, through its checks, autograd and the dispatcher, but in place of the
-launcher stands the op's shape function, which allocates the outputs and launches nothing. What that takes when called
-by itself, with the same arguments, is taken off. So the figure is of the way to the launcher and back: it leaves out
-the launch, the allocations, and the switch to the tensor's device, which only a GPU has.
+The public function, called with a bench's arguments, runs as it does on a GPU, through its checks, autograd and the
+dispatcher, but in place of the launcher stands the op's shape function, which allocates the outputs and launches
+nothing. What that takes when called by itself, on the same tensors as they are below autograd, is taken off. So the
+figure is of the way to the launcher and back: it leaves out the launch, the allocations, and the switch to the tensor's
+device, which only a GPU has.
 
 Runs in a process of its own, as it replaces the ops' implementations. The interpreter is on there, which is what makes
 a CPU take this way; no kernel runs.
@@ -12,9 +13,12 @@ a CPU take this way; no kernel runs.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
+import inspect
 import json
 import os
+import statistics
 import sys
 from collections.abc import Callable
 
@@ -44,6 +48,9 @@ def main(seconds: float) -> None:
     recorder = Recorder()
     for name, implementations in OPS.items():
         library.impl(name, recorder.stand_in(implementations.fake), "CPU", allow_override=True)
+    for name in ops.__all__:
+        if inspect.isfunction(getattr(ops, name)):
+            setattr(ops, name, recorder.noting(getattr(ops, name)))
     benches = all_ops()
     if not ops.uses_kernels(torch.empty(1)):
         raise RuntimeError("the ops do not take the way to their kernels: is Triton installed?")
@@ -57,15 +64,24 @@ def main(seconds: float) -> None:
 
 
 class Recorder:
-    """Notes the calls that reach the launchers, while it is told to."""
+    """Notes a bench's call of the op, and, while it is told to, the calls that reach the launchers."""
 
     def __init__(self):
+        self.op: Callable[[], object] | None = None
         self.calls: list[Callable[[], object]] | None = None
+
+    def noting(self, op: Callable) -> Callable:
+        def run(*args, **kwargs):
+            self.op = functools.partial(op, *args, **kwargs)
+            return self.op()
+
+        return run
 
     def stand_in(self, fake: Callable) -> Callable:
         def run(*args):
             if self.calls is not None:
-                self.calls.append(lambda: fake(*args))
+                detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
+                self.calls.append(lambda: fake(*detached))
             return fake(*args)
 
         return run
@@ -75,17 +91,14 @@ def cost(bench: OpBench, mode: str, recorder: Recorder, seconds: float):
     """Time ``bench``'s call and the shape functions that it reaches, in turns, and return the difference."""
     case = next(case for case in SMALL if bench.applies(case))
     tensors = bench.inputs(case, torch.float32, torch.device("cpu"))
-    if mode == "no grad":
-
-        def call():
-            return bench.ours(case, **tensors)
-    else:
-        outputs = bench.ours(case, **tensors)
+    outputs = bench.ours(case, **tensors)
+    op = call = recorder.op
+    if mode != "no grad":
         upstreams = [torch.ones_like(o) for o in (outputs if isinstance(outputs, tuple) else (outputs,))]
         leaves = list(leaves_of(tensors).values())
 
         def call():
-            return torch.autograd.grad(bench.ours(case, **tensors), leaves, upstreams)
+            return torch.autograd.grad(op(), leaves, upstreams)
 
     with torch.set_grad_enabled(mode != "no grad"):
         call()
@@ -94,12 +107,12 @@ def cost(bench: OpBench, mode: str, recorder: Recorder, seconds: float):
         recorder.calls = None
 
         def launch():
-            with torch.no_grad():
-                for function in reached:
-                    function()
+            for function in reached:
+                function()
 
         samples = sample_in_turns({"call": call, "launch": launch}, CpuTimer(), seconds)
-    return summary([a.device - b.device for a, b in zip(samples["call"], samples["launch"], strict=True)])
+    launch_us = statistics.median(sample.device for sample in samples["launch"])
+    return summary([sample.device - launch_us for sample in samples["call"]])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What PyTorch does with ops and modules, done to a block on interpreted kernels (or on a GPU's)."""
 
 import copy
+import os
 import sys
 
 import pytest
@@ -236,6 +237,20 @@ def test_backend_is_chosen_by_thread_and_checked(x, monkeypatch):
         ops.uses_kernels(x)
     with pytest.raises(ValueError, match="unknown backend 'cuda'"), use_backend("cuda"):
         pass
+    monkeypatch.setattr(os, "environ", {"VITKERNELS_BACKEND": "torch"})  # keeps no dict of encoded names
+    assert not ops.uses_kernels(x)
+    monkeypatch.setattr(os, "environ", {})
+    assert ops.uses_kernels(x)
+
+
+def test_compiled_ops_follow_the_environment(x, monkeypatch):
+    linear = torch.compile(lambda x: ops.linear(x, x[0]), fullgraph=True, backend="eager")
+    ours = linear(x)
+    monkeypatch.setattr(reference, "linear", lambda *args, **options: args[0] * 0)
+    monkeypatch.setenv("VITKERNELS_BACKEND", "torch")
+    assert linear(x).count_nonzero() == 0
+    monkeypatch.delenv("VITKERNELS_BACKEND")
+    torch.testing.assert_close(linear(x), ours)
 
 
 def test_contiguous_results_on_either_backend(device):

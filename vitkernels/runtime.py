@@ -15,8 +15,11 @@ from collections.abc import Iterator
 import torch
 
 BACKENDS = ("auto", "triton", "torch")
+_VARIABLE = "VITKERNELS_BACKEND"
+_ENCODED = os.fsencode(_VARIABLE) if os.name == "posix" else _VARIABLE  # as os.environ spells it inside
 
 _override = threading.local()  # a ContextVar would break fullgraph compilation
+_override.backend = None  # in the thread that imports; without the attribute getattr raises and catches inside
 
 
 def backend() -> str:
@@ -31,10 +34,21 @@ def backend() -> str:
     """
     chosen = getattr(_override, "backend", None)
     if chosen is None:
-        chosen = os.environ.get("VITKERNELS_BACKEND", "auto")
+        chosen = _environment_backend()
     if chosen not in BACKENDS:
         raise ValueError(f"VITKERNELS_BACKEND is {chosen!r}; expected one of {', '.join(BACKENDS)}")
     return chosen
+
+
+def _environment_backend() -> str:
+    # Where a variable is not set os.environ raises and catches inside, for 0.5 µs of an op's call: the dict that it
+    # keeps tells whether it is set.
+    try:
+        if _ENCODED not in os.environ._data:
+            return "auto"
+    except AttributeError:  # another interpreter's os.environ, or a stand-in for it
+        pass
+    return os.environ.get(_VARIABLE, "auto")
 
 
 @contextlib.contextmanager
@@ -55,6 +69,10 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _override.backend = before
+
+
+CPU = torch.device("cpu")
+_NO_SWITCH = contextlib.nullcontext()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,11 +126,15 @@ def _xpu_facts(index: int) -> DeviceFacts:
 
 def device_guard(x: torch.Tensor) -> contextlib.AbstractContextManager:
     """Make ``x``'s device current for a launch: Triton launches on the current device, not on the tensor's."""
-    if x.device.type == "cuda":
-        return torch.cuda.device(x.device)
-    if x.device.type == "xpu":
-        return torch.xpu.device(x.device)
-    return contextlib.nullcontext()
+    if x.is_cuda:
+        # Mostly it is current already, which is cheaper to learn than to switch.
+        return _NO_SWITCH if x.get_device() == torch.cuda.current_device() else torch.cuda.device(x.device)
+    return torch.xpu.device(x.device) if x.is_xpu else _NO_SWITCH
+
+
+def device_type(x: torch.Tensor) -> str:
+    """Return ``x.device.type``, of which PyTorch would make a new string each time, for 0.2 µs."""
+    return "cuda" if x.is_cuda else "cpu" if x.device == CPU else x.device.type
 
 
 def dot_precision(device: torch.device) -> str:
@@ -127,7 +149,7 @@ def dot_precision(device: torch.device) -> str:
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """Return the dtype that autocast gives products of ``x``; None outside autocast, which leaves fp64 alone too."""
-    kind = x.device.type
+    kind = device_type(x)
     if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
@@ -157,7 +179,7 @@ def promoted_dtype(x: torch.Tensor, *others: torch.Tensor | None) -> torch.dtype
     """Return the dtype of a sum of ``x`` and ``others``, as PyTorch promotes: the widest."""
     dtype = x.dtype
     for t in others:
-        if t is not None:
+        if t is not None and t.dtype is not dtype:
             dtype = torch.promote_types(dtype, t.dtype)
     return dtype
 

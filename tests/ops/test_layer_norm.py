@@ -163,6 +163,19 @@ def test_a_bad_row_stays_in_its_row(value, device):
     assert y[2].isnan().all() and y[[0, 1, 3, 4]].isfinite().all()
 
 
+def test_a_bad_row_reaches_the_gradients_of_the_parameters(device):
+    x, weight, bias = make(5, 48, device=device, grad=False), make(48, device=device), make(48, device=device)
+    x[2, 3] = float("nan")
+    dweight, dbias = torch.autograd.grad(ops.layer_norm(x, weight, bias).sum(), [weight, bias])
+    assert dweight.isnan().all() and dbias.isfinite().all()
+
+
+def test_eps_beside_a_small_variance(device):
+    tensors = {"x": 1e-3 * make(5, 48, device=device), "weight": make(48, device=device)}
+    tensors["x"] = tensors["x"].detach().requires_grad_()
+    check_op(ops.layer_norm, reference.layer_norm, tensors)
+
+
 def test_fp16_near_its_limit(device):
     tensors = {"x": (torch.randn(4, 96, device=device) * 2e4).clamp(-6e4, 6e4).half()}
     check_op(ops.layer_norm, reference.layer_norm, tensors)

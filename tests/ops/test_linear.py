@@ -156,10 +156,11 @@ def test_a_bad_row_stays_in_its_row(device):
     assert y[0, 2].isnan().all() and y[0, [0, 1, 3, 4]].isfinite().all()
 
 
-def test_reruns_are_bit_equal(device):
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_reruns_are_bit_equal(activation, device):
     def run():
         tensors = {name: t.detach().requires_grad_() for name, t in inputs.items()}
-        y = ops.linear(**tensors, activation="gelu")
+        y = ops.linear(**tensors, activation=activation)
         return [y, *torch.autograd.grad(y.square().sum(), list(tensors.values()))]
 
     inputs = layer(2, 150, 72, 40, device=device)

@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor, strided
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_tensor(
-    op: str, name: str, x: torch.Tensor, *, dtypes: Sequence[torch.dtype] = FLOATING, hint: str = ""
-) -> None:
+def check_tensor(op: str, name: str, x: Tensor, *, dtypes: Sequence[torch.dtype] = FLOATING, hint: str = "") -> None:
     """Require a dense tensor of one of ``dtypes``.
 
     Raises:
         TypeError: ``x`` is no tensor, a DTensor, or of another dtype.
         NotImplementedError: ``x`` is nested, sparse or quantized.
     """
-    if not isinstance(x, torch.Tensor):
+    if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} is a {type(x).__name__}; expected a torch.Tensor")
     if type(x).__name__ == "DTensor":
         raise TypeError(
@@ -28,12 +27,32 @@ def check_tensor(
     if x.dtype not in dtypes:
         *most, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{op}: {name} has dtype {x.dtype}; expected {', '.join(most)} or {last}{hint}")
-    if x.is_nested or x.layout != torch.strided or x.is_quantized:
-        kind = "nested" if x.is_nested else "quantized" if x.is_quantized else str(x.layout)
+    if x.layout is not strided or x.is_nested:  # quantized tensors have dtypes of their own
+        kind = "nested" if x.is_nested else str(x.layout)
         raise NotImplementedError(f"{op}: {name} is {kind}; expected a dense (strided) tensor")
 
 
-def check_like(op: str, name: str, x: torch.Tensor, like_name: str, like: torch.Tensor, *, dtype: bool = True) -> None:
+def alike(x: Tensor, *others: Tensor | None) -> bool:
+    """Tell whether ``others`` (None aside) are dense tensors on the device and of the dtype of ``x``, a checked one.
+
+    The usual case, by few reads, as a call has up to a dozen tensors. Where it is another, :func:`check_like` says what
+    is wrong, if anything is: dtypes may differ.
+    """
+    dtype, device = x.dtype, x.device
+    for t in others:
+        if t is not None and not (
+            isinstance(t, Tensor)
+            and t.dtype is dtype
+            and t.device == device
+            and t.layout is strided
+            and not t.is_nested
+            and type(t).__name__ != "DTensor"
+        ):
+            return False
+    return True
+
+
+def check_like(op: str, name: str, x: Tensor, like_name: str, like: Tensor, *, dtype: bool = True) -> None:
     """Require ``x`` to be a dense tensor on the device (and, unless ``dtype=False``, of the dtype) of ``like``.
 
     Raises:
@@ -47,11 +66,11 @@ def check_like(op: str, name: str, x: torch.Tensor, like_name: str, like: torch.
         raise TypeError(f"{op}: {name} has dtype {x.dtype}, {like_name} has {like.dtype}; expected the same dtype")
 
 
-def check_shape(op: str, name: str, x: torch.Tensor, expected: Sequence[int], why: str) -> None:
+def check_shape(op: str, name: str, x: Tensor, expected: Sequence[int], why: str) -> None:
     """Require ``x.shape == expected``, where ``why`` tells where the expectation comes from.
 
     Raises:
         ValueError: The shapes differ.
     """
-    if tuple(x.shape) != tuple(expected):
+    if x.shape != tuple(expected):
         raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}; expected {tuple(expected)}, {why}")

@@ -12,6 +12,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from vitkernels import runtime
 from vitkernels.ops import _triton
@@ -35,23 +37,31 @@ def register(schema: str, *, launcher: Callable, reference: Callable, fake: Call
     """Define ``vitkernels::<schema>`` and return it as a callable.
 
     Args:
-        schema: The op's signature; no input is mutated and no output aliases an input.
+        schema: The op's signature, a tensor first; no input is mutated and no output aliases an input.
         launcher: Runs the Triton kernels.
         reference: The same in PyTorch, for CPUs.
         fake: The same on shapes alone: gives empty outputs of the right shape, stride and dtype.
     """
     name = _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
 
-    def launch(*args):
-        with runtime.device_guard(next(a for a in args if isinstance(a, torch.Tensor))):
-            return launcher(*args)
-
     for key in ("CUDA", "XPU"):
-        _LIBRARY.impl(name, launch, key)
+        _LIBRARY.impl(name, _on_its_device(launcher), key)
     _LIBRARY.impl(name, launcher if _triton.INTERPRETED else reference, "CPU")
     OPS[name] = Implementations(launcher, reference, fake)
     torch.library.register_fake(f"vitkernels::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.vitkernels, name).default
+
+
+def _on_its_device(launcher: Callable) -> Callable:
+    def launch(x, *args):
+        with runtime.device_guard(x):
+            try:
+                return launcher(x, *args)
+            except OSError as error:  # Triton's driver, too, is compiled into the cache, before any kernel
+                with _triton.another_cache(error):
+                    return launcher(x, *args)
+
+    return launch
 
 
 def uses_kernels(x: torch.Tensor) -> bool:
@@ -64,7 +74,7 @@ def uses_kernels(x: torch.Tensor) -> bool:
     asked = runtime.backend()
     if asked == "torch":
         return False
-    kind = x.device.type
+    kind = runtime.device_type(x)
     if kind in ("cuda", "xpu"):
         if not _triton.HAS_TRITON:
             raise RuntimeError(
@@ -85,14 +95,24 @@ def uses_kernels(x: torch.Tensor) -> bool:
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
     """Tell whether autograd must see an op on ``tensors``.
 
-    Forward-mode differentiation and torch.func's transforms must too: an autograd.Function refuses them with an
-    error, where a bare op would silently return zeros.
+    torch.func's transforms must too: an autograd.Function refuses them with an error, where a bare op would silently
+    return zeros.
+
+    Raises:
+        RuntimeError: One is a dual number of forward-mode differentiation, of which there is none here.
     """
-    if not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    ):
-        return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if not is_compiling():
+        if torch._C._are_functorch_transforms_active():
+            return True
+        if forward_ad._current_level >= 0 and any(
+            t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+        ):
+            raise RuntimeError("forward-mode differentiation (jvp) of a vitkernels op; expected reverse mode: backward")
+    if torch.is_grad_enabled():
+        for t in tensors:  # any() of a generator takes twice as long
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def reference_gradients(

@@ -20,13 +20,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vitkernels import reference, runtime
-from vitkernels.ops._checks import check_like, check_shape
+from vitkernels.ops._checks import alike, check_like, check_shape, check_tensor
 from vitkernels.ops._registry import needs_grad, uses_kernels
 from vitkernels.ops.attention import MAX_HEAD_DIM, attention_qkvpacked_bwd, attention_qkvpacked_fwd
-from vitkernels.ops.layer_norm import check_layer_norm, layer_norm_bwd, layer_norm_fwd
+from vitkernels.ops.layer_norm import check_layer_norm, layer_norm_bwd, layer_norm_fwd, parameters_for_torch
 from vitkernels.ops.linear import check_activation, check_weights, linear_bwd, linear_fwd
 from vitkernels.ops.mlp import mlp_bwd, mlp_fwd
-from vitkernels.runtime import promoted_dtype
 
 
 class BlockFunction(torch.autograd.Function):
@@ -104,14 +103,13 @@ def _forward(x, n1_w, n1_b, qkv_w, qkv_b, proj_w, proj_b, gamma1, n2_w, n2_b, w1
     heads, scale, eps1, eps2, activation, recompute = options
     dtype = qkv_w.dtype
     h1, _, mean1, rstd1 = layer_norm_fwd(x, None, n1_w, n1_b, None, None, eps1, dtype)
-    qkv = linear_fwd(h1, qkv_w, qkv_b, None, None, None, dtype, False)[0]
+    qkv = linear_fwd(h1, qkv_w, qkv_b, None, None, None)[0]
     qkv = qkv.view(*x.shape[:2], 3, heads, qkv_w.shape[0] // (3 * heads))
     o, lse = attention_qkvpacked_fwd(qkv, scale)
-    branch = linear_fwd(o.flatten(2), proj_w, proj_b, gamma1, None, None, promoted_dtype(h1, gamma1), False)[0]
+    branch = linear_fwd(o.flatten(2), proj_w, proj_b, gamma1, None, None)[0]
     h2, r, mean2, rstd2 = layer_norm_fwd(branch, x, n2_w, n2_b, None, None, eps2, dtype)
-    out_dtype = promoted_dtype(h2, r, gamma2)
     save_act = save and not recompute
-    y, z, act = mlp_fwd(h2, w1, b1, w2, b2, gamma2, r, activation, out_dtype, save, save_act)
+    y, z, act = mlp_fwd(h2, w1, b1, w2, b2, gamma2, r, activation, None, save, save_act)
     saved = (
         x, n1_w, mean1, rstd1, h1, qkv_w, qkv, o, lse, proj_w, proj_b, gamma1,
         r, n2_w, mean2, rstd2, h2, w1, w2, b2, gamma2, z, act if save_act else None,
@@ -176,6 +174,7 @@ def block(
     """
     scale, dtype = _check(x, norm1, qkv, proj, norm2, fc1, fc2, layer_scale, num_heads, scale, eps, activation)
     if not uses_kernels(x):
+        norm1, norm2 = (parameters_for_torch(x.dtype, *pair) for pair in (norm1, norm2))
         return reference.block(
             x, norm1=norm1, qkv=qkv, proj=proj, norm2=norm2, fc1=fc1, fc2=fc2, layer_scale=layer_scale,
             num_heads=num_heads, scale=scale, eps=eps, activation=activation,
@@ -192,27 +191,32 @@ def block(
 def _check(x, norm1, qkv, proj, norm2, fc1, fc2, layer_scale, num_heads, scale, eps, activation):
     """Check every argument of :func:`block`; return the scale, and autocast's dtype or None."""
     op = "block"
-    check_layer_norm(op, x, *norm1, eps[0])
-    check_layer_norm(op, x, *norm2, eps[1])
+    if not isinstance(eps, tuple | list) or len(eps) != 2:
+        raise TypeError(f"{op}: eps is {eps!r}; expected a pair of numbers, of norm1 and norm2")
+    check_tensor(op, "x", x)
+    known = alike(x, *norm1, *qkv, *proj, *norm2, *fc1, *fc2, *layer_scale)
+    check_layer_norm(op, x, *norm1, eps[0], known)
+    check_layer_norm(op, x, *norm2, eps[1], known)
     if x.ndim != 3 or x.shape[1] == 0:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}; expected (batch, tokens ≥ 1, channels)")
     check_activation(op, activation)
     C = x.shape[-1]
     dtype = runtime.autocast_dtype(x)
     strict = dtype is None
-    check_weights(op, "qkv weight", qkv[0], "qkv bias", qkv[1], "x", x, C, dtype=strict)
+    check_weights(op, "qkv weight", qkv[0], "qkv bias", qkv[1], x, C, known, strict)
     width, rest = divmod(qkv[0].shape[0], 3 * num_heads) if num_heads > 0 else (0, 1)
     if rest or not width:
         raise ValueError(f"{op}: the qkv weight has {qkv[0].shape[0]} rows; expected 3 · {num_heads} heads · head dim")
     if width > MAX_HEAD_DIM:
         raise NotImplementedError(f"{op}: the head dim is {width}; the kernels take up to {MAX_HEAD_DIM}")
-    check_weights(op, "proj weight", proj[0], "proj bias", proj[1], "x", x, num_heads * width, dtype=strict)
-    check_weights(op, "fc1 weight", fc1[0], "fc1 bias", fc1[1], "x", x, C, dtype=strict)
-    check_weights(op, "fc2 weight", fc2[0], "fc2 bias", fc2[1], "x", x, fc1[0].shape[0], dtype=strict)
+    check_weights(op, "proj weight", proj[0], "proj bias", proj[1], x, num_heads * width, known, strict)
+    check_weights(op, "fc1 weight", fc1[0], "fc1 bias", fc1[1], x, C, known, strict)
+    check_weights(op, "fc2 weight", fc2[0], "fc2 bias", fc2[1], x, fc1[0].shape[0], known, strict)
     for name, (weight, _) in (("proj", proj), ("fc2", fc2)):
         check_shape(op, f"{name} weight", weight, (C, weight.shape[1]), "the residual's width in front")
     for name, gamma in zip(("layer_scale[0]", "layer_scale[1]"), layer_scale, strict=True):
         if gamma is not None:
-            check_like(op, name, gamma, "x", x, dtype=False)
+            if not known:
+                check_like(op, name, gamma, "x", x, dtype=False)
             check_shape(op, name, gamma, (C,), "the channels of x")
     return width**-0.5 if scale is None else float(scale), dtype

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from vitkernels import reference, runtime
 from vitkernels.ops import _tile
-from vitkernels.ops._checks import check_like, check_shape, check_tensor
+from vitkernels.ops._checks import alike, check_like, check_shape, check_tensor
 from vitkernels.ops._product import product, within_reach
 from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
 from vitkernels.ops._triton import tl, triton
@@ -166,13 +166,13 @@ def weight_gradients(
     )
 
 
-def linear_forward(x, weight, bias, gamma, residual, activation, out_dtype, save_z):
-    """Launch the forward on (..., K): ``(y, z)``."""
+def linear_forward(x, weight, bias, gamma, residual, activation, out_dtype=None, save_z=False):
+    """Launch the forward on (..., K): ``(y, z)``, y by default in the widest dtype of x, residual and gamma."""
     M, N = x.shape[:-1].numel(), weight.shape[0]
     y, z = product(
         x.reshape(M, x.shape[-1]),
         weight.t(),
-        out_dtype=out_dtype,
+        out_dtype=out_dtype or promoted_dtype(x, residual, gamma),
         bias=bias,
         activation=activation,
         gamma=gamma,
@@ -202,8 +202,9 @@ def linear_backward(dy, x, weight, bias, z, gamma, activation, needed):
     return dx.view(x.shape) if needs_dx else dx, dweight, dbias.to(x.dtype), dgamma.to(wide_dtype(x.dtype))
 
 
-def _fake_forward(x, weight, bias, gamma, residual, activation, out_dtype, save_z):
+def _fake_forward(x, weight, bias, gamma, residual, activation, out_dtype=None, save_z=False):
     shape = (*x.shape[:-1], weight.shape[0])
+    out_dtype = out_dtype or promoted_dtype(x, residual, gamma)
     return x.new_empty(shape, dtype=out_dtype), x.new_empty(shape if save_z else (0,))
 
 
@@ -215,10 +216,10 @@ def _fake_backward(dy, x, weight, bias, z, gamma, activation, needed):
     )
 
 
-def _reference_forward(x, weight, bias, gamma, residual, activation, out_dtype, save_z):
+def _reference_forward(x, weight, bias, gamma, residual, activation, out_dtype=None, save_z=False):
     y = reference.linear(x, weight, bias, activation=activation, residual=residual, layer_scale=gamma)
     z = reference.linear(x, weight, bias) if save_z else x.new_empty(0)
-    return y.to(out_dtype).contiguous(), z.contiguous()
+    return y.to(out_dtype or promoted_dtype(x, residual, gamma)).contiguous(), z.contiguous()
 
 
 def _reference_backward(dy, x, weight, bias, z, gamma, activation, needed):
@@ -233,7 +234,7 @@ def _reference_backward(dy, x, weight, bias, z, gamma, activation, needed):
 
 linear_fwd = register(
     "linear_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? residual, str? activation, "
-    "ScalarType out_dtype, bool save_z) -> (Tensor, Tensor)",
+    "ScalarType? out_dtype=None, bool save_z=False) -> (Tensor, Tensor)",
     launcher=linear_forward,
     reference=_reference_forward,
     fake=_fake_forward,
@@ -251,9 +252,9 @@ class LinearFunction(torch.autograd.Function):
     """Autograd for :func:`linear`."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, gamma, residual, activation, out_dtype):
+    def forward(ctx, x, weight, bias, gamma, residual, activation):
         save_z = activation is not None and any(ctx.needs_input_grad[:4])
-        y, z = linear_fwd(x, weight, bias, gamma, residual, activation, out_dtype, save_z)
+        y, z = linear_fwd(x, weight, bias, gamma, residual, activation, None, save_z)
         ctx.save_for_backward(x, weight, bias, z if save_z else None, gamma)
         ctx.activation = activation
         ctx.gamma_dtype = None if gamma is None else gamma.dtype
@@ -271,7 +272,7 @@ class LinearFunction(torch.autograd.Function):
         if needed[3]:
             grads[3] = grads[3].to(ctx.gamma_dtype)
         dresidual = dy.to(ctx.residual_dtype) if ctx.needs_input_grad[4] else None
-        return *grads, dresidual, None, None
+        return *grads, dresidual, None
 
 
 def linear(
@@ -308,24 +309,25 @@ def linear(
     check_input(op, x)
     check_activation(op, activation)
     dtype = runtime.autocast_dtype(x)
-    check_weights(op, "weight", weight, "bias", bias, "x", x, x.shape[-1], dtype=dtype is None)
-    check_epilogue(op, residual, layer_scale, x, weight)
+    known = alike(x, weight, bias, residual, layer_scale)
+    check_weights(op, "weight", weight, "bias", bias, x, x.shape[-1], known, dtype is None)
+    check_epilogue(op, residual, layer_scale, x, weight, known)
     if not uses_kernels(x):
         y = reference.linear(x, weight, bias, activation=activation, residual=residual, layer_scale=layer_scale)
         return y.contiguous()
     if dtype is not None:
         x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
-    out_dtype = promoted_dtype(x, residual, layer_scale)
     if needs_grad(x, weight, bias, residual, layer_scale):
-        return LinearFunction.apply(x, weight, bias, layer_scale, residual, activation, out_dtype)
-    return linear_fwd(x, weight, bias, layer_scale, residual, activation, out_dtype, False)[0]
+        return LinearFunction.apply(x, weight, bias, layer_scale, residual, activation)
+    return linear_fwd(x, weight, bias, layer_scale, residual, activation)[0]
 
 
 def check_input(op: str, x: Tensor) -> None:
     """Require a floating-point (..., K) with K ≥ 1."""
     check_tensor(op, "x", x)
-    if x.ndim == 0 or x.shape[-1] == 0:
-        raise ValueError(f"{op}: x has shape {tuple(x.shape)}; expected at least one feature in the last dim")
+    shape = x.shape
+    if not shape or shape[-1] == 0:
+        raise ValueError(f"{op}: x has shape {tuple(shape)}; expected at least one feature in the last dim")
 
 
 def check_activation(op: str, activation: str | None) -> None:
@@ -342,26 +344,35 @@ def check_weights(
     weight: Tensor,
     bias_name: str,
     bias: Tensor | None,
-    x_name: str,
     x: Tensor,
     K: int,
-    *,
+    known: bool,
     dtype: bool,
 ) -> None:
-    """Require a (N, K) weight with N ≥ 1, a (N,) bias or None, on ``x``'s device and, with ``dtype``, of its dtype."""
-    check_like(op, name, weight, x_name, x, dtype=dtype)
-    if weight.ndim != 2 or weight.shape[1] != K or weight.shape[0] == 0:
-        raise ValueError(f"{op}: {name} has shape {tuple(weight.shape)}; expected (out features, {K})")
-    if bias is not None:
-        check_like(op, bias_name, bias, x_name, x, dtype=dtype)
-        check_shape(op, bias_name, bias, weight.shape[:1], f"the rows of {name}")
+    """Require a (N, K) weight with N ≥ 1, a (N,) bias or None, on ``x``'s device and, with ``dtype``, of its dtype.
+
+    ``known`` tells that they are :func:`alike`, so that their shapes alone are left.
+    """
+    if not known or weight is None:
+        check_like(op, name, weight, "x", x, dtype=dtype)
+        if bias is not None:
+            check_like(op, bias_name, bias, "x", x, dtype=dtype)
+    shape = weight.shape
+    if len(shape) != 2 or shape[1] != K or shape[0] == 0:
+        raise ValueError(f"{op}: {name} has shape {tuple(shape)}; expected (out features, {K})")
+    if bias is not None and bias.shape != (shape[0],):
+        check_shape(op, bias_name, bias, shape[:1], f"the rows of {name}")
 
 
-def check_epilogue(op: str, residual: Tensor | None, layer_scale: Tensor | None, x: Tensor, weight: Tensor) -> None:
+def check_epilogue(
+    op: str, residual: Tensor | None, layer_scale: Tensor | None, x: Tensor, weight: Tensor, known: bool
+) -> None:
     """Require a residual of the output's shape and a LayerScale of its width, on ``x``'s device."""
     if residual is not None:
-        check_like(op, "residual", residual, "x", x, dtype=False)
+        if not known:
+            check_like(op, "residual", residual, "x", x, dtype=False)
         check_shape(op, "residual", residual, (*x.shape[:-1], weight.shape[0]), "the output's shape")
     if layer_scale is not None:
-        check_like(op, "layer_scale", layer_scale, "x", x, dtype=False)
+        if not known:
+            check_like(op, "layer_scale", layer_scale, "x", x, dtype=False)
         check_shape(op, "layer_scale", layer_scale, weight.shape[:1], "the output's width")

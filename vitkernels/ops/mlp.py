@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vitkernels import reference, runtime
+from vitkernels.ops._checks import alike
 from vitkernels.ops._product import product, product_dact
 from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
 from vitkernels.ops.linear import (
@@ -31,10 +32,10 @@ from vitkernels.ops.linear import (
 from vitkernels.runtime import promoted_dtype, wide_dtype
 
 
-def mlp_forward(x, w1, b1, w2, b2, gamma, residual, activation, out_dtype, save_z, save_act):
+def mlp_forward(x, w1, b1, w2, b2, gamma, residual, activation, out_dtype=None, save_z=False, save_act=False):
     """Launch the forward on (..., C): ``(y, z, act)``, the last two empty unless saved."""
-    act, z = linear_forward(x, w1, b1, None, None, activation or "none", x.dtype, save_z)
-    y, _ = linear_forward(act, w2, b2, gamma, residual, None, out_dtype, False)
+    act, z = linear_forward(x, w1, b1, None, None, activation or "none", save_z=save_z)
+    y, _ = linear_forward(act, w2, b2, gamma, residual, None, out_dtype)
     return y, z, act if save_act else x.new_empty(0)
 
 
@@ -60,9 +61,9 @@ def mlp_backward(dy, x, w1, w2, b2, gamma, z, act, activation, needed):
     return dx, dw1, db1.to(x.dtype), dw2, db2_grad.to(x.dtype), dgamma.to(wide_dtype(x.dtype))
 
 
-def _fake_forward(x, w1, b1, w2, b2, gamma, residual, activation, out_dtype, save_z, save_act):
+def _fake_forward(x, w1, b1, w2, b2, gamma, residual, activation, out_dtype=None, save_z=False, save_act=False):
     lead = x.shape[:-1]
-    y = x.new_empty((*lead, w2.shape[0]), dtype=out_dtype)
+    y = x.new_empty((*lead, w2.shape[0]), dtype=out_dtype or promoted_dtype(x, residual, gamma))
     z, act = (x.new_empty((*lead, w1.shape[0]) if save else (0,)) for save in (save_z, save_act))
     return y, z, act
 
@@ -75,11 +76,11 @@ def _fake_backward(dy, x, w1, w2, b2, gamma, z, act, activation, needed):
     )
 
 
-def _reference_forward(x, w1, b1, w2, b2, gamma, residual, activation, out_dtype, save_z, save_act):
+def _reference_forward(x, w1, b1, w2, b2, gamma, residual, activation, out_dtype=None, save_z=False, save_act=False):
     y = reference.mlp(x, w1, b1, w2, b2, activation=activation, residual=residual, layer_scale=gamma)
     z = reference.linear(x, w1, b1) if save_z else x.new_empty(0)
     act = reference.linear(x, w1, b1, activation=activation) if save_act else x.new_empty(0)
-    return y.to(out_dtype).contiguous(), z.contiguous(), act.contiguous()
+    return y.to(out_dtype or promoted_dtype(x, residual, gamma)).contiguous(), z.contiguous(), act.contiguous()
 
 
 def _reference_backward(dy, x, w1, w2, b2, gamma, z, act, activation, needed):
@@ -99,7 +100,7 @@ def _reference_backward(dy, x, w1, w2, b2, gamma, z, act, activation, needed):
 
 mlp_fwd = register(
     "mlp_fwd(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? gamma, Tensor? residual, "
-    "str? activation, ScalarType out_dtype, bool save_z, bool save_act) -> (Tensor, Tensor, Tensor)",
+    "str? activation, ScalarType? out_dtype=None, bool save_z=False, bool save_act=False) -> (Tensor, Tensor, Tensor)",
     launcher=mlp_forward,
     reference=_reference_forward,
     fake=_fake_forward,
@@ -117,10 +118,10 @@ class MlpFunction(torch.autograd.Function):
     """Autograd for :func:`mlp`."""
 
     @staticmethod
-    def forward(ctx, x, w1, b1, w2, b2, gamma, residual, activation, out_dtype, recompute):
+    def forward(ctx, x, w1, b1, w2, b2, gamma, residual, activation, recompute):
         save_z = any(ctx.needs_input_grad[:6])
         save_act = (ctx.needs_input_grad[3] or ctx.needs_input_grad[5]) and not recompute
-        y, z, act = mlp_fwd(x, w1, b1, w2, b2, gamma, residual, activation, out_dtype, save_z, save_act)
+        y, z, act = mlp_fwd(x, w1, b1, w2, b2, gamma, residual, activation, None, save_z, save_act)
         ctx.save_for_backward(x, w1, w2, b2, gamma, z, act if save_act else None)
         ctx.activation = activation
         ctx.gamma_dtype = None if gamma is None else gamma.dtype
@@ -138,7 +139,7 @@ class MlpFunction(torch.autograd.Function):
         if needed[5]:
             grads[5] = grads[5].to(ctx.gamma_dtype)
         dresidual = dy.to(ctx.residual_dtype) if ctx.needs_input_grad[6] else None
-        return *grads, dresidual, None, None, None
+        return *grads, dresidual, None, None
 
 
 def mlp(
@@ -181,15 +182,15 @@ def mlp(
     check_input(op, x)
     check_activation(op, activation)
     dtype = runtime.autocast_dtype(x)
-    check_weights(op, "w1", w1, "b1", b1, "x", x, x.shape[-1], dtype=dtype is None)
-    check_weights(op, "w2", w2, "b2", b2, "x", x, w1.shape[0], dtype=dtype is None)
-    check_epilogue(op, residual, layer_scale, x, w2)
+    known = alike(x, w1, b1, w2, b2, residual, layer_scale)
+    check_weights(op, "w1", w1, "b1", b1, x, x.shape[-1], known, dtype is None)
+    check_weights(op, "w2", w2, "b2", b2, x, w1.shape[0], known, dtype is None)
+    check_epilogue(op, residual, layer_scale, x, w2, known)
     if not uses_kernels(x):
         y = reference.mlp(x, w1, b1, w2, b2, activation=activation, residual=residual, layer_scale=layer_scale)
         return y.contiguous()
     if dtype is not None:
         x, w1, b1, w2, b2 = (None if t is None else t.to(dtype) for t in (x, w1, b1, w2, b2))
-    out_dtype = promoted_dtype(x, residual, layer_scale)
     if needs_grad(x, w1, b1, w2, b2, residual, layer_scale):
-        return MlpFunction.apply(x, w1, b1, w2, b2, layer_scale, residual, activation, out_dtype, recompute)
-    return mlp_fwd(x, w1, b1, w2, b2, layer_scale, residual, activation, out_dtype, False, False)[0]
+        return MlpFunction.apply(x, w1, b1, w2, b2, layer_scale, residual, activation, recompute)
+    return mlp_fwd(x, w1, b1, w2, b2, layer_scale, residual, activation)[0]

@@ -70,6 +70,8 @@ def add_rms_norm(
 
 
 def _eps(op: str, eps: float | None, **inputs: Tensor) -> float:
+    if eps is not None:
+        return eps
     for name, tensor in inputs.items():
         check_tensor(op, name, tensor)
-    return torch.finfo(wide_dtype(promoted_dtype(*inputs.values()))).eps if eps is None else eps
+    return torch.finfo(wide_dtype(promoted_dtype(*inputs.values()))).eps

@@ -23,14 +23,16 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from numbers import Real
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from vitkernels import reference, runtime
-from vitkernels.ops._checks import FLOATING, check_like, check_shape, check_tensor
+from vitkernels.ops._checks import FLOATING, alike, check_like, check_shape, check_tensor
 from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
 from vitkernels.ops.attention.backward import attention_backward
 from vitkernels.ops.attention.config import attention_provider
@@ -376,15 +378,16 @@ def attention(
     scale = _check_scale(op, scale, D)
     mask = _check_mask(op, attn_mask, q, (B, H, N_q, N_kv))
     dropout_p = _check_dropout(op, dropout_p)
-    rope, q_norm, k_norm = _check_prepared(op, q, N_kv, rope, num_prefix_tokens, q_norm, k_norm)
-    if not uses_kernels(q) or _prefers_sdpa(q, N_kv):
+    rope, q_norm, k_norm = _check_prepared(op, q, q.shape, N_kv, rope, num_prefix_tokens, q_norm, k_norm)
+    if not uses_kernels(q) or _prefers_sdpa(q, N_q, N_kv, D):
         return reference.attention(
             q, k, v, attn_mask=attn_mask, scale=scale, is_causal=is_causal, dropout_p=dropout_p, rope=rope,
             num_prefix_tokens=num_prefix_tokens, q_norm=q_norm, k_norm=k_norm,
         )  # fmt: skip
-    q, k = (_prepare(x, norm, rope, num_prefix_tokens) for x, norm in ((q, q_norm), (k, k_norm)))
-    tensors = *(x.transpose(1, 2) for x in (q, k, v)), mask
-    return _attend(*tensors, _seed(q, dropout_p), None, scale, is_causal, dropout_p, 0).transpose(1, 2)
+    q = _prepare(q.transpose(1, 2), q_norm, rope, num_prefix_tokens)
+    k = _prepare(k.transpose(1, 2), k_norm, rope, num_prefix_tokens)
+    seed = _seed(q, dropout_p)
+    return _attend(q, k, v.transpose(1, 2), mask, seed, None, scale, is_causal, dropout_p, 0).transpose(1, 2)
 
 
 def attention_qkvpacked(
@@ -422,24 +425,25 @@ def attention_qkvpacked(
     B, N, _, H, D = qkv.shape
     _check_sizes(op, "qkv", qkv, N, D)
     scale = _check_scale(op, scale, D)
-    q = qkv[:, :, 0].transpose(1, 2)
-    mask = _check_mask(op, attn_mask, q, (B, H, N, N))
+    mask = _check_mask(op, attn_mask, qkv, (B, H, N, N))
     dropout_p = _check_dropout(op, dropout_p)
-    rope, q_norm, k_norm = _check_prepared(op, q, N, rope, num_prefix_tokens, q_norm, k_norm)
-    options = {
-        "scale": scale, "is_causal": is_causal, "dropout_p": dropout_p, "rope": rope,
-        "num_prefix_tokens": num_prefix_tokens, "q_norm": q_norm, "k_norm": k_norm,
-    }  # fmt: skip
-    if not uses_kernels(qkv) or _prefers_sdpa(q, N):
-        return reference.attention_qkvpacked(qkv, attn_mask=attn_mask, **options).contiguous()
-    if rope is not None and needs_grad(rope.cos, rope.sin):
+    rope, q_norm, k_norm = _check_prepared(op, qkv, (B, H, N, D), N, rope, num_prefix_tokens, q_norm, k_norm)
+    late = rope is not None and needs_grad(rope.cos, rope.sin)
+    on_kernels = uses_kernels(qkv) and not _prefers_sdpa(qkv, N, N, D)
+    if late or not on_kernels:
+        options = {
+            "attn_mask": attn_mask, "scale": scale, "is_causal": is_causal, "dropout_p": dropout_p, "rope": rope,
+            "num_prefix_tokens": num_prefix_tokens, "q_norm": q_norm, "k_norm": k_norm,
+        }  # fmt: skip
+        if not on_kernels:
+            return reference.attention_qkvpacked(qkv, **options).contiguous()
         q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
-        return attention(q, k, v, attn_mask=attn_mask, **options).transpose(1, 2)
+        return attention(q, k, v, **options).transpose(1, 2)
     seed = _seed(qkv, dropout_p)
-    cos, sin = (None, None) if rope is None else (_table(rope.cos, q), _table(rope.sin, q))
-    parameters = tuple(t for norm in (q_norm, k_norm) for t in (norm[:2] if norm else (None, None)))
-    if not needs_grad(qkv, mask, *parameters) and cos is None and not q_norm and not k_norm:
+    if rope is None and q_norm is None and k_norm is None and not needs_grad(qkv, mask):
         return attention_qkvpacked_fwd(qkv, scale, mask, seed, is_causal, dropout_p)[0]
+    cos, sin = (None, None) if rope is None else (_table(rope.cos), _table(rope.sin))
+    parameters = tuple(t for norm in (q_norm, k_norm) for t in (norm[:2] if norm else (None, None)))
     return AttentionQkvpackedFunction.apply(
         qkv, mask, *parameters, cos, sin, seed, (scale, is_causal, dropout_p),
         (_kind(q_norm), _eps(q_norm), _kind(k_norm), _eps(k_norm)),
@@ -487,26 +491,26 @@ def attention_varlen(
     q, k, v = _autocast(q, k, v)
     if q.ndim != 3:
         raise ValueError(f"{op}: q has shape {tuple(q.shape)}; expected (T, H, D)")
+    _check_like_q(op, q, k, v)
     for name, x in (("k", k), ("v", v)):
-        check_like(op, name, x, "q", q)
         check_shape(op, name, x, q.shape, "q's shape")
-    T, _, D = q.shape
+    T, H, D = q.shape
     _check_sizes(op, "q", q, T, D)
     scale = _check_scale(op, scale, D)
     dropout_p = _check_dropout(op, dropout_p)
     _check_images(op, q, cu_seqlens, max_seqlen)
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    rope, q_norm, k_norm = _check_prepared(op, q, T, rope, 0, q_norm, k_norm)
+    rope, q_norm, k_norm = _check_prepared(op, q, (1, H, T, D), T, rope, 0, q_norm, k_norm)
     if not uses_kernels(q):
-        q, k = reference.prepare_qk(q, k, rope, 0, q_norm, k_norm)
+        q, k = (x.transpose(0, 1).unsqueeze(0) for x in (q, k))
+        q, k = (x[0].transpose(0, 1) for x in reference.prepare_qk(q, k, rope, 0, q_norm, k_norm))
         return reference.attention_varlen(
-            *(x[0].transpose(0, 1) for x in (q, k, v)), cu_seqlens, scale=scale, is_causal=is_causal,
-            dropout_p=dropout_p,
-        ).contiguous()  # fmt: skip
-    q, k = (_prepare(x, norm, rope, 0) for x, norm in ((q, q_norm), (k, k_norm)))
-    starts = cu_seqlens.to(torch.int32)
-    tensors = *(x.transpose(1, 2) for x in (q, k, v)), None
-    return _attend(*tensors, _seed(q, dropout_p), starts, scale, is_causal, dropout_p, max_seqlen)[0]
+            q, k, v, cu_seqlens, scale=scale, is_causal=is_causal, dropout_p=dropout_p
+        ).contiguous()
+    q = _prepare(q.unsqueeze(0), q_norm, rope, 0)
+    k = _prepare(k.unsqueeze(0), k_norm, rope, 0)
+    seed = _seed(q, dropout_p)
+    starts = cu_seqlens if cu_seqlens.dtype is torch.int32 else cu_seqlens.to(torch.int32)
+    return _attend(q, k, v.unsqueeze(0), None, seed, starts, scale, is_causal, dropout_p, max_seqlen)[0]
 
 
 def attention_weights(
@@ -544,7 +548,7 @@ def attention_weights(
     B, H, N_q, D = q.shape
     scale = _check_scale(op, scale, D)
     mask = _check_mask(op, attn_mask, q, (B, H, N_q, k.shape[2]))
-    rope, q_norm, k_norm = _check_prepared(op, q, k.shape[2], rope, num_prefix_tokens, q_norm, k_norm)
+    rope, q_norm, k_norm = _check_prepared(op, q, q.shape, k.shape[2], rope, num_prefix_tokens, q_norm, k_norm)
     wide = runtime.wide_dtype(q.dtype)
     q, k = reference.prepare_qk(q.to(wide), k.to(wide), rope, num_prefix_tokens, q_norm, k_norm)
     if query is None:
@@ -573,15 +577,17 @@ def _attend(q, k, v, mask, seed, starts, scale, is_causal, dropout_p, max_seqlen
 
 
 def _prepare(x: Tensor, norm: QKNorm | None, rope: Rope | None, prefix: int) -> Tensor:
-    """``x`` (B, H, N, D) behind its norm and its rotary positions."""
+    """``x`` (B, N, H, D) behind its norm and its rotary positions."""
+    if norm is None and rope is None:
+        return x
     late = rope is not None and needs_grad(rope.cos, rope.sin)
-    cos, sin = (None, None) if rope is None or late else (_table(rope.cos, x), _table(rope.sin, x))
+    cos, sin = (None, None) if rope is None or late else (_table(rope.cos), _table(rope.sin))
     if norm is not None or cos is not None:
         weight, bias = norm[:2] if norm else (None, None)
         interleaved = cos is not None and rope.interleaved
-        spec = (x.transpose(1, 2), weight, bias, cos, sin, _kind(norm), _eps(norm), interleaved, prefix)
-        x = (PrepareFunction.apply if needs_grad(x, weight, bias) else prepare_fwd)(*spec).transpose(1, 2)
-    return reference.rope(x, *rope, num_prefix_tokens=prefix) if late else x
+        spec = (x, weight, bias, cos, sin, _kind(norm), _eps(norm), interleaved, prefix)
+        x = (PrepareFunction.apply if needs_grad(x, weight, bias) else prepare_fwd)(*spec)
+    return reference.rope(x.transpose(1, 2), *rope, num_prefix_tokens=prefix).transpose(1, 2) if late else x
 
 
 def _kind(norm: QKNorm | None) -> str:
@@ -592,15 +598,17 @@ def _eps(norm: QKNorm | None) -> float:
     return 0.0 if norm is None else norm.eps
 
 
-def _table(table: Tensor, x: Tensor) -> Tensor:
+def _table(table: Tensor) -> Tensor:
     """``table`` with four dims, of size 1 where it is expanded."""
     return _unexpanded(table[(None,) * (4 - table.ndim)])
 
 
 def _unexpanded(x: Tensor) -> Tensor:
-    for i in range(x.ndim):
-        if x.stride(i) == 0 and x.shape[i] > 1:
-            x = x.narrow(i, 0, 1)
+    strides = x.stride()
+    if 0 in strides:
+        for i, stride in enumerate(strides):
+            if stride == 0 and x.shape[i] > 1:
+                x = x.narrow(i, 0, 1)
     return x
 
 
@@ -608,15 +616,17 @@ def _seed(x: Tensor, dropout_p: float) -> Tensor | None:
     return torch.randint(2**62, (1,), device=x.device) if dropout_p else None
 
 
-def _prefers_sdpa(q: Tensor, N_kv: int) -> bool:
-    return q.device.type != "cpu" and attention_provider(q.shape[2], N_kv, q.shape[3], q.dtype, q.device) == "sdpa"
+def _prefers_sdpa(x: Tensor, N_q: int, N_kv: int, D: int) -> bool:
+    return runtime.device_type(x) != "cpu" and attention_provider(N_q, N_kv, D, x.dtype, x.device) == "sdpa"
 
 
-def _autocast(*tensors: Tensor) -> list[Tensor]:
+def _autocast(*tensors: Tensor) -> Sequence[Tensor]:
     # As PyTorch's own attention, which casts all but fp64.
     dtype = runtime.autocast_dtype(tensors[0])
+    if dtype is None:
+        return tensors
     return [
-        x.to(dtype) if dtype and isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
         for x in tensors
     ]
 
@@ -624,15 +634,22 @@ def _autocast(*tensors: Tensor) -> list[Tensor]:
 def _check_operands(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.ndim != 4:
         raise ValueError(f"{op}: q has shape {tuple(q.shape)}; expected (B, H, N, D)")
-    for name, x in (("k", k), ("v", v)):
-        check_like(op, name, x, "q", q)
-    if k.ndim != 4:
-        raise ValueError(f"{op}: k has shape {tuple(k.shape)}; expected (B, H, N, D)")
+    _check_like_q(op, q, k, v)
+    shape = k.shape
+    if len(shape) != 4:
+        raise ValueError(f"{op}: k has shape {tuple(shape)}; expected (B, H, N, D)")
     B, H, N_q, D = q.shape
-    check_shape(op, "k", k, (B, H, k.shape[2], D), "q's but for the number of tokens")
-    check_shape(op, "v", v, k.shape, "k's shape")
+    N_kv = shape[2]
+    check_shape(op, "k", k, (B, H, N_kv, D), "q's but for the number of tokens")
+    check_shape(op, "v", v, shape, "k's shape")
     _check_sizes(op, "q", q, N_q, D)
-    _check_sizes(op, "k", k, k.shape[2], D)
+    _check_sizes(op, "k", k, N_kv, D)
+
+
+def _check_like_q(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    if k is None or v is None or not alike(q, k, v):
+        check_like(op, "k", k, "q", q)
+        check_like(op, "v", v, "q", q)
 
 
 def _check_sizes(op: str, name: str, x: Tensor, tokens: int, D: int) -> None:
@@ -655,7 +672,7 @@ def _check_scale(op: str, scale: float | None, D: int) -> float:
 
 
 def _check_dropout(op: str, dropout_p: float) -> float:
-    if not isinstance(dropout_p, Real) or isinstance(dropout_p, bool):
+    if type(dropout_p) is not float and (not isinstance(dropout_p, Real) or isinstance(dropout_p, bool)):
         raise TypeError(f"{op}: dropout_p is a {type(dropout_p).__name__}; expected a number")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"{op}: dropout_p is {dropout_p}; expected 0 to 1")
@@ -675,7 +692,7 @@ def _check_mask(op: str, mask: Tensor | None, q: Tensor, shape: tuple[int, int, 
     if mask.device != q.device:
         raise ValueError(f"{op}: attn_mask is on {mask.device}, q on {q.device}; expected one device")
     sizes = (1,) * (4 - mask.ndim) + tuple(mask.shape)
-    if mask.ndim > 4 or any(n not in (1, whole) for n, whole in zip(sizes, shape, strict=True)):
+    if len(sizes) > 4 or not all(map(_broadcasts, sizes, shape)):
         raise ValueError(
             f"{op}: attn_mask has shape {tuple(mask.shape)}; expected one that broadcasts to {shape}, (B, H, N_q, N_kv)"
         )
@@ -684,11 +701,17 @@ def _check_mask(op: str, mask: Tensor | None, q: Tensor, shape: tuple[int, int, 
     return whole if mask.requires_grad and mask.is_leaf else _unexpanded(whole)
 
 
+def _broadcasts(size: int, whole: int) -> bool:
+    return size in (1, whole)
+
+
 def _check_prepared(
-    op: str, q: Tensor, N_kv: int, rope, prefix: int, q_norm, k_norm
+    op: str, q: Tensor, shape: tuple[int, int, int, int], N_kv: int, rope, prefix: int, q_norm, k_norm
 ) -> tuple[Rope | None, QKNorm | None, QKNorm | None]:
-    """Check what prepares q and k (B, H, N, D), and return it by its own types."""
-    B, H, N, D = q.shape
+    """Check what prepares q and k, whose ``shape`` is (B, H, N, D), and return it by its own types."""
+    if rope is None and q_norm is None and k_norm is None and not prefix:
+        return None, None, None
+    B, H, N, D = shape
     norms = []
     for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
         if norm is not None:
@@ -735,17 +758,20 @@ def _check_images(op: str, q: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> No
         raise TypeError(f"{op}: cu_seqlens is {got}; expected an int32 or int64 tensor")
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(f"{op}: cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected (images + 1,), one at least")
+    if cu_seqlens.layout != torch.strided:
+        raise NotImplementedError(f"{op}: cu_seqlens is {cu_seqlens.layout}; expected a dense (strided) tensor")
     if cu_seqlens.device != q.device:
         raise ValueError(f"{op}: cu_seqlens is on {cu_seqlens.device}, q on {q.device}; expected one device")
     if not isinstance(max_seqlen, (int, torch.SymInt)) or isinstance(max_seqlen, bool):
         raise TypeError(f"{op}: max_seqlen is a {type(max_seqlen).__name__}; expected an integer")
     if max_seqlen < 1:
         raise ValueError(f"{op}: max_seqlen is {max_seqlen}; expected 1 at least")
-    if q.device.type != "cpu" or torch.compiler.is_compiling():
+    if runtime.device_type(q) != "cpu" or torch.compiler.is_compiling() or isinstance(cu_seqlens, FakeTensor):
         return
-    lengths = cu_seqlens.diff()
-    if cu_seqlens[0] < 0 or cu_seqlens[-1] > q.shape[0] or (lengths < 0).any() or (lengths > max_seqlen).any():
+    bounds = cu_seqlens.tolist()
+    lengths = [end - start for start, end in itertools.pairwise(bounds)]
+    if bounds[0] < 0 or bounds[-1] > q.shape[0] or min(lengths) < 0 or max(lengths) > max_seqlen:
         raise ValueError(
-            f"{op}: cu_seqlens is {cu_seqlens.tolist()}; expected rising values from 0 to {q.shape[0]}, the tokens, "
+            f"{op}: cu_seqlens is {bounds}; expected rising values from 0 to {q.shape[0]}, the tokens, "
             f"{max_seqlen}, max_seqlen, at most apart"
         )

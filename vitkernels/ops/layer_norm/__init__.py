@@ -17,12 +17,14 @@ Tiles of both kernels are (BLOCK_M rows, BLOCK_C channels); a lane outside the m
 
 from __future__ import annotations
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vitkernels import reference, runtime
-from vitkernels.ops._checks import check_like, check_shape, check_tensor
+from vitkernels.ops._checks import alike, check_like, check_shape, check_tensor
 from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
 from vitkernels.ops.layer_norm.backward import layer_norm_backward
 from vitkernels.ops.layer_norm.config import choose_config as choose_config
@@ -30,10 +32,11 @@ from vitkernels.ops.layer_norm.forward import forward_outputs, layer_norm_forwar
 from vitkernels.runtime import promoted_dtype, wide_dtype
 
 
-def _reference_forward(x, residual, weight, bias, gamma, path, eps, out_dtype, rms=False, width=None):
+def _reference_forward(x, residual, weight, bias, gamma, path, eps, out_dtype=None, rms=False, width=None):
     r = x
     if residual is not None:
         r = reference.add_layer_norm(x, residual, layer_scale=gamma, drop_path_scale=path)[1]
+    out_dtype = out_dtype or r.dtype
     statistics = wide_dtype(r.dtype)
     rows = r.reshape(-1, r.shape[-1])[:, :width].to(statistics)
     variance = rows.square().mean(-1) if rms else rows.var(-1, correction=0)
@@ -98,7 +101,7 @@ def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
 
 layer_norm_fwd = register(
     "layer_norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? gamma, Tensor? path, float eps, "
-    "ScalarType out_dtype, bool rms=False, int? width=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    "ScalarType? out_dtype=None, bool rms=False, int? width=None) -> (Tensor, Tensor, Tensor, Tensor)",
     launcher=layer_norm_forward,
     reference=_reference_forward,
     fake=forward_outputs,
@@ -197,7 +200,7 @@ def add_layer_norm(
         x: (B, ..., C), the branch's output; dtypes and strides as for :func:`layer_norm`.
         residual: Of ``x``'s shape, in its dtype or a wider one.
         weight, bias, eps: As for :func:`layer_norm`.
-        layer_scale: γ of LayerScale, (C,), or None for ones.
+        layer_scale: γ of LayerScale, (C,), any floating dtype, or None for ones.
         drop_path_scale: (B,), each sample's 0 or 1/keep of DropPath, or None for ones. A drawn constant: it must
             not require a gradient.
 
@@ -216,10 +219,11 @@ def add_layer_norm(
 
 def norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, rms: bool = False) -> Tensor:
     """The public function ``op``, LayerNorm or RMSNorm."""
-    check_layer_norm(op, x, weight, bias, eps)
+    check_tensor(op, "x", x)
+    check_layer_norm(op, x, weight, bias, eps, alike(x, weight, bias))
     if not uses_kernels(x):
         return _reference_norm(x, *parameters_for_torch(x.dtype, weight, bias), eps, rms)
-    out_dtype = torch.promote_types(x.dtype, torch.float32) if autocasts(x) else x.dtype
+    out_dtype = torch.promote_types(x.dtype, torch.float32) if autocasts(x) else None
     if needs_grad(x, weight, bias):
         return LayerNormFunction.apply(x, None, weight, bias, None, None, eps, out_dtype, rms)
     return layer_norm_fwd(x, None, weight, bias, None, None, eps, out_dtype, rms)[0]
@@ -239,11 +243,16 @@ def add_norm(
 ) -> tuple[Tensor, Tensor]:
     """The public function ``op``, either norm behind a residual sum."""
     check_tensor(op, "x", x)
-    check_like(op, "residual", residual, "x", x, dtype=False)
+    known = residual is not None and alike(x, residual, weight, bias, layer_scale)
+    if not known:
+        check_like(op, "residual", residual, "x", x, dtype=False)
     check_shape(op, "residual", residual, x.shape, "x's shape")
-    check_layer_norm(op, residual if residual.dtype.itemsize >= x.dtype.itemsize else x, weight, bias, eps)
+    wider = residual if residual.dtype.itemsize >= x.dtype.itemsize else x
+    check_layer_norm(op, wider, weight, bias, eps, known)
     if layer_scale is not None:
-        check_parameter(op, "layer_scale", layer_scale, residual, x.shape[-1])
+        if not known:
+            check_like(op, "layer_scale", layer_scale, "x", x, dtype=False)
+        check_shape(op, "layer_scale", layer_scale, x.shape[-1:], "the last dim of x")
     if drop_path_scale is not None:
         check_like(op, "drop_path_scale", drop_path_scale, "x", x, dtype=False)
         if x.ndim < 2:
@@ -251,8 +260,8 @@ def add_norm(
         check_shape(op, "drop_path_scale", drop_path_scale, x.shape[:1], "one scale a sample of x")
         if drop_path_scale.requires_grad:
             raise NotImplementedError(f"{op}: drop_path_scale requires a gradient; it is a drawn constant: detach it")
-    sum_dtype = promoted_dtype(x, residual, layer_scale, drop_path_scale)
     if not uses_kernels(x):
+        sum_dtype = promoted_dtype(x, residual, layer_scale, drop_path_scale)
         weight, bias = parameters_for_torch(sum_dtype, weight, bias)
         scales = {"layer_scale": layer_scale, "drop_path_scale": drop_path_scale}
         if rms:
@@ -260,7 +269,10 @@ def add_norm(
         else:
             outputs = reference.add_layer_norm(x, residual, weight, bias, eps, **scales)
         return outputs[0].contiguous(), outputs[1].contiguous()
-    out_dtype = torch.promote_types(sum_dtype, torch.float32) if autocasts(x) else sum_dtype
+    out_dtype = None
+    if autocasts(x):
+        out_dtype = promoted_dtype(x, residual, layer_scale, drop_path_scale)
+        out_dtype = torch.promote_types(out_dtype, torch.float32)
     if needs_grad(x, residual, weight, bias, layer_scale):
         return LayerNormFunction.apply(x, residual, weight, bias, layer_scale, drop_path_scale, eps, out_dtype, rms)
     return layer_norm_fwd(x, residual, weight, bias, layer_scale, drop_path_scale, eps, out_dtype, rms)[:2]
@@ -268,7 +280,7 @@ def add_norm(
 
 def autocasts(x: Tensor) -> bool:
     """Tell whether autocast makes PyTorch's LayerNorm run in fp32 on ``x``'s device: on a GPU, not on a CPU."""
-    return x.device.type != "cpu" and runtime.autocast_dtype(x) is not None
+    return runtime.device_type(x) != "cpu" and runtime.autocast_dtype(x) is not None
 
 
 def parameters_for_torch(dtype: torch.dtype, *parameters: Tensor | None) -> list[Tensor | None]:
@@ -278,25 +290,37 @@ def parameters_for_torch(dtype: torch.dtype, *parameters: Tensor | None) -> list
     return list(parameters) if autocast else _cast(dtype, *parameters)
 
 
-def check_layer_norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
-    """Require floating-point rows, parameters of their width and a usable eps."""
-    check_tensor(op, "x", x)
-    if x.ndim == 0 or x.shape[-1] == 0:
-        raise ValueError(f"{op}: x has shape {tuple(x.shape)}; expected at least one channel in the last dim")
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None:
-            check_parameter(op, name, parameter, x, x.shape[-1])
+def check_layer_norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, known: bool) -> None:
+    """Require at least one channel, parameters as many, and a usable eps; ``known`` as for :func:`check_parameter`."""
+    shape = x.shape
+    if not shape or shape[-1] == 0:
+        raise ValueError(f"{op}: x has shape {tuple(shape)}; expected at least one channel in the last dim")
+    if weight is not None:
+        check_parameter(op, "weight", weight, x, shape[-1], known)
+    if bias is not None:
+        check_parameter(op, "bias", bias, x, shape[-1], known)
+    check_eps(op, "eps", eps)
+
+
+def check_eps(op: str, name: str, eps: float) -> None:
+    """Require what is added to a variance to be a number that is not negative."""
+    if type(eps) is not float and not isinstance(eps, Real):  # the second takes 0.4 µs
+        raise TypeError(f"{op}: {name} is a {type(eps).__name__}; expected a number ≥ 0")
     if not eps >= 0:
-        raise ValueError(f"{op}: eps is {eps}; expected a number ≥ 0")
+        raise ValueError(f"{op}: {name} is {eps}; expected a number ≥ 0")
 
 
 def check_parameter(
-    op: str, name: str, parameter: Tensor, x: Tensor, size: int, why: str = "the last dim of x"
+    op: str, name: str, parameter: Tensor, x: Tensor, size: int, known: bool, why: str = "the last dim of x"
 ) -> None:
-    """Require a norm's parameter (size,) on ``x``'s device, of its dtype or, beside half inputs, fp32."""
-    check_like(op, name, parameter, "x", x, dtype=False)
-    mixed = x.dtype.itemsize == 2 and parameter.dtype == torch.float32
-    if parameter.dtype != x.dtype and not mixed and not autocasts(x):
-        wanted = f"{x.dtype} or torch.float32" if x.dtype.itemsize == 2 else f"{x.dtype}"
-        raise TypeError(f"{op}: {name} has dtype {parameter.dtype}, x has {x.dtype}; expected {wanted}")
+    """Require a norm's parameter (size,) on ``x``'s device, of its dtype or, beside half inputs, fp32.
+
+    ``known`` tells that it is :func:`alike`, so that its shape alone is left.
+    """
+    if not known:
+        check_like(op, name, parameter, "x", x, dtype=False)
+        mixed = x.dtype.itemsize == 2 and parameter.dtype == torch.float32
+        if parameter.dtype != x.dtype and not mixed and not autocasts(x):
+            wanted = f"{x.dtype} or torch.float32" if x.dtype.itemsize == 2 else f"{x.dtype}"
+            raise TypeError(f"{op}: {name} has dtype {parameter.dtype}, x has {x.dtype}; expected {wanted}")
     check_shape(op, name, parameter, (size,), why)

@@ -144,14 +144,15 @@ def layer_norm_forward(
     gamma: Tensor | None,
     path: Tensor | None,
     eps: float,
-    out_dtype: torch.dtype,
+    out_dtype: torch.dtype | None = None,
     rms: bool = False,
     width: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launch the forward: ``(normed, sum, mean, rstd)``, the sum empty without a residual, the mean with ``rms``.
 
-    With ``width`` only so many leading channels count and have a weight and a bias. The rest, which must be zero in
-    ``x``, is padding, for the sake of whole vectors, and zero in the normed.
+    The normed is by default in the sum's dtype. With ``width`` only so many leading channels count and have a weight
+    and a bias. The rest, which must be zero in ``x``, is padding, for the sake of whole vectors, and zero in the
+    normed.
     """
     y, r, mean, rstd = forward_outputs(x, residual, weight, bias, gamma, path, eps, out_dtype, rms, width)
     if x.numel() == 0:
@@ -194,10 +195,10 @@ def layer_norm_forward(
     return y, r, mean, rstd
 
 
-def forward_outputs(x, residual, weight, bias, gamma, path, eps, out_dtype, rms=False, width=None):
+def forward_outputs(x, residual, weight, bias, gamma, path, eps, out_dtype=None, rms=False, width=None):
     """Allocate what :func:`layer_norm_forward` returns."""
-    y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     sum_dtype = promoted_dtype(x, residual, gamma, path)
+    y = torch.empty(x.shape, dtype=out_dtype or sum_dtype, device=x.device)
     r = torch.empty((0,) if residual is None else x.shape, dtype=sum_dtype, device=x.device)
     rstd = torch.empty(x.numel() // x.shape[-1], dtype=wide_dtype(sum_dtype), device=x.device)
     return y, r, rstd.new_empty(0) if rms else torch.empty_like(rstd), rstd

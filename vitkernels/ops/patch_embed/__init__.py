@@ -34,16 +34,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vitkernels import reference, runtime
-from vitkernels.ops._checks import FLOATING, check_like, check_shape, check_tensor
+from vitkernels.ops._checks import FLOATING, alike, check_like, check_shape, check_tensor
 from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
 from vitkernels.ops.patch_embed.backward import empty_gradients, patch_embed_backward
 from vitkernels.ops.patch_embed.forward import empty_tokens, patch_embed_forward
 from vitkernels.ops.patch_embed.pixels import Constants, patches
-from vitkernels.runtime import wide_dtype
+from vitkernels.runtime import promoted_dtype, wide_dtype
 
 
 def _reference_forward(
-    images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, out_dtype, mean=None, std=None
+    images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, out_dtype=None, mean=None, std=None
 ):
     tokens = reference.patch_embed(
         images if mean is not None else images.to(weight.dtype),
@@ -54,6 +54,7 @@ def _reference_forward(
         pos_embed_prefix=pos_embed_prefix,
         normalize=None if mean is None else (mean, std),
     )
+    out_dtype = out_dtype or promoted_dtype(weight, pos_embed, prefix_tokens)
     return tokens.to(out_dtype, copy=True, memory_format=torch.contiguous_format)
 
 
@@ -72,7 +73,7 @@ def _reference_backward(dout, images, weight, needs_dimages, needs_dweight, mean
 
 _patch_embed_fwd = register(
     "patch_embed_fwd(Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix_tokens, "
-    "bool pos_embed_prefix, ScalarType out_dtype, float[]? mean=None, float[]? std=None) -> Tensor",
+    "bool pos_embed_prefix, ScalarType? out_dtype=None, float[]? mean=None, float[]? std=None) -> Tensor",
     launcher=patch_embed_forward,
     reference=_reference_forward,
     fake=empty_tokens,
@@ -90,7 +91,7 @@ class PatchEmbedFunction(torch.autograd.Function):
     """Autograd for :func:`patch_embed`; ``dtype`` is the products'."""
 
     @staticmethod
-    def forward(ctx, images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, dtype, out_dtype, mean, std):
+    def forward(ctx, images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, dtype, mean, std):
         # Cast here, so that autocast's gradient of an fp32 weight is never rounded to a half dtype.
         ctx.parameters = [None if p is None else (p.shape, p.dtype) for p in (weight, bias, pos_embed, prefix_tokens)]
         weight, bias = _cast(dtype, weight, bias)
@@ -98,7 +99,7 @@ class PatchEmbedFunction(torch.autograd.Function):
             ctx.save_for_backward(images, weight)
         ctx.pos_embed_prefix = pos_embed_prefix
         ctx.constants = mean, std
-        return _patch_embed_fwd(images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, out_dtype, mean, std)
+        return _patch_embed_fwd(images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, None, mean, std)
 
     @staticmethod
     @once_differentiable
@@ -121,7 +122,7 @@ class PatchEmbedFunction(torch.autograd.Function):
                 (dweight, dbias, dpos, dprefix), ctx.parameters, (needs_weight, *needs_sums), strict=True
             )
         ]
-        return dimages if needs_images else None, *grads, None, None, None, None, None
+        return dimages if needs_images else None, *grads, None, None, None, None
 
 
 def patch_embed(
@@ -163,7 +164,7 @@ def patch_embed(
     Reference: arXiv 2010.11929 (ViT), 2309.16588 (register tokens).
     """
     mean, std = _check_images(images, normalize)
-    dtype, out_dtype = _check(images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, mean is not None)
+    dtype = _check(images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, mean is not None)
     if not uses_kernels(images):
         return reference.patch_embed(
             images,
@@ -176,14 +177,14 @@ def patch_embed(
         ).contiguous()
     if needs_grad(images, weight, bias, pos_embed, prefix_tokens):
         return PatchEmbedFunction.apply(
-            images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, dtype, out_dtype, mean, std
+            images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, dtype, mean, std
         )
     weight, bias = _cast(dtype, weight, bias)
-    return _patch_embed_fwd(images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, out_dtype, mean, std)
+    return _patch_embed_fwd(images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, None, mean, std)
 
 
 def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.to(dtype) for t in tensors]
+    return [t if t is None or t.dtype is dtype else t.to(dtype) for t in tensors]
 
 
 def _check_images(
@@ -192,8 +193,9 @@ def _check_images(
     """Check the images by themselves, and what normalises them; return mean and std."""
     op = "patch_embed"
     if normalize is None:
-        hint = "; give normalize=(mean, std)" if getattr(images, "dtype", None) == torch.uint8 else ""
-        hint = f"{hint or '; convert to floating point'}, or normalise first"
+        hint = "; convert to floating point, or normalise first"
+        if getattr(images, "dtype", None) == torch.uint8:
+            hint = "; give normalize=(mean, std), or normalise first"
         check_tensor(op, "images", images, hint=hint)
     else:
         check_tensor(op, "images", images, dtypes=(torch.uint8, *FLOATING))
@@ -202,7 +204,7 @@ def _check_images(
     if normalize is None:
         return None, None
     try:
-        mean, std = (tuple(float(v) for v in values) for values in normalize)
+        mean, std = (tuple(map(float, values)) for values in normalize)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{op}: normalize is {normalize!r}; expected two sequences of numbers, (mean, std)") from error
     channels = images.shape[1]
@@ -224,8 +226,8 @@ def _check(
     prefix_tokens: Tensor | None,
     pos_embed_prefix: bool,
     normalized: bool,
-) -> tuple[torch.dtype, torch.dtype]:
-    """Check all inputs; return the dtypes of the products and of the tokens."""
+) -> torch.dtype:
+    """Check all inputs; return the products' dtype."""
     op = "patch_embed"
     check_like(op, "weight", weight, "images", images, dtype=False)
     if weight.ndim != 4 or 0 in weight.shape:
@@ -247,26 +249,31 @@ def _check(
     dtype = _product_dtype(weight, autocast)
     if not normalized and _product_dtype(images, autocast) != dtype:
         raise TypeError(f"{op}: images have dtype {images.dtype}, weight has {weight.dtype}; expected the same dtype")
+    known = alike(weight, bias, prefix_tokens, pos_embed)
     if bias is not None:
-        check_like(op, "bias", bias, "weight", weight, dtype=False)
-        if _product_dtype(bias, autocast) != dtype:
-            raise TypeError(f"{op}: bias has dtype {bias.dtype}, weight has {weight.dtype}; expected the same dtype")
+        if not known:
+            check_like(op, "bias", bias, "weight", weight, dtype=False)
+            if _product_dtype(bias, autocast) != dtype:
+                raise TypeError(
+                    f"{op}: bias has dtype {bias.dtype}, weight has {weight.dtype}; expected the same dtype"
+                )
         check_shape(op, "bias", bias, (C,), "one number a channel of the weight")
 
-    out_dtype = dtype
     R = 0
     if prefix_tokens is not None:
-        _check_tokens("prefix_tokens", prefix_tokens, weight, autocast)
+        if not known:
+            check_like(op, "prefix_tokens", prefix_tokens, "weight", weight, dtype=autocast is None)
+        _check_tokens(op, "prefix_tokens", prefix_tokens, C)
         R = prefix_tokens.shape[-2]
-        out_dtype = torch.promote_types(out_dtype, prefix_tokens.dtype)
     if pos_embed is not None:
-        _check_tokens("pos_embed", pos_embed, weight, autocast)
+        if not known:
+            check_like(op, "pos_embed", pos_embed, "weight", weight, dtype=autocast is None)
+        _check_tokens(op, "pos_embed", pos_embed, C)
         wanted = R + N if pos_embed_prefix else N
         if pos_embed.shape[-2] != wanted:
             why = f"{R} prefix tokens and {N} patches" if pos_embed_prefix else f"{N} patches, without prefix tokens"
             raise ValueError(f"{op}: pos_embed has shape {tuple(pos_embed.shape)}; expected (1, {wanted}, {C}), {why}")
-        out_dtype = torch.promote_types(out_dtype, pos_embed.dtype)
-    return dtype, out_dtype
+    return dtype
 
 
 def _product_dtype(x: Tensor, autocast: torch.dtype | None) -> torch.dtype:
@@ -274,11 +281,10 @@ def _product_dtype(x: Tensor, autocast: torch.dtype | None) -> torch.dtype:
     return x.dtype if autocast is None or x.dtype == torch.float64 else autocast
 
 
-def _check_tokens(name: str, tokens: Tensor, weight: Tensor, autocast: torch.dtype | None) -> None:
-    check_like("patch_embed", name, tokens, "weight", weight, dtype=autocast is None)
-    C = weight.shape[0]
-    if tokens.ndim not in (2, 3) or tokens.shape[-1] != C or (tokens.ndim == 3 and tokens.shape[0] != 1):
+def _check_tokens(op: str, name: str, tokens: Tensor, C: int) -> None:
+    shape = tokens.shape
+    if len(shape) not in (2, 3) or shape[-1] != C or (len(shape) == 3 and shape[0] != 1):
         raise ValueError(
-            f"patch_embed: {name} has shape {tuple(tokens.shape)}; expected (1, tokens, {C}) or (tokens, {C}), "
+            f"{op}: {name} has shape {tuple(shape)}; expected (1, tokens, {C}) or (tokens, {C}), "
             f"with the weight's {C} channels"
         )

@@ -116,11 +116,11 @@ def patch_embed_forward(
     pos_embed: Tensor | None,
     prefix_tokens: Tensor | None,
     pos_embed_prefix: bool,
-    out_dtype: torch.dtype,
+    out_dtype: torch.dtype | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Tensor:
-    """Launch the forward: tokens (B, R + N, C)."""
+    """Launch the forward: tokens (B, R + N, C), by default in the widest dtype of all but images and bias."""
     out = empty_tokens(images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, out_dtype)
     B, T, C = out.shape
     if B == 0:
@@ -157,10 +157,11 @@ def patch_embed_forward(
 
 
 def empty_tokens(
-    images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, out_dtype, mean=None, std=None
+    images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, out_dtype=None, mean=None, std=None
 ) -> Tensor:
     """Allocate what :func:`patch_embed_forward` returns."""
     B, C = images.shape[0], weight.shape[0]
     R = 0 if prefix_tokens is None else prefix_tokens.shape[-2]
     T = R + patches(images, *weight.shape[2:])
+    out_dtype = out_dtype or runtime.promoted_dtype(weight, pos_embed, prefix_tokens)
     return torch.empty((B, T, C), dtype=out_dtype, device=images.device)

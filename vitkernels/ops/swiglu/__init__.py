@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vitkernels import reference, runtime
-from vitkernels.ops._checks import check_shape
+from vitkernels.ops._checks import alike, check_shape
 from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
-from vitkernels.ops.layer_norm import check_parameter, layer_norm_bwd, layer_norm_fwd, parameters_for_torch
+from vitkernels.ops.layer_norm import check_eps, check_parameter, layer_norm_bwd, layer_norm_fwd, parameters_for_torch
 from vitkernels.ops.linear import (
     check_activation,
     check_epilogue,
@@ -35,12 +35,12 @@ from vitkernels.ops.linear import (
 )
 from vitkernels.ops.swiglu.backward import glu_backward
 from vitkernels.ops.swiglu.config import padded
-from vitkernels.ops.swiglu.forward import glu, glu_forward, halves
-from vitkernels.runtime import promoted_dtype, wide_dtype
+from vitkernels.ops.swiglu.forward import glu, glu_forward, halves, hidden_features
+from vitkernels.runtime import wide_dtype
 
 
-def _fake_forward(x, w1, b1, w2, b2, activation, gate_last, save_z):
-    P = padded(halves(w1, w2)[0].shape[0])
+def _fake_forward(x, w1, b1, w2, b2, activation, gate_last=False, save_z=False):
+    P = padded(hidden_features(w1, w2))
     return x.new_empty((*x.shape[:-1], P)), x.new_empty((*x.shape[:-1], 2, P) if save_z else (0,))
 
 
@@ -53,7 +53,7 @@ def _fake_backward(dy, w3, gamma, z, activation, gate_last, save_h, sum_dz):
     return torch.empty_like(z), h, z.new_empty(z.shape[-2:] if sum_dz else (0,), dtype=wide_dtype(z.dtype))
 
 
-def _reference_forward(x, w1, b1, w2, b2, activation, gate_last, save_z):
+def _reference_forward(x, w1, b1, w2, b2, activation, gate_last=False, save_z=False):
     biases = (None, None) if b1 is None else halves(b1, b2)
     both = [reference.linear(x, w, b) for w, b in zip(halves(w1, w2), biases, strict=True)]
     z = torch.stack([torch.constant_pad_nd(half, (0, padded(half.shape[-1]) - half.shape[-1])) for half in both], -2)
@@ -76,8 +76,8 @@ def _reference_backward(dy, w3, gamma, z, activation, gate_last, save_h, sum_dz)
 
 
 glu_fwd = register(
-    "glu_fwd(Tensor x, Tensor w1, Tensor? b1, Tensor? w2, Tensor? b2, str? activation, bool gate_last, bool save_z) "
-    "-> (Tensor, Tensor)",
+    "glu_fwd(Tensor x, Tensor w1, Tensor? b1, Tensor? w2, Tensor? b2, str? activation, bool gate_last=False, "
+    "bool save_z=False) -> (Tensor, Tensor)",
     launcher=glu_forward,
     reference=_reference_forward,
     fake=_fake_forward,
@@ -118,7 +118,7 @@ class SwigluMlpFunction(torch.autograd.Function):
         (
             need_x, need_w1, need_b1, need_w2, need_b2, need_w3, need_b3, need_norm_w, need_norm_b, need_gamma, _,
         ) = ctx.needs_input_grad[:11]  # fmt: skip
-        hidden, P = halves(w1, w2)[0].shape[0], z.shape[-1]
+        hidden, P = hidden_features(w1, w2), z.shape[-1]
         need_w12, need_b12 = need_w1 or need_w2, need_b1 or need_b2
         need_z = need_x or need_w12 or need_b12
         last = [need_w3, need_b3, need_gamma]
@@ -169,15 +169,15 @@ class SwigluMlpFunction(torch.autograd.Function):
 
 def _forward(x, w1, b1, w2, b2, w3, b3, norm_w, norm_b, gamma, residual, options, *, save):
     """Return the output, and what the backward takes out of ``ctx.saved_tensors``."""
-    activation, gate_last, eps, out_dtype, recompute = options
-    hidden = halves(w1, w2)[0].shape[0]
+    activation, gate_last, eps, recompute = options
+    hidden = hidden_features(w1, w2)
     h, z = glu_fwd(x, w1, b1, w2, b2, activation, gate_last, save)
     normed, mean, rstd = h, None, None
     if eps is not None:
         normed, _, mean, rstd = _norm(h, norm_w, norm_b, eps, hidden)
     if h.shape[-1] > hidden:
         w3 = torch.constant_pad_nd(w3, (0, h.shape[-1] - hidden))
-    y, _ = linear_fwd(normed, w3, b3, gamma, residual, None, out_dtype, False)
+    y, _ = linear_fwd(normed, w3, b3, gamma, residual, None)
     keep = save and not recompute
     saved = (
         x, w1, w2, w3, b3, norm_w, norm_b, gamma, z, h if keep else None,
@@ -256,17 +256,17 @@ def swiglu_mlp(
     check_input(op, x)
     check_activation(op, activation)
     dtype = runtime.autocast_dtype(x)
-    w1, b1, w2, b2 = _check_first(op, x, w12, b12, strict=dtype is None)
-    hidden = halves(w1, w2)[0].shape[0]
-    check_weights(op, "w3", w3, "b3", b3, "x", x, hidden, dtype=dtype is None)
-    check_epilogue(op, residual, layer_scale, x, w3)
+    w1, b1, w2, b2 = _check_first(op, x, w12, b12, dtype is None)
+    hidden = hidden_features(w1, w2)
+    known = alike(x, w3, b3, residual, layer_scale)
+    check_weights(op, "w3", w3, "b3", b3, x, hidden, known, dtype is None)
+    check_epilogue(op, residual, layer_scale, x, w3, known)
     norm_w, norm_b, eps = norm or (None, None, None)
     if norm is not None:
         for name, parameter in (("norm's weight", norm_w), ("norm's bias", norm_b)):
             if parameter is not None:
-                check_parameter(op, name, parameter, x, hidden, "the hidden features")
-        if eps is None or not eps >= 0:
-            raise ValueError(f"{op}: norm's eps is {eps}; expected a number ≥ 0")
+                check_parameter(op, name, parameter, x, hidden, False, "the hidden features")
+        check_eps(op, "norm's eps", eps)
     if not uses_kernels(x):
         if norm is not None:
             norm = (*parameters_for_torch(x.dtype, norm_w, norm_b), eps)
@@ -277,17 +277,17 @@ def swiglu_mlp(
     if dtype is not None:
         x, w1, b1, w2, b2, w3, b3 = (None if t is None else t.to(dtype) for t in (x, w1, b1, w2, b2, w3, b3))
     tensors = (x, w1, b1, w2, b2, w3, b3, norm_w, norm_b, layer_scale, residual)
-    options = (activation, gate_last, eps, promoted_dtype(x, residual, layer_scale), recompute)
+    options = (activation, gate_last, eps, recompute)
     if needs_grad(*tensors):
         return SwigluMlpFunction.apply(*tensors, options)
     return _forward(*tensors, options, save=False)[0]
 
 
-def _check_first(op, x, w12, b12, *, strict):
+def _check_first(op, x, w12, b12, strict):
     """Check the first layer's weights; return ``(w1, b1, w2, b2)``, the last two None where packed."""
     C = x.shape[-1]
     if not isinstance(w12, tuple | list):
-        check_weights(op, "w12", w12, "b12", b12, "x", x, C, dtype=strict)
+        check_weights(op, "w12", w12, "b12", b12, x, C, alike(x, w12, b12), strict)
         if w12.shape[0] % 2:
             raise ValueError(f"{op}: w12 has shape {tuple(w12.shape)}; expected an even number of rows, two halves")
         return w12, b12, None, None
@@ -295,6 +295,6 @@ def _check_first(op, x, w12, b12, *, strict):
     if len(w12) != 2 or not isinstance(b12, tuple | list) or len(b12) != 2 or (b12[0] is None) != (b12[1] is None):
         raise ValueError(f"{op}: separate weights come as a pair, with a pair of biases or None")
     for i in (0, 1):
-        check_weights(op, f"w12[{i}]", w12[i], f"b12[{i}]", b12[i], "x", x, C, dtype=strict)
+        check_weights(op, f"w12[{i}]", w12[i], f"b12[{i}]", b12[i], x, C, alike(x, w12[i], b12[i]), strict)
     check_shape(op, "w12[1]", w12[1], w12[0].shape, "the shape of w12[0]")
     return w12[0], b12[0], w12[1], b12[1]

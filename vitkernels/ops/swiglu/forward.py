@@ -113,8 +113,8 @@ def glu_forward(
     w2: Tensor | None,
     b2: Tensor | None,
     activation: str | None,
-    gate_last: bool,
-    save_z: bool,
+    gate_last: bool = False,
+    save_z: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Launch the forward on (..., K): ``(h, z)``, z empty unless saved; the columns from F on are zero in both.
 
@@ -199,6 +199,11 @@ def glu(z: Tensor, activation: str | None, gate_last: bool) -> Tensor:
 def halves(both: Tensor, second: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the two halves of what came packed, or apart."""
     return both.chunk(2) if second is None else (both, second)
+
+
+def hidden_features(both: Tensor, second: Tensor | None) -> int:
+    """Return the rows of either half."""
+    return both.shape[0] // 2 if second is None else both.shape[0]
 
 
 def tile(M: int, P: int, device: torch.device) -> tuple[int, int]:

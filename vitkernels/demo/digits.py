@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vitkernels.console import UserError
+from vitkernels.console import UserError, one_line
 from vitkernels.models import VisionTransformer
 
 CHECKPOINT = Path(__file__).with_name("digits.safetensors")
@@ -66,15 +66,18 @@ def load_model(path: Path = CHECKPOINT) -> VisionTransformer:
     """Build the model that the file at ``path`` describes, load its weights, and return it in eval mode.
 
     Raises:
-        UserError: safetensors is not installed.
+        UserError: safetensors is not installed, or the file is none that :func:`save_model` wrote.
     """
     try:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
     except ImportError as error:
         raise UserError(
             f"the checkpoint needs safetensors, which cannot be imported ({error}): pip install safetensors"
         ) from error
-    with safe_open(path, framework="pt") as file:
-        model = VisionTransformer(**json.loads(file.metadata()["config"]))
-        model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    try:
+        with safe_open(path, framework="pt") as file:
+            model = VisionTransformer(**json.loads(file.metadata()["config"]))
+            model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} is no whole checkpoint of the digits: {one_line(error)}") from error
     return model.eval()

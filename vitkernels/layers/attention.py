@@ -44,7 +44,7 @@ class Attention(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        if attn_head_dim is None and dim % num_heads:
+        if num_heads < 1 or (attn_head_dim is None and dim % num_heads):
             raise ValueError(f"num_heads {num_heads} does not divide dim {dim}; choose another or give attn_head_dim")
         if attn_drop:
             raise NotImplementedError(f"attn_drop is {attn_drop}; the attention kernels have no dropout, expected 0")

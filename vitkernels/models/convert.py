@@ -46,9 +46,12 @@ def read_weights(path: str | Path) -> State:
             raise FileNotFoundError(f"{path} holds none of {', '.join(_FILES)}")
         path = found[0]
     if path.name.endswith(".index.json"):
-        parts = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-        if not all(part.endswith(".safetensors") for part in parts):
-            raise ValueError(f"{path} names files that are no safetensors: {', '.join(parts)}")
+        try:
+            parts = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no index of weights, an object with files by name under weight_map") from error
+        if not all(isinstance(part, str) and part.endswith(".safetensors") for part in parts):
+            raise ValueError(f"{path} names files that are no safetensors: {', '.join(map(str, parts))}")
         return {name: tensor for part in parts for name, tensor in read_weights(path.parent / Path(part).name).items()}
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError

@@ -29,7 +29,7 @@ def lookup(op: str, device_name: str, key: str) -> dict[str, Any] | None:
     """Return the tuned fields of ``op``'s configuration for ``key``, or None where nothing was measured.
 
     Raises:
-        ValueError: The device's table breaks the schema.
+        ValueError: The device's table is no JSON, or breaks the schema.
     """
     return _table(device_name).get(op, {}).get(key)
 
@@ -39,7 +39,11 @@ def _table(device_name: str) -> dict[str, dict[str, dict[str, Any]]]:
     file = resources.files(__package__) / "tables" / table_name(device_name)
     if not file.is_file():
         return {}
-    return check_table(json.loads(file.read_text(encoding="utf-8")), table_name(device_name))
+    try:
+        table = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"tuning table {file}: {error}") from error
+    return check_table(table, table_name(device_name))
 
 
 def check_table(table: Any, source: str) -> dict[str, dict[str, dict[str, Any]]]:

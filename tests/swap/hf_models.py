@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
 import transformers
 from parity import shake
 from torch import Tensor, nn
+from transformers.models.vit import modeling_vit
 
 # Cut down in what the interpreter's time depends on alone; every path of the originals is there.
 VISION = {
@@ -26,7 +28,11 @@ TEXT = {
     "projection_dim": 24,
     "eos_token_id": 98,
 }
-PARTS = {"Attention", "MLP", "Layer", "PatchEmbeddings"}
+# Releases 4.5x cut the layers of ViT, its like and DINOv2 into other parts.
+OLD = not hasattr(modeling_vit, "ViTMLP")
+_ATTENTION = {"SelfAttention", "SelfOutput"} if OLD else {"Attention"}
+DINOV2_PARTS = _ATTENTION | {"MLP", "Layer", "PatchEmbeddings"}
+PARTS = _ATTENTION | {"Layer", "PatchEmbeddings"} | ({"Intermediate", "Output"} if OLD else {"MLP"})
 SIGLIP_PARTS = {"Attention", "MLP", "EncoderLayer", "VisionEmbeddings"}
 
 
@@ -96,6 +102,8 @@ def dinov2(**more) -> nn.Module:
 
 
 def dinov3(**more) -> nn.Module:
+    if not hasattr(transformers, "DINOv3ViTModel"):
+        pytest.skip(f"transformers {transformers.__version__} has no DINOv3: it came with 4.56")
     options = VISION | {"num_register_tokens": 2, "layerscale_value": 0.7} | more
     return transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**options))
 
@@ -116,25 +124,25 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]]
         lambda: images() | {"noise": torch.rand(2, 4)},
         PARTS,
     ),
-    "dinov2": (dinov2, images, PARTS),
+    "dinov2": (dinov2, images, DINOV2_PARTS),
     "dinov2, swiglu": (
-        lambda: dinov2(use_swiglu_ffn=True), images, PARTS - {"MLP"} | {"SwiGLUFFN"},
+        lambda: dinov2(use_swiglu_ffn=True), images, DINOV2_PARTS - {"MLP"} | {"SwiGLUFFN"},
     ),
     "dinov2, registers": (
         lambda: transformers.Dinov2WithRegistersModel(
             transformers.Dinov2WithRegistersConfig(**VISION, num_register_tokens=3, layerscale_value=0.7)
         ),
         images,
-        PARTS,
+        DINOV2_PARTS,
     ),
     "dinov2, registers, swiglu": (
         lambda: transformers.Dinov2WithRegistersModel(
             transformers.Dinov2WithRegistersConfig(**VISION, use_swiglu_ffn=True)
         ),
         images,
-        PARTS - {"MLP"} | {"SwiGLUFFN"},
+        DINOV2_PARTS - {"MLP"} | {"SwiGLUFFN"},
     ),
-    "dinov3": (dinov3, images, PARTS - {"PatchEmbeddings"} | {"Embeddings"}),
+    "dinov3": (dinov3, images, {"Attention", "MLP", "Layer", "Embeddings"}),
     "dinov3, gated": (
         lambda: dinov3(use_gated_mlp=True, hidden_act="silu"),
         images,
@@ -165,6 +173,21 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]]
         paligemma, lambda: images_in_texts() | {"token_type_ids": torch.zeros(2, 7, dtype=torch.long)}, SIGLIP_PARTS,
     ),
 }  # fmt: skip
+
+
+def layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of a model, wherever its release keeps them."""
+    ends = ("ViTLayer", "Dinov2Layer", "EncoderLayer")
+    return [module for module in model.modules() if type(module).__name__.endswith(ends)]
+
+
+def attention(layer: nn.Module) -> nn.Module:
+    """The module of a ViT's layer that attends."""
+    return layer.attention.attention if OLD else layer.attention
+
+
+def path_of(module: nn.Module, model: nn.Module) -> str:
+    return next(path for path, other in model.named_modules() if other is module)
 
 
 def build(name: str) -> nn.Module:

@@ -10,8 +10,23 @@ from torch import Tensor, nn
 
 from vitkernels import accelerate, explain, ops, restore, use_backend
 
-transformers = pytest.importorskip("transformers", minversion="5.0")
-from hf_models import VISION, build, clip_pair, images, inputs_of, llava, tensors, texts, vit  # noqa: E402
+transformers = pytest.importorskip("transformers", minversion="4.50")
+from hf_models import (  # noqa: E402
+    OLD,
+    VISION,
+    attention,
+    build,
+    clip_pair,
+    dinov2,
+    images,
+    inputs_of,
+    layers,
+    llava,
+    path_of,
+    tensors,
+    texts,
+    vit,
+)
 from parity import shake  # noqa: E402
 from test_swap import in_a_fresh_process  # noqa: E402
 
@@ -130,7 +145,7 @@ def test_attention_weights(model, inputs, when, fused_calls):
     plain.set_attn_implementation("eager")
     if when == "before":
         model.set_attn_implementation("eager")
-        assert "attention implementation is eager" in reasons(model)["vit.layers.0.attention"]
+        assert "attention implementation is eager" in reasons(model)[path_of(attention(layers(model)[0]), model)]
     accelerate(model)
     model.set_attn_implementation("eager")
     expected, actual = (m(**inputs, output_attentions=True) for m in (plain, model))
@@ -147,20 +162,28 @@ def test_attention_weights(model, inputs, when, fused_calls):
 
 def test_masks(device, fused_calls):
     """Bool masks, additive ones and the causal one, and what is not known."""
-    attention = shake(vit(), 0.3).vit.layers[0].attention.to(device)
+    attend = layers(build("clip"))[0].self_attn.to(device)
     x = torch.randn(2, 5, 32, device=device)
     mask = torch.rand(2, 1, 5, 5, device=device) > 0.4
     mask[..., 0] = True
     additive = torch.zeros(2, 1, 5, 5, device=device).masked_fill(~mask, torch.finfo(torch.float32).min)
-    expected = [attention(x, m)[0] for m in (mask, additive)]
+    expected = [attend(x, m)[0] for m in (mask, additive)]
     close(*expected)
-    causal = attention(x, None, is_causal=True)[0]
-    accelerate(attention)
-    close([attention(x, m)[0] for m in (mask, additive)], expected)
-    close(attention(x, None, is_causal=True)[0], causal)
+    # Releases 4.5x have a mask for what is causal.
+    is_causal = (
+        {"is_causal": True} if not OLD else {"causal_attention_mask": torch.ones(5, 5).tril().bool()[None, None]}
+    )
+    causal = attend(x, None, **is_causal)[0]
+    accelerate(attend)
+    close([attend(x, m)[0] for m in (mask, additive)], expected)
+    close(attend(x, None, **is_causal)[0], causal)
     assert fused_calls.count("attention") == 3
-    close(attention(x, None, unheard_of=2.0)[0], attention(x)[0])
-    assert fused_calls.count("attention") == 4, "what is told and not known must reach the original"
+    if OLD:
+        attend(x, None, output_attentions=True)
+    else:
+        close(attend(x, None, unheard_of=2.0)[0], attend(x)[0])
+        fused_calls.remove("attention")
+    assert fused_calls.count("attention") == 3, "what is told and not known must reach the original"
 
 
 def test_gradient_checkpointing(model, inputs, fused_calls):
@@ -183,7 +206,8 @@ def test_gradient_checkpointing(model, inputs, fused_calls):
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_lora(model, inputs, when, fused_calls):
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(target_modules=["q_proj", "fc2"], init_lora_weights=False, layers_to_transform=[0])
+    q, last = ("query", "output.dense") if OLD else ("q_proj", "fc2")
+    config = peft.LoraConfig(target_modules=[q, last], init_lora_weights=False, layers_to_transform=[0])
     torch.manual_seed(0)
     expected = peft.get_peft_model(copy.deepcopy(model), config)(**inputs).logits
     without = model(**inputs).logits
@@ -197,9 +221,10 @@ def test_lora(model, inputs, when, fused_calls):
     close(adapted(**inputs).logits, expected)
     assert not torch.allclose(expected, without, atol=1e-2)
     assert fused_calls.count("add_layer_norm") == fused_calls.count("attention") == 1, "the other layer stays fused"
-    told = reasons(adapted)
-    assert "q_proj is a peft.tuners.lora.layer.Linear" in told["base_model.model.vit.layers.0.attention"]
-    assert "mlp: fc2 is a peft.tuners.lora.layer.Linear" in told["base_model.model.vit.layers.0"]
+    told, layer = reasons(adapted), layers(adapted)[0]
+    assert f"{q} is a peft.tuners.lora.layer.Linear" in told[path_of(attention(layer), adapted)]
+    last = last.replace("output.", "output: ") if OLD else f"mlp: {last}"
+    assert f"{last} is a peft.tuners.lora.layer.Linear" in told[path_of(layer, adapted)]
     adapted(**inputs).logits.sum().backward()
     assert all(p.grad is not None for name, p in adapted.named_parameters() if "lora_B" in name)
     merged = adapted.merge_and_unload()
@@ -212,7 +237,7 @@ def test_lora(model, inputs, when, fused_calls):
 def test_a_hook_on_the_attention_fires_and_the_layer_stays_fused(model, inputs, fused_calls):
     accelerate(model)
     seen = []
-    model.vit.layers[0].attention.register_forward_hook(lambda module, args, output: seen.append(output[0].shape))
+    attention(layers(model)[0]).register_forward_hook(lambda module, args, output: seen.append(output[0].shape))
     model(**inputs)
     assert seen == [(2, 5, 32)]
     assert fused_calls.count("add_layer_norm") == fused_calls.count("attention") == 2
@@ -220,12 +245,14 @@ def test_a_hook_on_the_attention_fires_and_the_layer_stays_fused(model, inputs, 
 
 def test_a_hook_on_what_is_not_called_fires(model, inputs, fused_calls):
     seen = []
-    model.vit.layers[0].mlp.fc1.register_forward_hook(lambda *_: seen.append("fc1"))
-    model.vit.layers[1].layernorm_after.register_forward_hook(lambda *_: seen.append("norm"))
+    first, second = layers(model)
+    mlp, fc1 = (first.intermediate, "dense") if OLD else (first.mlp, "fc1")
+    getattr(mlp, fc1).register_forward_hook(lambda *_: seen.append("fc1"))
+    second.layernorm_after.register_forward_hook(lambda *_: seen.append("norm"))
     expected = model(**inputs).logits
     told = reasons(model)
-    assert "hook on fc1" in told["vit.layers.0.mlp"]
-    assert "hook on layernorm_after" in told["vit.layers.1"]
+    assert f"hook on {fc1}" in told[path_of(mlp, model)]
+    assert "hook on layernorm_after" in told[path_of(second, model)]
     close(model(**inputs).logits, expected)
     assert seen == ["fc1", "norm"] * 2
     assert "add_layer_norm" not in fused_calls
@@ -271,7 +298,7 @@ def test_the_tower_alone():
     """The vision tower of a larger model is fused, and what is not known there is left and told of."""
     report = explain(llava())
     swapped = {entry.module for entry in report.swapped}
-    tower = "model.vision_tower"
+    tower = "model.vision_tower.vision_model" if OLD else "model.vision_tower"
     assert f"{tower}.encoder.layers.0" in swapped
     assert f"{tower}.embeddings" in swapped
     assert f"{tower}.pre_layrnorm" in swapped
@@ -297,7 +324,7 @@ def test_texts_keep_their_causal_masks(device, fused_calls):
 def test_meta_model(inputs):
     with torch.device("meta"):
         model = vit(num_hidden_layers=2)
-    assert len(explain(model).swapped) == 12
+    assert len(explain(model).swapped) == (16 if OLD else 12)
     assert accelerate(model) == explain(model)
     assert model(inputs["pixel_values"].to("meta")).logits.shape == (2, 2)
 
@@ -312,7 +339,7 @@ def test_export(model, inputs):
 
 @pytest.mark.parametrize("hidden_act", ["gelu_new", "gelu_pytorch_tanh", "silu", "relu"])
 def test_activations(hidden_act, device, fused_calls):
-    mlp = shake(vit(hidden_act=hidden_act), 0.5).vit.layers[0].mlp.to(device)
+    mlp = layers(shake(dinov2(hidden_act=hidden_act), 0.5))[0].mlp.to(device)
     x = torch.randn(2, 5, 32, device=device)
     expected = mlp(x)
     accelerate(mlp)
@@ -325,58 +352,67 @@ class MyLayer(transformers.models.vit.modeling_vit.ViTLayer):
 
 
 def spoil_gate(model):
-    model.vit.layers[0].attention.gate = nn.Linear(32, 32)
+    attention(layers(model)[0]).gate = nn.Linear(32, 32)
+    return attention(layers(model)[0])
 
 
 def spoil_activation(model):
-    model.vit.layers[0].mlp.activation_fn = nn.ReLU()
+    layer = layers(model)[0]
+    mlp, act = (layer.intermediate, "intermediate_act_fn") if OLD else (layer.mlp, "activation_fn")
+    setattr(mlp, act, nn.ReLU())
+    return mlp
 
 
 def spoil_class(model):
-    model.vit.layers[0].__class__ = MyLayer
+    layer = layers(model)[0]
+    layer.__class__ = MyLayer
+    return layer
 
 
 def spoil_implementation(model):
     model.config._attn_implementation = "flash_attention_2"
+    return attention(layers(model)[1])
 
 
 def spoil_stride(model):
     model.vit.embeddings.patch_embeddings.projection.stride = (4, 4)
+    return model.vit.embeddings.patch_embeddings
 
 
 def spoil_groups(model):
-    model.vit.layers[0].attention.num_key_value_groups = 2
+    attention(layers(model)[0]).num_key_value_groups = 2
+    return attention(layers(model)[0])
 
 
 @pytest.mark.parametrize(
-    ("spoil", "where", "reason"),
+    ("spoil", "reason"),
     [
-        (spoil_gate, "layers.0.attention", "a child 'gate' (Linear) that is unknown"),
-        (spoil_activation, "layers.0.mlp", "activation_fn is a ReLU"),
-        (spoil_class, "layers.0", "a subclass of ViTLayer"),
-        (spoil_implementation, "layers.1.attention", "attention implementation is flash_attention_2"),
-        (spoil_stride, "embeddings.patch_embeddings", "are not one size"),
-        (spoil_groups, "layers.0.attention", "an attribute 'num_key_value_groups' that is unknown"),
+        (spoil_gate, "a child 'gate' (Linear) that is unknown"),
+        (spoil_activation, "is a ReLU"),
+        (spoil_class, "a subclass of ViTLayer"),
+        (spoil_implementation, "attention implementation is flash_attention_2"),
+        (spoil_stride, "are not one size"),
+        (spoil_groups, "an attribute 'num_key_value_groups' that is unknown"),
     ],
 )
-def test_spoilt_models_fail_closed(spoil, where, reason, model):
-    spoil(model)
-    before = classes(model)
-    assert reason in reasons(model)[f"vit.{where}"]
-    at = [path for path, _ in model.named_modules()].index(f"vit.{where}")
-    assert classes(model)[at] is before[at]
+def test_spoilt_models_fail_closed(spoil, reason, model):
+    spoilt = spoil(model)
+    before = type(spoilt)
+    assert reason in reasons(model)[path_of(spoilt, model)]
+    assert type(spoilt) is before
 
 
 def test_a_forward_that_takes_more_is_of_no_kind():
-    """As CLIP's attention and layers of 4.5x, which take two masks and return tuples."""
+    """As those of a release to come may."""
     from vitkernels.swap import hf
 
-    class Older(nn.Module):
-        def forward(self, hidden_states, attention_mask=None, causal_attention_mask=None, output_attentions=False):
+    class Newer(nn.Module):
+        def forward(self, hidden_states, attention_mask=None, position_ids=None):
             return hidden_states
 
-    assert not hf._takes_what(hf.CLIPLayer, Older)
-    assert hf._takes_what(hf.CLIPLayer, transformers.models.clip.modeling_clip.CLIPEncoderLayer)
+    kinds = hf._CLIP["EncoderLayer"]
+    assert hf._kind_of(Newer, kinds) is None
+    assert hf._kind_of(transformers.models.clip.modeling_clip.CLIPEncoderLayer, kinds) is kinds[OLD]
 
 
 BIT_IDENTICAL = """

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from vitkernels.swap import _rules
+from vitkernels.swap._left import part_of
 from vitkernels.swap.estimate import Estimate, estimate_time
 from vitkernels.swap.report import Kept, Report, Swapped
 
@@ -47,7 +48,11 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
 
     Args:
         model: Any module; what it is made of is looked at module by module.
-        strict: Raise where a module of a class that is known cannot be swapped, or where none is swapped at all.
+        strict: Raise where a module of a class that is known cannot be swapped, where a part of a transformer is of a
+            class that is not (attention, a LayerNorm or RMSNorm, an MLP, a patch embedding: see :class:`Kept`), or
+            where nothing is swapped at all. What else a model is made of may stay: a Linear that classifies,
+            convolutions, embeddings, BatchNorm, pooling, dropout. Of a model with another one inside, accelerate the
+            tower that is meant.
 
     Returns:
         What was swapped, and what was not and why.
@@ -59,16 +64,17 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
     plan = list(_plan(model))
     report = _report(plan, model)
     if strict:
-        refused = [k for k in report.kept if k.known]
-        if refused:
-            lines = "\n".join(f"  {k.module or '(the model)'} ({k.cls}): {k.reason}" for k in refused)
-            raise NotImplementedError(f"accelerate: strict, and {len(refused)} modules cannot be swapped:\n{lines}")
+        left = Report((), tuple(k for k in report.kept if k.known or k.part is not None))
+        if left.kept:
+            raise NotImplementedError(
+                f"accelerate: strict, and {len(left.kept)} modules cannot be swapped:\n{left.rows()}"
+            )
         if not report.swapped:
             raise NotImplementedError(f"accelerate: strict, and no module of {type(model).__name__} can be swapped")
     for module, entry in plan:
         rule = _rules.RULES.get(type(module))
         if rule is not None:
-            module.__class__ = rule.fused if isinstance(entry, Swapped) else rule.original
+            _rules.become(module, rule.fused if isinstance(entry, Swapped) else rule.original)
     return report
 
 
@@ -97,8 +103,11 @@ def restore(model: nn.Module) -> Report:
         if rule is None or not isinstance(module, rule.fused):
             continue
         name = type(module).__name__
-        if type(module) is rule.fused:
-            module.__class__ = rule.original
+        if _rules.hides_forward(module):
+            reason = "a forward is bound to the instance, which may call this class's: undo that first"
+            entries.append(Kept(path, name, reason, known=True))
+        elif type(module) is rule.fused:
+            _rules.become(module, rule.original)
             entries.append(Swapped(path, name, rule.original.__name__))
         else:
             reason = f"something made it a subclass of {rule.fused.__name__}: undo that first"
@@ -129,6 +138,7 @@ def _plan(model: nn.Module) -> Iterator[tuple[nn.Module, Swapped | Kept]]:
     """Yield the modules that the report names, each with what is to become of it."""
     _check(model)
     bypassed: set[nn.Module] = set()  # read by a swapped parent
+    parts: set[str] = set()  # the paths of the parts of a transformer that are left
     for path, module in model.named_modules():
         cls = type(module)
         rule = _rule(module)
@@ -142,18 +152,25 @@ def _plan(model: nn.Module) -> Iterator[tuple[nn.Module, Swapped | Kept]]:
         elif rule is not None:
             yield module, Kept(path, rule.original.__name__, reason, known=True)
         elif module not in bypassed:
-            reason = _reason(module)
+            part = part_of(module)
+            if part == "a patch embedding" and path.rpartition(".")[0] in parts:
+                part = None  # its convolution
+            if part is not None:
+                parts.add(path)
+            reason = _reason(module, part)
             if reason is not None:
-                yield module, Kept(path, cls.__name__, reason, known=False)
+                yield module, Kept(path, cls.__name__, reason, known=False, part=part)
 
 
-def _reason(module: nn.Module) -> str | None:
+def _reason(module: nn.Module, part: str | None) -> str | None:
     """Return why a module of a class that is not swapped runs as it did, or None where there is nothing to tell."""
-    if type(module) in _LIBRARY_PRODUCTS:
-        return _LIBRARY_PRODUCTS[type(module)]
     base = next((r.original for r in _rules.RULES.values() if isinstance(module, r.original)), None)
     if base is not None:
         return f"a subclass of {base.__name__}, which may compute something else"
+    if part is not None:
+        return f"{part} of a class that is not known here"
+    if type(module) in _LIBRARY_PRODUCTS:
+        return _LIBRARY_PRODUCTS[type(module)]
     own = sorted(name for name, _ in module.named_parameters(recurse=False))
     if not own:
         return None

@@ -78,14 +78,28 @@ def why_not(rule: Rule, module: nn.Module) -> str | None:
 
 def why_not_swap(rule: Rule, module: nn.Module) -> str | None:
     """Return why ``module`` is not swapped: :func:`why_not`, or something that the class swap itself cannot cover."""
-    if "forward" in vars(module):
+    if hides_forward(module):
         return "its forward is bound to the instance, which hides that of any class"
     return _strange_attribute(rule, module) or why_not(rule, module)
 
 
+def hides_forward(module: nn.Module) -> bool:
+    """Tell whether a forward bound to ``module`` hides its class's; transformers 4.56 and 4.57 bind that very one."""
+    forward = vars(module).get("forward")
+    own = getattr(forward, "__self__", None) is module and forward.__func__ is type(module).forward
+    return forward is not None and not own
+
+
+def become(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Set the class of ``module``, unless a forward is bound to it that may call a method of the present class."""
+    if not hides_forward(module):
+        vars(module).pop("forward", None)
+        module.__class__ = cls
+
+
 def _strange_attribute(rule: Rule, module: nn.Module) -> str | None:
     for name, value in vars(module).items():
-        known = name[0] == "_" or name == "training" or name in rule.attributes
+        known = name[0] == "_" or name in ("training", "forward") or name in rule.attributes
         if not known and value is not None and value is not False:
             return f"it has an attribute {name!r} that is unknown here and may change what it computes"
     for name in rule.bypassed:
@@ -117,7 +131,7 @@ def _blocked(rule: Rule, module: nn.Module, dtypes: set[torch.dtype]) -> str | N
             continue
         if has_hooks(child):
             return f"a hook on {name}, which fusion would not call"
-        if "forward" in vars(child):
+        if hides_forward(child):
             return f"the forward of {name} is bound to the instance, and fusion would not call it"
         if inner is None:
             reason = _strange_parameters(child, PARAMETERS.get(original, frozenset()), dtypes)

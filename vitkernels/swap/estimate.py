@@ -92,7 +92,7 @@ def estimate_time(model: nn.Module, swapped: Mapping[str, object]) -> Estimate |
     first = next(model.parameters(), None)
     dtype = torch.float32 if first is None else first.dtype
     try:
-        skeleton = _without_data(model)
+        skeleton = without_data(model)
         counter = _Counter(skeleton, swapped)
         with torch.no_grad(), runtime.use_backend("torch"), counter, _Attend(counter):
             skeleton(torch.empty(1, *image, device="meta", dtype=dtype))
@@ -121,7 +121,8 @@ def image_size(model: nn.Module) -> tuple[int, int, int] | None:
     return None if height is None else (channels, height, width)
 
 
-def _without_data(model: nn.Module) -> nn.Module:
+def without_data(model: nn.Module) -> nn.Module:
+    """Return a copy of ``model`` on the meta device, in evaluation mode, without its hooks."""
     memo: dict[int, object] = {id(p): nn.Parameter(_meta(p), requires_grad=False) for p in model.parameters()}
     memo |= {id(b): _meta(b) for b in model.buffers()}
     skeleton = copy.deepcopy(model, memo).eval()

@@ -35,12 +35,15 @@ class Kept:
         cls: Its class's name.
         reason: Why, for a person.
         known: Whether modules of this class are swapped where nothing speaks against it.
+        part: What it is that is left: ``attention``, ``a norm``, ``an MLP``, ``a patch embedding``, as its class's name
+            or what it is made of tells (``swap/_left.py``); None for what is none of these, or is known.
     """
 
     module: str
     cls: str
     reason: str
     known: bool
+    part: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,11 +110,14 @@ class Report:
             console.print(str(self.estimate), markup=False, highlight=False)
 
     def __str__(self) -> str:
+        estimate = "" if self.estimate is None else str(self.estimate)
+        return "\n".join(filter(None, (self._title(), self.rows(), estimate)))
+
+    def rows(self) -> str:
+        """Return the table without its title: a line for each row of modules that are alike."""
         rows = [*self._swapped_rows(), *self._kept_rows()]
-        widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
-        module, count, cls = widths
-        lines = [f"  {row[0]:<{module}} {row[1]:>{count}}  {row[2]:<{cls}}  {row[3]}" for row in rows]
-        return "\n".join([self._title(), *lines, *([] if self.estimate is None else [str(self.estimate)])])
+        module, count, cls = (max((len(row[i]) for row in rows), default=0) for i in range(3))
+        return "\n".join(f"  {row[0]:<{module}} {row[1]:>{count}}  {row[2]:<{cls}}  {row[3]}" for row in rows)
 
     def _title(self) -> str:
         return f"vitkernels: {len(self.swapped)} swapped, {len(self.kept)} kept"

@@ -1,0 +1,126 @@
+"""What is swapped of transformers: the layers of its Vision Transformers, and what those are made of.
+
+transformers writes every model out in full: DeiT's classes are ViT's under other names. So each kind of module has its
+fused forward once, as a mixin in front of the original class (``_kinds``; of releases 4.5x alone, ``_kinds_4``), and
+the tables here tell which classes may be of which kinds. A class is of the first whose arguments its forward takes;
+where there is none, as in a release to come, it is not swapped.
+
+A fused layer calls its attention as ever, so that hooks which collect attention weights and adapters in the attention
+cost the layer nothing. Queries, keys and values stay three products, because packing the three weights would copy
+them at every step.
+
+Imported only where transformers' models have been.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+
+from torch import nn
+
+from vitkernels.swap._rules import PARAMETERS, Rule, add
+from vitkernels.swap.hf import _kinds as new
+from vitkernels.swap.hf import _kinds_4 as old
+from vitkernels.swap.hf._kinds import IMPLEMENTATIONS
+
+__all__ = ["IMPLEMENTATIONS"]
+
+# The kinds that a class may be of, by what its name ends with behind the family's prefix.
+_VIT = {
+    "Attention": (new.ViTAttention,),
+    "SelfAttention": (old.SelfAttention, old.TupleSelfAttention),
+    "SelfOutput": (old.SelfOutput,),
+    "MLP": (new.Mlp,),
+    "Intermediate": (old.Intermediate,),
+    "Output": (old.Output,),
+    "PatchEmbeddings": (new.PatchEmbeddings, old.SizedPatchEmbeddings),
+    "Layer": (new.ViTLayer, old.ViTLayer),
+}
+_DINOV2 = {
+    "Attention": (new.ViTAttention,),
+    "SelfAttention": (old.SelfAttention, old.TupleSelfAttention),
+    "SelfOutput": (old.SelfOutput,),
+    "MLP": (new.Mlp, old.Dinov2Mlp),
+    "SwiGLUFFN": (new.GatedMlp, old.PackedGatedMlp),
+    "PatchEmbeddings": (new.CastingPatchEmbeddings,),
+    "Layer": (new.Dinov2Layer, old.Dinov2Layer),
+}
+_DINOV3 = {
+    "Attention": (new.RopeAttention,),
+    "MLP": (new.UpDownMlp,),
+    "GatedMLP": (new.GatedMlp,),
+    "Embeddings": (new.Dinov3Embeddings,),
+    "Layer": (new.Dinov2Layer,),
+}
+_SIGLIP = {
+    "Attention": (new.SiglipAttention, old.SiglipAttention),
+    "SdpaAttention": (old.SiglipAttention,),
+    "MLP": (new.Mlp,),
+    "VisionEmbeddings": (new.VisionEmbeddings,),
+    "EncoderLayer": (new.CLIPLayer, old.SiglipLayer),
+}
+_CLIP = {
+    "Attention": (new.CLIPAttention, old.CLIPAttention),
+    "SdpaAttention": (old.CLIPAttention,),
+    "MLP": (new.Mlp,),
+    "VisionEmbeddings": (new.ClassVisionEmbeddings,),
+    "EncoderLayer": (new.CLIPLayer, old.CLIPLayer),
+}
+
+# The folder in transformers.models, the prefix of the classes there, and their kinds.
+_FAMILIES = (
+    ("vit", "ViT", _VIT),
+    ("deit", "DeiT", _VIT),
+    ("vit_mae", "ViTMAE", _VIT),
+    ("dinov2", "Dinov2", _DINOV2),
+    ("dinov2_with_registers", "Dinov2WithRegisters", _DINOV2),
+    ("dinov3_vit", "DINOv3ViT", _DINOV3),
+    ("siglip", "Siglip", _SIGLIP),
+    ("siglip2", "Siglip2", _SIGLIP),
+    ("clip", "CLIP", _CLIP),
+)
+
+
+def _add_family(folder: str, prefix: str, kinds: dict[str, tuple[type[new.Kind], ...]]) -> None:
+    """Make a fused class of each class of a family that this release has, and its rule known."""
+    try:
+        modeling = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+    except ImportError:  # an older release, without this model
+        return
+    own = {name: cls for name, cls in vars(modeling).items() if getattr(cls, "__module__", None) == modeling.__name__}
+    _add_classes(__name__, own, prefix, kinds)
+
+
+def _add_classes(
+    module: str, own: dict[str, object], prefix: str, kinds: dict[str, tuple[type[new.Kind], ...]]
+) -> None:
+    """Make a fused class of each of the classes ``own`` that is of a kind, in the ``module``, and its rule known."""
+    classes = {
+        own[prefix + end]: _kind_of(own[prefix + end], among) for end, among in kinds.items() if prefix + end in own
+    }
+    classes = {cls: kind for cls, kind in classes.items() if kind is not None}
+    scales, paths = ([cls for name, cls in own.items() if name.endswith(end)] for end in ("LayerScale", "DropPath"))
+    PARAMETERS.update(dict.fromkeys(scales, frozenset({"lambda1"})))
+    for cls, kind in classes.items():
+        parts = {
+            name: tuple(c for c, k in classes.items() if issubclass(k, part)) for name, part in kind._parts.items()
+        }
+        if issubclass(kind, new.Dinov2Layer):
+            parts |= {"layer_scale1": scales, "layer_scale2": scales, "drop_path": (nn.Identity, *paths)}
+        name = f"Fused{cls.__name__}"
+        body = {"__module__": module, "__doc__": f"transformers' {cls.__name__} on the kernels."}
+        fused_cls = type(name, (kind, cls), body)
+        fused_cls._rule = Rule(cls, fused_cls, **kind._options | {"bypassed": kind._options["bypassed"] | parts})
+        vars(sys.modules[module])[name] = fused_cls  # where pickle looks for a class
+        add(fused_cls._rule)
+
+
+def _kind_of(cls: type[nn.Module], kinds: tuple[type[new.Kind], ...]) -> type[new.Kind] | None:
+    arguments = set(inspect.signature(cls.forward).parameters) - {"self"}
+    return next((kind for kind in kinds if arguments <= kind._takes), None)
+
+
+for _family in _FAMILIES:
+    _add_family(*_family)

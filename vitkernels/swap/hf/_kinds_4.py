@@ -1,0 +1,228 @@
+"""The kinds of module that transformers' releases 4.50 to 4.57 have, and 5 no more; see the folder's ``__init__``.
+
+Until 4.55 (CLIP: 4.57) a layer is told ``output_attentions`` and returns a tuple. Where attention weights or masked
+heads are asked for, the original attention runs; the layer around it is fused all the same.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitkernels import ops
+from vitkernels.swap._rules import runs_fused
+from vitkernels.swap.hf import _kinds as new
+from vitkernels.swap.hf._kinds import Kind, activation, add_norm, attention_options, layer_options, mlp_options
+
+
+class SelfAttention(new._Attention):
+    """ViT's and DINOv2's without the projection behind, since 4.56."""
+
+    _takes = frozenset({"hidden_states", "head_mask"})
+    _options = attention_options("query", "key", "value")
+
+    def forward(self, hidden_states: Tensor, head_mask: Tensor | None = None):
+        if head_mask is None and self._fuses(hidden_states, None, {}):
+            return self._self_context(hidden_states), None
+        return super().forward(hidden_states, head_mask)
+
+    def _self_context(self, x: Tensor) -> Tensor:
+        options = {"scale": self.scaling, "dropout": self.dropout_prob, "is_causal": self.is_causal}
+        return self._context(x, None, (self.query, self.key, self.value), self.attention_head_size, **options)
+
+
+class TupleSelfAttention(SelfAttention):
+    """The same until 4.55."""
+
+    _takes = SelfAttention._takes | {"output_attentions"}
+
+    def forward(self, hidden_states: Tensor, head_mask: Tensor | None = None, output_attentions: bool = False):
+        if head_mask is None and not output_attentions and self._fuses(hidden_states, None, {}):
+            return (self._self_context(hidden_states),)
+        return super(SelfAttention, self).forward(hidden_states, head_mask, output_attentions)
+
+
+class SelfOutput(Kind):
+    """The projection behind: the layer adds the residual."""
+
+    _takes = frozenset({"hidden_states", "input_tensor"})
+    _options: ClassVar = {"bypassed": {"dense": (nn.Linear,), "dropout": (nn.Dropout,)}}
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        if not runs_fused(self._rule, self, hidden_states):
+            return super().forward(hidden_states, input_tensor)
+        projected = ops.linear(hidden_states, self.dense.weight, self.dense.bias)
+        return F.dropout(projected, self.dropout.p, self.dropout.training)
+
+
+class Intermediate(Kind):
+    """``act(dense(x))``: an MLP's first half."""
+
+    _takes = frozenset({"hidden_states"})
+    _options = mlp_options("intermediate_act_fn", "dense")
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if not runs_fused(self._rule, self, hidden_states):
+            return super().forward(hidden_states)
+        return ops.linear(hidden_states, self.dense.weight, self.dense.bias, activation=activation(self))
+
+
+class Output(Kind):
+    """``residual + dense(x)``: an MLP's second half."""
+
+    _takes = SelfOutput._takes
+    _options = SelfOutput._options
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        if not runs_fused(self._rule, self, hidden_states):
+            return super().forward(hidden_states, input_tensor)
+        dense, drop = self.dense, self.dropout
+        if drop.training and drop.p:
+            return F.dropout(ops.linear(hidden_states, dense.weight, dense.bias), drop.p) + input_tensor
+        return ops.linear(hidden_states, dense.weight, dense.bias, residual=input_tensor)
+
+
+class SizedPatchEmbeddings(Kind):
+    """Of ViT and ViT-MAE: other sizes of image only where positions are to be interpolated."""
+
+    _takes = frozenset({"pixel_values", "interpolate_pos_encoding"})
+    _options = new.PatchEmbeddings._options
+
+    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+        fits = interpolate_pos_encoding or tuple(pixel_values.shape[2:]) == tuple(self.image_size)
+        # Other sizes and channels are the original's business: it raises.
+        if not (fits and runs_fused(self._rule, self, pixel_values) and new.has_patches(self.projection, pixel_values)):
+            return super().forward(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        return new.patches(self.projection, pixel_values)
+
+
+class Dinov2Mlp(new.Mlp):
+    """DINOv2's."""
+
+    _takes = frozenset({"hidden_state"})
+    _options = mlp_options("activation", "fc1", "fc2")
+
+    def forward(self, hidden_state: Tensor) -> Tensor:
+        return super().forward(hidden_state)
+
+
+class PackedGatedMlp(Dinov2Mlp):
+    """DINOv2's, gate and value in one: ``weights_out(silu(gate) · value)``."""
+
+    _options: ClassVar = {"bypassed": {"weights_in": (nn.Linear,), "weights_out": (nn.Linear,)}}
+
+
+class ViTLayer(Kind):
+    """ViT's, its MLP in two parts."""
+
+    _takes = TupleSelfAttention._takes
+    _options = layer_options("layernorm_after", "layernorm_before", "attention")
+    _parts: ClassVar = {"intermediate": Intermediate, "output": Output}
+
+    def forward(self, hidden_states: Tensor, *args, **kwargs):
+        if not runs_fused(self._rule, self, hidden_states):
+            return super().forward(hidden_states, *args, **kwargs)
+        attended = self.attention(self.layernorm_before(hidden_states), *args, **kwargs)
+        branch, *weights = attended if isinstance(attended, tuple) else (attended,)
+        normed, x = add_norm(self.layernorm_after, branch, hidden_states)
+        first, last, drop = self.intermediate.dense, self.output.dense, self.output.dropout
+        drops = drop.training and drop.p > 0.0
+        out = ops.mlp(
+            normed,
+            first.weight,
+            first.bias,
+            last.weight,
+            last.bias,
+            activation=activation(self.intermediate),
+            residual=None if drops else x,
+        )
+        out = F.dropout(out, drop.p) + x if drops else out
+        return (out, *weights) if isinstance(attended, tuple) else out
+
+
+class Dinov2Layer(new.Dinov2Layer):
+    """DINOv2's."""
+
+    _takes = TupleSelfAttention._takes
+
+    def forward(self, hidden_states: Tensor, *args, **kwargs):
+        if not runs_fused(self._rule, self, hidden_states):
+            return super(new.Dinov2Layer, self).forward(hidden_states, *args, **kwargs)
+        attended = self.attention(self.norm1(hidden_states), *args, **kwargs)
+        if not isinstance(attended, tuple):
+            return self._behind_attention(attended, hidden_states)
+        return (self._behind_attention(attended[0], hidden_states), *attended[1:])
+
+
+class SiglipAttention(new._Attention):
+    """SigLIP's until 4.53."""
+
+    _takes = frozenset({"hidden_states", "attention_mask", "output_attentions"})
+    _options = new.SiglipAttention._options
+    _names = new.SiglipAttention._names
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: bool = False):
+        if not output_attentions and self._fuses(hidden_states, attention_mask, {}):
+            return self._attend(hidden_states, attention_mask)
+        return super().forward(hidden_states, attention_mask, output_attentions)
+
+
+class CLIPAttention(new._Attention):
+    """CLIP's, whose two masks add up."""
+
+    _takes = SiglipAttention._takes | {"causal_attention_mask"}
+    _options = new.CLIPAttention._options
+    _names = new.CLIPAttention._names
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        causal_attention_mask: Tensor | None = None,
+        output_attentions: bool = False,
+    ):
+        masks = [mask for mask in (attention_mask, causal_attention_mask) if mask is not None]
+        if not output_attentions and all(self._fuses(hidden_states, mask, {}) for mask in masks or (None,)):
+            mask = masks[0] + masks[1] if len(masks) == 2 else next(iter(masks), None)
+            # Until 4.51 it has no attribute is_causal.
+            return self._attend(hidden_states, mask, getattr(self, "is_causal", False))
+        return super().forward(hidden_states, attention_mask, causal_attention_mask, output_attentions)
+
+
+class SiglipLayer(new.CLIPLayer):
+    """SigLIP's until 4.56."""
+
+    _takes = SiglipAttention._takes
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, output_attentions: bool = False):
+        if not runs_fused(self._rule, self, hidden_states):
+            return super(new.CLIPLayer, self).forward(hidden_states, attention_mask, output_attentions)
+        out = self._layer(hidden_states, attention_mask=attention_mask, output_attentions=output_attentions)
+        return out if output_attentions else out[:1]
+
+
+class CLIPLayer(new.CLIPLayer):
+    """CLIP's."""
+
+    _takes = CLIPAttention._takes
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        causal_attention_mask: Tensor | None,
+        output_attentions: bool = False,
+    ):
+        if not runs_fused(self._rule, self, hidden_states):
+            return super(new.CLIPLayer, self).forward(
+                hidden_states, attention_mask, causal_attention_mask, output_attentions
+            )
+        out = self._layer(
+            hidden_states,
+            attention_mask=attention_mask,
+            causal_attention_mask=causal_attention_mask,
+            output_attentions=output_attentions,
+        )
+        return out if output_attentions else out[:1]

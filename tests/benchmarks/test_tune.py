@@ -10,12 +10,13 @@ from benchmarks import tune
 from benchmarks.run import Budget
 from benchmarks.schema import Times
 from benchmarks.tune import SPACES, Lookup, Place, Space, search, table_with
-from vitkernels import tuning
+from vitkernels import runtime, tuning
 from vitkernels.ops._product import ProductConfig
 from vitkernels.ops.attention.config import Tiling
 from vitkernels.ops.layer_norm import config as layer_norm
 from vitkernels.ops.patch_embed import config as patch_embed
 
+H200 = runtime.DeviceFacts("NVIDIA H200", "sm_90", 132, 227 << 10)
 SPACE = Space({"block": (16, 32, 64, 128), "warps": (2, 4, 8)})
 PLACES = [Place("op", f"C={c}", "layer_norm", "vit_base_patch16_224", "bf16") for c in (1, 2, 3)]
 
@@ -133,12 +134,24 @@ def test_spaces_have_the_fields_of_the_configurations():
         "layer_norm": layer_norm.LayerNormConfig,
         "patch_embed": patch_embed.PatchEmbedConfig,
     }
+    assert SPACES["attention"].fields == {"provider": ("sdpa",)}, "an answer, no configuration of a kernel"
     for op, space in SPACES.items():
+        if op == "attention":
+            continue
         fields = {field.name for field in dataclasses.fields(configs[op])}
         assert set(space.fields) <= fields, op
         for start in space.starts:
             assert start.keys() in (set(), fields), f"{op}: a start is empty or whole"
             assert all(value in space.fields[field] for field, value in start.items())
+
+
+def test_who_attends_is_a_place_of_its_own(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(runtime, "device_facts", lambda device: H200)
+    monkeypatch.setattr(tuning, "lookup", lookup := Lookup(lambda *asked: None))
+    tune.ask_who_attends("attention", "vit_base_patch16_224", "bf16", torch.device("cuda"))
+    assert ("attention", "N_q=197,N_kv=197,D=64,torch.bfloat16") in lookup.asked
 
 
 def test_the_lookup_on_trial():

@@ -50,5 +50,8 @@ setup(
         "test": TEST,
         "dev": [*TEST, "ruff"],
     },
-    entry_points={"console_scripts": ["vitkernels = vitkernels.cli:main"]},
+    entry_points={
+        "console_scripts": ["vitkernels = vitkernels.cli:main"],
+        "pytest11": ["vitkernels = vitkernels.verify.pytest_plugin"],
+    },
 )

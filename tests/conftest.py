@@ -37,6 +37,26 @@ def _import_torchvision() -> torch.library.Library | None:
 _TORCHVISION = _import_torchvision()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--mutant", help="run with this defect of vitkernels.verify.mutants inside")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _seeded_defect(request):
+    name = request.config.getoption("--mutant")
+    if name is None:
+        yield
+        return
+    from vitkernels.verify.mutants import MUTANTS, MutantError, seeded_defect
+
+    try:
+        defect = next(m for m in MUTANTS if m.name == name)
+        with seeded_defect(defect):
+            yield
+    except (StopIteration, MutantError) as error:
+        pytest.exit(f"the mutant {name!r} cannot be made: {error}", returncode=3)
+
+
 @pytest.fixture
 def device() -> torch.device:
     """The device that kernels run on: the GPU, or the CPU under Triton's interpreter."""

@@ -15,6 +15,7 @@ LAYERS = [
     {"swap", "precompile", "maps", "hf"},
     {"testing", "console"},
     {"aot", "demo"},
+    {"verify"},
     {"cli"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

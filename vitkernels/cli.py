@@ -18,17 +18,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv``; return 0, 1 where a check fails, 2 where the user has something to put right."""
     args = _parser().parse_args(argv)
     if args.runs_kernels:
-        _turn_interpreter_on_without_gpu()
+        _turn_interpreter_on_without_gpu(even_with=getattr(args, "cpu", False))
     from vitkernels.console import UserError
 
     try:
-        holds = args.run(args)
+        outcome = args.run(args)
     except UserError as error:
         print(f"vitkernels: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    return 1 if holds is False else 0
+    return 0 if outcome is None else 1 - outcome if isinstance(outcome, bool) else outcome
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,6 +53,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     explain.add_argument("--json", action="store_true", help="print JSON, not a table")
     explain.set_defaults(run=_explain, runs_kernels=False)
+
+    verify = commands.add_parser(
+        "verify", help="compare every op, and your model, with fp64 on this machine",
+        description="Exit code: 0 passed, 1 numbers or behaviour are wrong, 2 this machine or the self-test is at "
+        "fault, 3 nothing was verified.",
+    )  # fmt: skip
+    level = verify.add_mutually_exclusive_group()
+    level.add_argument("--quick", action="store_true", help="what fits in a minute (the default)")
+    level.add_argument("--full", action="store_true", help="every shape, dtype, layout and compiler target")
+    verify.add_argument("--cpu", action="store_true", help="Triton's interpreter and the compiler's report, no GPU")
+    verify.add_argument(
+        "--model", metavar="MODEL", help="this model as well, and the ops at its shapes: timm/NAME, hf/DIR or "
+        "module:function, where the function returns the model, or the model and its inputs",
+    )  # fmt: skip
+    verify.add_argument("--dtype", action="append", choices=("fp32", "fp16", "bf16"), help="may be given several times")
+    verify.add_argument("--seed", type=int, default=0, help="of all that is drawn (%(default)s)")
+    verify.add_argument("--only", action="append", metavar="PATTERN", help="only the checks whose id matches")
+    for form in ("json", "junit", "html"):
+        verify.add_argument(f"--{form}", type=Path, metavar="FILE", help=f"write the results as {form.upper()}")
+    verify.set_defaults(run=_verify, runs_kernels=True)
 
     inspect = commands.add_parser("inspect", help="compile every kernel, without a GPU, and hold it to the contract")
     inspect.add_argument(
@@ -126,6 +146,36 @@ def _without_weights(name: str):
         return timm.create_model(architecture)
 
 
+def _verify(args: argparse.Namespace) -> int:
+    import torch
+
+    from vitkernels.console import UserError
+    from vitkernels.verify import report
+    from vitkernels.verify.run import Plan, verify
+
+    paths = {form: getattr(args, form) for form in ("json", "junit", "html") if getattr(args, form) is not None}
+    for path in paths.values():
+        if not path.parent.is_dir():
+            raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+    device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
+    plan = Plan(
+        full=args.full,
+        device=device,
+        dtypes=tuple(args.dtype or ()),
+        seed=args.seed,
+        model=args.model,
+        only=tuple(args.only or ()),
+    )
+    words = ["vitkernels verify", "--full" if args.full else "--quick"]
+    words += ["--cpu"] * (device.type == "cpu") + [f"--model {args.model}"] * bool(args.model)
+    words += [f"--dtype {name}" for name in plan.dtypes] + [f"--seed {args.seed}"] * bool(args.seed)
+    verification = verify(plan, " ".join(words))
+    for form, path in paths.items():
+        getattr(report, f"write_{form}")(verification, path)
+    report.print_report(verification)
+    return verification.exit_code
+
+
 def _inspect(args: argparse.Namespace) -> bool:
     from vitkernels.console import UserError
     from vitkernels.ops import _triton
@@ -165,10 +215,10 @@ def _traffic(args: argparse.Namespace) -> bool:
     return True
 
 
-def _turn_interpreter_on_without_gpu() -> None:
+def _turn_interpreter_on_without_gpu(*, even_with: bool) -> None:
     """Let the kernels run on a CPU: fixed when they are decorated, so this must come before Triton is imported."""
     import torch
 
     gpu = torch.cuda.is_available() or torch.xpu.is_available()
-    if not gpu and importlib.util.find_spec("triton") is not None:
+    if (even_with or not gpu) and importlib.util.find_spec("triton") is not None:
         os.environ.setdefault("TRITON_INTERPRET", "1")

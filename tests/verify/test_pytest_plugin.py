@@ -1,0 +1,136 @@
+"""The pytest plugin, in test runs of its own: it passes, fails and skips as it should, and costs nothing unused."""
+
+import importlib
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("timm")
+
+# A test run in this process forgets what it is the first to import, and an op can be registered once.
+for module in ("demo.measure", "swap.timm", "swap.torch_nn", "verify.model", "verify.mutants"):
+    importlib.import_module(f"vitkernels.{module}")
+
+pytest_plugins = ["pytester"]
+
+ROOT = Path(__file__).parents[2]
+INSTALLED = any(e.value == "vitkernels.verify.pytest_plugin" for e in metadata.entry_points(group="pytest11"))
+PLUGIN = () if INSTALLED else ("-p", "vitkernels.verify.pytest_plugin")
+HEAD = """
+    import pytest
+    import timm
+    import torch
+
+    def vit():
+        return timm.models.VisionTransformer(
+            img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=5
+        )
+"""
+AGREES = """
+    def test_kernels_agree(vitkernels_verify):
+        report = vitkernels_verify(vit(), torch.randn(1, 3, 16, 16), steps=2)
+        assert any(s.was == "Block" for s in report.swapped)
+"""
+NOTHING_SWAPPED = """
+    def test_nothing_swapped(vitkernels_verify):
+        vitkernels_verify(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 4)), torch.randn(1, 3, 16, 16))
+"""
+LEFT_OUT = """
+    def test_one_is_left_out(vitkernels_verify):
+        model = vit()
+        model.norm.register_forward_hook(lambda *_: None)
+        model.blocks[0].mlp.fc1.register_forward_hook(lambda *_: None)
+        vitkernels_verify(model, torch.randn(1, 3, 16, 16), steps=0)
+"""
+
+
+def run(pytester, body, *options):
+    pytester.makepyfile(HEAD + body)
+    return pytester.runpytest_inprocess(*PLUGIN, "-p", "no:cacheprovider", "-p", "no:xdist", "-rs", *options)
+
+
+def test_a_good_model_passes(pytester):
+    run(pytester, AGREES, "--vitkernels-strict").assert_outcomes(passed=1)
+
+
+def test_a_defect_fails_by_name_with_its_error_and_how_to_repeat_it(pytester):
+    from vitkernels.verify.mutants import Mutant, seeded_defect
+
+    scale = "attention_qkvpacked_fwd(qkv, scale"
+    with seeded_defect(Mutant("scale", "ops.block:_forward", f"{scale})", f"{scale} * 1.001)", "block", tests="")):
+        result = run(pytester, AGREES)
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(
+        [
+            "*vitkernels_verify: VisionTransformer on the kernels does not agree with PyTorch (*float32, seed 0)",
+            "*gradient of blocks.0.attn.*: * times PyTorch's error; max error * at (*), limit *",
+            "*Reproduce: python -m pytest 'test_*.py::test_kernels_agree'",
+        ]
+    )
+
+
+def test_nothing_swapped_skips_and_strictly_fails(pytester):
+    result = run(pytester, NOTHING_SWAPPED)
+    result.assert_outcomes(skipped=1)
+    result.stdout.fnmatch_lines(["*no module of Sequential runs on the kernels*a plain Linear*"])
+    run(pytester, NOTHING_SWAPPED, "--vitkernels-strict").assert_outcomes(failed=1)
+
+
+def test_what_is_left_out_passes_and_strictly_fails(pytester):
+    run(pytester, LEFT_OUT).assert_outcomes(passed=1)
+    result = run(pytester, LEFT_OUT, "--vitkernels-strict")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*modules were left out:", "*blocks.0*a hook on fc1*"])
+
+
+def fresh(tmp_path, *options):
+    """Run pytest in a process whose environment chooses no interpreter, on a machine that shows no GPU."""
+    (tmp_path / "test_env.py").write_text(
+        "import os, sys\n"
+        "def test_env(request):\n"
+        "    heavy = [n for n in ('torch', 'triton') if n in sys.modules]\n"
+        "    print('interpret', os.environ.get('TRITON_INTERPRET'), 'imported', heavy)\n"
+        "def test_kernels(vitkernels_verify):\n"
+        "    import torch\n"
+        "    vitkernels_verify(torch.nn.LayerNorm(8), torch.randn(2, 3, 8), steps=0)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:xdist",
+        "-p",
+        "no:cacheprovider",
+        "-s",
+        "-rs",
+        *PLUGIN,
+        *options,
+    ]
+    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_unused_it_imports_nothing_and_without_kernels_it_skips(tmp_path):
+    done = fresh(tmp_path)
+    assert "interpret None imported []" in done.stdout, done.stdout + done.stderr
+    assert "1 passed, 1 skipped" in done.stdout
+    assert "--vitkernels-interpret" in done.stdout
+
+
+def test_the_interpreter_is_turned_on_when_asked_for(tmp_path):
+    done = fresh(tmp_path, "--vitkernels-interpret", "--vitkernels-strict")
+    assert "interpret 1 imported ['torch']" in done.stdout, done.stdout + done.stderr
+    assert "2 passed" in done.stdout
+
+
+def test_without_kernels_it_strictly_fails(pytester, monkeypatch):
+    monkeypatch.setenv("VITKERNELS_BACKEND", "torch")
+    result = run(pytester, AGREES, "--vitkernels-strict")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*VITKERNELS_BACKEND=torch asks for PyTorch alone.*"])

@@ -1,0 +1,33 @@
+"""The compiler's word on the kernels: ``vitkernels inspect`` in a process of its own, as this one interprets them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+
+from vitkernels.verify.results import Result
+
+COMMAND = "import sys; from vitkernels.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+def check_compiled(id: str, target: str, cases: Sequence[str] = ()) -> Iterator[Result]:
+    """Compile every kernel for ``target``, at ``cases`` or at all, and hold it to the contract."""
+    arguments = ["inspect", "--target", target, *(word for case in cases for word in ("--case", case))]
+    run = subprocess.run(
+        [sys.executable, "-c", COMMAND, *arguments],
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    broken = [line.removeprefix("Broken: ") for line in run.stdout.splitlines() if line.startswith("Broken: ")]
+    name = f"{target}: no spills, no atomics, registers and shared memory as contracted"
+    if run.returncode == 0:
+        yield Result(id, name, "passed", f"vitkernels {' '.join(arguments)}")
+    elif broken:
+        yield Result(id, name, "failed", "; ".join(broken))
+    else:
+        said = (run.stderr.strip() or run.stdout.strip()).splitlines()
+        yield Result(id, name, "broken", said[-1] if said else f"the compiler's process ended with {run.returncode}")

@@ -1,0 +1,104 @@
+"""Outputs between guard bands in poisoned memory, inputs amid NaN: what a kernel writes or reads astray shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vitkernels import runtime
+from vitkernels.ops._registry import OPS
+
+BAND = 512  # bytes on either side, a multiple of every element's size
+PATTERN = 0x7F  # such bytes are no number that a kernel would write: as fp32 3.4e38, as fp16 NaN
+
+
+class GuardedMemory(TorchDispatchMode):
+    """While active, what the launchers allocate is poisoned and lies between guard bands.
+
+    The registered ops are called by their launchers, as a mode sees nothing of what an op does inside.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._buffers: list[tuple[Tensor, int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.namespace == "vitkernels":
+            launcher = OPS[func.name().removeprefix("vitkernels::")].launcher
+            with runtime.device_guard(next(a for a in args if isinstance(a, Tensor))), self:
+                return launcher(*args)
+        out = func(*args, **kwargs)
+        if func in _ALLOCATORS and out.numel() and out.device.type != "meta":
+            return self._guard(out)
+        return out
+
+    def _guard(self, like: Tensor) -> Tensor:
+        """Return a poisoned tensor as ``like`` between two bands."""
+        size = like.untyped_storage().nbytes()
+        padded = -(-size // BAND) * BAND
+        buffer = torch.full((BAND + padded + BAND,), PATTERN, dtype=torch.uint8, device=like.device)
+        self._buffers.append((buffer, size))
+        inside = (
+            buffer[BAND : BAND + padded].view(like.dtype).as_strided(like.shape, like.stride(), BAND // like.itemsize)
+        )
+        if like.is_floating_point():
+            inside.fill_(float("nan"))
+        return inside
+
+    @property
+    def allocations(self) -> int:
+        """How many tensors have been guarded."""
+        return len(self._buffers)
+
+    def trampled(self) -> int:
+        """Return how many bytes of the bands have changed."""
+        return sum(
+            int((band != PATTERN).sum())
+            for buffer, size in self._buffers
+            for band in (buffer[:BAND], buffer[BAND + size :])
+        )
+
+
+_ALLOCATORS = {
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.new_empty.default,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten.new_empty_strided.default,
+}
+
+
+def amid_nan(x: Tensor) -> Tensor:
+    """Return ``x`` with the same strides within a larger storage of NaN; of True for bool, of 255 for bytes."""
+    around = 64
+    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+    fill = float("nan") if x.is_floating_point() else True if x.dtype == torch.bool else torch.iinfo(x.dtype).max
+    storage = torch.full((span + 2 * around,), fill, dtype=x.dtype, device=x.device)
+    inside = storage.as_strided(x.shape, x.stride(), around)
+    return inside.copy_(x.detach()).requires_grad_(x.requires_grad)
+
+
+def outputs_and_gradients(function: Callable, tensors: dict[str, Tensor], upstream: Callable) -> dict[str, Tensor]:
+    """Return every output of ``function`` and every gradient, by name."""
+    leaves = {name: t.detach().requires_grad_(t.requires_grad) for name, t in tensors.items()}
+    outputs = function(**leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    grads = torch.autograd.grad(outputs, list(wanted.values()), [upstream(o.detach()) for o in outputs])
+    named = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
+    return named | {f"d{name}": g for name, g in zip(wanted, grads, strict=True)}
+
+
+def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> Iterator[str]:
+    """Yield, for each tensor that is not the same bit by bit, its name, how many elements differ and the first."""
+    for name, x in a.items():
+        y = b[name]
+        unlike = (x != y) & ~(x.isnan() & y.isnan())
+        if unlike.any():
+            at = tuple(unlike.nonzero()[0].tolist())
+            count = f"{int(unlike.sum())} of {x.numel()} elements"
+            yield f"{name}: {count} differ, first at {at}: {x[at]:.6g} and {y[at]:.6g}"

@@ -1,0 +1,7 @@
+"""The user's own model: what it is loaded from, the shapes that it gives the ops, and its accelerated copy judged."""
+
+from vitkernels.verify.model.checks import Unreached, check_model, model_checks
+from vitkernels.verify.model.load import Inputs, as_inputs, load
+from vitkernels.verify.model.shapes import shapes
+
+__all__ = ["Inputs", "Unreached", "as_inputs", "check_model", "load", "model_checks", "shapes"]

@@ -1,0 +1,165 @@
+"""A model by its name: of timm, in a folder of transformers or timm, or what a function of the user's returns.
+
+Nothing is downloaded, and no code is run but that of the installed packages and of the module that the user names.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from vitkernels.console import UserError, import_timm, one_line
+from vitkernels.swap.estimate import image_size
+
+FORMS = "timm/NAME, hf/DIR or module:function"
+
+
+class Inputs(NamedTuple):
+    """What a model is called with."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Inputs:
+        """Return them on ``device``, what is floating-point in ``dtype``, detached."""
+
+        def move(t: Tensor) -> Tensor:
+            return t.detach().to(device, dtype if t.is_floating_point() else None)
+
+        return Inputs(*tree_map_only(Tensor, move, tuple(self)))
+
+
+def as_inputs(given: object) -> Inputs:
+    """Return ``given``, a tensor, a tuple of arguments, or a dict of keywords, as :class:`Inputs`."""
+    if isinstance(given, Inputs):
+        return given
+    if isinstance(given, Mapping):
+        return Inputs((), dict(given))
+    return Inputs(tuple(given) if isinstance(given, (tuple, list)) else (given,), {})
+
+
+def load(spec: str, batch: int = 2) -> tuple[nn.Module, Inputs, str]:
+    """Return the model that ``spec`` names, what to call it with, and what it is in words.
+
+    Args:
+        spec: ``timm/NAME``, with random weights; ``hf/DIR``, a folder with a ``config.json`` of transformers or timm,
+            and with weights or without; or ``module:function``, where ``function()`` returns the model, or the model
+            and its inputs (a tensor, a tuple of arguments or a dict of keywords). The module is one that Python finds
+            from the current folder.
+        batch: How many images to draw where the function gives none.
+
+    Raises:
+        UserError: There is no such model, or what it needs is missing.
+    """
+    library, slash, rest = spec.partition("/")
+    try:
+        if slash and rest and library == "timm":
+            return _of_timm(rest, batch)
+        if slash and rest and library == "hf":
+            return _of_folder(Path(rest).expanduser(), batch)
+        if ":" in spec:
+            return _of_function(spec, batch)
+    except UserError:
+        raise
+    except Exception as error:  # libraries and the user's own code fail in ways of their own
+        raise UserError(f"{spec} cannot be built: {type(error).__name__}: {one_line(error)}") from error
+    raise UserError(f"{spec!r} names no model; expected {FORMS}")
+
+
+def near(name: str, names: Iterable[str]) -> str:
+    """Return ``; did you mean …?`` with what is like ``name`` among ``names``, or nothing."""
+    alike = difflib.get_close_matches(name, list(names), n=3)
+    return f"; did you mean {', '.join(alike)}?" if alike else ""
+
+
+def _of_timm(name: str, batch: int) -> tuple[nn.Module, Inputs, str]:
+    timm = import_timm()
+    if not timm.is_model(name):
+        raise UserError(f"timm has no model {name!r}{near(name.partition('.')[0], timm.list_models())}")
+    model = timm.create_model(name, pretrained=False)
+    return model, _images(name, model, batch), f"timm's {name}, random weights"
+
+
+def _of_folder(folder: Path, batch: int) -> tuple[nn.Module, Inputs, str]:
+    config = folder / "config.json"
+    if not config.is_file():
+        is_folder = f"the folder {folder} has no config.json" if folder.is_dir() else f"there is no folder {folder}"
+        raise UserError(f"{is_folder}; expected what save_pretrained() writes")
+    try:
+        described = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {config}: {one_line(error)}") from error
+    kind = described if isinstance(described, dict) else {}
+    safe = any(folder.glob("*.safetensors"))
+    weights = safe or any(folder.glob("pytorch_model*.bin"))
+    if "model_type" in kind:
+        model, note = _of_transformers(folder, weights, safe)
+    elif "architecture" in kind:
+        # timm reads both kinds of file, pickles as plain tensors alone.
+        model, note = import_timm().create_model(f"local-dir:{folder}", pretrained=weights), ""
+    else:
+        raise UserError(f"{config} names neither a model_type of transformers nor an architecture of timm")
+    words = f"{type(model).__name__} in {folder}, {'its weights' if weights else 'random weights'}{note}"
+    return model, _images(str(folder), model, batch), words
+
+
+def _of_transformers(folder: Path, weights: bool, safe: bool) -> tuple[nn.Module, str]:
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError(f"{folder} is of transformers, which is not installed: pip install transformers") from error
+    offline = {"local_files_only": True, "trust_remote_code": False}
+    config = transformers.AutoConfig.from_pretrained(folder, **offline)
+    classifies = any(name.endswith("ForImageClassification") for name in config.architectures or ())
+    auto = transformers.AutoModelForImageClassification if classifies else transformers.AutoModel
+    if weights:
+        model, info = auto.from_pretrained(folder, use_safetensors=safe, output_loading_info=True, **offline)
+        missing = len(info["missing_keys"])
+    else:
+        model, missing = auto.from_config(config, trust_remote_code=False), 0
+    note = f", {missing} of them missing and random" if missing else ""
+    if hasattr(model, "vision_model") and hasattr(model, "text_model"):
+        return model.vision_model, f"{note}, the vision part of a {type(model).__name__}"
+    return model, note
+
+
+def _of_function(spec: str, batch: int) -> tuple[nn.Module, Inputs, str]:
+    module_name, _, name = spec.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and not f"{module_name}.".startswith(f"{error.name}."):
+            raise UserError(f"{module_name} needs {error.name}, which is not installed") from error
+        raise UserError(f"there is no module {module_name!r} in {here} or among the installed packages") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        what = "is no function" if hasattr(module, name) else "does not exist"
+        functions = (n for n, value in vars(module).items() if callable(value))
+        raise UserError(f"{spec}: {name!r} {what} in {module.__name__}{near(name, functions)}")
+    made = function()
+    model, given = made if isinstance(made, (tuple, list)) and len(made) == 2 else (made, None)
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{spec} returned a {type(model).__name__}; expected a torch.nn.Module, or one and its inputs")
+    return model, _images(spec, model, batch) if given is None else as_inputs(given), f"what {spec} returns"
+
+
+def _images(name: str, model: nn.Module, batch: int) -> Inputs:
+    """Return images of the size that ``model`` takes, drawn alike each time."""
+    size = image_size(model)
+    if size is None:
+        raise UserError(f"the size of the images that {name} takes is not known; give module:function, returning both")
+    images = torch.randn(batch, *size, generator=torch.Generator().manual_seed(0))
+    is_of_transformers = type(model).__module__.startswith("transformers.")
+    return Inputs((), {"pixel_values": images}) if is_of_transformers else Inputs((images,), {})

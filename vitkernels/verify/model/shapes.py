@@ -1,0 +1,176 @@
+"""The shapes that a model gives the ops: what its accelerated copy calls, seen where the ops are registered.
+
+That copy runs on the meta device, which computes nothing. So all that the swap knows of libraries counts, and a part
+that keeps its own forward gives no shape.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vitkernels import swap
+from vitkernels.console import UserError
+from vitkernels.swap.estimate import without_data
+from vitkernels.testing.cases import Case
+from vitkernels.verify.model.load import Inputs
+
+
+class OpCalls(TorchDispatchMode):
+    """Lists the calls of vitkernels' registered ops: each op's name and its arguments by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "vitkernels":
+            names = [argument.name for argument in func._schema.arguments]
+            defaults = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
+            given = defaults | dict(zip(names, args, strict=False)) | (kwargs or {})
+            # Of a tensor its shape is enough, and nothing is kept alive.
+            given = {n: torch.empty_like(t, device="meta") if isinstance(t, Tensor) else t for n, t in given.items()}
+            self.calls.append((func.name().removeprefix("vitkernels::"), given))
+        return func(*args, **(kwargs or {}))
+
+
+def op_calls(model: nn.Module, inputs: Inputs) -> list[tuple[str, dict[str, Any]]]:
+    """Return what an accelerated copy of ``model`` asks of the ops in evaluation mode, without computing it if it can.
+
+    Raises:
+        UserError: The model does not run on ``inputs``.
+    """
+    try:
+        return _calls(without_data(model), inputs.to("meta"))
+    except Exception:  # a model that looks at its numbers
+        first = next(model.parameters(), None)
+        try:
+            return _calls(copy.deepcopy(model), inputs if first is None else inputs.to(first.device, first.dtype))
+        except Exception as error:
+            raise UserError(f"the model does not run on its inputs: {type(error).__name__}: {error}") from error
+
+
+def _calls(model: nn.Module, inputs: Inputs) -> list[tuple[str, dict[str, Any]]]:
+    swap.accelerate(model.eval())
+    with torch.no_grad(), OpCalls() as seen:
+        model(*inputs.args, **inputs.kwargs)
+    return seen.calls
+
+
+def shapes(model: nn.Module, inputs: Inputs, batch: int = 1) -> list[Case]:
+    """Return a case for each kind of block in ``model``, as many images each as ``batch``.
+
+    Tokens that no square of patches and few prefix tokens make up get as many prefix tokens as it takes.
+
+    Raises:
+        UserError: The model does not run on ``inputs``, or calls no op.
+    """
+    calls = op_calls(model, inputs)
+    if not calls:
+        raise UserError(f"no part of {type(model).__name__} runs on vitkernels: there are no shapes to verify")
+    embedding = next((given for op, given in calls if op == "patch_embed_fwd"), None)
+    return list(dict.fromkeys(_case(block, embedding, batch) for block in _blocks(calls)))
+
+
+@dataclasses.dataclass
+class _Block:
+    tokens: int = 0
+    channels: int = 0
+    head_dim: int = 0
+    hidden: int = 0
+    activation: str = "gelu"
+    layer_scale: bool = False
+    norm: str = "layer_norm"
+    mlp: str = "mlp"
+    mlp_norm: bool = False
+    attention: tuple[str, ...] = ()
+
+
+def _blocks(calls: list[tuple[str, dict[str, Any]]]) -> Iterator[_Block]:
+    """Cut the calls into blocks: one begins with attention, or with an MLP where the last block has one."""
+    block, norm, rope = _Block(), "layer_norm", ()
+    for op, given in calls:
+        attends = op in ("attention_fwd", "attention_qkvpacked_fwd")
+        hidden = _hidden(op, given)
+        if (attends and (block.head_dim or block.hidden)) or (hidden and block.hidden):
+            yield block
+            block = _Block()
+        block.layer_scale |= given.get("gamma") is not None
+        if op == "layer_norm_fwd" and block.mlp != "mlp" and block.hidden in (given["x"].shape[-1], given["width"]):
+            block.mlp_norm = True
+        elif op == "layer_norm_fwd":
+            norm = "rms_norm" if given["rms"] else "layer_norm"
+            block.norm, block.channels = norm, block.channels or given["x"].shape[-1]
+            block.tokens = block.tokens or _rows(given["x"])
+        elif op == "attention_prepare_fwd" and given["cos"] is not None:
+            rope = ("rope_interleaved" if given["interleaved"] else "rope_half",)
+        elif attends:
+            packed = op == "attention_qkvpacked_fwd"
+            N, H, D = (given["qkv"].select(2, 0) if packed else given["q"]).shape[1:]
+            block.tokens, block.head_dim, block.norm = N, D, norm
+            block.channels = block.channels or H * D
+            block.attention, rope = rope + _options(given), ()
+        elif hidden:
+            block.hidden, block.channels = hidden, given["x"].shape[-1]
+            block.activation = given["activation"] or "gelu"
+            block.tokens = block.tokens or _rows(given["x"])
+            if op == "glu_fwd":
+                block.mlp = "packed" if given["w2"] is None else "separate"
+    yield block
+
+
+def _hidden(op: str, given: dict[str, Any]) -> int:
+    """Return the hidden features of an MLP that ``op`` begins, or 0."""
+    if op == "mlp_fwd":
+        return given["w1"].shape[0]
+    if op == "linear_fwd" and given["activation"] is not None:
+        return given["weight"].shape[0]
+    if op == "glu_fwd":
+        return given["w1"].shape[0] // (2 if given["w2"] is None else 1)
+    return 0
+
+
+def _options(given: dict[str, Any]) -> tuple[str, ...]:
+    mask, found = given["mask"], []
+    if mask is not None:
+        pairs = mask.shape[-2] > 1
+        found.append("biased" if mask.is_floating_point() and pairs else "pair_mask" if pairs else "key_mask")
+    return (*found, *(["causal"] if given["is_causal"] else []), *(["varlen"] if given["starts"] is not None else []))
+
+
+def _rows(x: Tensor) -> int:
+    return max(1, math.prod(x.shape[1:-1]))
+
+
+def _case(block: _Block, embedding: dict[str, Any] | None, batch: int) -> Case:
+    N, C = max(1, block.tokens), block.channels or block.hidden
+    patch, side = 4, math.isqrt(N)
+    if embedding is not None:
+        (rows, columns), patch = embedding["images"].shape[-2:], embedding["weight"].shape[-1]
+        if rows == columns and (rows // patch) ** 2 <= N:
+            side = rows // patch
+        C = C or embedding["weight"].shape[0]
+    return Case(
+        f"{N} token{'s' * (N > 1)} of {C} channels",
+        batch,
+        side * patch,
+        patch,
+        N - side**2,
+        C,
+        # Heads divide the channels in a case; where they do not in the model, the width of a head is what counts.
+        max(1, C // block.head_dim) if block.head_dim else 1,
+        block.hidden or C,
+        block.activation,
+        block.layer_scale,
+        block.norm,
+        block.mlp,
+        block.mlp_norm,
+        block.attention,
+    )

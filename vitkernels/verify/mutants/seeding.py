@@ -1,0 +1,137 @@
+"""How a defect gets into the code of this process, and out again.
+
+A mutant is one edit of one function's source. A kernel is compiled (or interpreted) from the edited source, a plain
+function gets the edited function's code, and both are put back afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import inspect
+import linecache
+import sys
+import textwrap
+from collections.abc import Iterator
+from types import FunctionType, ModuleType
+
+from vitkernels.ops import _triton
+from vitkernels.testing.cases import Case
+
+
+class MutantError(Exception):
+    """A mutant that cannot be made: the source is not what it was."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """One defect.
+
+    Attributes:
+        name: What is wrong, for a person; unique.
+        where: Module and function, as ``ops.layer_norm.forward:_layer_norm_fwd_kernel`` or ``ops.block:A.method``.
+        old, new: The edit; ``old`` occurs once in the function.
+        op: The public op whose problems show it.
+        tests: Which of the project's own tests show it: what follows ``pytest``, relative to ``tests/``.
+        variant: The problem's variant that shows it, or None for any.
+        case: The sizes that show it, or None for any.
+        by: The group of checks that shows it.
+        dtype: The operands'.
+    """
+
+    name: str
+    where: str
+    old: str
+    new: str
+    op: str
+    tests: str
+    variant: str | None = None
+    case: Case | None = None
+    by: str = "accuracy"
+    dtype: str = "fp32"
+
+
+@contextlib.contextmanager
+def seeded_defect(mutant: Mutant) -> Iterator[None]:
+    """Run with ``mutant``'s defect inside.
+
+    Raises:
+        MutantError: The function, or the text to edit, is not there.
+    """
+    module_name, _, path = mutant.where.partition(":")
+    module = importlib.import_module(f"vitkernels.{module_name}")
+    try:
+        target = functools.reduce(getattr, path.split("."), module)
+    except AttributeError:
+        raise MutantError(f"{mutant.name}: {mutant.where} does not exist") from None
+    edited = _edited_function if isinstance(target, FunctionType) else _edited_kernel
+    with edited(module, target, mutant):
+        yield
+
+
+@contextlib.contextmanager
+def _edited_function(module: ModuleType, function: FunctionType, mutant: Mutant) -> Iterator[None]:
+    function = inspect.unwrap(function)
+    edited = _execute(module, function, _edit(function, mutant), mutant.name)
+    # What is registered with torch is this very function: it must stay the same object.
+    before = function.__code__
+    function.__code__ = edited.__code__
+    try:
+        yield
+    finally:
+        function.__code__ = before
+
+
+@contextlib.contextmanager
+def _edited_kernel(module: ModuleType, kernel, mutant: Mutant) -> Iterator[None]:
+    new = {id(kernel): _execute(module, kernel.fn, _edit(kernel.fn, mutant), mutant.name)}
+    places = list(places_of_kernels())
+    if not _triton.INTERPRETED:
+        # A compiled kernel keeps what it once compiled, also where a function that it calls has changed.
+        for _, _, other in places:
+            home = sys.modules[other.fn.__module__]
+            if id(other) not in new:
+                new[id(other)] = _execute(home, other.fn, inspect.getsource(other.fn), mutant.name)
+    try:
+        for owner, name, value in places:
+            if id(value) in new:
+                setattr(owner, name, new[id(value)])
+        yield
+    finally:
+        for owner, name, value in places:
+            setattr(owner, name, value)
+
+
+def places_of_kernels() -> Iterator[tuple[ModuleType, str, object]]:
+    """Yield each name, in any module of ops, that a kernel goes by."""
+    for module_name, module in list(sys.modules.items()):
+        if module_name.startswith("vitkernels.ops"):
+            for name, value in list(vars(module).items()):
+                if hasattr(value, "fn") and hasattr(value, "arg_names"):
+                    yield module, name, value
+
+
+def _edit(function: FunctionType, mutant: Mutant) -> str:
+    source = inspect.getsource(function)
+    if source.count(mutant.old) != 1:
+        raise MutantError(f"{mutant.name}: {mutant.old!r} occurs {source.count(mutant.old)} times in {mutant.where}")
+    return source.replace(mutant.old, mutant.new)
+
+
+def _execute(module: ModuleType, function: FunctionType, source: str, label: str):
+    """Define ``function`` anew from ``source``, decorators included, among its module's names."""
+    source = textwrap.dedent(source)  # a method's
+    file = f"<{label}: {module.__name__}.{function.__name__}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # Triton reads sources
+    names: dict[str, object] = {}
+    exec(compile(source, file, "exec", flags=_flags(module)), vars(module), names)
+    made = names[function.__name__]
+    made = made.__func__ if isinstance(made, staticmethod) else made
+    return inspect.unwrap(made) if isinstance(made, FunctionType) else made
+
+
+def _flags(module: ModuleType) -> int:
+    annotations = getattr(module, "annotations", None)
+    return annotations.compiler_flag if annotations is not None else 0

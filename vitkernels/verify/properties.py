@@ -1,0 +1,129 @@
+"""What must hold of an op beyond the size of its errors: layouts, memory, NaN and infinities, reruns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from vitkernels.verify.accuracy import judge, seeded
+from vitkernels.verify.memory import GuardedMemory, amid_nan, differing, outputs_and_gradients
+from vitkernels.verify.problems import Problem
+from vitkernels.verify.results import Result
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    "every other element": lambda x: torch.stack([x, x], -1)[..., 0],
+    "sliced from wider": lambda x: torch.cat([x, x], -1)[..., x.shape[-1] :],
+    "misaligned": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+    "one for all": lambda x: x[:1].expand_as(x),
+}
+
+
+def check_layouts(
+    id: str, problem: Problem, dtype: torch.dtype, device: torch.device, seed: int, *, every: bool
+) -> Iterator[Result]:
+    """Give the op its inputs, and autograd its upstream gradient, in other layouts; the rule holds as ever.
+
+    Without ``every``, in two: strides in another order, and stride 0.
+    """
+    for layout in LAYOUTS if every else ("transposed", "one for all"):
+        strided = LAYOUTS[layout]
+
+        def as_laid_out(t: Tensor, strided=strided) -> Tensor:
+            return strided(t.detach()).requires_grad_(t.requires_grad) if t.ndim > 1 else t
+
+        verdicts = judge(
+            problem, dtype, device, seed, lay_out=as_laid_out, upstream=lambda o: as_laid_out(torch.randn_like(o))
+        )
+        failed = [v for v in verdicts if not v.passed]
+        yield Result(
+            id,
+            layout,
+            "failed" if failed else "passed",
+            "; ".join(f"{v.name}: {v.detail}" for v in failed),
+            max(v.ratio for v in verdicts),
+        )
+
+
+def check_memory(id: str, problem: Problem, dtype: torch.dtype, device: torch.device, seed: int) -> Iterator[Result]:
+    """Run the op amid poison, between guard bands; nothing may be trampled, and no bit of a result may change."""
+    with seeded(seed, device):
+        tensors = problem.draw(dtype, device)
+    plain = outputs_and_gradients(problem.function, tensors, torch.ones_like)
+    surrounded = {name: amid_nan(t) for name, t in tensors.items()}
+    before = {name: t.detach().clone() for name, t in surrounded.items()}
+    with GuardedMemory() as memory:
+        guarded = outputs_and_gradients(problem.function, surrounded, torch.ones_like)
+    if not memory.allocations:
+        yield Result(id, "guard bands", "broken", "no allocation was guarded: the op did not reach its launcher")
+        return
+    trampled = memory.trampled()
+    yield Result(
+        id, "guard bands", "failed" if trampled else "passed",
+        f"{trampled} bytes written astray" if trampled else f"{memory.allocations} allocations",
+    )  # fmt: skip
+    unlike = list(differing(plain, guarded))
+    yield Result(id, "poisoned memory", "failed" if unlike else "passed", "; ".join(unlike))
+    changed = list(differing({n: t.detach() for n, t in surrounded.items()}, before))
+    yield Result(id, "inputs unchanged", "failed" if changed else "passed", "; ".join(changed))
+
+
+def check_nonfinite(
+    id: str, problem: Problem, dtype: torch.dtype, device: torch.device, seed: int, *, every: bool
+) -> Iterator[Result]:
+    """Put NaN and infinities into the floating inputs in turn: they go where they go in fp64, and nowhere else.
+
+    In an output, NaN and each infinity must be where fp64, or PyTorch in the same dtype, has them. In a gradient it
+    depends on the order of the sums which of the three comes out, so there an element must be finite or not alike.
+
+    Without ``every``, a NaN into the first input alone.
+    """
+    with seeded(seed, device):
+        tensors = problem.draw(dtype, device)
+    names = [name for name, t in tensors.items() if t.is_floating_point()]
+    for name in names if every else names[:1]:
+        for value in (float("nan"), float("inf"), -float("inf")) if every else (float("nan"),):
+            poisoned = tensors[name].detach().clone()
+            poisoned[tuple(size // 2 for size in poisoned.shape)] = value
+            given = tensors | {name: poisoned.requires_grad_(tensors[name].requires_grad)}
+            wrong = list(_gone_astray(problem, given))
+            yield Result(id, f"{value} in {name}", "failed" if wrong else "passed", "; ".join(wrong))
+
+
+def _gone_astray(problem: Problem, tensors: dict[str, Tensor]) -> Iterator[str]:
+    """Yield, for each output and gradient of wrong kinds of values, how many elements and the first."""
+    wide = {
+        name: t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
+        for name, t in tensors.items()
+    }
+    ours = outputs_and_gradients(problem.function, tensors, torch.ones_like)
+    theirs = outputs_and_gradients(problem.reference, tensors, torch.ones_like)
+    truth = outputs_and_gradients(problem.reference, wide, torch.ones_like)
+    for name, got in ours.items():
+        kind = _kind if name.startswith("output") else torch.isfinite
+        astray = (kind(got) != kind(truth[name])) & (kind(got) != kind(theirs[name]))
+        if astray.any():
+            at = tuple(astray.nonzero()[0].tolist())
+            yield f"{name}: {int(astray.sum())} elements, first at {at}: got {got[at]:.6g}, fp64 {truth[name][at]:.6g}"
+
+
+def _kind(x: Tensor) -> Tensor:
+    """0 where ``x`` is finite, ±1 where infinite, 2 where NaN."""
+    return x.isnan() * 2 + x.isinf() * x.nan_to_num(0.0).sign()
+
+
+def check_reruns(
+    id: str, problem: Problem, dtype: torch.dtype, device: torch.device, seed: int, times: int
+) -> Iterator[Result]:
+    """Run the op ``times`` times; every bit must be the same."""
+    with seeded(seed, device):
+        tensors = problem.draw(dtype, device)
+    first = outputs_and_gradients(problem.function, tensors, torch.ones_like)
+    for i in range(1, times):
+        unlike = list(differing(first, outputs_and_gradients(problem.function, tensors, torch.ones_like)))
+        if unlike:
+            yield Result(id, f"rerun {i} of {times}", "failed", "; ".join(unlike))
+            return
+    yield Result(id, f"{times} runs bit-equal", "passed")

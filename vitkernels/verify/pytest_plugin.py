@@ -1,0 +1,147 @@
+"""pytest's plugin: "my model still agrees" in three lines of a user's own tests.
+
+    def test_kernels_agree(vitkernels_verify):
+        model = timm.create_model("vit_tiny_patch16_224")
+        vitkernels_verify(model, torch.randn(2, 3, 224, 224))
+
+Nothing of torch is imported before the fixture is used, and the process is left as it is, but where
+``--vitkernels-interpret`` asks for Triton's interpreter. That is fixed when Triton is first imported, so it cannot
+wait for the fixture, and it is the user's to choose, as with it no kernel of the process is compiled.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import pytest
+
+if TYPE_CHECKING:
+    import torch
+
+    from vitkernels.swap import Report
+    from vitkernels.verify.results import Result
+
+STEPS = 5
+SECONDS = 60.0  # for a model in the interpreter; where that is too short, fewer of its blocks run on the kernels
+SHOWN = 10
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("vitkernels", "vitkernels")
+    group.addoption(
+        "--vitkernels-strict",
+        action="store_true",
+        help="vitkernels_verify: fail where it would skip (no Triton, no GPU, nothing swapped), and where a module "
+        "that vitkernels knows was left out",
+    )
+    group.addoption(
+        "--vitkernels-interpret",
+        action="store_true",
+        help="run Triton's kernels in its interpreter where there is no GPU; slow, for small models",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
+    """Turn the interpreter on before any conftest can import Triton."""
+    if not early_config.known_args_namespace.vitkernels_interpret or "TRITON_INTERPRET" in os.environ:
+        return
+    if "triton" in sys.modules:
+        raise pytest.UsageError(
+            "--vitkernels-interpret comes too late: another plugin has imported Triton; set TRITON_INTERPRET=1 instead"
+        )
+    import torch
+
+    if not (torch.cuda.is_available() or torch.xpu.is_available()):
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def vitkernels_verify(request: pytest.FixtureRequest) -> Callable[..., Report]:
+    """Compare an accelerated copy of a model with the model, and return the report of what was swapped.
+
+    ``vitkernels_verify(model, *inputs, dtype=None, steps=5, seed=0, **named_inputs)`` judges the outputs, the gradient
+    of every parameter and the losses of ``steps`` steps of AdamW (0 for none) in ``dtype``, or the model's own, by
+    the error rule: fp64 is the truth, PyTorch's error in the same dtype the yardstick. The copy is on the model's
+    device, or on the GPU where the model is on the CPU and the interpreter is off. The model itself is not changed.
+
+    Raises:
+        AssertionError: The copy does not agree; the text names each tensor, its error and the worst index.
+
+    The test is skipped where no kernel can run, or none does in this model: ``--vitkernels-strict`` makes that fail.
+    """
+    strict = request.config.getoption("--vitkernels-strict")
+
+    def unverified(reason: str) -> NoReturn:
+        (pytest.fail if strict else pytest.skip)(f"vitkernels_verify: {reason}")
+
+    def verify(
+        model: torch.nn.Module,
+        *inputs: Any,
+        dtype: torch.dtype | None = None,
+        steps: int = STEPS,
+        seed: int = 0,
+        **named_inputs: Any,
+    ) -> Report:
+        __tracebackhide__ = True
+        from vitkernels import swap
+        from vitkernels.demo.measure import why_no_kernels
+        from vitkernels.verify.model import Inputs, Unreached, check_model
+
+        report = swap.explain(model)
+        device = _device(model)
+        reason = why_no_kernels(device)
+        if reason is not None:
+            hint = " `pytest --vitkernels-interpret` does so, too." if "TRITON_INTERPRET" in reason else ""
+            unverified(reason + hint)
+        left = [f"  {k.module or '(the model)'} ({k.cls}): {k.reason}" for k in report.kept if k.known]
+        if strict and left:
+            unverified("\n".join([f"{len(left)} modules were left out:", *left]))
+        given = Inputs(inputs, named_inputs)
+        try:
+            results = list(check_model("model", model, given, dtype, device, seed, steps=steps, seconds=SECONDS))
+        except Unreached as error:
+            raise AssertionError(f"vitkernels_verify: {error}") from None
+        if results[-1].name == "swapped" and results[-1].status == "skipped":
+            unverified(results[-1].detail)
+        failed = [r for r in results if r.status in ("failed", "broken")]
+        if failed:
+            raise AssertionError(_told(model, device, dtype, seed, failed, request.node.nodeid))
+        return report
+
+    return verify
+
+
+def _device(model: torch.nn.Module) -> torch.device:
+    import torch
+
+    from vitkernels.demo.measure import pick_device
+    from vitkernels.ops import _triton
+
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return pick_device() if device.type == "cpu" and not _triton.INTERPRETED else device
+
+
+def _told(
+    model: torch.nn.Module,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    seed: int,
+    failed: list[Result],
+    nodeid: str,
+) -> str:
+    worst = sorted(failed, key=lambda r: -(r.ratio or 0.0))
+    dtype = dtype or next((p.dtype for p in model.parameters()), None)
+    where = f"{device}, {str(dtype).removeprefix('torch.')}, seed {seed}"
+    lines = [f"vitkernels_verify: {type(model).__name__} on the kernels does not agree with PyTorch ({where})"]
+    lines += [f"  {r.name}: {_ratio(r)}{r.detail}" for r in worst[:SHOWN]]
+    lines += [f"  and {len(worst) - SHOWN} more"] if len(worst) > SHOWN else []
+    lines += [f"Reproduce: python -m pytest '{nodeid}'", "Compare the ops alone: vitkernels verify"]
+    return "\n".join(lines)
+
+
+def _ratio(result: Result) -> str:
+    return "" if result.ratio is None else f"{result.ratio:.3g} times PyTorch's error; "

@@ -1,0 +1,80 @@
+"""What a verification found: for a person at a terminal, as JSON, as JUnit's XML and as one HTML page.
+
+The JSON is :meth:`Verification.to_dict`: its keys stay, others may come. ``status`` is ``passed``, ``failed``,
+``skipped`` or ``broken``; ``ratio``, the error over PyTorch's, is null where none was measured or it is not finite::
+
+    {
+      "verdict": "failed: numbers or behaviour are wrong",
+      "exit_code": 1,
+      "command": "vitkernels verify --quick --cpu",
+      "seconds": 41.7,
+      "environment": {"vitkernels": "0.1.0", "torch": "2.13.0", "device": "CPU, Triton's interpreter"},
+      "results": [
+        {
+          "check": "accuracy/mlp/10 tokens of 40 channels/fp32",
+          "name": "dw1",
+          "status": "failed",
+          "detail": "max error 0.0148 at (3, 17), limit 2.1e-06 (PyTorch's 7.2e-07)",
+          "ratio": 20556.1,
+          "dtype": "fp32",
+          "seconds": 0.021
+        }
+      ]
+    }
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+from vitkernels.console import UserError
+from vitkernels.verify.report.junit import to_junit
+from vitkernels.verify.report.page import to_html
+from vitkernels.verify.report.terminal import print_report
+from vitkernels.verify.results import Verification
+
+__all__ = ["print_report", "to_html", "to_json", "to_junit", "write_html", "write_json", "write_junit"]
+
+
+def to_json(verification: Verification) -> str:
+    """Return all of it as JSON, in the form that this module documents."""
+    data = verification.to_dict()
+    for result in data["results"]:
+        if result["ratio"] is not None and not math.isfinite(result["ratio"]):  # JSON has no word for it
+            result["ratio"] = None
+    return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_json(verification: Verification, path: Path) -> None:
+    """Write :func:`to_json` to ``path``.
+
+    Raises:
+        UserError: The folder is not there, or the file cannot be written. An older file is then as it was.
+    """
+    _write(path, to_json(verification))
+
+
+def write_junit(verification: Verification, path: Path) -> None:
+    """Write :func:`to_junit` to ``path``; raises as :func:`write_json` does."""
+    _write(path, to_junit(verification))
+
+
+def write_html(verification: Verification, path: Path) -> None:
+    """Write :func:`to_html` to ``path``; raises as :func:`write_json` does."""
+    _write(path, to_html(verification))
+
+
+def _write(path: Path, text: str) -> None:
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)  # at once: nobody reads half a report
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,215 @@
+"""Which checks a verification makes, in which order, and the running of them."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import functools
+import multiprocessing
+import os
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+
+from vitkernels.console import UserError, track
+from vitkernels.ops import _triton
+from vitkernels.testing.cases import CASES, Case
+from vitkernels.verify import accuracy, environment, mutants, properties
+from vitkernels.verify.compiled import check_compiled
+from vitkernels.verify.integration import integration_checks
+from vitkernels.verify.problems import BLOCKS, GATED, GATED_APART, QUICK, ROW, WINDOW, Problem, problems
+from vitkernels.verify.results import Check, Result, Verification
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TARGETS = ("sm_90", "sm_80", "sm_100", "sm_120", "gfx942")
+# Who masks decides whether a NaN behind the mask counts, and PyTorch's own kernels differ. A block is a chain of ops
+# that are looked at one by one.
+NOT_POISONED = {("attention", variant) for variant in ("key mask", "pair mask", "causal")} | {("block", "")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is asked for.
+
+    Attributes:
+        full: Everything, not what fits in a minute.
+        device: What the kernels run on: a GPU, or the CPU under Triton's interpreter.
+        dtypes: Names in :data:`DTYPES`; none for the level's own choice.
+        seed: Of all that is drawn.
+        model: A model to verify as well, as :func:`vitkernels.verify.model.load` takes it.
+        only: Shell patterns of ids; none for all checks.
+    """
+
+    full: bool = False
+    device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
+    dtypes: tuple[str, ...] = ()
+    seed: int = 0
+    model: str | None = None
+    only: tuple[str, ...] = ()
+
+
+def verify(plan: Plan, command: str) -> Verification:
+    """Make every check of ``plan`` and return what they found.
+
+    Raises:
+        UserError: The kernels cannot run here, the model cannot be had, or no check is of that name.
+    """
+    start = time.perf_counter()
+    _require_kernels(plan.device)
+    made = list(checks(plan))
+    chosen = [c for c in made if c.matches(plan.only)] if plan.only else made
+    if not chosen:
+        raise UserError(f"no check is of that name; there are {', '.join(sorted({c.id.split('/')[0] for c in made}))}")
+    verification = Verification(environment.describe(plan.device), command)
+    results = run_all(chosen, plan.device)
+    if any(r.group == "mutants" for r in results):
+        results.append(mutants.total(results))
+    verification.results = results
+    verification.seconds = time.perf_counter() - start
+    return verification
+
+
+def checks(plan: Plan) -> Iterator[Check]:
+    """Yield every check of ``plan``, those that take longest first within what can run side by side."""
+    device, seed = plan.device, plan.seed
+    if device.type == "cpu":
+        for target in TARGETS if plan.full else TARGETS[:1]:
+            cases = () if plan.full else ("vit_small_patch16_224",)
+            yield Check(f"compiled/{target}", functools.partial(check_compiled, f"compiled/{target}", target, cases))
+    if plan.model is not None:
+        from vitkernels.verify.model import model_checks
+
+        yield from model_checks(plan.model, device, seed, full=plan.full, dtypes=plan.dtypes)
+    yield from integration_checks(device, seed, quick=not plan.full)
+    yield from mutants.mutant_checks(device, seed)
+    for problem, names in compared(plan):
+        for name in plan.dtypes or names:
+            yield _check("accuracy", problem, name, accuracy.check_accuracy, device, seed)
+    yield from _property_checks(plan)
+
+
+def compared(plan: Plan) -> Iterator[tuple[Problem, tuple[str, ...]]]:
+    """Yield the problems whose outputs and gradients are compared, with the dtypes of the level."""
+    every, on_gpu = tuple(DTYPES), plan.device.type != "cpu"
+    for case in (*QUICK, *SWEEP) if plan.full else QUICK:
+        few = not (on_gpu or plan.full)
+        for problem in problems(case):
+            if not few or (problem.op, case) != ("block", BLOCKS):
+                yield problem, ("fp32",) if few and case not in (WINDOW, GATED_APART) else every
+    if plan.full:
+        for case in CASES.values():
+            if on_gpu:
+                yield from ((problem, every) for problem in problems(dataclasses.replace(case, batch=2)))
+            else:
+                yield from ((problem, ("fp32",)) for problem in _small_enough(case))
+
+
+def _small_enough(case: Case) -> Iterator[Problem]:
+    """Yield what the interpreter can do of ``case``: attention with one head, and the ops of a row with few rows."""
+    one_head = dataclasses.replace(case, batch=1, heads=1, channels=case.head_dim)
+    few_tokens = dataclasses.replace(case, batch=1, image=5 * case.patch)
+    yield from (p for p in problems(one_head) if p.op.startswith("attention"))
+    yield from (p for p in problems(few_tokens) if not p.op.startswith(("attention", "block")))
+
+
+def _property_checks(plan: Plan) -> Iterator[Check]:
+    device, seed = plan.device, plan.seed
+    names = plan.dtypes or (tuple(DTYPES) if plan.full else ("fp32",))
+    cases = QUICK if plan.full else (WINDOW, GATED, GATED_APART)
+    times = (3 if plan.full else 2) if device.type == "cpu" else 250 if plan.full else 20
+    for case in cases:
+        for problem in problems(case):
+            if not plan.full and (problem.op == "block" or (case is not WINDOW and problem.op != "swiglu_mlp")):
+                continue
+            for name in names:
+                yield _check("layouts", problem, name, properties.check_layouts, device, seed, every=plan.full)
+                yield _check("memory", problem, name, properties.check_memory, device, seed)
+                yield _check("reruns", problem, name, properties.check_reruns, device, seed, times=times)
+                if (problem.op, problem.variant) not in NOT_POISONED:
+                    yield _check("nonfinite", problem, name, properties.check_nonfinite, device, seed, every=plan.full)
+    if not plan.full:
+        for case in (ROW, BLOCKS):
+            for problem in problems(case):
+                if problem.op.startswith("attention"):
+                    yield _check("memory", problem, "fp32", properties.check_memory, device, seed)
+
+
+def _check(group: str, problem: Problem, dtype: str, function, device: torch.device, seed: int, **options) -> Check:
+    id = f"{group}/{problem.id}/{dtype}"
+
+    def run() -> Iterable[Result]:
+        for result in function(id, problem, DTYPES[dtype], device, seed, **options):
+            yield dataclasses.replace(result, dtype=dtype)
+
+    return Check(id, run)
+
+
+def run_all(chosen: Sequence[Check], device: torch.device) -> list[Result]:
+    """Run ``chosen``, on a CPU as many at a time as there are cores, and return their results in order."""
+    workers = min(len(os.sched_getaffinity(0)), len(chosen)) if device.type == "cpu" else 1
+    text = f"Verifying, {len(chosen)} checks"
+    if workers < 2:
+        return [result for check in track(chosen, text) for result in _run(check)]
+    found: dict[int, list[Result]] = {}
+    # Checks are closures, which only a forked process knows.
+    _CHOSEN[:] = chosen
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
+        try:
+            jobs = {pool.submit(_run_in_worker, i): i for i in range(len(chosen))}
+            for job in track(concurrent.futures.as_completed(jobs), text, len(jobs)):
+                found[jobs[job]] = job.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [result for i in range(len(chosen)) for result in found[i]]
+
+
+_CHOSEN: list[Check] = []
+
+
+def _run_in_worker(i: int) -> list[Result]:
+    torch.set_num_threads(1)
+    return _run(_CHOSEN[i])
+
+
+def _run(check: Check) -> list[Result]:
+    """Run a check; an exception is a result, too."""
+    start = time.perf_counter()
+    try:
+        with warnings.catch_warnings():
+            # NaN and infinities are put in on purpose, and NumPy, under the interpreter, warns of what comes of them.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            results = list(check.run())
+    except Exception as error:  # whatever a kernel raises is a finding about it
+        results = [Result(check.id, "ran", "failed", f"{type(error).__name__}: {error}")]
+    if not results:
+        results = [Result(check.id, "ran", "broken", "the check looked at nothing")]
+    each = (time.perf_counter() - start) / len(results)
+    return [dataclasses.replace(r, seconds=round(each, 4)) for r in results]
+
+
+def _require_kernels(device: torch.device) -> None:
+    if not _triton.HAS_TRITON:
+        raise UserError(f"Triton cannot be imported ({_triton.MISSING}): pip install triton")
+    if device.type == "cpu" and not _triton.INTERPRETED:
+        raise UserError("on a CPU the kernels need Triton's interpreter: set TRITON_INTERPRET=1")
+    if device.type != "cpu" and _triton.INTERPRETED:
+        raise UserError("TRITON_INTERPRET is set, so that kernels would not run on the GPU: unset it, or ask for --cpu")
+
+
+def _sweep() -> Iterator[Case]:
+    """The numbers of tokens and the head dims of vision transformers, each once, in small batches of few heads."""
+    tokens = {1: (1, 1, 0), 49: (7, 1, 0), 50: (7, 1, 1), 197: (14, 1, 1), 257: (16, 1, 1), 577: (24, 1, 1),
+              729: (27, 1, 0), 1025: (32, 1, 1), 1374: (37, 1, 5)}  # fmt: skip
+    dims = (16, 24, 32, 36, 48, 60, 64, 72, 80, 88, 96, 104, 112, 128)
+    for N, (side, _, prefix) in tokens.items():
+        yield Case(f"{N} tokens", 1, side * 4, 4, prefix, 64, 1, 96)
+    for D in dims:
+        yield Case(f"head dim {D}", 1, 36, 4, 0, D, 1, 96, "quick_gelu")
+    yield Case("2730 hidden features", 1, 16, 4, 1, 48, 1, 2730, "silu", mlp="separate", mlp_norm=True)
+    yield Case("4304 hidden features", 1, 16, 4, 1, 48, 1, 4304, "gelu_tanh")
+
+
+SWEEP = tuple(_sweep())

@@ -7,6 +7,7 @@ import difflib
 import importlib.util
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -166,10 +167,11 @@ def _verify(args: argparse.Namespace) -> int:
         model=args.model,
         only=tuple(args.only or ()),
     )
-    words = ["vitkernels verify", "--full" if args.full else "--quick"]
-    words += ["--cpu"] * (device.type == "cpu") + [f"--model {args.model}"] * bool(args.model)
-    words += [f"--dtype {name}" for name in plan.dtypes] + [f"--seed {args.seed}"] * bool(args.seed)
-    verification = verify(plan, " ".join(words))
+    words = ["vitkernels", "verify", "--full" if args.full else "--quick"] + ["--cpu"] * (device.type == "cpu")
+    words += ["--model", args.model] if args.model else []
+    words += [word for name in plan.dtypes for word in ("--dtype", name)]
+    words += ["--seed", str(args.seed)] if args.seed else []
+    verification = verify(plan, shlex.join(words))
     for form, path in paths.items():
         getattr(report, f"write_{form}")(verification, path)
     report.print_report(verification)

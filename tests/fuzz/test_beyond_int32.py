@@ -67,6 +67,8 @@ def test_matrices_out_of_reach_are_copied():
     near, far = (torch.empty_strided((3, 4), (stride, 1), device="meta") for stride in ((1 << 22) - 1, 1 << 22))
     assert within_reach(near) is near
     assert within_reach(far).stride() == (4, 1)
+    with pytest.raises(NotImplementedError, match="4194304 columns; products take fewer"):
+        within_reach(torch.empty(2, 1 << 22, device="meta"))
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """``vitkernels verify``: what it runs, what it says, and the exit code that a CI sees."""
 
 import json
+import shlex
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def test_a_defect_fails_the_command_and_is_reproduced_by_what_it_says(capsys):
         assert cli.main(["verify", "--cpu", "--only", "accuracy/layer_norm", "--dtype", "fp32"]) == 1
         out = capsys.readouterr().out
         said = next(line.strip() for line in out.splitlines() if line.strip().startswith("vitkernels verify"))
-        pattern = said.partition("--only '")[2].rstrip("'")
+        pattern = shlex.split(said)[-1]
         assert pattern.startswith("accuracy/layer_norm/")
         assert cli.main(["verify", "--cpu", "--only", pattern]) == 1
     assert cli.main(["verify", "--cpu", "--only", pattern]) == 0

@@ -23,6 +23,8 @@ from vitkernels.ops import _tile
 from vitkernels.ops._triton import tl, triton
 from vitkernels.runtime import DeviceFacts, cdiv, dense_or, next_power_of_2, wide_dtype
 
+MAX_ROW = 1 << 22  # elements from one row to the next
+
 
 @dataclasses.dataclass(frozen=True)
 class ProductConfig:
@@ -398,5 +400,13 @@ def product_dact(
 
 
 def within_reach(matrix: Tensor) -> Tensor:
-    """Return ``matrix``, or a copy where 32 bits would not hold the offsets within a tile of 256 rows and columns."""
-    return matrix if max(matrix.stride()) < 1 << 22 else matrix.contiguous()
+    """Return ``matrix``, or a copy where 32 bits would not hold the offsets within a tile of 256 rows and columns.
+
+    Raises:
+        NotImplementedError: Its rows are so long that no copy helps.
+    """
+    if max(matrix.stride()) < MAX_ROW:
+        return matrix
+    if matrix.shape[1] >= MAX_ROW:
+        raise NotImplementedError(f"a matrix has {matrix.shape[1]} columns; products take fewer than {MAX_ROW}")
+    return matrix.contiguous()

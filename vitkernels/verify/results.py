@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import shlex
 from collections.abc import Callable, Iterable
 from typing import Literal
 
@@ -50,7 +51,9 @@ class Check:
 
     def matches(self, patterns: Iterable[str]) -> bool:
         """Tell whether one of the shell patterns ``patterns`` fits the id, or a part of it from its start."""
-        return any(fnmatch.fnmatchcase(self.id, p) or self.id.startswith(p.rstrip("/") + "/") for p in patterns)
+        return any(
+            self.id == p or self.id.startswith(p.rstrip("/") + "/") or fnmatch.fnmatchcase(self.id, p) for p in patterns
+        )
 
 
 @dataclasses.dataclass
@@ -106,4 +109,4 @@ class Verification:
 
     def reproduce(self, result: Result) -> str:
         """Return the command that runs ``result``'s check alone."""
-        return f"{self.command} --only '{result.check}'"
+        return f"{self.command} --only {shlex.quote(result.check)}"

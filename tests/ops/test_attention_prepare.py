@@ -58,6 +58,18 @@ def test_rope_of_tables_that_are_no_rotation(device):
         check_op(ops.attention, reference.attention, make(1, 2, 50, 24, device=device), options=options)
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("expanded", ["cos", "sin", "both"])
+def test_rope_of_expanded_tables(expanded, dim, device):
+    """One of the tables may lie in memory in another way than the other."""
+    cos, sin = (torch.randn(30, 24, device=device) for _ in range(2))
+    one = {name: t.narrow(dim, 0, 1).expand_as(t) for name, t in (("cos", cos), ("sin", sin))}
+    cos = one["cos"] if expanded != "sin" else cos
+    sin = one["sin"] if expanded != "cos" else sin
+    options = {"rope": ops.Rope(cos, sin, True)}
+    check_op(ops.attention, reference.attention, make(2, 3, 30, 24, device=device), options=options)
+
+
 def test_rope_is_timms(device):
     timm = pytest.importorskip("timm.layers.pos_embed_sincos")
     x = torch.randn(2, 3, 20, 16, device=device)

@@ -99,7 +99,7 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
     return zeros.
 
     Raises:
-        RuntimeError: One is a dual number of forward-mode differentiation, of which there is none here.
+        NotImplementedError: One is a dual number of forward-mode differentiation, of which there is none here.
     """
     if not is_compiling():
         if torch._C._are_functorch_transforms_active():
@@ -107,7 +107,9 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
         if forward_ad._current_level >= 0 and any(
             t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
         ):
-            raise RuntimeError("forward-mode differentiation (jvp) of a vitkernels op; expected reverse mode: backward")
+            raise NotImplementedError(
+                "forward-mode differentiation (jvp) of a vitkernels op; expected reverse mode: backward"
+            )
     if torch.is_grad_enabled():
         for t in tensors:  # any() of a generator takes twice as long
             if t is not None and t.requires_grad:

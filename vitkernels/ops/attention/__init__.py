@@ -599,14 +599,14 @@ def _eps(norm: QKNorm | None) -> float:
 
 
 def _table(table: Tensor) -> Tensor:
-    """``table`` with four dims, of size 1 where it is expanded."""
-    return _unexpanded(table[(None,) * (4 - table.ndim)])
+    """``table`` with four dims, of size 1 where it is expanded, but for its channels."""
+    return _unexpanded(table[(None,) * (4 - table.ndim)], dims=3)
 
 
-def _unexpanded(x: Tensor) -> Tensor:
+def _unexpanded(x: Tensor, dims: int = 4) -> Tensor:
     strides = x.stride()
     if 0 in strides:
-        for i, stride in enumerate(strides):
+        for i, stride in enumerate(strides[:dims]):
             if stride == 0 and x.shape[i] > 1:
                 x = x.narrow(i, 0, 1)
     return x

@@ -349,8 +349,8 @@ def _arguments(x, cos, sin, interleaved, prefix, norm, eps, elements) -> tuple[t
     table = (0,) * 3
     if cos is not None:
         cos, sin = runtime.unit_stride(cos), runtime.unit_stride(sin)
-        if cos.stride() != sin.stride():
-            cos, sin = cos.contiguous(), sin.contiguous()
+        if cos.shape != sin.shape or cos.stride() != sin.stride():
+            cos, sin = (table.contiguous() for table in torch.broadcast_tensors(cos, sin))
         table = [0 if size == 1 else stride for size, stride in zip(cos.shape, cos.stride(), strict=True)]
     return (B * num_blocks,), {
         "cos_ptr": x if cos is None else cos,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +17,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGE = Path(__file__).with_name("hostile-inputs.md")
-NUMBERS = range(1, 57)
 GROUPS = {
     1: "Sizes", 10: "Layouts", 18: "Images, dtypes, devices, kinds of tensors", 32: "Values", 38: "Attention",
     43: "Autograd", 49: "Running", 53: "Files",
@@ -106,5 +104,4 @@ def page() -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
-    print(f"{PAGE}: {len(collect())} tests of {len(NUMBERS)} inputs")
-    sys.exit(0)
+    print(f"Wrote {PAGE}")

@@ -182,7 +182,7 @@ def test_classify_bad_weights(timm, weights, image, tmp_path, capsys):
 
 
 def test_classify_bad_models(timm, weights, image, capsys, monkeypatch):
-    assert f"no model 'vit_tiny_patch61_224'; near it are {MODEL}" in failure(
+    assert f"no model 'vit_tiny_patch61_224'; did you mean {MODEL}" in failure(
         capsys, "classify", image, "--model", "vit_tiny_patch61_224"
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib.util
 import json
 import os
@@ -61,8 +60,12 @@ def _parser() -> argparse.ArgumentParser:
         "fault, 3 nothing was verified.",
     )  # fmt: skip
     level = verify.add_mutually_exclusive_group()
-    level.add_argument("--quick", action="store_true", help="what fits in a minute (the default)")
-    level.add_argument("--full", action="store_true", help="every shape, dtype, layout and compiler target")
+    level.add_argument("--quick", action="store_true", help="what fits in a minute on a CPU (the default)")
+    level.add_argument(
+        "--full",
+        action="store_true",
+        help="every dtype and layout, ViTs' tokens and head dims, models by name, all targets",
+    )
     verify.add_argument("--cpu", action="store_true", help="Triton's interpreter and the compiler's report, no GPU")
     verify.add_argument(
         "--model", metavar="MODEL", help="this model as well, and the ops at its shapes: timm/NAME, hf/DIR or "
@@ -126,7 +129,7 @@ def _without_weights(name: str):
     """Build timm's model ``name``, or what the config.json in the folder ``name`` names, on the meta device."""
     import torch
 
-    from vitkernels.console import UserError, import_timm
+    from vitkernels.console import UserError, import_timm, near
 
     config = Path(name) / "config.json"
     described = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
@@ -140,8 +143,7 @@ def _without_weights(name: str):
     timm = import_timm()
     architecture = described.get("architecture", name)
     if not timm.is_model(architecture):
-        alike = difflib.get_close_matches(architecture.partition(".")[0], timm.list_models(), n=3)
-        hint = f"; did you mean {', '.join(alike)}?" if alike else ""
+        hint = near(architecture.partition(".")[0], timm.list_models())
         raise UserError(f"{architecture!r} is neither a model of timm nor a folder with a config.json{hint}")
     with torch.device("meta"):
         return timm.create_model(architecture)
@@ -158,7 +160,10 @@ def _verify(args: argparse.Namespace) -> int:
     for path in paths.values():
         if not path.parent.is_dir():
             raise UserError(f"cannot write {path}: there is no folder {path.parent}")
-    device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
+    gpu = torch.cuda.is_available()
+    if torch.xpu.is_available() and not gpu and not args.cpu:
+        raise UserError("verify knows CUDA and ROCm, no XPU yet; --cpu checks the kernels in Triton's interpreter")
+    device = torch.device("cuda" if gpu and not args.cpu else "cpu")
     plan = Plan(
         full=args.full,
         device=device,
@@ -172,9 +177,9 @@ def _verify(args: argparse.Namespace) -> int:
     words += [word for name in plan.dtypes for word in ("--dtype", name)]
     words += ["--seed", str(args.seed)] if args.seed else []
     verification = verify(plan, shlex.join(words))
+    report.print_report(verification)
     for form, path in paths.items():
         getattr(report, f"write_{form}")(verification, path)
-    report.print_report(verification)
     return verification.exit_code
 
 

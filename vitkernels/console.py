@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -21,6 +22,12 @@ class UserError(Exception):
 def one_line(error: BaseException) -> str:
     """Return the first line of ``error``'s text, or the name of its class where it has none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def near(name: str, names: Iterable[str]) -> str:
+    """Return ``; did you mean …?`` with what is like ``name`` among ``names``, or nothing."""
+    alike = difflib.get_close_matches(name, list(names), n=3)
+    return f"; did you mean {', '.join(alike)}?" if alike else ""
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -179,6 +179,7 @@ def test_second_gpu(op):
 def test_launches_go_to_the_tensors_device(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     with FakeTensorMode(allow_non_fake_inputs=True):
         runtime.device_guard(torch.empty(1, device="cuda:1"))
     assert chosen == [torch.device("cuda:1")]

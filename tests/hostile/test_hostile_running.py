@@ -48,7 +48,11 @@ def test_eight_threads_compile(tmp_path):
     assert found["errors"] == [None] * 8 and len(found["launched"]) == 8 and found["entries"] == 1
 
 
-@hostile(49, "eight threads, each with all the ops, forward and backward", RIGHT)
+@hostile(
+    49,
+    "eight threads, each with all the ops, forward and backward; without a GPU by PyTorch alone",
+    RIGHT,
+)
 def test_eight_threads_compute():
     """On a CPU by PyTorch, as Triton's interpreter keeps which program runs in a global; on a GPU by the kernels."""
     device = "cuda" if HAS_GPU else "cpu"

@@ -112,7 +112,9 @@ def wide_tiles(monkeypatch):
 @hostile(7, "more than 65,536 channels", RIGHT)
 @each_op([*ROWS, "block", "patch_embed"])
 def test_many_channels(op, wide_tiles, device):
-    call(op, B=1, N=2, C=65_537, H=1, F=1, I=1, P=1, Y=1, X=2, device=device).check()
+    # One hidden feature is one sum: in fp32 its error is a draw, as is PyTorch's, and all that follows is off by it.
+    dtype = torch.float16 if op in ("mlp", "swiglu_mlp") else torch.float32
+    call(op, dtype=dtype, B=1, N=2, C=65_537, H=1, F=1, I=1, P=1, Y=1, X=2, device=device).check()
 
 
 @hostile(7, "more than 256 channels a head", "`NotImplementedError`")

@@ -18,7 +18,10 @@ for module in ("demo.measure", "swap.timm", "swap.torch_nn", "verify.model", "ve
 pytest_plugins = ["pytester"]
 
 ROOT = Path(__file__).parents[2]
-INSTALLED = any(e.value == "vitkernels.verify.pytest_plugin" for e in metadata.entry_points(group="pytest11"))
+# As pytest looks for them: of several distributions of one name metadata.entry_points() takes the first alone.
+INSTALLED = any(
+    point.value == "vitkernels.verify.pytest_plugin" for dist in metadata.distributions() for point in dist.entry_points
+)
 PLUGIN = () if INSTALLED else ("-p", "vitkernels.verify.pytest_plugin")
 HEAD = """
     import pytest

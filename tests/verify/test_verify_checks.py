@@ -91,7 +91,9 @@ def test_memory_sees_what_is_left_unwritten_and_what_is_read_astray(device, monk
 
     def forgets_a_row(*args):
         y, *others = launcher.launcher(*args)
-        return y.new_empty(y.shape).copy_(y).index_copy_(1, torch.tensor([3]), y.new_empty(y.shape)[:, :1]), *others
+        return y.new_empty(y.shape).copy_(y).index_copy_(
+            1, torch.tensor([3], device=y.device), y.new_empty(y.shape)[:, :1]
+        ), *others
 
     def reads_astray(*args):
         y, *others = launcher.launcher(*args)

@@ -67,7 +67,7 @@ def test_the_command_passes_and_writes_what_it_found(tmp_path, capsys):
     assert "layer_norm" in out and out.splitlines()[-1] == "Passed."
     found = json.loads(paths["json"].read_text())
     assert [r["name"] for r in found["results"]] == ["output 0", "dx", "dweight", "dbias"]
-    assert found["command"] == "vitkernels verify --quick --cpu"
+    assert found["command"] == f"vitkernels verify --quick --cpu --only '{NORM}'"
     assert all(path.stat().st_size for path in paths.values())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import pickle
 import warnings
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkernels import runtime, swap
-from vitkernels.console import UserError, busy, import_timm, one_line
+from vitkernels.console import UserError, busy, import_timm, near, one_line
 from vitkernels.demo import measure
 from vitkernels.demo.attention import class_token_attention, position_similarity
 from vitkernels.demo.figure import draw_classification
@@ -109,8 +108,7 @@ def load_model(timm, name: str, weights: Path | None) -> nn.Module:
         UserError: No such model, no weights to be had, weights that do not fit, or a model without a head.
     """
     if not timm.is_model(name) and ":" not in name:
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise UserError(f"timm has no model {name!r}" + (f"; near it are {', '.join(near)}" if near else ""))
+        raise UserError(f"timm has no model {name!r}{near(name, timm.list_models())}")
     if weights is None:
         try:
             model = timm.create_model(name, pretrained=True)

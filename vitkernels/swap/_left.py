@@ -12,7 +12,7 @@ from torch import nn
 
 from vitkernels.swap import _rules
 
-_ATTENTION = re.compile(r"Att(entio)?n(?!ion)|MHSA")
+_ATTENTION = re.compile(r"Att(entio)?n|MHSA")
 _MLP = re.compile(r"(Mlp|MLP|FeedForward|FFN|SwiGLU)(Layer|Block|Fused)?$")
 _NORM = re.compile(r"(Layer|RMS|Rms)_?Norm")
 _PATCH_EMBED = re.compile(r"Patch(es)?_?Embed")

@@ -32,9 +32,10 @@ class GuardedMemory(TorchDispatchMode):
             with runtime.device_guard(next(a for a in args if isinstance(a, Tensor))), self:
                 return launcher(*args)
         out = func(*args, **kwargs)
-        if func in _ALLOCATORS and out.numel() and out.device.type != "meta":
-            return self._guard(out)
-        return out
+        if func not in _ALLOCATORS or not out.numel() or out.device.type == "meta":
+            return out
+        guarded = self._guard(out)
+        return guarded.zero_() if func in _ZEROED else guarded
 
     def _guard(self, like: Tensor) -> Tensor:
         """Return a poisoned tensor as ``like`` between two bands."""
@@ -63,7 +64,12 @@ class GuardedMemory(TorchDispatchMode):
         )
 
 
-_ALLOCATORS = {
+_ZEROED = {
+    torch.ops.aten.zeros.default,
+    torch.ops.aten.zeros_like.default,
+    torch.ops.aten.new_zeros.default,
+}
+_ALLOCATORS = _ZEROED | {
     torch.ops.aten.empty.memory_format,
     torch.ops.aten.empty_like.default,
     torch.ops.aten.new_empty.default,

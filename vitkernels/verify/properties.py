@@ -26,9 +26,9 @@ def check_layouts(
 ) -> Iterator[Result]:
     """Give the op its inputs, and autograd its upstream gradient, in other layouts; the rule holds as ever.
 
-    Without ``every``, in two: strides in another order, and stride 0.
+    Without ``every``, in three: strides in another order, rows apart, and stride 0.
     """
-    for layout in LAYOUTS if every else ("transposed", "one for all"):
+    for layout in LAYOUTS if every else ("transposed", "sliced from wider", "one for all"):
         strided = LAYOUTS[layout]
 
         def as_laid_out(t: Tensor, strided=strided) -> Tensor:

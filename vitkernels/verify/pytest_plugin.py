@@ -35,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--vitkernels-strict",
         action="store_true",
         help="vitkernels_verify: fail where it would skip (no Triton, no GPU, nothing swapped), and where a module "
-        "that vitkernels knows was left out",
+        "of a transformer was left out",
     )
     group.addoption(
         "--vitkernels-interpret",
@@ -97,7 +97,7 @@ def vitkernels_verify(request: pytest.FixtureRequest) -> Callable[..., Report]:
         if reason is not None:
             hint = " `pytest --vitkernels-interpret` does so, too." if "TRITON_INTERPRET" in reason else ""
             unverified(reason + hint)
-        left = [f"  {k.module or '(the model)'} ({k.cls}): {k.reason}" for k in report.kept if k.known]
+        left = [f"  {k.module or '(the model)'} ({k.cls}): {k.reason}" for k in report.kept if k.known or k.part]
         if strict and left:
             unverified("\n".join([f"{len(left)} modules were left out:", *left]))
         given = Inputs(inputs, named_inputs)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import concurrent.futures
+import concurrent.futures.process
 import dataclasses
 import functools
 import multiprocessing
 import os
+import shlex
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
-from vitkernels.console import UserError, track
+from vitkernels.console import UserError, one_line, track
+from vitkernels.demo.measure import why_no_kernels
 from vitkernels.ops import _triton
 from vitkernels.testing.cases import CASES, Case
 from vitkernels.verify import accuracy, environment, mutants, properties
@@ -62,6 +64,8 @@ def verify(plan: Plan, command: str) -> Verification:
     chosen = [c for c in made if c.matches(plan.only)] if plan.only else made
     if not chosen:
         raise UserError(f"no check is of that name; there are {', '.join(sorted({c.id.split('/')[0] for c in made}))}")
+    if plan.only:
+        command = shlex.join([*shlex.split(command), *(word for p in plan.only for word in ("--only", p))])
     verification = Verification(environment.describe(plan.device), command)
     results = run_all(chosen, plan.device)
     if any(r.group == "mutants" for r in results):
@@ -92,12 +96,13 @@ def checks(plan: Plan) -> Iterator[Check]:
 
 def compared(plan: Plan) -> Iterator[tuple[Problem, tuple[str, ...]]]:
     """Yield the problems whose outputs and gradients are compared, with the dtypes of the level."""
-    every, on_gpu = tuple(DTYPES), plan.device.type != "cpu"
+    every, few_dtypes, on_gpu = tuple(DTYPES), ("fp32", "bf16"), plan.device.type != "cpu"
     for case in (*QUICK, *SWEEP) if plan.full else QUICK:
         few = not (on_gpu or plan.full)
         for problem in problems(case):
             if not few or (problem.op, case) != ("block", BLOCKS):
-                yield problem, ("fp32",) if few and case not in (WINDOW, GATED_APART) else every
+                quick = every if case is WINDOW else few_dtypes if on_gpu or case is GATED_APART else ("fp32",)
+                yield problem, every if plan.full else quick
     if plan.full:
         for case in CASES.values():
             if on_gpu:
@@ -159,10 +164,12 @@ def run_all(chosen: Sequence[Check], device: torch.device) -> list[Result]:
         try:
             jobs = {pool.submit(_run_in_worker, i): i for i in range(len(chosen))}
             for job in track(concurrent.futures.as_completed(jobs), text, len(jobs)):
-                found[jobs[job]] = job.result()
+                found[jobs[job]] = _result_of(job, chosen[jobs[job]])
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+        finally:
+            _CHOSEN.clear()
     return [result for i in range(len(chosen)) for result in found[i]]
 
 
@@ -174,6 +181,13 @@ def _run_in_worker(i: int) -> list[Result]:
     return _run(_CHOSEN[i])
 
 
+def _result_of(job: concurrent.futures.Future, check: Check) -> list[Result]:
+    try:
+        return job.result()
+    except concurrent.futures.process.BrokenProcessPool as error:  # killed, for memory, or by a kernel gone astray
+        return [Result(check.id, "ran", "broken", f"a process died, of this check or one beside it: {one_line(error)}")]
+
+
 def _run(check: Check) -> list[Result]:
     """Run a check; an exception is a result, too."""
     start = time.perf_counter()
@@ -182,7 +196,9 @@ def _run(check: Check) -> list[Result]:
             # NaN and infinities are put in on purpose, and NumPy, under the interpreter, warns of what comes of them.
             warnings.simplefilter("ignore", RuntimeWarning)
             results = list(check.run())
-    except Exception as error:  # whatever a kernel raises is a finding about it
+    except (UserError, ImportError, MemoryError, torch.OutOfMemoryError) as error:  # of the machine
+        results = [Result(check.id, "ran", "broken", f"{type(error).__name__}: {error}")]
+    except Exception as error:  # whatever else a kernel raises is a finding about it
         results = [Result(check.id, "ran", "failed", f"{type(error).__name__}: {error}")]
     if not results:
         results = [Result(check.id, "ran", "broken", "the check looked at nothing")]
@@ -191,21 +207,19 @@ def _run(check: Check) -> list[Result]:
 
 
 def _require_kernels(device: torch.device) -> None:
-    if not _triton.HAS_TRITON:
-        raise UserError(f"Triton cannot be imported ({_triton.MISSING}): pip install triton")
-    if device.type == "cpu" and not _triton.INTERPRETED:
-        raise UserError("on a CPU the kernels need Triton's interpreter: set TRITON_INTERPRET=1")
+    reason = why_no_kernels(device)
+    if reason is not None:
+        raise UserError(f"nothing to verify: {reason}")
     if device.type != "cpu" and _triton.INTERPRETED:
         raise UserError("TRITON_INTERPRET is set, so that kernels would not run on the GPU: unset it, or ask for --cpu")
 
 
 def _sweep() -> Iterator[Case]:
     """The numbers of tokens and the head dims of vision transformers, each once, in small batches of few heads."""
-    tokens = {1: (1, 1, 0), 49: (7, 1, 0), 50: (7, 1, 1), 197: (14, 1, 1), 257: (16, 1, 1), 577: (24, 1, 1),
-              729: (27, 1, 0), 1025: (32, 1, 1), 1374: (37, 1, 5)}  # fmt: skip
+    patches_and_prefix = ((1, 0), (7, 0), (7, 1), (14, 1), (16, 1), (24, 1), (27, 0), (32, 1), (37, 5))
     dims = (16, 24, 32, 36, 48, 60, 64, 72, 80, 88, 96, 104, 112, 128)
-    for N, (side, _, prefix) in tokens.items():
-        yield Case(f"{N} tokens", 1, side * 4, 4, prefix, 64, 1, 96)
+    for side, prefix in patches_and_prefix:
+        yield Case(f"{side * side + prefix} tokens", 1, side * 4, 4, prefix, 64, 1, 96)
     for D in dims:
         yield Case(f"head dim {D}", 1, 36, 4, 0, D, 1, 96, "quick_gelu")
     yield Case("2730 hidden features", 1, 16, 4, 1, 48, 1, 2730, "silu", mlp="separate", mlp_norm=True)

@@ -5,11 +5,10 @@ Nothing is downloaded, and no code is run but that of the installed packages and
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from vitkernels.console import UserError, import_timm, one_line
+from vitkernels.console import UserError, import_timm, near, one_line
 from vitkernels.swap.estimate import image_size
 
 FORMS = "timm/NAME, hf/DIR or module:function"
@@ -73,12 +72,6 @@ def load(spec: str, batch: int = 2) -> tuple[nn.Module, Inputs, str]:
     except Exception as error:  # libraries and the user's own code fail in ways of their own
         raise UserError(f"{spec} cannot be built: {type(error).__name__}: {one_line(error)}") from error
     raise UserError(f"{spec!r} names no model; expected {FORMS}")
-
-
-def near(name: str, names: Iterable[str]) -> str:
-    """Return ``; did you mean …?`` with what is like ``name`` among ``names``, or nothing."""
-    alike = difflib.get_close_matches(name, list(names), n=3)
-    return f"; did you mean {', '.join(alike)}?" if alike else ""
 
 
 def _of_timm(name: str, batch: int) -> tuple[nn.Module, Inputs, str]:

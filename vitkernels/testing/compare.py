@@ -143,10 +143,7 @@ def judge_op(
     outputs, grads, upstreams = _run(function, tensors, options, None, upstream)
     changed = [name for name, t in before.items() if not _same(tensors[name].detach(), t)]
     torch_outputs, torch_grads, _ = _run(reference, tensors, options, upstreams, None)
-    wide = {
-        name: t.detach().double().requires_grad_(t.requires_grad) if t is not None and t.is_floating_point() else t
-        for name, t in tensors.items()
-    }
+    wide = widened(tensors)
     wide_upstreams = [u.double() for u in upstreams]
     truth_outputs, truth_grads, _ = _run(reference, wide, options, wide_upstreams, None)
     verdicts = [
@@ -155,6 +152,14 @@ def judge_op(
     ]
     verdicts += [check(f"d{name}", grads[name], torch_grads[name], truth_grads[name]) for name in grads]
     return verdicts + [Verdict(name, False, float("inf"), f"the input {name} was changed") for name in changed]
+
+
+def widened(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """Return the floating-point ``tensors`` in fp64, requiring gradients alike, and the others as they are."""
+    return {
+        name: t.detach().double().requires_grad_(t.requires_grad) if t is not None and t.is_floating_point() else t
+        for name, t in tensors.items()
+    }
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from vitkernels import ops
 from vitkernels.console import one_line
 from vitkernels.ops._registry import OPS
-from vitkernels.testing.compare import Verdict, check
+from vitkernels.testing.compare import Verdict, check, widened
 from vitkernels.verify.accuracy import judge, seeded, settled
 from vitkernels.verify.memory import differing, outputs_and_gradients
 from vitkernels.verify.problems import GATED, GATED_APART, WINDOW, Problem, problems
@@ -203,10 +203,7 @@ def _under_autocast(problem: Problem, dtype: torch.dtype, device: torch.device, 
         ours, theirs = (
             outputs_and_gradients(f, tensors, torch.ones_like) for f in (problem.function, problem.reference)
         )
-    wide = {
-        name: t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
-        for name, t in tensors.items()
-    }
+    wide = widened(tensors)
     truth = outputs_and_gradients(problem.reference, wide, torch.ones_like)
     verdicts = []
     for name, got in ours.items():

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from vitkernels.testing.compare import widened
 from vitkernels.verify.accuracy import judge, seeded
 from vitkernels.verify.memory import GuardedMemory, amid_nan, differing, outputs_and_gradients
 from vitkernels.verify.problems import Problem
@@ -94,10 +95,7 @@ def check_nonfinite(
 
 def _gone_astray(problem: Problem, tensors: dict[str, Tensor]) -> Iterator[str]:
     """Yield, for each output and gradient of wrong kinds of values, how many elements and the first."""
-    wide = {
-        name: t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
-        for name, t in tensors.items()
-    }
+    wide = widened(tensors)
     ours = outputs_and_gradients(problem.function, tensors, torch.ones_like)
     theirs = outputs_and_gradients(problem.reference, tensors, torch.ones_like)
     truth = outputs_and_gradients(problem.reference, wide, torch.ones_like)

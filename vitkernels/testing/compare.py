@@ -136,8 +136,12 @@ def judge_op(
     *,
     options: Mapping[str, object] | None = None,
     upstream: Callable[[Tensor], Tensor] = torch.randn_like,
+    gain_counts: bool = True,
 ) -> list[Verdict]:
-    """Return the verdicts of :func:`check_op`, passed or not; an input that was changed is one that did not."""
+    """Return the verdicts of :func:`check_op`, passed or not; an input that was changed is one that did not.
+
+    ``gain_counts`` as for :func:`check`.
+    """
     options = dict(options or {})
     before = {name: t.detach().clone() for name, t in tensors.items() if t is not None}
     outputs, grads, upstreams = _run(function, tensors, options, None, upstream)
@@ -147,10 +151,12 @@ def judge_op(
     wide_upstreams = [u.double() for u in upstreams]
     truth_outputs, truth_grads, _ = _run(reference, wide, options, wide_upstreams, None)
     verdicts = [
-        check(f"output {i}", *triple)
+        check(f"output {i}", *triple, gain_counts=gain_counts)
         for i, triple in enumerate(zip(outputs, torch_outputs, truth_outputs, strict=True))
     ]
-    verdicts += [check(f"d{name}", grads[name], torch_grads[name], truth_grads[name]) for name in grads]
+    verdicts += [
+        check(f"d{name}", grads[name], torch_grads[name], truth_grads[name], gain_counts=gain_counts) for name in grads
+    ]
     return verdicts + [Verdict(name, False, float("inf"), f"the input {name} was changed") for name in changed]
 
 

@@ -30,6 +30,8 @@ def check_layouts(
     Without ``every``, in three: strides in another order, rows apart, and stride 0.
     """
     for layout in LAYOUTS if every else ("transposed", "sliced from wider", "one for all"):
+        if layout == "one for all" and problem.op == "attention_varlen":
+            continue  # its first dim is tokens: among tokens all alike no gradient is left
         strided = LAYOUTS[layout]
 
         def as_laid_out(t: Tensor, strided=strided) -> Tensor:

@@ -130,7 +130,8 @@ def _property_checks(plan: Plan) -> Iterator[Check]:
             if not plan.full and (problem.op == "block" or (case is not WINDOW and problem.op != "swiglu_mlp")):
                 continue
             for name in names:
-                yield _check("layouts", problem, name, properties.check_layouts, device, seed, every=plan.full)
+                if problem.op != "block":  # whose gradients vanish where all samples are one
+                    yield _check("layouts", problem, name, properties.check_layouts, device, seed, every=plan.full)
                 yield _check("memory", problem, name, properties.check_memory, device, seed)
                 yield _check("reruns", problem, name, properties.check_reruns, device, seed, times=times)
                 if (problem.op, problem.variant) not in NOT_POISONED:

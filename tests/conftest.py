@@ -76,6 +76,24 @@ def _fresh_randomness_and_poisoned_memory(request):
 
 
 @pytest.fixture
+def lone_process_group(tmp_path):
+    """torch.distributed over gloo, of this process alone.
+
+    DistributedDataParallel must be gone before the group is: the last to hold it tears it down, and DDP's reducer does
+    so with Python's lock held, which gloo's threads may be waiting for.
+    """
+    import gc
+
+    dist = torch.distributed
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("this build of PyTorch has no gloo")
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    gc.collect()
+    dist.destroy_process_group()
+
+
+@pytest.fixture
 def no_launch(monkeypatch):
     """Fail the test if a kernel is launched."""
     import triton

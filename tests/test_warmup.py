@@ -167,18 +167,14 @@ def test_nothing_runs_where_no_kernel_does(model):
     assert recorder.calls == []
 
 
-def test_a_wrapped_model_can_train_on(model, device, tmp_path):
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        outer, inner = Recorder(wrapped), Recorder(model)
-        warmup(wrapped, (2, 3, 16, 16), training=True)
-        assert (len(outer.calls), len(inner.calls)) == (0, 1)
-        for _ in range(2):
-            wrapped(torch.randn(2, 3, 16, 16, device=device)).sum().backward()
-    finally:
-        torch.distributed.destroy_process_group()
+@pytest.mark.usefixtures("lone_process_group")
+def test_a_wrapped_model_can_train_on(model, device):
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    outer, inner = Recorder(wrapped), Recorder(model)
+    warmup(wrapped, (2, 3, 16, 16), training=True)
+    assert (len(outer.calls), len(inner.calls)) == (0, 1)
+    for _ in range(2):
+        wrapped(torch.randn(2, 3, 16, 16, device=device)).sum().backward()
     assert model[0].cls_token.grad is not None
 
 

@@ -235,14 +235,9 @@ def test_fake_of_a_gpu(op, device, monkeypatch):
         assert (got.shape, got.dtype, got.stride(), got.device.type) == (want.shape, want.dtype, want.stride(), "cuda")
 
 
-@pytest.fixture(scope="module")
-def mesh():
-    dist = torch.distributed
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("this build of PyTorch has no gloo")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.device_mesh.init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
+@pytest.fixture
+def mesh(lone_process_group):
+    return torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
 
 
 @hostile(30, "a DTensor as any tensor", "`TypeError` that names `local_map`")

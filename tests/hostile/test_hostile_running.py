@@ -147,25 +147,19 @@ def test_accelerate_twice(model, images):
     "the right result and gradients, every block fused",
 )
 @pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.usefixtures("lone_process_group")
 def test_accelerate_under_ddp(when, model, images):
-    dist = torch.distributed
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("this build of PyTorch has no gloo")
     expected = model(images)
     expected.square().sum().backward()
     grads = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        if when == "before":
-            accelerate(model)
-        parallel = nn.parallel.DistributedDataParallel(model)
-        report = accelerate(parallel)
-        assert any(entry.was == "Block" for entry in report.swapped)
-        logits = parallel(images)
-        logits.square().sum().backward()
-    finally:
-        dist.destroy_process_group()
+    if when == "before":
+        accelerate(model)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    report = accelerate(parallel)
+    assert any(entry.was == "Block" for entry in report.swapped)
+    logits = parallel(images)
+    logits.square().sum().backward()
     close(logits, expected)
     close({n: p.grad for n, p in model.named_parameters()}, grads)
 

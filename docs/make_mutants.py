@@ -1,0 +1,125 @@
+"""Write docs/mutants.md: what catches each seeded defect, ``verify`` and the project's own tests.
+
+    python docs/make_mutants.py [--minutes N]
+
+For each defect of ``vitkernels.verify.mutants`` it runs the check that should show it and then pytest with
+``--mutant NAME``: the test that the defect names, then its file, then the whole suite, until one fails. Where the
+minutes run out, the page says which were not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import re
+import sys
+import tempfile
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"  # fixed when a kernel is decorated
+
+import hypothesis  # noqa: F401  this and _dynamo because each run of pytest would import them
+import pytest
+import torch
+import torch._dynamo
+import triton
+
+import vitkernels
+from vitkernels.console import track
+from vitkernels.verify.mutants import MUTANTS, Mutant, catch
+
+PAGE = Path(__file__).with_name("mutants.md")
+ROOT = PAGE.parents[1]
+HEAD = """\
+# Seeded defects
+
+A test suite that cannot fail proves nothing. Each line is a slip that a person makes in a kernel or in what launches
+it, one edit of the source, as `vitkernels/verify/mutants/defects.py` has it. Each run of `vitkernels verify` puts them
+in one by one, and is invalid unless its own checks catch 95 % of them; `pytest --mutant NAME` runs the project's tests
+with one inside. Written by `docs/make_mutants.py` on {date} with vitkernels {version}, torch {torch}, triton {triton},
+Python {python}, interpreted on a CPU, seed 0.
+
+**{caught} of {all} are caught by `verify`'s checks. {killed} of the {tried} that the tests were run with make a test
+fail.**{rest}
+
+| defect | where | caught by | first test that fails |
+|---|---|---|---|
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no tests after so many")
+    end = time.monotonic() + 60 * parser.parse_args().minutes
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    rows = []
+    for mutant in track(MUTANTS, "Seeding defects"):
+        caught = catch(mutant, torch.device("cpu"), 0)
+        rows.append((mutant, caught, first_failure(mutant, end)))
+        write(rows)
+
+
+def first_failure(mutant: Mutant, end: float) -> str | None:
+    """Return the first of the project's tests that fails with ``mutant`` inside, "" for none, None if not run."""
+    file = mutant.tests.partition("::")[0]
+    for tests in (f"tests/{mutant.tests}", f"tests/{file}", "tests"):
+        if time.monotonic() > end:
+            return None
+        with tempfile.TemporaryFile() as output:
+            # Forked, so that PyTorch and Triton are imported once.
+            process = get_context("fork").Process(target=_pytest, args=(mutant.name, tests, output.fileno()))
+            process.start()
+            process.join(max(0.0, min(end - time.monotonic(), 3600)))
+            if process.is_alive():
+                process.kill()
+                process.join()
+                return None
+            output.seek(0)
+            text = output.read().decode()
+        if process.exitcode == 1:
+            return re.search(r"^(?:FAILED|ERROR) (?:tests/)?(.+?)(?: - .*)?$", text, re.MULTILINE).group(1)
+        if process.exitcode != 0:
+            sys.exit(f"pytest {tests} with {mutant.name!r} ended with {process.exitcode}:\n{text[-4000:]}")
+    return ""
+
+
+def _pytest(name: str, tests: str, output: int) -> None:
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    code = pytest.main(["-o", "addopts=", "-p", "no:cacheprovider", "-q", "-x", "--mutant", name, tests])
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def write(rows: list[tuple]) -> None:
+    tried = [row for row in rows if row[2] is not None]
+    missing = len(MUTANTS) - len(tried)
+    head = HEAD.format(
+        date=datetime.date.today(),
+        version=vitkernels.__version__,
+        torch=torch.__version__,
+        triton=triton.__version__,
+        python=platform.python_version(),
+        caught=sum(caught.status == "passed" for _, caught, _ in rows),
+        all=len(MUTANTS),
+        killed=sum(bool(test) for *_, test in tried),
+        tried=len(tried),
+        rest=f" For want of time they were not run with the other {missing}." if missing else "",
+    )
+    lines = []
+    for mutant, caught, test in rows:
+        by = caught.detail
+        if caught.status == "passed":  # the check and what of it failed, without the figures
+            by = ": ".join(by.removeprefix("by ").split(": ")[:2])
+        test = "not run" if test is None else f"`{test}`" if test else "survives"
+        lines.append(f"| {mutant.name} | `{mutant.where}` | {by} | {test} |\n")
+    PAGE.write_text(head + "".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

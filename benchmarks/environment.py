@@ -15,13 +15,13 @@ from benchmarks.run import CpuTimer, GpuTimer, measure
 from benchmarks.schema import Results
 from vitkernels import runtime, tuning
 from vitkernels.console import UserError, import_timm
+from vitkernels.testing.cases import DTYPES
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = (
     "torch", "triton", "timm", "vitkernels", "numpy", "liger-kernel", "flash-attn", "flash-attn-3", "nvidia-cudnn-cu12",
     "nvidia-cudnn-cu13",
 )  # fmt: skip
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Missing(Exception):

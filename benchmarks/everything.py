@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from benchmarks.compete import Session
-from benchmarks.environment import DTYPES
 from benchmarks.judge import judge_op
 from benchmarks.ops import OpBench, all_ops
 from benchmarks.ops.measure import results_of, truth_of, upstreams_of, with_batch
@@ -17,7 +16,7 @@ from benchmarks.schema import OURS, Results, Row
 from benchmarks.suites import Job, plan, run_suite
 from benchmarks.tune import tune
 from vitkernels.console import one_line
-from vitkernels.testing.cases import CASES, Case
+from vitkernels.testing.cases import CASES, DTYPES, Case
 
 CHECK_SHARE, TUNE_SHARE = 0.25, 0.4  # of the time left at their start
 # Head dims 64, 72 and 128, LayerScale, gates packed and apart, 2730 features, tokens that fill no tile.

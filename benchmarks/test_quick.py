@@ -7,11 +7,11 @@ import torch
 
 import vitkernels
 from benchmarks import costs
-from benchmarks.environment import DTYPES, Missing, find_device, load_timm
+from benchmarks.environment import Missing, find_device, load_timm
 from benchmarks.judge import judge_op
 from benchmarks.ops import all_ops
 from benchmarks.ops.measure import call_of, results_of, truth_of, upstreams_of, with_batch
-from vitkernels.testing.cases import CASES
+from vitkernels.testing.cases import CASES, DTYPES
 
 DEVICE = find_device()
 DTYPE = "bf16" if DEVICE.type == "cuda" else "fp32"

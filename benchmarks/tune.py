@@ -22,7 +22,7 @@ from typing import Protocol
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.environment import DTYPES, Missing
+from benchmarks.environment import Missing
 from benchmarks.judge import judge_op
 from benchmarks.ops import Tensors, all_ops
 from benchmarks.ops.measure import call_of, results_of, truth_of, upstreams_of
@@ -30,7 +30,7 @@ from benchmarks.run import Budget, GpuTimer, measure
 from benchmarks.schema import Times
 from vitkernels import runtime, tuning
 from vitkernels.console import one_line
-from vitkernels.testing.cases import CASES
+from vitkernels.testing.cases import CASES, DTYPES
 
 VIT_B = "vit_base_patch16_224"
 TABLES = Path(tuning.__file__).parent / "tables"

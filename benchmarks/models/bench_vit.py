@@ -21,10 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vitkernels
 from benchmarks.compete import Contender, Entry, Session, compete
-from benchmarks.environment import DTYPES, Missing, load_timm
+from benchmarks.environment import Missing, load_timm
 from benchmarks.judge import judge_model
 from benchmarks.schema import Row
 from vitkernels.runtime import wide_dtype
+from vitkernels.testing.cases import DTYPES
 
 CHECKED_IMAGES = 8  # results are judged on as many at most: fp64 takes memory
 GRAPH_BATCH = 8  # above, the device is busy without a graph

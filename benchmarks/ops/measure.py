@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.compete import Contender, Entry, Session, compete
-from benchmarks.environment import DTYPES, Missing
+from benchmarks.environment import Missing
 from benchmarks.judge import judge_op
 from benchmarks.ops import MODES, OpBench, Tensors
 from benchmarks.run import l2_bytes, rotated
 from benchmarks.schema import Row
-from vitkernels.testing.cases import Case
+from vitkernels.testing.cases import DTYPES, Case
 
 COMPILED = {"compile": None, "compile max-autotune": "max-autotune-no-cudagraphs"}
 COMPILE_S = {"compile": 5.0, "compile max-autotune": 20.0}

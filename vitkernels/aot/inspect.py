@@ -23,10 +23,10 @@ from vitkernels.aot.read import Report, read_kernel
 from vitkernels.console import UserError, one_line, print_table, track
 from vitkernels.ops._triton import INTERPRETED
 from vitkernels.ops.attention.config import choose_config, useful_share
-from vitkernels.testing.cases import CASES
+from vitkernels.testing.cases import CASES, DTYPES
 
 # fp16 compiles as bf16 does; fp32 takes other paths (TF32, or no tensor cores at all), at one case.
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+COMPILED = ("bf16", "fp32")
 FP32_CASE = "vit_base_patch16_224"
 
 Use = tuple[str, str, str]  # case, op, dtype
@@ -115,7 +115,7 @@ def inspect(
 def find_launches(targets: Iterable[str], cases: Iterable[str], kernel: str | None = None) -> dict[Launch, list[Use]]:
     """Return each distinct launch of the library at ``cases``, with where it comes from."""
     found: dict[Launch, list[Use]] = {}
-    plan = [(target, case, dtype) for target in targets for case in cases for dtype in DTYPES]
+    plan = [(target, case, dtype) for target in targets for case in cases for dtype in COMPILED]
     plan = [(target, case, dtype) for target, case, dtype in plan if dtype != "fp32" or case == FP32_CASE]
     for target, case, dtype in track(plan, "Looking for launches"):
         for op, launcher in launches(CASES[case], DTYPES[dtype]).items():

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
+
+# By the names that commands and reports give them.
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:

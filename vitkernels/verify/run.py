@@ -17,14 +17,13 @@ import torch
 from vitkernels.console import UserError, one_line, track
 from vitkernels.demo.measure import why_no_kernels
 from vitkernels.ops import _triton
-from vitkernels.testing.cases import CASES, Case
+from vitkernels.testing.cases import CASES, DTYPES, Case
 from vitkernels.verify import accuracy, environment, mutants, properties
 from vitkernels.verify.compiled import check_compiled
 from vitkernels.verify.integration import integration_checks
 from vitkernels.verify.problems import BLOCKS, GATED, GATED_APART, QUICK, ROW, WINDOW, Problem, problems
 from vitkernels.verify.results import Check, Result, Verification
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TARGETS = ("sm_90", "sm_80", "sm_100", "sm_120", "gfx942")
 # Who masks decides whether a NaN behind the mask counts, and PyTorch's own kernels differ. A block is a chain of ops
 # that are looked at one by one.
@@ -38,7 +37,7 @@ class Plan:
     Attributes:
         full: Everything, not what fits in a minute.
         device: What the kernels run on: a GPU, or the CPU under Triton's interpreter.
-        dtypes: Names in :data:`DTYPES`; none for the level's own choice.
+        dtypes: Names in :data:`vitkernels.testing.cases.DTYPES`; none for the level's own choice.
         seed: Of all that is drawn.
         model: A model to verify as well, as :func:`vitkernels.verify.model.load` takes it.
         only: Shell patterns of ids; none for all checks.

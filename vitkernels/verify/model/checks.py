@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 from vitkernels import runtime, swap
 from vitkernels.console import UserError, busy
 from vitkernels.swap import _rules
+from vitkernels.testing.cases import DTYPES
 from vitkernels.testing.compare import Verdict, check
 from vitkernels.verify.accuracy import check_accuracy, seeded, settled
 from vitkernels.verify.model.load import Inputs, load
@@ -37,7 +38,6 @@ from vitkernels.verify.model.shapes import OpCalls, op_calls, shapes
 from vitkernels.verify.problems import problems
 from vitkernels.verify.results import Check, Result
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STEPS = 20
 NEIGHBOURS = 4  # runs of PyTorch from parameters one rounding off
 CURVE_LIMIT = 3.0  # times the distance of the worst of them

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Iterator
 
 import torch
 
+from vitkernels.testing.cases import DTYPES
 from vitkernels.verify.accuracy import check_accuracy
 from vitkernels.verify.mutants.defects import MUTANTS
 from vitkernels.verify.mutants.seeding import Mutant, MutantError, seeded_defect
@@ -35,7 +36,6 @@ __all__ = [
 
 ENOUGH = 0.95  # of all mutants
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 _GROUPS = {
     "accuracy": check_accuracy,
     "layouts": functools.partial(check_layouts, every=False),
@@ -92,7 +92,7 @@ def catch(mutant: Mutant, device: torch.device, seed: int) -> Result:
         with seeded_defect(mutant):
             for problem in shown_by(mutant):
                 ran.append(f"{mutant.by}/{problem.id}/{mutant.dtype}")
-                for found in _GROUPS[mutant.by](ran[-1], problem, _DTYPES[mutant.dtype], device, seed):
+                for found in _GROUPS[mutant.by](ran[-1], problem, DTYPES[mutant.dtype], device, seed):
                     if found.status == "failed":
                         return result("passed", f"by {ran[-1]}: {found.name}: {found.detail}", found.ratio)
     except MutantError as error:

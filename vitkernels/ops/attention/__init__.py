@@ -6,8 +6,9 @@ Backward:
     dP = drop · (do vᵀ),  delta = Σ_n P · dP = Σ_d o · do,  dS = P · (dP − delta)
     dv = (P · drop)ᵀ do,  dk = scale · dSᵀ q,  dq = scale · dS k,  dmask = Σ dS over what shares it
 
-Shapes: batch B, queries N_q, keys N_kv (both N when packed), heads H, head dim D, tokens of all images T. Inside, all
-tensors are (B, N, H, D) by strides, and o is so in memory, so that the output projection reads it without a copy.
+Shapes: batch B, queries N_q, keys N_kv (both N when packed), heads H, head dim D, tokens of all images T. The forward
+takes tensors as its callers have them, (B, H, N, D), (B, N, H, D) or (T, H, D), and the backward views them as
+(B, N, H, D). So o lies in memory, and the output projection reads it without a copy.
 Softmax is in base 2, log₂e folded into the scale. Products accumulate in fp32 (fp64 for fp64 inputs); P and dS are
 rounded to the inputs' dtype before the second product. Saved for backward: the inputs (as QK-norm and RoPE left
 them), o and lse (B, H, N_q). Every element of every gradient has one writer: nothing is atomic, and results repeat
@@ -48,6 +49,7 @@ _OPTIONS = (
     "Tensor? mask=None, Tensor? seed=None, bool is_causal=False, float dropout_p=0.0, Tensor? starts=None, "
     "SymInt max_seqlen=0"
 )
+_SEPARATE_OPTIONS = f"{_OPTIONS}, bool heads_first=False"
 _PREPARED = (
     "Tensor? q_weight, Tensor? q_bias, str q_norm, float q_eps, Tensor? k_weight, Tensor? k_bias, str k_norm, "
     "float k_eps, Tensor? cos, Tensor? sin, bool interleaved, int prefix"
@@ -66,10 +68,10 @@ def _separate_backward(do, q, k, v, o, lse, scale, needed, *options):
     dq, dk, dv, dmask = _gradients(do, q, k, v, o, lse, scale, needed, *options)
     options = Options(scale, *options)
     needs_dq, needs_dkv, needs_dmask = needed
-    _, computed = attention_backward(
-        do, q, k, v, o, lse, options, dq if needs_dq else None, dk if needs_dkv else None, dv if needs_dkv else None,
-        needs_dmask=needs_dmask,
-    )  # fmt: skip
+    do, q, k, v, o = options.tokens_first(do, q, k, v, o)
+    outputs = options.tokens_first(dq) if needs_dq else [None]
+    outputs += options.tokens_first(dk, dv) if needs_dkv else [None, None]
+    _, computed = attention_backward(do, q, k, v, o, lse, options, *outputs, needs_dmask=needs_dmask)
     return dq, dk, dv, computed if needs_dmask else dmask
 
 
@@ -77,10 +79,13 @@ def _gradients(do, q, k, v, o, lse, scale, needed, *options):
     options = Options(scale, *options)
     needs_dq, needs_dkv, needs_dmask = needed
     new = torch.empty if options.starts is None else torch.zeros  # tokens may belong to no image
-    grads = (
-        new(x.shape if n else (0,), dtype=x.dtype, device=x.device)
-        for x, n in ((q, needs_dq), (k, needs_dkv), (v, needs_dkv))
-    )
+    grads = []
+    for x, n in ((q, needs_dq), (k, needs_dkv), (v, needs_dkv)):
+        if n and options.heads_first:
+            B, H, N, D = x.shape
+            grads.append(torch.empty((B, N, H, D), dtype=x.dtype, device=x.device).transpose(1, 2))
+        else:
+            grads.append(new(x.shape if n else (0,), dtype=x.dtype, device=x.device))
     return *grads, _new_dmask(options.mask if needs_dmask else None, lse)
 
 
@@ -132,25 +137,26 @@ def _fake_prepared_backward(do, qkv, q, k, o, lse, scale, mask, seed, is_causal,
 
 
 def _reference_output(q, k, v, mask, options):
-    """o of q, k and v (B, N, H, D): ``options`` but for their mask, which may be a leaf of autograd in its place."""
+    """o of q, k and v: ``options`` but for their mask, which may be a leaf of autograd in its place."""
     if options.starts is not None:
-        return reference.attention_varlen(
-            q[0], k[0], v[0], options.starts, scale=options.scale, is_causal=options.is_causal
-        )[None]
+        return reference.attention_varlen(q, k, v, options.starts, scale=options.scale, is_causal=options.is_causal)
+    if not options.heads_first:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     drawn = None
     if options.dropout_p:
-        shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+        shape = (*q.shape[:3], k.shape[2])
         drawn = reference.dropout_scale(int(options.seed), shape, options.dropout_p).to(q.device)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return reference.attention(
+    o = reference.attention(
         q, k, v, attn_mask=mask, scale=options.scale, is_causal=options.is_causal, dropout_scale=drawn
-    ).transpose(1, 2)
+    )
+    return o if options.heads_first else o.transpose(1, 2)
 
 
 def _reference_forward(q, k, v, scale, *options):
     o, lse = _outputs(q, k, v, scale, *options)
     options = Options(scale, *options)
     o = o.copy_(_reference_output(q, k, v, options.mask, options))
+    q, k = options.tokens_first(q, k)
     bounds = [0, q.shape[1]] if options.starts is None else options.starts.tolist()
     lse.zero_()
     for start, end in itertools.pairwise(bounds):
@@ -168,13 +174,14 @@ def _reference_forward(q, k, v, scale, *options):
 
 
 def _reference_backward(do, q, k, v, o, lse, scale, needed, *options):
+    outputs = _gradients(do, q, k, v, o, lse, scale, needed, *options)
     options = Options(scale, *options)
     needs_dq, needs_dkv, needs_dmask = needed
-    *grads, dmask = reference_gradients(
+    grads = reference_gradients(
         lambda q, k, v, mask: _reference_output(q, k, v, mask, options),
         (q, k, v, options.mask), (do,), (needs_dq, needs_dkv, needs_dkv, needs_dmask),
     )  # fmt: skip
-    return *grads, dmask.to(lse.dtype)
+    return tuple(output.copy_(grad) for output, grad in zip(outputs, grads, strict=True))
 
 
 def _reference_packed_backward(do, qkv, o, lse, scale, needs_sum, needs_dmask=False, *options):
@@ -208,14 +215,14 @@ def _reference_prepared_backward(
 
 
 attention_fwd = register(
-    f"attention_fwd(Tensor q, Tensor k, Tensor v, float scale, {_OPTIONS}) -> (Tensor, Tensor)",
+    f"attention_fwd(Tensor q, Tensor k, Tensor v, float scale, {_SEPARATE_OPTIONS}) -> (Tensor, Tensor)",
     launcher=_forward,
     reference=_reference_forward,
     fake=_outputs,
 )
 attention_bwd = register(
     "attention_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, float scale, bool[] needed, "
-    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"{_SEPARATE_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
     launcher=_separate_backward,
     reference=_reference_backward,
     fake=_gradients,
@@ -244,11 +251,12 @@ attention_prepared_bwd = register(
 
 
 class AttentionFunction(torch.autograd.Function):
-    """Autograd for separate q, k and v, (B, N, H, D) each, and a mask."""
+    """Autograd for separate q, k and v, (B, H, N, D) each, or (T, H, D) with ``starts``, and a mask."""
 
     @staticmethod
     def forward(ctx, q, k, v, mask, seed, starts, scale, is_causal, dropout_p, max_seqlen):
-        o, lse = attention_fwd(q, k, v, scale, mask, seed, is_causal, dropout_p, starts, max_seqlen)
+        options = (is_causal, dropout_p, starts, max_seqlen, starts is None)
+        o, lse = attention_fwd(q, k, v, scale, mask, seed, *options)
         ctx.save_for_backward(q, k, v, o, lse, mask, seed, starts)
         ctx.options = (scale, is_causal, dropout_p, max_seqlen)
         return o
@@ -261,7 +269,7 @@ class AttentionFunction(torch.autograd.Function):
         needs_q, needs_k, needs_v, needs_mask, *_ = ctx.needs_input_grad
         dq, dk, dv, dmask = attention_bwd(
             do, *tensors, scale, [needs_q, needs_k or needs_v, needs_mask],
-            mask, seed, is_causal, dropout_p, starts, max_seqlen,
+            mask, seed, is_causal, dropout_p, starts, max_seqlen, starts is None,
         )  # fmt: skip
         return (
             dq if needs_q else None,
@@ -384,10 +392,9 @@ def attention(
             q, k, v, attn_mask=attn_mask, scale=scale, is_causal=is_causal, dropout_p=dropout_p, rope=rope,
             num_prefix_tokens=num_prefix_tokens, q_norm=q_norm, k_norm=k_norm,
         )  # fmt: skip
-    q = _prepare(q.transpose(1, 2), q_norm, rope, num_prefix_tokens)
-    k = _prepare(k.transpose(1, 2), k_norm, rope, num_prefix_tokens)
-    seed = _seed(q, dropout_p)
-    return _attend(q, k, v.transpose(1, 2), mask, seed, None, scale, is_causal, dropout_p, 0).transpose(1, 2)
+    q = _prepare(q, q_norm, rope, num_prefix_tokens)
+    k = _prepare(k, k_norm, rope, num_prefix_tokens)
+    return _attend(q, k, v, mask, _seed(q, dropout_p), None, scale, is_causal, dropout_p, 0)
 
 
 def attention_qkvpacked(
@@ -506,11 +513,11 @@ def attention_varlen(
         return reference.attention_varlen(
             q, k, v, cu_seqlens, scale=scale, is_causal=is_causal, dropout_p=dropout_p
         ).contiguous()
-    q = _prepare(q.unsqueeze(0), q_norm, rope, 0)
-    k = _prepare(k.unsqueeze(0), k_norm, rope, 0)
-    seed = _seed(q, dropout_p)
+    if rope is not None or q_norm is not None or k_norm is not None:
+        q, k = (x.transpose(0, 1).unsqueeze(0) for x in (q, k))
+        q, k = (_prepare(x, norm, rope, 0).squeeze(0).transpose(0, 1) for x, norm in ((q, q_norm), (k, k_norm)))
     starts = cu_seqlens if cu_seqlens.dtype is torch.int32 else cu_seqlens.to(torch.int32)
-    return _attend(q, k, v.unsqueeze(0), None, seed, starts, scale, is_causal, dropout_p, max_seqlen)[0]
+    return _attend(q, k, v, None, _seed(q, dropout_p), starts, scale, is_causal, dropout_p, max_seqlen)
 
 
 def attention_weights(
@@ -570,14 +577,14 @@ def attention_weights(
 
 
 def _attend(q, k, v, mask, seed, starts, scale, is_causal, dropout_p, max_seqlen):
-    """Attention of (B, N, H, D), through autograd where it must see it."""
+    """Attention of (B, H, N, D), or (T, H, D) with ``starts``, through autograd where it must see it."""
     if needs_grad(q, k, v, mask):
         return AttentionFunction.apply(q, k, v, mask, seed, starts, scale, is_causal, dropout_p, max_seqlen)
-    return attention_fwd(q, k, v, scale, mask, seed, is_causal, dropout_p, starts, max_seqlen)[0]
+    return attention_fwd(q, k, v, scale, mask, seed, is_causal, dropout_p, starts, max_seqlen, starts is None)[0]
 
 
 def _prepare(x: Tensor, norm: QKNorm | None, rope: Rope | None, prefix: int) -> Tensor:
-    """``x`` (B, N, H, D) behind its norm and its rotary positions."""
+    """``x`` (B, H, N, D) behind its norm and its rotary positions."""
     if norm is None and rope is None:
         return x
     late = rope is not None and needs_grad(rope.cos, rope.sin)
@@ -585,9 +592,9 @@ def _prepare(x: Tensor, norm: QKNorm | None, rope: Rope | None, prefix: int) -> 
     if norm is not None or cos is not None:
         weight, bias = norm[:2] if norm else (None, None)
         interleaved = cos is not None and rope.interleaved
-        spec = (x, weight, bias, cos, sin, _kind(norm), _eps(norm), interleaved, prefix)
-        x = (PrepareFunction.apply if needs_grad(x, weight, bias) else prepare_fwd)(*spec)
-    return reference.rope(x.transpose(1, 2), *rope, num_prefix_tokens=prefix).transpose(1, 2) if late else x
+        spec = (x.transpose(1, 2), weight, bias, cos, sin, _kind(norm), _eps(norm), interleaved, prefix)
+        x = (PrepareFunction.apply if needs_grad(x, weight, bias) else prepare_fwd)(*spec).transpose(1, 2)
+    return reference.rope(x, *rope, num_prefix_tokens=prefix) if late else x
 
 
 def _kind(norm: QKNorm | None) -> str:

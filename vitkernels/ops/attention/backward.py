@@ -33,9 +33,10 @@ def attention_backward(
     needs_sums: bool = False,
     needs_dmask: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Launch the backward into ``dq`` and into ``dk`` and ``dv``, or skip what is None; shapes as in the forward.
+    """Launch the backward into ``dq`` and into ``dk`` and ``dv``, or skip what is None.
 
-    ``dk`` and ``dv`` have the same strides; all gradients have unit stride along the last dim. Returns
+    Tensors are (B, N, H, D), with B = 1 where images are packed. ``dk`` and ``dv`` have the same strides; all gradients
+    have unit stride along the last dim. Returns
 
     - with ``needs_sums``, which needs all three, their sums over images and tokens, (3, H, D): the bias gradient of
       the projection in front, at no pass of its own;

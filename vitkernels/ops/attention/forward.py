@@ -362,13 +362,14 @@ def _attention_fwd_blocks_kernel(
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """Launch the forward on q (B, N_q, H, D), k and v (B, N_kv, H, D): ``(o, lse)``."""
+    """Launch the forward on q, k and v, which lie as ``options`` say: ``(o, lse)``, o as q, lse (B, H, N_q)."""
     o, lse = forward_outputs(q, k, v, options)
     if o.numel() == 0:
         return o, lse
     q, k, v = (runtime.unit_stride(t) for t in (q, k, v))
-    B, N_q, H, D = q.shape
-    N_kv = k.shape[1]
+    B, N_q, H, D = options.sizes(q)
+    dims = options.dims
+    N_kv = k.shape[dims[1]]
     images, longest_q, longest_kv = options.rows(B, N_q, N_kv)
     varlen = options.starts is not None
     tiling = choose_config(
@@ -382,17 +383,19 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tupl
         masked=options.mask is not None,
         dropout=options.dropout_p > 0,
     ).forward
+    mask_arguments = options.arguments(q)
     arguments = {
         "q_ptr": q,
         "k_ptr": k,
         "v_ptr": v,
         "o_ptr": o,
         "lse_ptr": lse,
-        **strides("q", q),
-        **strides("k", k),
-        **strides("v", v),
-        **strides("o", o),
-        **options.arguments(q),
+        **strides("q", q, dims),
+        **strides("k", k, dims),
+        **strides("v", v, dims),
+        **strides("o", o, dims),
+        **addressing(q, k, v, o, tokens=dims[1], mask_reach=N_q * mask_arguments["stride_mask_m"]),
+        **mask_arguments,
         "N_q": N_q,
         "N_kv": N_kv,
         "H": H,
@@ -406,12 +409,10 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tupl
         "enable_fp_fusion": False,
     }
     num_blocks = runtime.cdiv(longest_q, tiling.block_m)
-    mask_reach = N_q * arguments["stride_mask_m"]
     if tiling.regime == "row":
         starts, pieces = key_pieces(N_kv, tiling.block_n)
         _attention_fwd_row_kernel[(B * H * num_blocks,)](
             **arguments,
-            **addressing(q, k, v, o, mask_reach=mask_reach),
             num_blocks=num_blocks,
             STARTS=starts,
             PIECES=pieces,
@@ -423,7 +424,6 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tupl
             B=B,
             windows=windows,
             MASK_B=not options.shares_mask,
-            **addressing(q, k, v, o, mask_reach=mask_reach),
             BLOCK_N=tiling.block_n,
         )
     else:
@@ -431,7 +431,6 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tupl
         starts, pieces = ((), ()) if varlen else key_pieces(N_kv % tiling.block_n, tiling.block_n)
         _attention_fwd_blocks_kernel[(images * H * num_blocks,)](
             **arguments,
-            **addressing(q, k, v, o, mask_reach=mask_reach),
             starts_ptr=options.starts if varlen else q,
             num_blocks=num_blocks,
             VARLEN=varlen,
@@ -444,9 +443,12 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tupl
 
 def forward_outputs(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """Allocate what :func:`attention_forward` returns; zeros where tokens may belong to no image."""
-    B, N_q, H, D = q.shape
+    B, N_q, H, D = options.sizes(q)
     new = torch.empty if options.starts is None else torch.zeros
-    o = new((B, N_q, H, D), dtype=q.dtype, device=q.device)
+    if options.heads_first:
+        o = torch.empty_strided((B, H, N_q, D), (N_q * H * D, D, H * D, 1), dtype=q.dtype, device=q.device)
+    else:
+        o = new(q.shape, dtype=q.dtype, device=q.device)
     return o, new((B, H, N_q), dtype=runtime.wide_dtype(q.dtype), device=q.device)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,12 +12,13 @@ from vitkernels.ops import _tile
 from vitkernels.ops._triton import tl
 
 LOG2_E = 1.4426950408889634
+# Which dims of a tensor are images, tokens and heads; its last are channels. Packed images are no dim.
+TOKENS_FIRST, HEADS_FIRST, PACKED = (0, 1, 2), (0, 2, 1), (None, 0, 1)
 MAX_INT32_REACH = 2**31 - 2**16  # elements between a head's first row and its last; the rest is the row itself
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What attention is told beside queries, keys and values.
+class Options(NamedTuple):
+    """What attention is told beside queries, keys and values, which are (B, N, H, D) unless it says otherwise.
 
     Attributes:
         scale: Factor of the scores.
@@ -26,8 +27,9 @@ class Options:
         is_causal: Whether query i looks at keys 0 to i alone.
         dropout_p: The share of weights that are dropped.
         starts: (images + 1,) int32, the first token of each packed image and the end; q, k and v are then
-            (1, all tokens, H, D).
+            (all tokens, H, D).
         max_seqlen: Tokens of the longest packed image.
+        heads_first: q, k and v are (B, H, N, D), as is o, which lies in memory as (B, N, H, D) all the same.
     """
 
     scale: float
@@ -37,6 +39,23 @@ class Options:
     dropout_p: float = 0.0
     starts: Tensor | None = None
     max_seqlen: int = 0
+    heads_first: bool = False
+
+    @property
+    def dims(self) -> tuple[int | None, int, int]:
+        """Which dims of q, k, v and o are images, tokens and heads."""
+        return PACKED if self.starts is not None else HEADS_FIRST if self.heads_first else TOKENS_FIRST
+
+    def sizes(self, q: Tensor) -> tuple[int, int, int, int]:
+        """B, N_q, H and D; B is 1 where images are packed."""
+        b, n, h = self.dims
+        return 1 if b is None else q.shape[b], q.shape[n], q.shape[h], q.shape[-1]
+
+    def tokens_first(self, *tensors: Tensor) -> list[Tensor]:
+        """View tensors as (B, N, H, D)."""
+        if self.starts is not None:
+            return [x.unsqueeze(0) for x in tensors]
+        return [x.transpose(1, 2) for x in tensors] if self.heads_first else list(tensors)
 
     @property
     def shares_mask(self) -> bool:
@@ -93,13 +112,13 @@ def _aligned(mask: Tensor) -> Tensor:
     return torch.constant_pad_nd(mask, (0, -N % 16)).contiguous()
 
 
-def strides(name: str, x: Tensor) -> dict[str, int]:
-    """Name the strides of ``x`` (B, N, H, D) as the kernels do."""
-    return {f"stride_{name}_{dim}": x.stride(i) for i, dim in enumerate("bnh")}
+def strides(name: str, x: Tensor, dims: tuple[int | None, int, int] = TOKENS_FIRST) -> dict[str, int]:
+    """Name the strides of ``x`` as the kernels do, where ``dims`` are images, tokens and heads."""
+    return {f"stride_{name}_{letter}": 0 if i is None else x.stride(i) for letter, i in zip("bnh", dims, strict=True)}
 
 
 def alignment(*tensors: Tensor) -> int:
-    """How many bytes, 16 at most, divide the address of every row of tensors (B, N, H, D).
+    """How many bytes, 16 at most, divide the address of every head's every row.
 
     The width of a load follows from it. Triton itself only tells strides divisible by 16 elements from others, and
     would load heads of 72 channels one by one.
@@ -112,11 +131,11 @@ def alignment(*tensors: Tensor) -> int:
     return bits & -bits
 
 
-def addressing(*tensors: Tensor, mask_reach: int = 0) -> dict[str, object]:
-    """Tell the kernels how tensors (B, N, H, D) lie: ``ALIGN``, and ``INDEX``, the type of offsets within a head.
+def addressing(*tensors: Tensor, tokens: int = 1, mask_reach: int = 0) -> dict[str, object]:
+    """Tell the kernels how tensors lie: ``ALIGN``, and ``INDEX``, the type of offsets within a head.
 
-    int64 costs up to 70 registers a thread, so INDEX is int32 wherever that reaches; ``mask_reach`` is how far the
-    last row of a head's mask lies from its first.
+    int64 costs up to 70 registers a thread, so INDEX is int32 wherever that reaches; ``tokens`` is the dim of the
+    tokens, and ``mask_reach`` how far the last row of a head's mask lies from its first.
     """
-    reach = max(mask_reach, *(x.shape[1] * x.stride(1) for x in tensors))
+    reach = max(mask_reach, *(x.shape[tokens] * x.stride(tokens) for x in tensors))
     return {"ALIGN": alignment(*tensors), "INDEX": tl.int32 if reach < MAX_INT32_REACH else tl.int64}

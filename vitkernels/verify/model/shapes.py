@@ -103,17 +103,15 @@ def _blocks(calls: list[tuple[str, dict[str, Any]]]) -> Iterator[_Block]:
             yield block
             block = _Block()
         block.layer_scale |= given.get("gamma") is not None
-        if op == "layer_norm_fwd" and block.mlp != "mlp" and block.hidden in (given["x"].shape[-1], given["width"]):
-            block.mlp_norm = True
-        elif op == "layer_norm_fwd":
+        if op == "layer_norm_fwd":
             norm = "rms_norm" if given["rms"] else "layer_norm"
             block.norm, block.channels = norm, block.channels or given["x"].shape[-1]
             block.tokens = block.tokens or _rows(given["x"])
         elif op == "attention_prepare_fwd" and given["cos"] is not None:
             rope = ("rope_interleaved" if given["interleaved"] else "rope_half",)
         elif attends:
-            packed = op == "attention_qkvpacked_fwd"
-            N, H, D = (given["qkv"].select(2, 0) if packed else given["q"]).shape[1:]
+            q = given["qkv"].select(2, 0) if op == "attention_qkvpacked_fwd" else given["q"]
+            N, H, D = (q.transpose(1, 2) if given.get("heads_first") else q).shape[-3:]
             block.tokens, block.head_dim, block.norm = N, D, norm
             block.channels = block.channels or H * D
             block.attention, rope = rope + _options(given), ()
@@ -121,8 +119,9 @@ def _blocks(calls: list[tuple[str, dict[str, Any]]]) -> Iterator[_Block]:
             block.hidden, block.channels = hidden, given["x"].shape[-1]
             block.activation = given["activation"] or "gelu"
             block.tokens = block.tokens or _rows(given["x"])
-            if op == "glu_fwd":
+            if op == "swiglu_mlp_fwd":
                 block.mlp = "packed" if given["w2"] is None else "separate"
+                block.mlp_norm = given["eps"] is not None
     yield block
 
 
@@ -132,7 +131,7 @@ def _hidden(op: str, given: dict[str, Any]) -> int:
         return given["w1"].shape[0]
     if op == "linear_fwd" and given["activation"] is not None:
         return given["weight"].shape[0]
-    if op == "glu_fwd":
+    if op == "swiglu_mlp_fwd":
         return given["w1"].shape[0] // (2 if given["w2"] is None else 1)
     return 0
 

@@ -320,11 +320,14 @@ def test_opcheck_and_agreement_with_pytorch(hidden, provider, device):
     )
     b1, b2, gamma = (torch.randn(s, device=device) for s in (hidden, hidden, 8))
     w3[:, hidden:] = 0.0
+    narrow = w3[:, :hidden]
     h, z = ops.swiglu.glu_fwd(x, w1, b1, w2, b2, "silu", False, True)
     calls = [
         ("glu_fwd", (x, w1, b1, w2, b2, "silu", False, True)),
         ("glu_fwd", (x, torch.cat([w1, w2]), None, None, None, "gelu", True, False)),
         ("glu_gate", (z, "silu", True)),
+        ("swiglu_mlp_fwd", (x, w1, b1, w2, b2, narrow, None, None, None, gamma, dy, "silu", True)),
+        ("swiglu_mlp_fwd", (x, w1, b1, w2, b2, narrow, gamma, b1, b2, None, None, "silu", False, 1e-6)),
         ("glu_bwd", (h, None, None, z, "silu", False, False, True)),
         ("glu_bwd", (dy, w3, gamma, z, "quick_gelu", True, True, False)),
     ]

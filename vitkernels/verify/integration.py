@@ -338,11 +338,18 @@ class _Record(TorchDispatchMode):
 
 
 def _calls(posed: dict[str, list[Problem]], device: torch.device, seed: int) -> dict[str, list[tuple]]:
-    """Return the arguments with which all problems, forward and backward, call each registered op."""
-    with seeded(seed, device), _Record() as record:
-        for problem in (p for mine in posed.values() for p in mine):
-            outputs_and_gradients(problem.function, problem.draw(torch.float32, device), torch.ones_like)
-    return record.calls
+    """Return the arguments with which all problems call each registered op.
+
+    Forward and backward, and, where an op is called without gradients alone, without.
+    """
+    drawn = [(p.function, p.draw) for mine in posed.values() for p in mine]
+    with seeded(seed, device), _Record() as training:
+        for function, draw in drawn:
+            outputs_and_gradients(function, draw(torch.float32, device), torch.ones_like)
+    with seeded(seed, device), torch.no_grad(), _Record() as inference:
+        for function, draw in drawn:
+            function(**draw(torch.float32, device))
+    return inference.calls | training.calls
 
 
 def _opcheck(id: str, name: str, calls: Callable[[], dict[str, list[tuple]]], quick: bool) -> Iterator[Result]:

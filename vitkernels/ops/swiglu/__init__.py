@@ -17,13 +17,16 @@ from which h is made again, in the kernel that computes dz where no norm needs i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vitkernels import reference, runtime
 from vitkernels.ops._checks import alike, check_shape
-from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
+from vitkernels.ops._registry import OPS, needs_grad, reference_gradients, register, uses_kernels
 from vitkernels.ops.layer_norm import check_eps, check_parameter, layer_norm_bwd, layer_norm_fwd, parameters_for_torch
 from vitkernels.ops.linear import (
     check_activation,
@@ -97,6 +100,38 @@ glu_bwd = register(
 )
 
 
+class _Steps(NamedTuple):
+    """Who computes the three steps of the forward: registered ops, or one kind of their implementations."""
+
+    glu: Callable
+    norm: Callable
+    last: Callable
+
+
+_OPS = _Steps(glu_fwd, layer_norm_fwd, linear_fwd)
+
+
+def _in_one(role: str) -> Callable:
+    """Return the forward that keeps nothing, on the implementations of ``role``: an op of its own, for one dispatch."""
+    steps = _Steps(*(getattr(OPS[name], role) for name in ("glu_fwd", "layer_norm_fwd", "linear_fwd")))
+
+    def forward(x, w1, b1, w2, b2, w3, b3, norm_w, norm_b, gamma, residual, activation=None, gate_last=False, eps=None):
+        tensors = (x, w1, b1, w2, b2, w3, b3, norm_w, norm_b, gamma, residual)
+        return _forward(*tensors, (activation, gate_last, eps, False), save=False, steps=steps)[0]
+
+    return forward
+
+
+swiglu_mlp_fwd = register(
+    "swiglu_mlp_fwd(Tensor x, Tensor w1, Tensor? b1, Tensor? w2, Tensor? b2, Tensor w3, Tensor? b3, Tensor? norm_w, "
+    "Tensor? norm_b, Tensor? gamma, Tensor? residual, str? activation=None, bool gate_last=False, float? eps=None) "
+    "-> Tensor",
+    launcher=_in_one("launcher"),
+    reference=_in_one("reference"),
+    fake=_in_one("fake"),
+)
+
+
 class SwigluMlpFunction(torch.autograd.Function):
     """Autograd for :func:`swiglu_mlp`; the weights are in the products' dtype."""
 
@@ -139,7 +174,7 @@ class SwigluMlpFunction(torch.autograd.Function):
             need_h = need_z or need_norm_w or need_norm_b
             if h is None:
                 h = glu_gate(z, activation, gate_last)
-                normed = _norm(h, norm_w, norm_b, eps, hidden)[0]
+                normed = _norm(layer_norm_fwd, h, norm_w, norm_b, eps, hidden)[0]
             dnormed, dw3, db3, d_gamma = linear_bwd(dy, normed, w3, b3, None, gamma, None, [need_h, *last])
             if need_h:
                 _, dh, d_norm_w, d_norm_b, *_ = layer_norm_bwd(
@@ -167,17 +202,17 @@ class SwigluMlpFunction(torch.autograd.Function):
         ), None
 
 
-def _forward(x, w1, b1, w2, b2, w3, b3, norm_w, norm_b, gamma, residual, options, *, save):
+def _forward(x, w1, b1, w2, b2, w3, b3, norm_w, norm_b, gamma, residual, options, *, save, steps=_OPS):
     """Return the output, and what the backward takes out of ``ctx.saved_tensors``."""
     activation, gate_last, eps, recompute = options
     hidden = hidden_features(w1, w2)
-    h, z = glu_fwd(x, w1, b1, w2, b2, activation, gate_last, save)
+    h, z = steps.glu(x, w1, b1, w2, b2, activation, gate_last, save)
     normed, mean, rstd = h, None, None
     if eps is not None:
-        normed, _, mean, rstd = _norm(h, norm_w, norm_b, eps, hidden)
+        normed, _, mean, rstd = _norm(steps.norm, h, norm_w, norm_b, eps, hidden)
     if h.shape[-1] > hidden:
         w3 = torch.constant_pad_nd(w3, (0, h.shape[-1] - hidden))
-    y, _ = linear_fwd(normed, w3, b3, gamma, residual, None)
+    y, _ = steps.last(normed, w3, b3, gamma, residual, None)
     keep = save and not recompute
     saved = (
         x, w1, w2, w3, b3, norm_w, norm_b, gamma, z, h if keep else None,
@@ -186,8 +221,8 @@ def _forward(x, w1, b1, w2, b2, w3, b3, norm_w, norm_b, gamma, residual, options
     return y, saved
 
 
-def _norm(h, weight, bias, eps, hidden):
-    return layer_norm_fwd(h, None, weight, bias, None, None, eps, h.dtype, False, _width(hidden))
+def _norm(norm, h, weight, bias, eps, hidden):
+    return norm(h, None, weight, bias, None, None, eps, h.dtype, False, _width(hidden))
 
 
 def _width(hidden: int) -> int | None:
@@ -280,7 +315,7 @@ def swiglu_mlp(
     options = (activation, gate_last, eps, recompute)
     if needs_grad(*tensors):
         return SwigluMlpFunction.apply(*tensors, options)
-    return _forward(*tensors, options, save=False)[0]
+    return swiglu_mlp_fwd(*tensors, activation, gate_last, eps)
 
 
 def _check_first(op, x, w12, b12, strict):

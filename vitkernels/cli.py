@@ -18,6 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv``; return 0, 1 where a check fails, 2 where the user has something to put right."""
     args = _parser().parse_args(argv)
     if args.runs_kernels:
+        if args.run is _verify:
+            _give_each_worker_one_thread()
         _turn_interpreter_on_without_gpu(even_with=getattr(args, "cpu", False))
     from vitkernels.console import UserError
 
@@ -220,6 +222,15 @@ def _traffic(args: argparse.Namespace) -> bool:
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         raise UserError(one_line(error)) from error
     return True
+
+
+def _give_each_worker_one_thread() -> None:
+    """Keep NumPy, which multiplies in the interpreter, from taking every core for each of verify's workers.
+
+    Its BLAS reads this once, when NumPy is imported, which PyTorch does: this must come before.
+    """
+    for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(variable, "1")
 
 
 def _turn_interpreter_on_without_gpu(*, even_with: bool) -> None:

@@ -1,7 +1,10 @@
 """``vitkernels verify``: what it runs, what it says, and the exit code that a CI sees."""
 
 import json
+import os
 import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -118,3 +121,14 @@ def test_mistakes_are_one_line(arguments, says, capsys):
     assert cli.main(["verify", "--cpu", *arguments]) == 2
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert err.startswith("vitkernels: ") and says in err
+
+
+def test_numpy_multiplies_with_one_thread_in_each_worker():
+    """With a thread a core in each of as many workers, interpreted products take more than twice as long."""
+    code = (
+        "from vitkernels.cli import main; main(['verify', '--cpu', '--only', 'no such check']); import threadpoolctl; "
+        "print([pool['num_threads'] for pool in threadpoolctl.threadpool_info() if 'openblas' in pool['filepath']])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert set(json.loads(found.stdout)) == {1}

@@ -189,6 +189,8 @@ def opcheck_cases(device):
         sum(o.sum() for o in outputs).backward()
         with torch.no_grad():
             ops.mlp(x, randn(24, 16), None, randn(16, 24), None)
+            ops.swiglu_mlp(x, randn(48, 16), randn(48), *last, layer_scale=w, residual=x)
+            ops.swiglu_mlp(x, (randn(23, 16), randn(23, 16)), None, randn(16, 23), None, norm=(randn(23), None, 1e-6))
     return calls
 
 

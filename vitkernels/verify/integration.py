@@ -342,13 +342,13 @@ def _calls(posed: dict[str, list[Problem]], device: torch.device, seed: int) -> 
 
     Forward and backward, and, where an op is called without gradients alone, without.
     """
-    drawn = [(p.function, p.draw) for mine in posed.values() for p in mine]
+    all_posed = [problem for mine in posed.values() for problem in mine]
     with seeded(seed, device), _Record() as training:
-        for function, draw in drawn:
-            outputs_and_gradients(function, draw(torch.float32, device), torch.ones_like)
+        for problem in all_posed:
+            outputs_and_gradients(problem.function, problem.draw(torch.float32, device), torch.ones_like)
     with seeded(seed, device), torch.no_grad(), _Record() as inference:
-        for function, draw in drawn:
-            function(**draw(torch.float32, device))
+        for problem in all_posed:
+            problem.function(**problem.draw(torch.float32, device))
     return inference.calls | training.calls
 
 

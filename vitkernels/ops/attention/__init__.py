@@ -8,7 +8,7 @@ Backward:
 
 Shapes: batch B, queries N_q, keys N_kv (both N when packed), heads H, head dim D, tokens of all images T. The forward
 takes tensors as its callers have them, (B, H, N, D), (B, N, H, D) or (T, H, D), and the backward views them as
-(B, N, H, D). So o lies in memory, and the output projection reads it without a copy.
+(B, N, H, D). In memory o is (B, N, H, D) or (T, H, D), so that the output projection reads it without a copy.
 Softmax is in base 2, log₂e folded into the scale. Products accumulate in fp32 (fp64 for fp64 inputs); P and dS are
 rounded to the inputs' dtype before the second product. Saved for backward: the inputs (as QK-norm and RoPE left
 them), o and lse (B, H, N_q). Every element of every gradient has one writer: nothing is atomic, and results repeat

@@ -2,7 +2,12 @@
 
 import os
 
-import torch
+# NumPy computes the interpreter's products in the threads of its BLAS, which by themselves take every core in every
+# worker of pytest-xdist. Read when NumPy is first imported.
+for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
+
+import torch  # noqa: E402
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:

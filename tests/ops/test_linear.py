@@ -40,6 +40,14 @@ def test_epilogues(activation, epilogue, dtype, device):
     check_op(ops.linear, reference.linear, tensors, options={"activation": activation})
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="hardware sums in fp32")
+def test_an_interpreted_product_does_not_depend_on_the_blas():
+    """One tile of K: the same on every CPU, whose BLAS each add in an order of their own."""
+    tensors = layer(2, 50, 16, 72, epilogue=False)
+    wide = {name: t.double() for name, t in tensors.items() if name != "bias"}
+    assert torch.equal(ops.linear(**tensors | {"bias": None}), reference.linear(**wide, bias=None).float())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 20, 4), (2, 197, 100, 72), (1, 257, 300, 130), (3, 1, 1, 1)], ids=str)
 def test_shapes(shape, dtype, device):

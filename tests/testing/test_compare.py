@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vitkernels.testing import check
+from vitkernels.testing import check, judge_op
 
 NAN, INF = float("nan"), float("inf")
 
@@ -56,3 +56,19 @@ def test_shape_and_dtype_count(truth):
 def test_nan_and_infinities_go_where_they_belong(got, want, passed):
     actual, expected = torch.tensor([got, 2.0]), torch.tensor([want, 2.0])
     assert check("t", actual, expected, expected.double()).passed is passed
+
+
+@pytest.mark.parametrize(("error", "passed"), [(0.0, True), (1e-12, False)])
+def test_in_fp64_another_order_of_the_sum_passes_and_a_wrong_digit_fails(error, passed):
+    """The truth is PyTorch's own product, whose error must be known from elsewhere."""
+    tensors = {n: torch.randn(40, 300, dtype=torch.float64, requires_grad=True) for n in ("x", "weight")}
+
+    def backwards(x, weight):
+        total = torch.zeros(40, 40, dtype=torch.float64)
+        for k in reversed(range(300)):
+            total = total + x[:, k, None] * weight[None, :, k]
+        return total * (1 + error)
+
+    verdicts = judge_op(backwards, lambda x, weight: x @ weight.T, tensors)
+    assert [v.passed for v in verdicts] == [passed] * 3
+    assert all(v.ratio < 1e3 for v in verdicts[:1]) is passed

@@ -1,8 +1,9 @@
 """Arithmetic on loaded tiles: products, rounding, activations and their derivatives. No pointers.
 
 Four things differ under Triton's interpreter, and are mended here alone: it multiplies the raw bits of bf16
-operands, it truncates fp32 to bf16 where hardware rounds to nearest even, it lacks libdevice, and it adds the
-rows of a tile one after the other where hardware adds them as a tree.
+operands and leaves the order of a product's sums to NumPy's BLAS, which takes another on every CPU; it truncates fp32
+to bf16 where hardware rounds to nearest even; it lacks libdevice; and it adds the rows of a tile one after the other
+where hardware adds them as a tree.
 """
 
 from __future__ import annotations
@@ -40,10 +41,14 @@ def cast(x, dtype: tl.constexpr):
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b, accumulated in ``acc``'s dtype (fp32, or fp64 for fp64 operands)."""
-    if INTERPRETED and a.dtype == tl.bfloat16:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+    dtype: tl.constexpr = acc.dtype
+    if INTERPRETED and dtype == tl.float32:
+        # In fp64 the order of the sum does not show in what is rounded to fp32, short of a tie: every CPU gives the
+        # same result. The fp32 sums of some BLAS err 3 to 9 times as much as PyTorch's.
+        a = a.to(tl.float64)
+        b = b.to(tl.float64)
+        acc = acc.to(tl.float64)
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype).to(dtype)
 
 
 @triton.jit

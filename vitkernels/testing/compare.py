@@ -4,7 +4,7 @@ fp32 and fp64: max error ≤ 2 × PyTorch's + 2 · max(|truth + 0.3 − 0.3 − 
 the tensor. fp16 and bf16: RMS error ≤ 1.5 ×, worst row ≤ 10 ×, and gain |⟨err, truth⟩ / ⟨truth, truth⟩| ≤
 max(eps / 32, 1e-6, noise), the last because bf16 alone hides a result that is off by a constant factor. In RMS and
 worst row "PyTorch's error" is never taken to be less than the error of rounding the truth to the dtype, which
-nobody can beat.
+nobody can beat. In fp64, where the truth is PyTorch's own result, "PyTorch's error" is that of fp32, scaled by eps.
 
 The terms for noise count in small tensors. eps · |truth|: of two ways to sum a bias gradient of 100 rows and 36
 features, γ · Σ dy and Σ γ · dy, equally exact (RMS 9.2e-7 and 9.4e-7 over 300 seeds), each fails against twice the
@@ -147,9 +147,11 @@ def judge_op(
     outputs, grads, upstreams = _run(function, tensors, options, None, upstream)
     changed = [name for name, t in before.items() if not _same(tensors[name].detach(), t)]
     torch_outputs, torch_grads, _ = _run(reference, tensors, options, upstreams, None)
-    wide = widened(tensors)
-    wide_upstreams = [u.double() for u in upstreams]
-    truth_outputs, truth_grads, _ = _run(reference, wide, options, wide_upstreams, None)
+    truth_outputs, truth_grads = _truth(reference, tensors, options, upstreams)
+    if any(t.dtype == torch.float64 for t in (*torch_outputs, *torch_grads.values())):
+        torch_outputs, torch_grads = _yardstick_in_fp64(
+            reference, tensors, options, upstreams, (torch_outputs, torch_grads), (truth_outputs, truth_grads)
+        )
     verdicts = [
         check(f"output {i}", *triple, gain_counts=gain_counts)
         for i, triple in enumerate(zip(outputs, torch_outputs, truth_outputs, strict=True))
@@ -166,6 +168,39 @@ def widened(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
         name: t.detach().double().requires_grad_(t.requires_grad) if t is not None and t.is_floating_point() else t
         for name, t in tensors.items()
     }
+
+
+def _truth(reference, tensors, options, upstreams):
+    """Outputs and gradients of ``reference`` in fp64."""
+    outputs, grads, _ = _run(reference, widened(tensors), options, [u.double() for u in upstreams], None)
+    return outputs, grads
+
+
+def _yardstick_in_fp64(reference, tensors, options, upstreams, results, truths):
+    """``results`` of PyTorch, those in fp64 replaced by the truth and an error as large as PyTorch's can be there.
+
+    In fp64 the truth is PyTorch's own result, which would show no error. Its error in fp32, on inputs that fp32 holds
+    exactly, is taken instead, scaled by the ratio of the two dtypes' eps.
+    """
+    narrow = {
+        name: t.detach().float().requires_grad_(t.requires_grad) if t is not None and t.dtype == torch.float64 else t
+        for name, t in tensors.items()
+    }
+    narrow_upstreams = [u.float() if u.dtype == torch.float64 else u for u in upstreams]
+    outputs, grads, _ = _run(reference, narrow, options, narrow_upstreams, None)
+    narrow_truth_outputs, narrow_truth_grads = _truth(reference, narrow, options, narrow_upstreams)
+    scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+
+    def yardstick(result, truth, narrow_result, narrow_truth):
+        if result.dtype != torch.float64:
+            return result
+        return truth + scale * (narrow_result.double() - narrow_truth)
+
+    (torch_outputs, torch_grads), (truth_outputs, truth_grads) = results, truths
+    return (
+        tuple(map(yardstick, torch_outputs, truth_outputs, outputs, narrow_truth_outputs)),
+        {n: yardstick(g, truth_grads[n], grads[n], narrow_truth_grads[n]) for n, g in torch_grads.items()},
+    )
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,7 +92,7 @@ def _everything(args: argparse.Namespace) -> int:
 
 def _measure(args: argparse.Namespace, seconds: float, measure) -> int:
     budget = Budget(seconds, reserve=min(RESERVED_S, RESERVED * seconds))
-    from benchmarks.environment import find_device
+    from benchmarks.environment import ROOT, find_device
     from benchmarks.schema import load
 
     path = args.out / "results.json"
@@ -104,7 +105,11 @@ def _measure(args: argparse.Namespace, seconds: float, measure) -> int:
         if not path.exists():
             return 130
     results = load(path)
-    _write(results, args.out)
+    if interrupted:
+        # Whatever was being imported just then is left half in place, and what the report needs may be among it.
+        subprocess.run([sys.executable, "-m", "benchmarks", "report", str(path.resolve())], cwd=ROOT)
+    else:
+        _write(results, args.out)
     if args.keep and not interrupted:
         print(f"Kept as {_keep(path)}")
     print(f"{budget.spent():.0f} s of {seconds:.0f} s.")

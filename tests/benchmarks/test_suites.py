@@ -2,16 +2,19 @@
 
 import html
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import suites
+from benchmarks.__main__ import main
 from benchmarks.environment import Missing
 from benchmarks.run import Budget
 from benchmarks.schema import Row, Times, load
@@ -86,6 +89,21 @@ def test_an_interrupted_run_leaves_what_it_had(path, monkeypatch):
     assert [r.name for r in left.rows][:1] == ["a"]
     run_suite("quick", CPU, Budget(60.0), path, jobs=jobs[:1])
     assert load(path).complete
+
+
+def test_an_import_cut_short_does_not_reach_the_report(tmp_path, monkeypatch, capfd):
+    """Ctrl-C within an import leaves half a module, here one without which no picture is drawn."""
+    kept = next((ROOT / "benchmarks" / "results" / "cpu").glob("*.json"))
+
+    def measure(device, budget, path):
+        shutil.copyfile(kept, path)
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", types.ModuleType("matplotlib.figure"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("benchmarks.suites.run_suite", lambda suite, *args: measure(*args))
+    assert main(["--out", str(tmp_path)]) == 130
+    assert "data:image/png" in (tmp_path / "report.html").read_text()
+    assert "report.html" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -48,6 +48,23 @@ def test_an_interpreted_product_does_not_depend_on_the_blas():
     assert torch.equal(ops.linear(**tensors | {"bias": None}), reference.linear(**wide, bias=None).float())
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled there")
+def test_the_interpreter_prepares_the_language_once_a_launch(monkeypatch):
+    """Not at each call of a function within a kernel, which took more than half of a launch."""
+    from triton.runtime import interpreter
+
+    prepare, call = interpreter._patch_lang, interpreter.InterpretedFunction.__call__
+    prepared = []
+    monkeypatch.setattr(interpreter, "_patch_lang", lambda fn: prepared.append(fn) or prepare(fn))
+    counts = []
+    for rows in (1, 300):
+        prepared.clear()
+        ops.linear(torch.randn(rows, 300), torch.randn(130, 300), activation="gelu")
+        counts.append(len(prepared))
+    assert counts[0] == counts[1] <= 2, "one for the kernel's file, one for Triton's own functions"
+    assert interpreter.InterpretedFunction.__call__ is call
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 20, 4), (2, 197, 100, 72), (1, 257, 300, 130), (3, 1, 1, 1)], ids=str)
 def test_shapes(shape, dtype, device):

@@ -63,26 +63,55 @@ if MISSING is None:
                 _ = kernel.run  # loads the binary, as the launch would do next: it may be broken
             return kernel
 
+    @_triton.jit
+    def _probe():
+        pass
+
+    INTERPRETED = not isinstance(_probe, _triton.JITFunction)
+
     class _Decorators:
         """What op files call ``triton``."""
 
         @staticmethod
         def jit(fn):
             kernel = _triton.jit(fn)
-            if isinstance(kernel, _triton.JITFunction):
-                kernel.__class__ = _Kernel
+            kernel.__class__ = _Interpreted if INTERPRETED else _Kernel
             return kernel
 
     triton = _Decorators()
-
-    @triton.jit
-    def _probe():
-        pass
-
-    INTERPRETED = not isinstance(_probe, _triton.JITFunction)
 else:
     triton = tl = _Missing()
     INTERPRETED = False
+
+if INTERPRETED:
+    _Function = type(_probe)
+
+    class _Interpreted(_Function):
+        """A kernel, or a function that kernels call, that does not prepare ``triton.language`` at each call.
+
+        Triton's own do, for 1 to 3 ms, which was more than half of an interpreted launch. Once a launch is enough: what
+        a file sees of the language is the same module in all of ours, and in all of Triton's own.
+        """
+
+        def run(self, *args, **kwargs):
+            call, prepared = _Function.__call__, set()
+
+            def call_of_tritons_own(function, *args, **kwargs):  # tl.sum and the like
+                names = id(function.fn.__globals__)
+                if names in prepared:
+                    return function.rewrite()(*args, **kwargs)
+                prepared.add(names)
+                return call(function, *args, **kwargs)
+
+            _Function.__call__ = call_of_tritons_own
+            try:
+                return super().run(*args, **kwargs)
+            finally:
+                _Function.__call__ = call
+
+        def __call__(self, *args, **kwargs):
+            return self.rewrite()(*args, **kwargs)
+
 
 HAS_TRITON = MISSING is None
 

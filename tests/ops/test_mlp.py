@@ -1,11 +1,14 @@
 """mlp against fp64: activations, dtypes, layouts, gradients, bad input."""
 
+import dataclasses
 import functools
 
 import pytest
 import torch
 
 from vitkernels import ops, reference
+from vitkernels.ops import _product
+from vitkernels.ops._product import choose_config
 from vitkernels.testing import check_op
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -47,6 +50,17 @@ def test_activations(activation, epilogue, dtype, device):
 )
 def test_shapes(shape, dtype, device):
     check_op(ops.mlp, reference.mlp, layers(*shape, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_epilogues_in_shares_of_columns(parts, device, monkeypatch):
+    """One on sm_80, four on sm_90; the interpreter's heuristic takes two at most."""
+
+    def choose(*args, **kwargs):
+        return dataclasses.replace(choose_config(*args, **kwargs), parts=parts)
+
+    monkeypatch.setattr(_product, "choose_config", choose)
+    check_op(ops.mlp, reference.mlp, layers(1, 21, 36, 130, device=device))
 
 
 @pytest.mark.parametrize("missing", [["b1"], ["b2"], ["b1", "b2", "residual"], ["b2", "layer_scale"]], ids=str)

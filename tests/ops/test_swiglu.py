@@ -56,6 +56,18 @@ def check_swiglu(tensors, *, upstream=torch.randn_like, recompute=False, **optio
     return check_op(ours, flat(reference.swiglu_mlp), tensors, options=options, upstream=upstream)
 
 
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_epilogues_in_shares_of_columns(parts, device, monkeypatch):
+    """One on sm_80, four on sm_90; the interpreter's heuristic takes two at most."""
+
+    def choose(*args, **kwargs):
+        return dataclasses.replace(choose_config(*args, **kwargs), parts=parts)
+
+    for file in (FORWARD, BACKWARD):
+        monkeypatch.setattr(file, "choose_config", choose)
+    check_swiglu(layers(1, 21, 36, 130, device=device))
+
+
 @pytest.fixture(params=["fused", "cublas"])
 def provider(request, monkeypatch):
     """Both ways to multiply; interpreted, the heuristic knows but one."""

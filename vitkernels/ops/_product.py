@@ -68,6 +68,9 @@ def choose_config(M: int, N: int, K: int, dtype: torch.dtype, *, kind: str, fact
     block_m, block_n, block_k = (
         max(16, min(b, next_power_of_2(size))) for b, size in ((block_m, M), (block_n, N), (block_k, K))
     )
+    parts = block_n // 32 if whole_rows else 1
+    if interpreted:
+        parts = min(block_n // 32, 2)  # enough to run what cuts them
     stage = (block_m + block_n) * block_k * dtype.itemsize
     config = {
         "provider": "torch" if kind == "plain" and not interpreted else "triton",
@@ -76,7 +79,7 @@ def choose_config(M: int, N: int, K: int, dtype: torch.dtype, *, kind: str, fact
         "block_k": block_k,
         "num_warps": num_warps,
         "num_stages": max(1, min(3, facts.shared_memory // stage)),
-        "parts": max(1, block_n // 32) if whole_rows or interpreted else 1,
+        "parts": max(1, parts),
     }
     key = f"{str(dtype).removeprefix('torch.')},N={N},K={K},{kind}"
     config |= tuning.lookup("linear", facts.name, key) or {}

@@ -7,6 +7,7 @@ kernel's type, because ``TRITON_INTERPRET`` is fixed when a kernel is decorated 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import tempfile
 import threading
@@ -84,17 +85,22 @@ else:
     INTERPRETED = False
 
 if INTERPRETED:
-    _Function = type(_probe)
+    import triton.runtime.interpreter as _interpreter
+
+    _Function = _interpreter.InterpretedFunction
 
     class _Interpreted(_Function):
-        """A kernel, or a function that kernels call, that does not prepare ``triton.language`` at each call.
+        """A kernel, or a function that kernels call, without what takes most of an interpreted launch to no end.
 
-        Triton's own do, for 1 to 3 ms, which was more than half of an interpreted launch. Once a launch is enough: what
-        a file sees of the language is the same module in all of ours, and in all of Triton's own.
+        Triton prepares ``triton.language`` at each call of such a function, for 1 to 3 ms. Once a launch is enough:
+        what a file sees of the language is the same module in all of ours, and in all of Triton's own. And without
+        ``debug`` it works out whether integers overflow, and drops the answer.
         """
 
         def run(self, *args, **kwargs):
             call, prepared = _Function.__call__, set()
+            builder = _interpreter.interpreter_builder
+            options = builder.options
 
             def call_of_tritons_own(function, *args, **kwargs):  # tl.sum and the like
                 names = id(function.fn.__globals__)
@@ -104,10 +110,12 @@ if INTERPRETED:
                 return call(function, *args, **kwargs)
 
             _Function.__call__ = call_of_tritons_own
+            builder.options = dataclasses.replace(options, sanitize_overflow=options.debug)
             try:
                 return super().run(*args, **kwargs)
             finally:
                 _Function.__call__ = call
+                builder.options = options
 
         def __call__(self, *args, **kwargs):
             return self.rewrite()(*args, **kwargs)

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 
 import torch
+from torch.compiler import is_compiling
 
 BACKENDS = ("auto", "triton", "torch")
 _VARIABLE = "VITKERNELS_BACKEND"
@@ -149,6 +150,8 @@ def dot_precision(device: torch.device) -> str:
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """Return the dtype that autocast gives products of ``x``; None outside autocast, which leaves fp64 alone too."""
+    if not is_compiling() and not torch._C._is_any_autocast_enabled():  # mostly so, and the cheapest to learn
+        return None
     kind = device_type(x)
     if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return None

@@ -65,7 +65,7 @@ def prepare(token_stride):
 
 def patch_embed(B):
     images, weight = new(B, 3, 512, 512), new(768, 3, 16, 16)
-    tokens = run("patch_embed_fwd", images, weight, None, None, None, True, BF16)
+    tokens = run("patch_embed_fwd", images, weight, None, None, None, True, None, BF16)
     run("patch_embed_bwd", tokens, images, weight, True, True)
 
 

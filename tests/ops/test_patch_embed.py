@@ -478,23 +478,23 @@ def test_opcheck(memory_format, device):
         t.detach().contiguous(memory_format=memory_format) if t.ndim == 4 else t.detach() for t in tensors.values()
     )
     forward, backward = torch.ops.vitkernels.patch_embed_fwd, torch.ops.vitkernels.patch_embed_bwd
-    torch.library.opcheck(forward, (images, weight, bias, pos_embed, prefix, True, torch.float32))
+    torch.library.opcheck(forward, (images, weight, bias, pos_embed, prefix, True, None, torch.float32))
     dout = torch.randn(2, 6, 5, device=device)
     for needed in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(backward, (dout, images, weight, *needed))
     images, options = pixels(2, 3, (4, 6), device=device)
     images = images.contiguous(memory_format=memory_format)
-    constants = [list(values) for values in options["normalize"]]
-    torch.library.opcheck(forward, (images, weight, bias, pos_embed, prefix, True, torch.float32, *constants))
-    torch.library.opcheck(backward, (dout, images, weight, False, True, *constants))
+    constants = [number for values in options["normalize"] for number in values]
+    torch.library.opcheck(forward, (images, weight, bias, pos_embed, prefix, True, constants, torch.float32))
+    torch.library.opcheck(backward, (dout, images, weight, False, True, constants))
 
 
 def test_the_cpu_implementations_agree_with_the_kernels():
     tensors = inputs(2, (12, 8), (4, 4), 36, R=2, dtype=torch.float64)
     images, weight, bias, pos_embed, prefix = (t.detach() for t in tensors.values())
     for forward_args in (
-        (images, weight, bias, pos_embed, prefix, True, torch.float64),
-        (images, weight, None, pos_embed[:, 2:], prefix, False, torch.float64),
+        (images, weight, bias, pos_embed, prefix, True, None, torch.float64),
+        (images, weight, None, pos_embed[:, 2:], prefix, False, None, torch.float64),
     ):
         torch.testing.assert_close(FILE._reference_forward(*forward_args), FILE._patch_embed_fwd(*forward_args))
     for needed in ((True, True), (True, False), (False, True)):
@@ -503,8 +503,8 @@ def test_the_cpu_implementations_agree_with_the_kernels():
             torch.testing.assert_close(a, b)
     for image_dtype in (torch.uint8, torch.float64):
         images, options = pixels(2, 3, (12, 8), image_dtype)
-        constants = [list(values) for values in options["normalize"]]
-        args = (images, weight, bias, pos_embed, prefix, True, torch.float64, *constants)
+        constants = [number for values in options["normalize"] for number in values]
+        args = (images, weight, bias, pos_embed, prefix, True, constants, torch.float64)
         torch.testing.assert_close(FILE._reference_forward(*args), FILE._patch_embed_fwd(*args))
         args = (
             torch.randn(2, 8, 36, dtype=torch.float64),
@@ -512,7 +512,7 @@ def test_the_cpu_implementations_agree_with_the_kernels():
             weight,
             image_dtype != torch.uint8,
             True,
-            *constants,
+            constants,
         )
         for a, b in zip(FILE._reference_backward(*args), FILE._patch_embed_bwd(*args), strict=True):
             torch.testing.assert_close(a, b)

@@ -132,19 +132,19 @@ def launches(case: Case, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         side = case.image // case.patch * case.patch
         images, weight = new(B, 3, side, side), new(C, 3, case.patch, case.patch)
         prefix = new(1, case.prefix, C) if case.prefix else None
-        run("patch_embed_fwd", images, weight, new(C), new(1, N, C), prefix, True, dtype)
+        run("patch_embed_fwd", images, weight, new(C), new(1, N, C), prefix, True, None, dtype)
         run("patch_embed_bwd", new(B, N, C), images, weight, True, True)
 
     def patch_embed_uint8():
         side = case.image // case.patch * case.patch
-        weight, constants = new(C, 3, case.patch, case.patch), ([0.5] * 3, [0.25] * 3)
+        weight, constants = new(C, 3, case.patch, case.patch), [0.5] * 3 + [0.25] * 3
         prefix = new(1, case.prefix, C) if case.prefix else None
         planar = new(B, 3, side, side, dtype=torch.uint8)
         channels_last = new(B, side, side, 3, dtype=torch.uint8).permute(0, 3, 1, 2)  # as decoders write
         # One layout is enough to see every kernel, and one case to see the other.
         for images in (planar, channels_last) if case.attention else (planar,):
-            run("patch_embed_fwd", images, weight, new(C), new(1, N, C), prefix, True, dtype, *constants)
-            run("patch_embed_bwd", new(B, N, C), images, weight, False, True, *constants)
+            run("patch_embed_fwd", images, weight, new(C), new(1, N, C), prefix, True, constants, dtype)
+            run("patch_embed_bwd", new(B, N, C), images, weight, False, True, constants)
 
     functions = {case.norm: norm, f"add_{case.norm}": add_norm, "linear": linear}
     if case.mlp == "mlp":

@@ -380,9 +380,7 @@ def attention(
     op = "attention"
     check_tensor(op, "q", q)
     q, k, v = _autocast(q, k, v)
-    _check_operands(op, q, k, v)
-    B, H, N_q, D = q.shape
-    N_kv = k.shape[2]
+    B, H, N_q, N_kv, D = _check_operands(op, q, k, v)
     scale = _check_scale(op, scale, D)
     mask = _check_mask(op, attn_mask, q, (B, H, N_q, N_kv))
     dropout_p = _check_dropout(op, dropout_p)
@@ -499,9 +497,11 @@ def attention_varlen(
     if q.ndim != 3:
         raise ValueError(f"{op}: q has shape {tuple(q.shape)}; expected (T, H, D)")
     _check_like_q(op, q, k, v)
+    shape = q.shape
     for name, x in (("k", k), ("v", v)):
-        check_shape(op, name, x, q.shape, "q's shape")
-    T, H, D = q.shape
+        if x.shape != shape:
+            check_shape(op, name, x, shape, "q's shape")
+    T, H, D = shape
     _check_sizes(op, "q", q, T, D)
     scale = _check_scale(op, scale, D)
     dropout_p = _check_dropout(op, dropout_p)
@@ -551,11 +551,10 @@ def attention_weights(
     op = "attention_weights"
     check_tensor(op, "q", q)
     q, k = _autocast(q, k)
-    _check_operands(op, q, k, k)
-    B, H, N_q, D = q.shape
+    B, H, N_q, N_kv, D = _check_operands(op, q, k, k)
     scale = _check_scale(op, scale, D)
-    mask = _check_mask(op, attn_mask, q, (B, H, N_q, k.shape[2]))
-    rope, q_norm, k_norm = _check_prepared(op, q, q.shape, k.shape[2], rope, num_prefix_tokens, q_norm, k_norm)
+    mask = _check_mask(op, attn_mask, q, (B, H, N_q, N_kv))
+    rope, q_norm, k_norm = _check_prepared(op, q, q.shape, N_kv, rope, num_prefix_tokens, q_norm, k_norm)
     wide = runtime.wide_dtype(q.dtype)
     q, k = reference.prepare_qk(q.to(wide), k.to(wide), rope, num_prefix_tokens, q_norm, k_norm)
     if query is None:
@@ -638,19 +637,25 @@ def _autocast(*tensors: Tensor) -> Sequence[Tensor]:
     ]
 
 
-def _check_operands(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
-    if q.ndim != 4:
-        raise ValueError(f"{op}: q has shape {tuple(q.shape)}; expected (B, H, N, D)")
-    _check_like_q(op, q, k, v)
-    shape = k.shape
+def _check_operands(op: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, int]:
+    """Check (B, H, N, D) of all three; return B, H, N_q, N_kv and D."""
+    shape = q.shape
     if len(shape) != 4:
-        raise ValueError(f"{op}: k has shape {tuple(shape)}; expected (B, H, N, D)")
-    B, H, N_q, D = q.shape
-    N_kv = shape[2]
-    check_shape(op, "k", k, (B, H, N_kv, D), "q's but for the number of tokens")
-    check_shape(op, "v", v, shape, "k's shape")
+        raise ValueError(f"{op}: q has shape {tuple(shape)}; expected (B, H, N, D)")
+    _check_like_q(op, q, k, v)
+    keys_shape = k.shape
+    if len(keys_shape) != 4:
+        raise ValueError(f"{op}: k has shape {tuple(keys_shape)}; expected (B, H, N, D)")
+    B, H, N_q, D = shape
+    N_kv = keys_shape[2]
+    if keys_shape != (B, H, N_kv, D):
+        check_shape(op, "k", k, (B, H, N_kv, D), "q's but for the number of tokens")
+    if v.shape != keys_shape:
+        check_shape(op, "v", v, keys_shape, "k's shape")
     _check_sizes(op, "q", q, N_q, D)
-    _check_sizes(op, "k", k, N_kv, D)
+    if N_kv == 0:
+        _check_sizes(op, "k", k, N_kv, D)
+    return B, H, N_q, N_kv, D
 
 
 def _check_like_q(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -698,18 +703,16 @@ def _check_mask(op: str, mask: Tensor | None, q: Tensor, shape: tuple[int, int, 
         raise NotImplementedError(f"{op}: attn_mask is nested or sparse; expected a dense tensor")
     if mask.device != q.device:
         raise ValueError(f"{op}: attn_mask is on {mask.device}, q on {q.device}; expected one device")
-    sizes = (1,) * (4 - mask.ndim) + tuple(mask.shape)
-    if len(sizes) > 4 or not all(map(_broadcasts, sizes, shape)):
+    sizes = mask.shape
+    if len(sizes) < 4:
+        sizes = (1,) * (4 - len(sizes)) + tuple(sizes)
+    if sizes != shape and (len(sizes) > 4 or any(n != 1 and n != whole for n, whole in zip(sizes, shape, strict=True))):
         raise ValueError(
             f"{op}: attn_mask has shape {tuple(mask.shape)}; expected one that broadcasts to {shape}, (B, H, N_q, N_kv)"
         )
     whole = mask.reshape(sizes) if mask.ndim < 4 else mask
     # What made an expanded tensor sums its gradient. Where nothing did, each element has one of its own.
     return whole if mask.requires_grad and mask.is_leaf else _unexpanded(whole)
-
-
-def _broadcasts(size: int, whole: int) -> bool:
-    return size in (1, whole)
 
 
 def _check_prepared(
@@ -776,8 +779,10 @@ def _check_images(op: str, q: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> No
     if runtime.device_type(q) != "cpu" or torch.compiler.is_compiling() or isinstance(cu_seqlens, FakeTensor):
         return
     bounds = cu_seqlens.tolist()
-    lengths = [end - start for start, end in itertools.pairwise(bounds)]
-    if bounds[0] < 0 or bounds[-1] > q.shape[0] or min(lengths) < 0 or max(lengths) > max_seqlen:
+    fits = bounds[0] >= 0 and bounds[-1] <= q.shape[0]
+    for start, end in itertools.pairwise(bounds):
+        fits &= 0 <= end - start <= max_seqlen
+    if not fits:
         raise ValueError(
             f"{op}: cu_seqlens is {bounds}; expected rising values from 0 to {q.shape[0]}, the tokens, "
             f"{max_seqlen}, max_seqlen, at most apart"

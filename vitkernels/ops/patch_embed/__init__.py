@@ -32,55 +32,56 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 
 from vitkernels import reference, runtime
 from vitkernels.ops._checks import FLOATING, alike, check_like, check_shape, check_tensor
 from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
 from vitkernels.ops.patch_embed.backward import empty_gradients, patch_embed_backward
 from vitkernels.ops.patch_embed.forward import empty_tokens, patch_embed_forward
-from vitkernels.ops.patch_embed.pixels import Constants, patches
+from vitkernels.ops.patch_embed.pixels import Constants, mean_and_std, patches
 from vitkernels.runtime import promoted_dtype, wide_dtype
 
 
 def _reference_forward(
-    images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, out_dtype=None, mean=None, std=None
+    images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, constants=None, out_dtype=None
 ):
     tokens = reference.patch_embed(
-        images if mean is not None else images.to(weight.dtype),
+        images if constants is not None else images.to(weight.dtype),
         weight,
         bias,
         pos_embed=pos_embed,
         prefix_tokens=prefix_tokens,
         pos_embed_prefix=pos_embed_prefix,
-        normalize=None if mean is None else (mean, std),
+        normalize=None if constants is None else mean_and_std(constants),
     )
     out_dtype = out_dtype or promoted_dtype(weight, pos_embed, prefix_tokens)
     return tokens.to(out_dtype, copy=True, memory_format=torch.contiguous_format)
 
 
-def _reference_backward(dout, images, weight, needs_dimages, needs_dweight, mean=None, std=None):
+def _reference_backward(dout, images, weight, needs_dimages, needs_dweight, constants=None):
     outputs = empty_gradients(dout, images, weight, needs_dimages, needs_dweight)
     N = patches(images, *weight.shape[2:])
     dtokens = dout[:, dout.shape[1] - N :].to(weight.dtype)
     embed = reference.patch_embed
-    if mean is None:
+    if constants is None:
         images = images.to(weight.dtype)
     else:
-        embed = functools.partial(embed, normalize=(mean, std))
+        embed = functools.partial(embed, normalize=mean_and_std(constants))
     grads = reference_gradients(embed, (images, weight), (dtokens,), (needs_dimages, needs_dweight))
     return tuple(output.copy_(grad) for output, grad in zip(outputs, grads, strict=True))
 
 
 _patch_embed_fwd = register(
     "patch_embed_fwd(Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix_tokens, "
-    "bool pos_embed_prefix, ScalarType? out_dtype=None, float[]? mean=None, float[]? std=None) -> Tensor",
+    "bool pos_embed_prefix, float[]? constants=None, ScalarType? out_dtype=None) -> Tensor",
     launcher=patch_embed_forward,
     reference=_reference_forward,
     fake=empty_tokens,
 )
 _patch_embed_bwd = register(
     "patch_embed_bwd(Tensor dout, Tensor images, Tensor weight, bool needs_dimages, bool needs_dweight, "
-    "float[]? mean=None, float[]? std=None) -> (Tensor, Tensor)",
+    "float[]? constants=None) -> (Tensor, Tensor)",
     launcher=patch_embed_backward,
     reference=_reference_backward,
     fake=empty_gradients,
@@ -91,15 +92,15 @@ class PatchEmbedFunction(torch.autograd.Function):
     """Autograd for :func:`patch_embed`; ``dtype`` is the products'."""
 
     @staticmethod
-    def forward(ctx, images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, dtype, mean, std):
+    def forward(ctx, images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, dtype, constants):
         # Cast here, so that autocast's gradient of an fp32 weight is never rounded to a half dtype.
         ctx.parameters = [None if p is None else (p.shape, p.dtype) for p in (weight, bias, pos_embed, prefix_tokens)]
         weight, bias = _cast(dtype, weight, bias)
         if any(ctx.needs_input_grad[:2]):
             ctx.save_for_backward(images, weight)
         ctx.pos_embed_prefix = pos_embed_prefix
-        ctx.constants = mean, std
-        return _patch_embed_fwd(images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, None, mean, std)
+        ctx.constants = constants
+        return _patch_embed_fwd(images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, constants)
 
     @staticmethod
     @once_differentiable
@@ -108,7 +109,7 @@ class PatchEmbedFunction(torch.autograd.Function):
         prefix = ctx.parameters[-1]
         dimages = dweight = dbias = dpos = dprefix = None
         if needs_images or needs_weight:
-            dimages, dweight = _patch_embed_bwd(dout, *ctx.saved_tensors, needs_images, needs_weight, *ctx.constants)
+            dimages, dweight = _patch_embed_bwd(dout, *ctx.saved_tensors, needs_images, needs_weight, ctx.constants)
         if any(needs_sums):
             R = 0 if prefix is None else prefix[0][-2]
             dout = dout.sum(0, dtype=wide_dtype(dout.dtype))
@@ -122,7 +123,7 @@ class PatchEmbedFunction(torch.autograd.Function):
                 (dweight, dbias, dpos, dprefix), ctx.parameters, (needs_weight, *needs_sums), strict=True
             )
         ]
-        return dimages if needs_images else None, *grads, None, None, None, None
+        return dimages if needs_images else None, *grads, None, None, None
 
 
 def patch_embed(
@@ -163,8 +164,8 @@ def patch_embed(
 
     Reference: arXiv 2010.11929 (ViT), 2309.16588 (register tokens).
     """
-    mean, std = _check_images(images, normalize)
-    dtype = _check(images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, mean is not None)
+    constants = _check_images(images, normalize)
+    dtype = _check(images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, constants is not None)
     if not uses_kernels(images):
         return reference.patch_embed(
             images,
@@ -177,20 +178,18 @@ def patch_embed(
         ).contiguous()
     if needs_grad(images, weight, bias, pos_embed, prefix_tokens):
         return PatchEmbedFunction.apply(
-            images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, dtype, mean, std
+            images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, dtype, constants
         )
     weight, bias = _cast(dtype, weight, bias)
-    return _patch_embed_fwd(images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, None, mean, std)
+    return _patch_embed_fwd(images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, constants)
 
 
 def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
     return [t if t is None or t.dtype is dtype else t.to(dtype) for t in tensors]
 
 
-def _check_images(
-    images: Tensor, normalize: tuple[Sequence[float], Sequence[float]] | None
-) -> tuple[Constants | None, Constants | None]:
-    """Check the images by themselves, and what normalises them; return mean and std."""
+def _check_images(images: Tensor, normalize: tuple[Sequence[float], Sequence[float]] | None) -> Constants | None:
+    """Check the images by themselves, and what normalises them; return the means and standard deviations."""
     op = "patch_embed"
     if normalize is None:
         hint = "; convert to floating point, or normalise first"
@@ -202,12 +201,34 @@ def _check_images(
     if images.ndim != 4:
         raise ValueError(f"{op}: images have shape {tuple(images.shape)}; expected (batch, channels, height, width)")
     if normalize is None:
-        return None, None
+        return None
+    return _known_constants(normalize, images.shape[1])
+
+
+_latest: tuple = (None, 0, ())  # what normalised last, its channels and constants
+
+
+def _known_constants(normalize: tuple[Sequence[float], Sequence[float]], channels: int) -> Constants:
+    """As :func:`_constants`, without parsing where the very tuple of the last call, which is a model's, returns."""
+    global _latest
+    if is_compiling():
+        return _constants(normalize, channels)
+    known, known_channels, constants = _latest
+    if normalize is not known or channels != known_channels:
+        constants = _constants(normalize, channels)
+        # Only what nobody can change in between.
+        if type(normalize) is tuple and all(type(v) is tuple and {*map(type, v)} <= {float, int} for v in normalize):
+            _latest = normalize, channels, constants
+    return constants
+
+
+def _constants(normalize: tuple[Sequence[float], Sequence[float]], channels: int) -> Constants:
+    """Check what normalises; return a mean a channel, and behind them a standard deviation each."""
+    op = "patch_embed"
     try:
         mean, std = (tuple(map(float, values)) for values in normalize)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{op}: normalize is {normalize!r}; expected two sequences of numbers, (mean, std)") from error
-    channels = images.shape[1]
     if len(mean) != channels or len(std) != channels:
         raise ValueError(
             f"{op}: normalize has {len(mean)} means and {len(std)} standard deviations; expected {channels} of each, "
@@ -215,7 +236,7 @@ def _check_images(
         )
     if not all(map(math.isfinite, mean + std)) or min(std, default=1.0) <= 0.0:
         raise ValueError(f"{op}: normalize is {normalize!r}; expected finite numbers, and standard deviations above 0")
-    return mean, std
+    return mean + std
 
 
 def _check(

@@ -161,12 +161,11 @@ def patch_embed_backward(
     weight: Tensor,
     needs_dimages: bool,
     needs_dweight: bool,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    constants: Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch the backward: gradients of (images, weight), empty where not needed; the weight's in the sums' dtype."""
     dimages, dweight = empty_gradients(dout, images, weight, needs_dimages, needs_dweight)
-    scale, shift = scale_and_shift(images.dtype, mean, std)
+    scale, shift = scale_and_shift(images.dtype, constants)
     if images.shape[0] == 0:
         return dimages, dweight.zero_()
     if needs_dimages:
@@ -233,7 +232,7 @@ def _launch_bwd_weight(
     torch.sum(shares, 0, out=dweight)
 
 
-def empty_gradients(dout, images, weight, needs_dimages, needs_dweight, mean=None, std=None) -> tuple[Tensor, Tensor]:
+def empty_gradients(dout, images, weight, needs_dimages, needs_dweight, constants=None) -> tuple[Tensor, Tensor]:
     """Allocate what :func:`patch_embed_backward` returns."""
     dimages = torch.empty_like(images) if needs_dimages else images.new_empty(0)
     dweight = torch.empty(weight.shape if needs_dweight else (0,), dtype=wide_dtype(weight.dtype), device=images.device)

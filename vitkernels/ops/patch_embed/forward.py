@@ -116,16 +116,15 @@ def patch_embed_forward(
     pos_embed: Tensor | None,
     prefix_tokens: Tensor | None,
     pos_embed_prefix: bool,
+    constants: Sequence[float] | None = None,
     out_dtype: torch.dtype | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
 ) -> Tensor:
     """Launch the forward: tokens (B, R + N, C), by default in the widest dtype of all but images and bias."""
-    out = empty_tokens(images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, out_dtype)
+    out = empty_tokens(images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, constants, out_dtype)
     B, T, C = out.shape
     if B == 0:
         return out
-    scale, shift = scale_and_shift(images.dtype, mean, std)
+    scale, shift = scale_and_shift(images.dtype, constants)
     images, weight, PY, PX = in_pixel_order(exactly_multiplied(images, weight), weight)
     weight = weight.reshape(C, -1).contiguous()
     M, K = B * T, weight.shape[1]
@@ -157,7 +156,7 @@ def patch_embed_forward(
 
 
 def empty_tokens(
-    images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, out_dtype=None, mean=None, std=None
+    images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, constants=None, out_dtype=None
 ) -> Tensor:
     """Allocate what :func:`patch_embed_forward` returns."""
     B, C = images.shape[0], weight.shape[0]

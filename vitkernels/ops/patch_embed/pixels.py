@@ -13,7 +13,7 @@ from vitkernels.ops import _tile
 from vitkernels.ops._triton import tl, triton
 from vitkernels.ops.patch_embed.config import PatchEmbedConfig
 
-Constants = tuple[float, ...]  # one a channel
+Constants = tuple[float, ...]  # as ops take them, the channels' means and then their standard deviations
 
 
 @triton.jit
@@ -43,12 +43,19 @@ def channel_constants(
     return values[None, :]
 
 
+def mean_and_std(constants: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
+    """Split an op's constants into the channels' means and their standard deviations."""
+    channels = len(constants) // 2
+    return constants[:channels], constants[channels:]
+
+
 def scale_and_shift(
-    dtype: torch.dtype, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> tuple[Constants | None, Constants | None]:
+    dtype: torch.dtype, constants: Sequence[float] | None
+) -> tuple[tuple[float, ...], tuple[float, ...]] | tuple[None, None]:
     """Return what pixels of ``dtype`` are multiplied with, and what is then added; None where nothing normalises."""
-    if mean is None:
+    if constants is None:
         return None, None
+    mean, std = mean_and_std(constants)
     one = 1.0 if dtype.is_floating_point else 255.0
     return tuple(1.0 / (one * s) for s in std), tuple(-m / s for m, s in zip(mean, std, strict=True))
 

@@ -135,7 +135,8 @@ def disassemble(cubin: bytes) -> tuple[str, int]:
             return subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
 
         usage = said(tools / "cuobjdump", "--dump-resource-usage")
-        return said(tools / "nvdisasm", "-c"), int(re.search(r"REG:(\d+)", usage).group(1))
+        # Without the analysis of who jumps where through registers, a third of its time: nothing here does.
+        return said(tools / "nvdisasm", "-c", "-ndf"), int(re.search(r"REG:(\d+)", usage).group(1))
 
 
 # For Blackwell some releases print what the instruction waits for behind its operands: &req={1}, ?trans4.

@@ -390,8 +390,9 @@ def attention(
             q, k, v, attn_mask=attn_mask, scale=scale, is_causal=is_causal, dropout_p=dropout_p, rope=rope,
             num_prefix_tokens=num_prefix_tokens, q_norm=q_norm, k_norm=k_norm,
         )  # fmt: skip
-    q = _prepare(q, q_norm, rope, num_prefix_tokens)
-    k = _prepare(k, k_norm, rope, num_prefix_tokens)
+    if rope is not None or q_norm is not None or k_norm is not None:
+        q = _prepare(q, q_norm, rope, num_prefix_tokens)
+        k = _prepare(k, k_norm, rope, num_prefix_tokens)
     return _attend(q, k, v, mask, _seed(q, dropout_p), None, scale, is_causal, dropout_p, 0)
 
 
@@ -623,7 +624,7 @@ def _seed(x: Tensor, dropout_p: float) -> Tensor | None:
 
 
 def _prefers_sdpa(x: Tensor, N_q: int, N_kv: int, D: int) -> bool:
-    return runtime.device_type(x) != "cpu" and attention_provider(N_q, N_kv, D, x.dtype, x.device) == "sdpa"
+    return not x.is_cpu and attention_provider(N_q, N_kv, D, x.dtype, x.device) == "sdpa"
 
 
 def _autocast(*tensors: Tensor) -> Sequence[Tensor]:
@@ -706,13 +707,17 @@ def _check_mask(op: str, mask: Tensor | None, q: Tensor, shape: tuple[int, int, 
     sizes = mask.shape
     if len(sizes) < 4:
         sizes = (1,) * (4 - len(sizes)) + tuple(sizes)
-    if sizes != shape and (len(sizes) > 4 or any(n != 1 and n != whole for n, whole in zip(sizes, shape, strict=True))):
+    fits = len(sizes) == 4
+    if sizes != shape and fits:
+        for size, whole in zip(sizes, shape, strict=True):  # all() of a generator takes twice as long
+            fits &= size == 1 or size == whole
+    if not fits:
         raise ValueError(
             f"{op}: attn_mask has shape {tuple(mask.shape)}; expected one that broadcasts to {shape}, (B, H, N_q, N_kv)"
         )
-    whole = mask.reshape(sizes) if mask.ndim < 4 else mask
+    four = mask.reshape(sizes) if mask.ndim < 4 else mask
     # What made an expanded tensor sums its gradient. Where nothing did, each element has one of its own.
-    return whole if mask.requires_grad and mask.is_leaf else _unexpanded(whole)
+    return four if mask.requires_grad and mask.is_leaf else _unexpanded(four)
 
 
 def _check_prepared(

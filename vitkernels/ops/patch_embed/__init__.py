@@ -251,15 +251,16 @@ def _check(
     """Check all inputs; return the products' dtype."""
     op = "patch_embed"
     check_like(op, "weight", weight, "images", images, dtype=False)
-    if weight.ndim != 4 or 0 in weight.shape:
+    shape = weight.shape
+    if len(shape) != 4 or 0 in shape:
         raise ValueError(
-            f"{op}: weight has shape {tuple(weight.shape)}; expected a Conv2d's (out channels, in channels, "
+            f"{op}: weight has shape {tuple(shape)}; expected a Conv2d's (out channels, in channels, "
             "patch height, patch width), none of them 0"
         )
-    C, channels, PY, PX = weight.shape
-    Y, X = images.shape[2:]
-    if images.shape[1] != channels:
-        raise ValueError(f"{op}: images have {images.shape[1]} channels; expected {channels}, the weight's")
+    C, channels, PY, PX = shape
+    _, images_channels, Y, X = images.shape
+    if images_channels != channels:
+        raise ValueError(f"{op}: images have {images_channels} channels; expected {channels}, the weight's")
     if Y < PY or X < PX or Y % PY or X % PX:
         raise ValueError(
             f"{op}: images of {Y}×{X} pixels do not divide into patches of {PY}×{PX}; expected a positive multiple: "
@@ -278,20 +279,19 @@ def _check(
                 raise TypeError(
                     f"{op}: bias has dtype {bias.dtype}, weight has {weight.dtype}; expected the same dtype"
                 )
-        check_shape(op, "bias", bias, (C,), "one number a channel of the weight")
+        if bias.shape != (C,):
+            check_shape(op, "bias", bias, (C,), "one number a channel of the weight")
 
     R = 0
     if prefix_tokens is not None:
         if not known:
             check_like(op, "prefix_tokens", prefix_tokens, "weight", weight, dtype=autocast is None)
-        _check_tokens(op, "prefix_tokens", prefix_tokens, C)
-        R = prefix_tokens.shape[-2]
+        R = _check_tokens(op, "prefix_tokens", prefix_tokens, C)
     if pos_embed is not None:
         if not known:
             check_like(op, "pos_embed", pos_embed, "weight", weight, dtype=autocast is None)
-        _check_tokens(op, "pos_embed", pos_embed, C)
         wanted = R + N if pos_embed_prefix else N
-        if pos_embed.shape[-2] != wanted:
+        if _check_tokens(op, "pos_embed", pos_embed, C) != wanted:
             why = f"{R} prefix tokens and {N} patches" if pos_embed_prefix else f"{N} patches, without prefix tokens"
             raise ValueError(f"{op}: pos_embed has shape {tuple(pos_embed.shape)}; expected (1, {wanted}, {C}), {why}")
     return dtype
@@ -302,10 +302,12 @@ def _product_dtype(x: Tensor, autocast: torch.dtype | None) -> torch.dtype:
     return x.dtype if autocast is None or x.dtype == torch.float64 else autocast
 
 
-def _check_tokens(op: str, name: str, tokens: Tensor, C: int) -> None:
+def _check_tokens(op: str, name: str, tokens: Tensor, C: int) -> int:
+    """Check the shape of tokens; return how many there are."""
     shape = tokens.shape
     if len(shape) not in (2, 3) or shape[-1] != C or (len(shape) == 3 and shape[0] != 1):
         raise ValueError(
             f"{op}: {name} has shape {tuple(shape)}; expected (1, tokens, {C}) or (tokens, {C}), "
             f"with the weight's {C} channels"
         )
+    return shape[-2]

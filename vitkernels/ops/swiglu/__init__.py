@@ -291,9 +291,10 @@ def swiglu_mlp(
     check_input(op, x)
     check_activation(op, activation)
     dtype = runtime.autocast_dtype(x)
-    w1, b1, w2, b2 = _check_first(op, x, w12, b12, dtype is None)
+    packed = not isinstance(w12, tuple | list)
+    known = alike(x, w3, b3, residual, layer_scale, *((w12, b12) if packed else ()))
+    w1, b1, w2, b2 = _check_first(op, x, w12, b12, packed, known, dtype is None)
     hidden = hidden_features(w1, w2)
-    known = alike(x, w3, b3, residual, layer_scale)
     check_weights(op, "w3", w3, "b3", b3, x, hidden, known, dtype is None)
     check_epilogue(op, residual, layer_scale, x, w3, known)
     norm_w, norm_b, eps = norm or (None, None, None)
@@ -318,11 +319,11 @@ def swiglu_mlp(
     return swiglu_mlp_fwd(*tensors, activation, gate_last, eps)
 
 
-def _check_first(op, x, w12, b12, strict):
+def _check_first(op, x, w12, b12, packed, known, strict):
     """Check the first layer's weights; return ``(w1, b1, w2, b2)``, the last two None where packed."""
     C = x.shape[-1]
-    if not isinstance(w12, tuple | list):
-        check_weights(op, "w12", w12, "b12", b12, x, C, alike(x, w12, b12), strict)
+    if packed:
+        check_weights(op, "w12", w12, "b12", b12, x, C, known, strict)
         if w12.shape[0] % 2:
             raise ValueError(f"{op}: w12 has shape {tuple(w12.shape)}; expected an even number of rows, two halves")
         return w12, b12, None, None

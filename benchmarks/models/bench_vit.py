@@ -77,7 +77,8 @@ def build(model: Model, dtype: torch.dtype, device: torch.device | str) -> nn.Mo
 @functools.cache
 def forward_flops(model: Model) -> int:
     """Return the FLOPs of one image's forward, by PyTorch's formula for each product and attention."""
-    network = build(model, torch.float32, "meta").eval()
+    # The counter hooks what requires grad, and finds none that a pooling query without grad came from.
+    network = build(model, torch.float32, "meta").eval().requires_grad_(False)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.empty(1, 3, *image_size(network), device="meta"))
     return counter.get_total_flops()

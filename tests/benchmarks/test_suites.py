@@ -131,16 +131,16 @@ def command(*args: str) -> subprocess.Popen:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what this run does in its first seconds is a CPU's")
 def test_the_command_ends_in_time_with_a_report(tmp_path):
     start = time.perf_counter()
-    run = command("--suite", "quick", "--budget", "25", "--out", str(tmp_path))
+    run = command("--suite", "all", "--budget", "40", "--out", str(tmp_path))
     out, err = run.communicate(timeout=120)
     took = time.perf_counter() - start
     assert run.returncode == 0, err
     results = load(tmp_path / "results.json")
     assert results.complete
-    assert results.elapsed_s < 25
-    assert took < 25 + 15, "starting Python and torch counts, but not for so much"
-    assert results.rows
-    assert results.left_out, "25 s are too few for all of it"
+    assert results.elapsed_s < 40
+    assert took < 40 + 20, "starting Python and torch counts, but not for so much"
+    assert results.rows, "on two slow cores with another test beside it, too"
+    assert results.left_out, "40 s are too few for all of it"
     assert "report.html" in out
     page = (tmp_path / "report.html").read_text()
     assert page.startswith("<!DOCTYPE html>")

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, strided
-from torch.nn import Parameter
 
-PLAIN = (Tensor, Parameter)
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -19,14 +17,13 @@ def check_tensor(op: str, name: str, x: Tensor, *, dtypes: Sequence[torch.dtype]
         TypeError: ``x`` is no tensor, a DTensor, or of another dtype.
         NotImplementedError: ``x`` is nested, sparse or quantized.
     """
-    if type(x) not in PLAIN:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{op}: {name} is a {type(x).__name__}; expected a torch.Tensor")
-        if type(x).__name__ == "DTensor":
-            raise TypeError(
-                f"{op}: {name} is a DTensor; kernels work on local tensors: "
-                "call the op through torch.distributed.tensor.experimental.local_map"
-            )
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} is a {type(x).__name__}; expected a torch.Tensor")
+    if type(x).__name__ == "DTensor":
+        raise TypeError(
+            f"{op}: {name} is a DTensor; kernels work on local tensors: "
+            "call the op through torch.distributed.tensor.experimental.local_map"
+        )
     if x.dtype not in dtypes:
         *most, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{op}: {name} has dtype {x.dtype}; expected {', '.join(most)} or {last}{hint}")
@@ -44,11 +41,12 @@ def alike(x: Tensor, *others: Tensor | None) -> bool:
     dtype, device = x.dtype, x.device
     for t in others:
         if t is not None and not (
-            (type(t) in PLAIN or (isinstance(t, Tensor) and type(t).__name__ != "DTensor"))
+            isinstance(t, Tensor)
             and t.dtype is dtype
             and t.device == device
             and t.layout is strided
             and not t.is_nested
+            and type(t).__name__ != "DTensor"
         ):
             return False
     return True

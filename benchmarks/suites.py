@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -187,8 +188,10 @@ def run_jobs(jobs: list[Job], session: Session, path: Path, show: Callable) -> N
     results, budget = session.results, session.budget
     for number, job in enumerate(jobs):
         show(job.title, number, len(jobs), budget)
-        session.cap = budget.spent() + job.share * budget.left() + job.seconds(session)
-        if job.seconds(session) > budget.left():
+        left = budget.left()
+        needed = job.seconds(session) if left > 0 else math.inf  # which takes a while, too, for a network
+        session.cap = budget.spent() + job.share * left + needed
+        if needed > left:
             results.left_out[job.title] = "no time left in the budget"
             continue
         torch.manual_seed(0)

@@ -68,9 +68,6 @@ def choose_config(M: int, N: int, K: int, dtype: torch.dtype, *, kind: str, fact
     block_m, block_n, block_k = (
         max(16, min(b, next_power_of_2(size))) for b, size in ((block_m, M), (block_n, N), (block_k, K))
     )
-    parts = block_n // 32 if whole_rows else 1
-    if interpreted:
-        parts = min(block_n // 32, 2)  # enough to run what cuts them
     stage = (block_m + block_n) * block_k * dtype.itemsize
     config = {
         "provider": "torch" if kind == "plain" and not interpreted else "triton",
@@ -79,11 +76,21 @@ def choose_config(M: int, N: int, K: int, dtype: torch.dtype, *, kind: str, fact
         "block_k": block_k,
         "num_warps": num_warps,
         "num_stages": max(1, min(3, facts.shared_memory // stage)),
-        "parts": max(1, parts),
+        "parts": column_parts(block_n, whole_rows, interpreted),
     }
     key = f"{str(dtype).removeprefix('torch.')},N={N},K={K},{kind}"
     config |= tuning.lookup("linear", facts.name, key) or {}
     return ProductConfig(**config)
+
+
+def column_parts(block_n: int, in_parts: bool, interpreted: bool) -> int:
+    """Return in how many shares an epilogue takes ``block_n`` columns: of 32 with ``in_parts``, else one.
+
+    The interpreter pays for each share: two are enough to run what cuts them.
+    """
+    if interpreted:
+        return max(1, min(block_n // 32, 2))
+    return max(1, block_n // 32) if in_parts else 1
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from vitkernels import tuning
-from vitkernels.ops._product import ProductConfig
+from vitkernels.ops._product import ProductConfig, column_parts
 from vitkernels.runtime import DeviceFacts, cdiv, next_power_of_2
 
 MAX_FUSED_K = 1536
@@ -52,9 +52,6 @@ def choose_config(M: int, F: int, K: int, dtype: torch.dtype, *, kind: str, fact
     block_m, block_n, block_k = (
         max(16, min(b, next_power_of_2(size))) for b, size in ((block_m, M), (block_n, F), (block_k, K))
     )
-    parts = block_n // 32 if in_parts else 1
-    if interpreted:
-        parts = min(block_n // 32, 2)  # enough to run what cuts them
     stage = (block_m + (2 if kind == "forward" else 1) * block_n) * block_k * dtype.itemsize
     config = {
         "provider": "triton" if interpreted or (dtype.itemsize == 2 and K <= MAX_FUSED_K) else "torch",
@@ -63,7 +60,7 @@ def choose_config(M: int, F: int, K: int, dtype: torch.dtype, *, kind: str, fact
         "block_k": block_k,
         "num_warps": num_warps,
         "num_stages": max(1, min(3, facts.shared_memory // stage)),
-        "parts": max(1, parts),
+        "parts": column_parts(block_n, in_parts, interpreted),
     }
     key = f"{str(dtype).removeprefix('torch.')},F={F},K={K},{kind}"
     config |= tuning.lookup("swiglu_mlp", facts.name, key) or {}

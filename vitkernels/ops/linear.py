@@ -371,11 +371,8 @@ def check_epilogue(
     if residual is not None:
         if not known:
             check_like(op, "residual", residual, "x", x, dtype=False)
-        shape = residual.shape
-        if shape[-1:] != weight.shape[:1] or shape[:-1] != x.shape[:-1]:
-            check_shape(op, "residual", residual, (*x.shape[:-1], weight.shape[0]), "the output's shape")
+        check_shape(op, "residual", residual, (*x.shape[:-1], weight.shape[0]), "the output's shape")
     if layer_scale is not None:
         if not known:
             check_like(op, "layer_scale", layer_scale, "x", x, dtype=False)
-        if layer_scale.shape != weight.shape[:1]:
-            check_shape(op, "layer_scale", layer_scale, weight.shape[:1], "the output's width")
+        check_shape(op, "layer_scale", layer_scale, weight.shape[:1], "the output's width")

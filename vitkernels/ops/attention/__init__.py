@@ -500,8 +500,7 @@ def attention_varlen(
     _check_like_q(op, q, k, v)
     shape = q.shape
     for name, x in (("k", k), ("v", v)):
-        if x.shape != shape:
-            check_shape(op, name, x, shape, "q's shape")
+        check_shape(op, name, x, shape, "q's shape")
     T, H, D = shape
     _check_sizes(op, "q", q, T, D)
     scale = _check_scale(op, scale, D)
@@ -649,10 +648,8 @@ def _check_operands(op: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int,
         raise ValueError(f"{op}: k has shape {tuple(keys_shape)}; expected (B, H, N, D)")
     B, H, N_q, D = shape
     N_kv = keys_shape[2]
-    if keys_shape != (B, H, N_kv, D):
-        check_shape(op, "k", k, (B, H, N_kv, D), "q's but for the number of tokens")
-    if v.shape != keys_shape:
-        check_shape(op, "v", v, keys_shape, "k's shape")
+    check_shape(op, "k", k, (B, H, N_kv, D), "q's but for the number of tokens")
+    check_shape(op, "v", v, keys_shape, "k's shape")
     _check_sizes(op, "q", q, N_q, D)
     if N_kv == 0:
         _check_sizes(op, "k", k, N_kv, D)

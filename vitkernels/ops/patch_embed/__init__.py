@@ -279,8 +279,7 @@ def _check(
                 raise TypeError(
                     f"{op}: bias has dtype {bias.dtype}, weight has {weight.dtype}; expected the same dtype"
                 )
-        if bias.shape != (C,):
-            check_shape(op, "bias", bias, (C,), "one number a channel of the weight")
+        check_shape(op, "bias", bias, (C,), "one number a channel of the weight")
 
     R = 0
     if prefix_tokens is not None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, strided
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -36,17 +37,12 @@ def alike(x: Tensor, *others: Tensor | None) -> bool:
     """Tell whether ``others`` (None aside) are dense tensors on the device and of the dtype of ``x``, a checked one.
 
     The usual case, by few reads, as a call has up to a dozen tensors. Where it is another, :func:`check_like` says what
-    is wrong, if anything is: dtypes may differ.
+    is wrong, if anything is: dtypes may differ, and a tensor be of a subclass.
     """
     dtype, device = x.dtype, x.device
     for t in others:
         if t is not None and not (
-            isinstance(t, Tensor)
-            and t.dtype is dtype
-            and t.device == device
-            and t.layout is strided
-            and not t.is_nested
-            and type(t).__name__ != "DTensor"
+            type(t) in _PLAIN and t.dtype is dtype and t.device == device and t.layout is strided and not t.is_nested
         ):
             return False
     return True
@@ -66,11 +62,11 @@ def check_like(op: str, name: str, x: Tensor, like_name: str, like: Tensor, *, d
         raise TypeError(f"{op}: {name} has dtype {x.dtype}, {like_name} has {like.dtype}; expected the same dtype")
 
 
-def check_shape(op: str, name: str, x: Tensor, expected: Sequence[int], why: str) -> None:
+def check_shape(op: str, name: str, x: Tensor, expected: tuple[int, ...], why: str) -> None:
     """Require ``x.shape == expected``, where ``why`` tells where the expectation comes from.
 
     Raises:
         ValueError: The shapes differ.
     """
-    if x.shape != tuple(expected):
+    if x.shape != expected:
         raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}; expected {tuple(expected)}, {why}")

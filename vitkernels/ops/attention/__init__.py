@@ -705,9 +705,9 @@ def _check_mask(op: str, mask: Tensor | None, q: Tensor, shape: tuple[int, int, 
     if len(sizes) < 4:
         sizes = (1,) * (4 - len(sizes)) + tuple(sizes)
     fits = len(sizes) == 4
-    if sizes != shape and fits:
-        for size, whole in zip(sizes, shape, strict=True):  # all() of a generator takes twice as long
-            fits &= size == 1 or size == whole
+    if fits:
+        (b, h, m, n), (B, H, N_q, N_kv) = sizes, shape
+        fits = (b == B or b == 1) and (h == H or h == 1) and (m == N_q or m == 1) and (n == N_kv or n == 1)
     if not fits:
         raise ValueError(
             f"{op}: attn_mask has shape {tuple(mask.shape)}; expected one that broadcasts to {shape}, (B, H, N_q, N_kv)"

@@ -291,10 +291,9 @@ def swiglu_mlp(
     check_input(op, x)
     check_activation(op, activation)
     dtype = runtime.autocast_dtype(x)
-    packed = not isinstance(w12, tuple | list)
-    known = alike(x, w3, b3, residual, layer_scale, *((w12, b12) if packed else ()))
-    w1, b1, w2, b2 = _check_first(op, x, w12, b12, packed, known, dtype is None)
-    hidden = hidden_features(w1, w2)
+    w1, b1, w2, b2 = _first_layer(op, w12, b12)
+    known = alike(x, w1, b1, w2, b2, w3, b3, residual, layer_scale)
+    hidden = _check_first(op, x, w1, b1, w2, b2, known, dtype is None)
     check_weights(op, "w3", w3, "b3", b3, x, hidden, known, dtype is None)
     check_epilogue(op, residual, layer_scale, x, w3, known)
     norm_w, norm_b, eps = norm or (None, None, None)
@@ -319,18 +318,28 @@ def swiglu_mlp(
     return swiglu_mlp_fwd(*tensors, activation, gate_last, eps)
 
 
-def _check_first(op, x, w12, b12, packed, known, strict):
-    """Check the first layer's weights; return ``(w1, b1, w2, b2)``, the last two None where packed."""
-    C = x.shape[-1]
-    if packed:
-        check_weights(op, "w12", w12, "b12", b12, x, C, known, strict)
-        if w12.shape[0] % 2:
-            raise ValueError(f"{op}: w12 has shape {tuple(w12.shape)}; expected an even number of rows, two halves")
+def _first_layer(op, w12, b12):
+    """Return the first layer's ``(w1, b1, w2, b2)``, the last two None where packed."""
+    if not isinstance(w12, tuple | list):
         return w12, b12, None, None
     b12 = (None, None) if b12 is None else b12
     if len(w12) != 2 or not isinstance(b12, tuple | list) or len(b12) != 2 or (b12[0] is None) != (b12[1] is None):
         raise ValueError(f"{op}: separate weights come as a pair, with a pair of biases or None")
-    for i in (0, 1):
-        check_weights(op, f"w12[{i}]", w12[i], f"b12[{i}]", b12[i], x, C, alike(x, w12[i], b12[i]), strict)
-    check_shape(op, "w12[1]", w12[1], w12[0].shape, "the shape of w12[0]")
+    if w12[1] is None:  # where packed alone
+        raise TypeError(f"{op}: w12[1] is a NoneType; expected a torch.Tensor")
     return w12[0], b12[0], w12[1], b12[1]
+
+
+def _check_first(op, x, w1, b1, w2, b2, known, strict):
+    """Check the first layer's weights; return the hidden features."""
+    C = x.shape[-1]
+    if w2 is None:
+        check_weights(op, "w12", w1, "b12", b1, x, C, known, strict)
+        rows = w1.shape[0]
+        if rows % 2:
+            raise ValueError(f"{op}: w12 has shape {tuple(w1.shape)}; expected an even number of rows, two halves")
+        return rows // 2
+    for name, bias_name, weight, bias in (("w12[0]", "b12[0]", w1, b1), ("w12[1]", "b12[1]", w2, b2)):
+        check_weights(op, name, weight, bias_name, bias, x, C, known, strict)
+    check_shape(op, "w12[1]", w2, w1.shape, "the shape of w12[0]")
+    return w1.shape[0]

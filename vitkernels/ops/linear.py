@@ -306,12 +306,12 @@ def linear(
     Reference: arXiv 1606.08415 (GELU), 2103.17239 (LayerScale).
     """
     op = "linear"
-    check_input(op, x)
+    *lead, K = check_input(op, x)
     check_activation(op, activation)
     dtype = runtime.autocast_dtype(x)
     known = alike(x, weight, bias, residual, layer_scale)
-    check_weights(op, "weight", weight, "bias", bias, x, x.shape[-1], known, dtype is None)
-    check_epilogue(op, residual, layer_scale, x, weight, known)
+    N = check_weights(op, "weight", weight, "bias", bias, x, K, known, dtype is None)
+    check_epilogue(op, residual, layer_scale, x, (*lead, N), known)
     if not uses_kernels(x):
         y = reference.linear(x, weight, bias, activation=activation, residual=residual, layer_scale=layer_scale)
         return y.contiguous()
@@ -322,12 +322,13 @@ def linear(
     return linear_fwd(x, weight, bias, layer_scale, residual, activation)[0]
 
 
-def check_input(op: str, x: Tensor) -> None:
-    """Require a floating-point (..., K) with K ≥ 1."""
+def check_input(op: str, x: Tensor) -> torch.Size:
+    """Require a floating-point (..., K) with K ≥ 1; return its shape."""
     check_tensor(op, "x", x)
     shape = x.shape
     if not shape or shape[-1] == 0:
         raise ValueError(f"{op}: x has shape {tuple(shape)}; expected at least one feature in the last dim")
+    return shape
 
 
 def check_activation(op: str, activation: str | None) -> None:
@@ -348,9 +349,10 @@ def check_weights(
     K: int,
     known: bool,
     dtype: bool,
-) -> None:
+) -> int:
     """Require a (N, K) weight with N ≥ 1, a (N,) bias or None, on ``x``'s device and, with ``dtype``, of its dtype.
 
+    Returns N.
     ``known`` tells that they are :func:`alike`, so that their shapes alone are left.
     """
     if not known or weight is None:
@@ -362,17 +364,18 @@ def check_weights(
         raise ValueError(f"{op}: {name} has shape {tuple(shape)}; expected (out features, {K})")
     if bias is not None and bias.shape != (shape[0],):
         check_shape(op, bias_name, bias, shape[:1], f"the rows of {name}")
+    return shape[0]
 
 
 def check_epilogue(
-    op: str, residual: Tensor | None, layer_scale: Tensor | None, x: Tensor, weight: Tensor, known: bool
+    op: str, residual: Tensor | None, layer_scale: Tensor | None, x: Tensor, shape: tuple[int, ...], known: bool
 ) -> None:
-    """Require a residual of the output's shape and a LayerScale of its width, on ``x``'s device."""
+    """Require a residual of the output's ``shape`` and a LayerScale of its width, on ``x``'s device."""
     if residual is not None:
         if not known:
             check_like(op, "residual", residual, "x", x, dtype=False)
-        check_shape(op, "residual", residual, (*x.shape[:-1], weight.shape[0]), "the output's shape")
+        check_shape(op, "residual", residual, shape, "the output's shape")
     if layer_scale is not None:
         if not known:
             check_like(op, "layer_scale", layer_scale, "x", x, dtype=False)
-        check_shape(op, "layer_scale", layer_scale, weight.shape[:1], "the output's width")
+        check_shape(op, "layer_scale", layer_scale, shape[-1:], "the output's width")

@@ -179,13 +179,13 @@ def mlp(
     Reference: arXiv 1706.03762, section 3.3; 1606.08415 (GELU); 2103.17239 (LayerScale).
     """
     op = "mlp"
-    check_input(op, x)
+    *lead, C = check_input(op, x)
     check_activation(op, activation)
     dtype = runtime.autocast_dtype(x)
     known = alike(x, w1, b1, w2, b2, residual, layer_scale)
-    check_weights(op, "w1", w1, "b1", b1, x, x.shape[-1], known, dtype is None)
-    check_weights(op, "w2", w2, "b2", b2, x, w1.shape[0], known, dtype is None)
-    check_epilogue(op, residual, layer_scale, x, w2, known)
+    F = check_weights(op, "w1", w1, "b1", b1, x, C, known, dtype is None)
+    C_out = check_weights(op, "w2", w2, "b2", b2, x, F, known, dtype is None)
+    check_epilogue(op, residual, layer_scale, x, (*lead, C_out), known)
     if not uses_kernels(x):
         y = reference.mlp(x, w1, b1, w2, b2, activation=activation, residual=residual, layer_scale=layer_scale)
         return y.contiguous()

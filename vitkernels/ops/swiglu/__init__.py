@@ -288,14 +288,14 @@ def swiglu_mlp(
     Reference: arXiv 2002.05202; 2303.11331 (the norm); 2103.17239 (LayerScale).
     """
     op = "swiglu_mlp"
-    check_input(op, x)
+    *lead, C = check_input(op, x)
     check_activation(op, activation)
     dtype = runtime.autocast_dtype(x)
     w1, b1, w2, b2 = _first_layer(op, w12, b12)
     known = alike(x, w1, b1, w2, b2, w3, b3, residual, layer_scale)
-    hidden = _check_first(op, x, w1, b1, w2, b2, known, dtype is None)
-    check_weights(op, "w3", w3, "b3", b3, x, hidden, known, dtype is None)
-    check_epilogue(op, residual, layer_scale, x, w3, known)
+    hidden = _check_first(op, x, C, w1, b1, w2, b2, known, dtype is None)
+    C_out = check_weights(op, "w3", w3, "b3", b3, x, hidden, known, dtype is None)
+    check_epilogue(op, residual, layer_scale, x, (*lead, C_out), known)
     norm_w, norm_b, eps = norm or (None, None, None)
     if norm is not None:
         for name, parameter in (("norm's weight", norm_w), ("norm's bias", norm_b)):
@@ -312,9 +312,8 @@ def swiglu_mlp(
     if dtype is not None:
         x, w1, b1, w2, b2, w3, b3 = (None if t is None else t.to(dtype) for t in (x, w1, b1, w2, b2, w3, b3))
     tensors = (x, w1, b1, w2, b2, w3, b3, norm_w, norm_b, layer_scale, residual)
-    options = (activation, gate_last, eps, recompute)
     if needs_grad(*tensors):
-        return SwigluMlpFunction.apply(*tensors, options)
+        return SwigluMlpFunction.apply(*tensors, (activation, gate_last, eps, recompute))
     return swiglu_mlp_fwd(*tensors, activation, gate_last, eps)
 
 
@@ -330,16 +329,14 @@ def _first_layer(op, w12, b12):
     return w12[0], b12[0], w12[1], b12[1]
 
 
-def _check_first(op, x, w1, b1, w2, b2, known, strict):
+def _check_first(op, x, C, w1, b1, w2, b2, known, strict):
     """Check the first layer's weights; return the hidden features."""
-    C = x.shape[-1]
     if w2 is None:
-        check_weights(op, "w12", w1, "b12", b1, x, C, known, strict)
-        rows = w1.shape[0]
+        rows = check_weights(op, "w12", w1, "b12", b1, x, C, known, strict)
         if rows % 2:
             raise ValueError(f"{op}: w12 has shape {tuple(w1.shape)}; expected an even number of rows, two halves")
         return rows // 2
-    for name, bias_name, weight, bias in (("w12[0]", "b12[0]", w1, b1), ("w12[1]", "b12[1]", w2, b2)):
-        check_weights(op, name, weight, bias_name, bias, x, C, known, strict)
-    check_shape(op, "w12[1]", w2, w1.shape, "the shape of w12[0]")
-    return w1.shape[0]
+    hidden = check_weights(op, "w12[0]", w1, "b12[0]", b1, x, C, known, strict)
+    check_weights(op, "w12[1]", w2, "b12[1]", b2, x, C, known, strict)
+    check_shape(op, "w12[1]", w2, (hidden, C), "the shape of w12[0]")
+    return hidden

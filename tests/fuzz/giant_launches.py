@@ -54,8 +54,8 @@ def gated(x):
 def attention(B, N, H, D, token_stride=None, mask=None):
     strides = None if token_stride is None else (H * D, token_stride, D, 1)
     q, k, v = (new(B, N, H, D, strides=strides) for _ in range(3))
-    o, lse = run("attention_fwd", q, k, v, 0.1, mask)
-    run("attention_bwd", o, q, k, v, o, lse, 0.1, [True, True, False], mask)
+    o, lse = run("attention_fwd", q, k, v, 0.1, False, mask)
+    run("attention_bwd", o, q, k, v, o, lse, 0.1, [True, True, False], False, mask)
 
 
 def prepare(token_stride):

@@ -399,21 +399,21 @@ def test_registered_ops_take_heads_first(device):
     """On (B, H, N, D) what is computed, and where it lies in memory, is as on (B, N, H, D)."""
     q, k, v = make_qkv(2, 3, 5, 4, 8, device=device, grad=False).values()
     tokens_first = [t.transpose(1, 2) for t in (q, k, v)]
-    options = (None, None, True, 0.0, None, 0, True)
-    o, lse = FILE.attention_fwd(q, k, v, 0.3, *options)
-    expected, expected_lse = FILE.attention_fwd(*tokens_first, 0.3, *options[:3])
+    options = (None, None, True)
+    o, lse = FILE.attention_fwd(q, k, v, 0.3, True, *options)
+    expected, expected_lse = FILE.attention_fwd(*tokens_first, 0.3, False, *options)
     assert torch.equal(o.transpose(1, 2), expected) and torch.equal(lse, expected_lse)
     assert o.transpose(1, 2).is_contiguous()
-    torch.library.opcheck(FILE.attention_fwd, (q, k, v, 0.3, *options))
-    reference_o, reference_lse = FILE._reference_forward(q, k, v, 0.3, *options)
+    torch.library.opcheck(FILE.attention_fwd, (q, k, v, 0.3, True, *options))
+    reference_o, reference_lse = FILE._reference_forward(q, k, v, 0.3, True, *options)
     assert reference_o.stride() == o.stride()
     torch.testing.assert_close((reference_o, reference_lse), (o, lse))
 
     do = torch.randn_like(o)
     for needed in ([True, True, False], [True, False, False], [False, True, False]):
-        arguments = (do, q, k, v, o, lse, 0.3, needed, *options)
+        arguments = (do, q, k, v, o, lse, 0.3, needed, True, *options)
         grads = FILE.attention_bwd(*arguments)
-        first = (do.transpose(1, 2), *tokens_first, expected, lse, 0.3, needed, *options[:3])
+        first = (do.transpose(1, 2), *tokens_first, expected, lse, 0.3, needed, False, *options)
         for grad, other, n in zip(grads[:3], FILE.attention_bwd(*first), (needed[0], *needed[1:2] * 2), strict=False):
             assert torch.equal(grad.transpose(1, 2) if n else grad, other)
         torch.library.opcheck(FILE.attention_bwd, arguments)

@@ -380,11 +380,11 @@ def test_opcheck_and_the_references_of_registered_ops(device):
     bias, key_mask = torch.randn(1, 3, 5, 5, device=device), torch.ones(2, 1, 1, 5, dtype=torch.bool, device=device)
     for options in ((None, None, True), (bias, seed, False, 0.4), (key_mask, None, True)):
         learned = options[0] is bias
-        o, lse = file.attention_fwd(q, k, v, 0.3, *options)
-        backward = (o.cos(), q, k, v, o, lse, 0.3, [True, True, learned], *options)
+        o, lse = file.attention_fwd(q, k, v, 0.3, False, *options)
+        backward = (o.cos(), q, k, v, o, lse, 0.3, [True, True, learned], False, *options)
         packed = (o.cos(), qkv, o, lse, 0.3, True, learned, *options)
         for op, arguments, expected in (
-            (file.attention_fwd, (q, k, v, 0.3, *options), file._reference_forward),
+            (file.attention_fwd, (q, k, v, 0.3, False, *options), file._reference_forward),
             (file.attention_bwd, backward, file._reference_backward),
             (file.attention_qkvpacked_bwd, packed, file._reference_packed_backward),
         ):

@@ -276,7 +276,7 @@ def test_opcheck_and_the_references_of_registered_ops(device):
     cos, sin, interleaved = tables((1, 1, 7, 8), True, device)
     q = PREPARE.prepare_fwd(qkv[:, :, 0], weight, bias, cos, sin, "layer", 1e-6, interleaved, 2)
     k = PREPARE.prepare_fwd(qkv[:, :, 1], None, None, cos, sin, "rms", 1e-6, interleaved, 2)
-    o, lse = FILE.attention_fwd(q, k, qkv[:, :, 2], 0.3, mask)
+    o, lse = FILE.attention_fwd(q, k, qkv[:, :, 2], 0.3, False, mask)
     for needed in ([True, True, False, False], [False] * 4):
         arguments = (
             do, qkv, q, k, o, lse, 0.3, mask, None, False, 0.0, True, needed, weight, bias, "layer", 1e-6, None, None,

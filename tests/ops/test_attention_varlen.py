@@ -150,7 +150,7 @@ def test_reruns_are_bit_equal(device):
 def test_opcheck_and_the_references_of_registered_ops(device):
     tensors, options = make([4, 1, 6], D=8, device=device, extra=2)
     q, k, v = (t.detach() for t in tensors.values())
-    more = (None, None, True, 0.0, options["cu_seqlens"], options["max_seqlen"])
+    more = (False, None, None, True, 0.0, options["cu_seqlens"], options["max_seqlen"])
     o, lse = FILE.attention_fwd(q, k, v, 0.3, *more)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(FILE.attention_fwd, (q, k, v, 0.3, *more), test_utils=tests)

@@ -97,7 +97,7 @@ def launches(case: Case, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
 
     def attention_varlen():
         q, lse = new(B * N, H, D), new(1, H, B * N, dtype=sums)
-        options = None, None, False, 0.0, new(B + 1, dtype=torch.int32), N
+        options = False, None, None, False, 0.0, new(B + 1, dtype=torch.int32), N
         run("attention_fwd", q, q, q, D**-0.5, *options)
         run("attention_bwd", q, q, q, q, q, lse, D**-0.5, [True, True, False], *options)
 

@@ -44,12 +44,13 @@ from vitkernels.ops.attention.prepare import PrepareFunction, QKNorm, Rope, prep
 MAX_HEAD_DIM = 256
 
 
-# How registered ops spell Options, and what prepares q and k.
+# How registered ops spell Options, and what prepares q and k. PyTorch hands on no defaults at the end: what is given
+# most often comes first.
 _OPTIONS = (
     "Tensor? mask=None, Tensor? seed=None, bool is_causal=False, float dropout_p=0.0, Tensor? starts=None, "
     "SymInt max_seqlen=0"
 )
-_SEPARATE_OPTIONS = f"{_OPTIONS}, bool heads_first=False"
+_SEPARATE_OPTIONS = f"bool heads_first=False, {_OPTIONS}"
 _PREPARED = (
     "Tensor? q_weight, Tensor? q_bias, str q_norm, float q_eps, Tensor? k_weight, Tensor? k_bias, str k_norm, "
     "float k_eps, Tensor? cos, Tensor? sin, bool interleaved, int prefix"
@@ -94,13 +95,13 @@ def _new_dmask(mask, lse):
 
 
 def _packed_forward(qkv, scale, *options):
-    return _forward(*qkv.unbind(2), scale, *options)
+    return _forward(*qkv.unbind(2), scale, False, *options)
 
 
 def _packed_backward(do, qkv, o, lse, scale, needs_sum, needs_dmask=False, *options):
     dqkv, dqkv_sum, dmask = _packed_gradients(do, qkv, o, lse, scale, needs_sum, needs_dmask, *options)
     sums, computed = attention_backward(
-        do, *qkv.unbind(2), o, lse, Options(scale, *options), *dqkv.unbind(2),
+        do, *qkv.unbind(2), o, lse, Options(scale, False, *options), *dqkv.unbind(2),
         needs_sums=needs_sum, needs_dmask=needs_dmask,
     )  # fmt: skip
     return dqkv, sums if needs_sum else dqkv_sum, computed if needs_dmask else dmask
@@ -109,7 +110,7 @@ def _packed_backward(do, qkv, o, lse, scale, needs_sum, needs_dmask=False, *opti
 def _packed_gradients(do, qkv, o, lse, scale, needs_sum, needs_dmask=False, *options):
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     dqkv_sum = torch.empty(qkv.shape[2:] if needs_sum else (0,), dtype=lse.dtype, device=qkv.device)
-    return dqkv, dqkv_sum, _new_dmask(Options(scale, *options).mask if needs_dmask else None, lse)
+    return dqkv, dqkv_sum, _new_dmask(Options(scale, False, *options).mask if needs_dmask else None, lse)
 
 
 def _prepared_backward(
@@ -118,7 +119,7 @@ def _prepared_backward(
 ):  # fmt: skip
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     dq, dk, dv = dqkv.unbind(2)
-    options = Options(scale, mask, seed, is_causal, dropout_p)
+    options = Options(scale, False, mask, seed, is_causal, dropout_p)
     _, dmask = attention_backward(do, q, k, qkv.select(2, 2), o, lse, options, dq, dk, dv, needs_dmask=needs_dmask)
     sums = []
     for i, dx, weight, norm, eps in ((0, dq, q_weight, q_norm, q_eps), (1, dk, k_weight, k_norm, k_eps)):
@@ -185,7 +186,7 @@ def _reference_backward(do, q, k, v, o, lse, scale, needed, *options):
 
 
 def _reference_packed_backward(do, qkv, o, lse, scale, needs_sum, needs_dmask=False, *options):
-    options = Options(scale, *options)
+    options = Options(scale, False, *options)
     dqkv, dmask = reference_gradients(
         lambda x, mask: _reference_output(*x.unbind(2), mask, options), (qkv, options.mask), (do,), (True, needs_dmask)
     )
@@ -197,7 +198,7 @@ def _reference_prepared_backward(
     do, qkv, q, k, o, lse, scale, mask, seed, is_causal, dropout_p, needs_dmask, needed,
     q_weight, q_bias, q_norm, q_eps, k_weight, k_bias, k_norm, k_eps, cos, sin, interleaved, prefix,
 ):  # fmt: skip
-    options = Options(scale, mask, seed, is_causal, dropout_p)
+    options = Options(scale, False, mask, seed, is_causal, dropout_p)
 
     def function(qkv, mask, q_weight, q_bias, k_weight, k_bias):
         prepared = []
@@ -230,8 +231,8 @@ attention_bwd = register(
 attention_qkvpacked_fwd = register(
     f"attention_qkvpacked_fwd(Tensor qkv, float scale, {_OPTIONS}) -> (Tensor, Tensor)",
     launcher=_packed_forward,
-    reference=lambda qkv, scale, *options: _reference_forward(*qkv.unbind(2), scale, *options),
-    fake=lambda qkv, scale, *options: _outputs(*qkv.unbind(2), scale, *options),
+    reference=lambda qkv, scale, *options: _reference_forward(*qkv.unbind(2), scale, False, *options),
+    fake=lambda qkv, scale, *options: _outputs(*qkv.unbind(2), scale, False, *options),
 )
 attention_qkvpacked_bwd = register(
     "attention_qkvpacked_bwd(Tensor do, Tensor qkv, Tensor o, Tensor lse, float scale, bool needs_sum, "
@@ -255,8 +256,7 @@ class AttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, mask, seed, starts, scale, is_causal, dropout_p, max_seqlen):
-        options = (is_causal, dropout_p, starts, max_seqlen, starts is None)
-        o, lse = attention_fwd(q, k, v, scale, mask, seed, *options)
+        o, lse = attention_fwd(q, k, v, scale, starts is None, mask, seed, is_causal, dropout_p, starts, max_seqlen)
         ctx.save_for_backward(q, k, v, o, lse, mask, seed, starts)
         ctx.options = (scale, is_causal, dropout_p, max_seqlen)
         return o
@@ -268,8 +268,8 @@ class AttentionFunction(torch.autograd.Function):
         scale, is_causal, dropout_p, max_seqlen = ctx.options
         needs_q, needs_k, needs_v, needs_mask, *_ = ctx.needs_input_grad
         dq, dk, dv, dmask = attention_bwd(
-            do, *tensors, scale, [needs_q, needs_k or needs_v, needs_mask],
-            mask, seed, is_causal, dropout_p, starts, max_seqlen, starts is None,
+            do, *tensors, scale, [needs_q, needs_k or needs_v, needs_mask], starts is None,
+            mask, seed, is_causal, dropout_p, starts, max_seqlen,
         )  # fmt: skip
         return (
             dq if needs_q else None,
@@ -296,7 +296,7 @@ class AttentionQkvpackedFunction(torch.autograd.Function):
         scale, is_causal, dropout_p = options
         ctx.prepared = bool(q_norm or k_norm or cos is not None)
         if ctx.prepared:
-            o, lse = attention_fwd(q, k, v, scale, mask, seed, is_causal, dropout_p)
+            o, lse = attention_fwd(q, k, v, scale, False, mask, seed, is_causal, dropout_p)
         else:
             q = k = None
             o, lse = attention_qkvpacked_fwd(qkv, scale, mask, seed, is_causal, dropout_p)
@@ -579,7 +579,7 @@ def _attend(q, k, v, mask, seed, starts, scale, is_causal, dropout_p, max_seqlen
     """Attention of (B, H, N, D), or (T, H, D) with ``starts``, through autograd where it must see it."""
     if needs_grad(q, k, v, mask):
         return AttentionFunction.apply(q, k, v, mask, seed, starts, scale, is_causal, dropout_p, max_seqlen)
-    return attention_fwd(q, k, v, scale, mask, seed, is_causal, dropout_p, starts, max_seqlen, starts is None)[0]
+    return attention_fwd(q, k, v, scale, starts is None, mask, seed, is_causal, dropout_p, starts, max_seqlen)[0]
 
 
 def _prepare(x: Tensor, norm: QKNorm | None, rope: Rope | None, prefix: int) -> Tensor:

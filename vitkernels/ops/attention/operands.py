@@ -22,6 +22,7 @@ class Options(NamedTuple):
 
     Attributes:
         scale: Factor of the scores.
+        heads_first: q, k and v are (B, H, N, D), as is o, which lies in memory as (B, N, H, D) all the same.
         mask: (B or 1, H or 1, N_q or 1, N_kv or 1), bool (True: look) or floating (added to the scores).
         seed: (1,) int64, of the dropout.
         is_causal: Whether query i looks at keys 0 to i alone.
@@ -29,17 +30,16 @@ class Options(NamedTuple):
         starts: (images + 1,) int32, the first token of each packed image and the end; q, k and v are then
             (all tokens, H, D).
         max_seqlen: Tokens of the longest packed image.
-        heads_first: q, k and v are (B, H, N, D), as is o, which lies in memory as (B, N, H, D) all the same.
     """
 
     scale: float
+    heads_first: bool = False
     mask: Tensor | None = None
     seed: Tensor | None = None
     is_causal: bool = False
     dropout_p: float = 0.0
     starts: Tensor | None = None
     max_seqlen: int = 0
-    heads_first: bool = False
 
     @property
     def dims(self) -> tuple[int | None, int, int]:

@@ -6,6 +6,9 @@ nothing. What that takes when called by itself, on the same tensors as they are 
 figure is of the way to the launcher and back: it leaves out the launch, the allocations, and the switch to the tensor's
 device, which only a GPU has.
 
+Beside the ops stands the least that the way costs on this machine: an op of one tensor, without checks, through
+PyTorch's dispatcher.
+
 Runs in a process of its own, as it replaces the ops' implementations. The interpreter is on there, which is what makes
 a CPU take this way; no kernel runs.
 """
@@ -29,6 +32,7 @@ import torch
 from benchmarks.ops import OpBench, all_ops
 from benchmarks.ops.measure import leaves_of
 from benchmarks.run import CpuTimer, sample_in_turns, summary
+from benchmarks.schema import OURS, Times
 from vitkernels import ops
 from vitkernels.ops._registry import OPS
 from vitkernels.testing.cases import Case
@@ -42,7 +46,7 @@ MODES = ("no grad", "forward and backward")
 
 
 def main(seconds: float) -> None:
-    """Print, by op and mode, the microseconds of a call above its launch, as JSON."""
+    """Print, by provider, op and mode, the microseconds of a call above its launch, as JSON."""
     torch.set_num_threads(1)
     library = torch.library.Library("vitkernels", "IMPL")
     recorder = Recorder()
@@ -55,12 +59,12 @@ def main(seconds: float) -> None:
     if not ops.uses_kernels(torch.empty(1)):
         raise RuntimeError("the ops do not take the way to their kernels: is Triton installed?")
     gc.disable()
-    costs = {
-        f"{name}, {mode}": dataclasses.asdict(cost(bench, mode, recorder, seconds / len(benches) / len(MODES)))
-        for name, bench in benches.items()
-        for mode in MODES
-    }
-    print(json.dumps(costs))
+    share = seconds / (len(benches) * len(MODES) + 1)
+    costs = {"torch, an op without checks, no grad": cost_of_empty(share)}
+    for name, bench in benches.items():
+        for mode in MODES:
+            costs[f"{OURS}, {name}, {mode}"] = cost(bench, mode, recorder, share)
+    print(json.dumps({name: dataclasses.asdict(times) for name, times in costs.items()}))
 
 
 class Recorder:
@@ -87,7 +91,17 @@ class Recorder:
         return run
 
 
-def cost(bench: OpBench, mode: str, recorder: Recorder, seconds: float):
+def cost_of_empty(seconds: float) -> Times:
+    """Time an op of one tensor that allocates its output as :func:`cost` times ours."""
+    library = torch.library.Library("vitkernels_benchmarks", "DEF")
+    library.impl(library.define("empty(Tensor x) -> Tensor"), torch.empty_like, "CPU")
+    op = torch.ops.vitkernels_benchmarks.empty.default
+    x = torch.empty(1)
+    with torch.no_grad():
+        return beyond(lambda: op(x), lambda: torch.empty_like(x), seconds)
+
+
+def cost(bench: OpBench, mode: str, recorder: Recorder, seconds: float) -> Times:
     """Time ``bench``'s call and the shape functions that it reaches, in turns, and return the difference."""
     case = next(case for case in SMALL if bench.applies(case))
     tensors = bench.inputs(case, torch.float32, torch.device("cpu"))
@@ -110,7 +124,12 @@ def cost(bench: OpBench, mode: str, recorder: Recorder, seconds: float):
             for function in reached:
                 function()
 
-        samples = sample_in_turns({"call": call, "launch": launch}, CpuTimer(), seconds)
+        return beyond(call, launch, seconds)
+
+
+def beyond(call: Callable[[], object], launch: Callable[[], object], seconds: float) -> Times:
+    """Time both in turns for about ``seconds``, and return the microseconds of ``call`` beyond ``launch``."""
+    samples = sample_in_turns({"call": call, "launch": launch}, CpuTimer(), seconds)
     launch_us = statistics.median(sample.device for sample in samples["launch"])
     return summary([sample.device - launch_us for sample in samples["call"]])
 

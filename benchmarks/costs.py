@@ -49,11 +49,11 @@ def run_script(arguments: list[str], seconds: float, **environment: str) -> str:
 
 
 def call_rows(session: Session, seconds: float = 8.0) -> Iterator[Row]:
-    """Measure an op's call above its launch; see ``benchmarks/calls.py``."""
+    """Measure an op's call above its launch, and the least that PyTorch takes; see ``benchmarks/calls.py``."""
     printed = run_script(["-m", "benchmarks.calls", str(seconds)], session.left())
     for name, times in json.loads(printed).items():
-        op, mode = name.split(", ")
-        yield Row("cost", "call above launch", op, OURS, mode, time=Times(**times))
+        provider, op, mode = name.split(", ")
+        yield Row("cost", "call above launch", op, provider, mode, time=Times(**times))
 
 
 def import_rows(session: Session, runs: int = 3) -> Iterator[Row]:

@@ -43,7 +43,7 @@ def draw_all(results: Results) -> dict[str, tuple[str, Figure]]:
         "roofline": ("Each op against what this machine was seen to reach in the same run.", roofline),
         "throughput": ("Images a second.", throughput),
         "memory": ("Peak memory, parameters and optimizer state included.", memory),
-        "calls": ("What a call costs the host above its launch.", calls),
+        "calls": ("What a call costs the host above its launch; blue, the least that PyTorch takes.", calls),
         "traffic": ("Passes of one block over its activations beyond what it must read and write. Counted.", traffic),
     }
     found = {}
@@ -235,7 +235,7 @@ def _provider_colors(providers: list[str]) -> dict[str, str]:
 
 
 def calls(results: Results) -> Figure | None:
-    """Microseconds a call above its launch, a bar an op."""
+    """Microseconds a call above its launch, a bar an op, beside an op that does nothing."""
     rows = [row for row in _timed(results, "cost") if row.name == "call above launch"]
     if not rows:
         return None
@@ -247,7 +247,8 @@ def calls(results: Results) -> Figure | None:
         medians = [row.time.median for row in mine]
         spread = [[m - r.time.p20 for m, r in zip(medians, mine, strict=True)],
                   [r.time.p80 - m for m, r in zip(medians, mine, strict=True)]]  # fmt: skip
-        ax.barh(places, medians, xerr=spread, color=OURS_COLOR, height=0.7, error_kw={"elinewidth": 1})
+        colors = [OURS_COLOR if row.ours else RIVAL_SHADES[0] for row in mine]
+        ax.barh(places, medians, xerr=spread, color=colors, height=0.7, error_kw={"elinewidth": 1})
         for place, row in zip(places, mine, strict=True):
             ax.annotate(
                 f"{row.time.median:.1f}", (row.time.p80, place),

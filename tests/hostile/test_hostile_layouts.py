@@ -31,6 +31,13 @@ def odd_strides(t):
     return t.as_strided(t.shape, strides)
 
 
+def lazily_negated(t):
+    """``t``, while its memory holds -``t``: PyTorch negates when somebody reads, which a kernel would not know of."""
+    lazy = torch.complex(t, -t).conj().imag
+    assert lazy.is_neg()
+    return lazy
+
+
 @hostile(10, "transposed inputs, weights and gradients", RIGHT)
 @each_op()
 def test_transposed(op, device):
@@ -108,3 +115,9 @@ def test_every_op_is_in_the_table():
 
     others = {"attention_weights", "attention_provider", "uses_kernels", "QKNorm", "Rope"}  # no kernels of their own
     assert {*OPS} == {*ops.__all__} - others
+
+
+@each_op()
+def test_lazily_negated(op, device):
+    made = call(op, device=device)
+    made.map(lazily_negated, made.tensors).check(upstream=lambda y: lazily_negated(torch.randn_like(y)))

@@ -3,7 +3,9 @@
 CUDA (ROCm too) and XPU run the launcher; the CPU runs the reference, or the launcher where Triton's
 interpreter is on. The differentiation is an ``autograd.Function`` outside, in the op's own file.
 This route costs 2.7 µs a call, against 10 µs for ``torch.library.custom_op``, and alone passes fake
-tensors, export, fullgraph compilation and opcheck with interpreted kernels too.
+tensors, export, fullgraph compilation and opcheck with interpreted kernels too. Nothing goes around
+PyTorch's dispatcher, cheaper as that would be: it also negates what is negated lazily, and shows an op
+to modes and profilers.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ class Recorder:
 
 
 def cost_of_empty(seconds: float) -> Times:
-    """Time an op of one tensor that allocates its output as :func:`cost` times ours."""
+    """Time an op of one tensor, which allocates its output and checks nothing, beyond that allocation."""
     library = torch.library.Library("vitkernels_benchmarks", "DEF")
     library.impl(library.define("empty(Tensor x) -> Tensor"), torch.empty_like, "CPU")
     op = torch.ops.vitkernels_benchmarks.empty.default

@@ -43,7 +43,7 @@ def draw_all(results: Results) -> dict[str, tuple[str, Figure]]:
         "roofline": ("Each op against what this machine was seen to reach in the same run.", roofline),
         "throughput": ("Images a second.", throughput),
         "memory": ("Peak memory, parameters and optimizer state included.", memory),
-        "calls": ("What a call costs the host above its launch; blue, the least that PyTorch takes.", calls),
+        "calls": ("What a call costs the host above its launch, ours in green.", calls),
         "traffic": ("Passes of one block over its activations beyond what it must read and write. Counted.", traffic),
     }
     found = {}
@@ -235,7 +235,7 @@ def _provider_colors(providers: list[str]) -> dict[str, str]:
 
 
 def calls(results: Results) -> Figure | None:
-    """Microseconds a call above its launch, a bar an op, beside an op that does nothing."""
+    """Microseconds a call above its launch, a bar an op, beside PyTorch's least where it was measured."""
     rows = [row for row in _timed(results, "cost") if row.name == "call above launch"]
     if not rows:
         return None

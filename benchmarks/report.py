@@ -242,10 +242,13 @@ def _costs(rows: list[Row], pictures: dict[str, Picture]) -> Iterator[Block]:
     if "calls" in pictures:
         yield pictures["calls"]
     lines = [
-        (row.name, row.case, row.mode, time_text(row.time.median), spread_text(row.time), str(row.time.samples))
+        (
+            row.name, row.case, row.provider, row.mode, time_text(row.time.median), spread_text(row.time),
+            str(row.time.samples),
+        )
         for row in found
-    ]
-    yield Table(("what", "of", "how", "time", "20 % – 80 %", "samples"), lines, words=3)
+    ]  # fmt: skip
+    yield Table(("what", "of", "by", "how", "time", "20 % – 80 %", "samples"), lines, words=4)
 
 
 def _counts(rows: list[Row], pictures: dict[str, Picture]) -> Iterator[Block]:

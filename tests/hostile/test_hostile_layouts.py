@@ -119,5 +119,6 @@ def test_every_op_is_in_the_table():
 
 @each_op()
 def test_lazily_negated(op, device):
+    """Beyond the numbered inputs."""
     made = call(op, device=device)
     made.map(lazily_negated, made.tensors).check(upstream=lambda y: lazily_negated(torch.randn_like(y)))

@@ -371,6 +371,24 @@ def test_compiled_equals_eager(N, device):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+class FirstImages(torch.nn.Module):
+    """Attention of the first images alone: how many is known when it runs."""
+
+    def forward(self, count, q, bias):
+        n = count.item()
+        torch._check(n > 0)
+        torch._check(n <= q.shape[0])
+        return ops.attention(q[:n], q[:n], q[:n], attn_mask=bias)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 5, 5), (5, 5)], ids=str)
+def test_export_of_as_many_images_as_data_tell(shape, device):
+    q, bias = torch.randn(4, 2, 5, 8, device=device), torch.randn(shape, device=device)
+    exported = torch.export.export(FirstImages(), (torch.tensor(3), q, bias)).module()
+    for n in (1, 2):
+        assert torch.equal(exported(torch.tensor(n), q, bias), ops.attention(q[:n], q[:n], q[:n], attn_mask=bias))
+
+
 def test_opcheck_and_the_references_of_registered_ops(device):
     file = sys.modules["vitkernels.ops.attention"]
     tests = ("test_schema", "test_faketensor")

@@ -371,6 +371,22 @@ BAD = {
     "packed bias": (
         lambda: ops.swiglu_mlp(X, (HALF, HALF), torch.zeros(32), W3, None), ValueError, "a pair of biases",
     ),
+    "half a pair": (
+        lambda: ops.swiglu_mlp(X, (HALF, None), None, W3, None), TypeError, r"w12\[1\] is a NoneType",
+    ),
+    "other half a pair": (
+        lambda: ops.swiglu_mlp(X, (None, HALF), None, W3, None), TypeError, r"w12\[0\] is a NoneType",
+    ),
+    "dtype in a pair": (
+        lambda: ops.swiglu_mlp(X, (HALF, HALF.half()), None, W3, None), TypeError, r"w12\[1\] has dtype torch.float16",
+    ),
+    "device in a pair": (
+        lambda: ops.swiglu_mlp(X, (HALF.to("meta"), HALF), None, W3, None), ValueError, r"w12\[0\] is on meta",
+    ),
+    "bias in a pair": (
+        lambda: ops.swiglu_mlp(X, (HALF, HALF), (torch.zeros(16), torch.zeros(8)), W3, None), ValueError,
+        r"b12\[1\] has shape \(8,\); expected \(16,\)",
+    ),
     "uneven pair": (
         lambda: ops.swiglu_mlp(X, (HALF, W12), None, W3, None), ValueError, r"w12\[1\] has shape \(32, 8\)",
     ),

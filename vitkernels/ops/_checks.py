@@ -34,7 +34,7 @@ def check_tensor(op: str, name: str, x: Tensor, *, dtypes: Sequence[torch.dtype]
 
 
 def alike(x: Tensor, *others: Tensor | None) -> bool:
-    """Tell whether ``others`` (None aside) are dense tensors on the device and of the dtype of ``x``, a checked one.
+    """Tell whether ``others`` (None aside) are plain dense tensors on the device and of the dtype of ``x``, checked.
 
     The usual case, by few reads, as a call has up to a dozen tensors. Where it is another, :func:`check_like` says what
     is wrong, if anything is: dtypes may differ, and a tensor be of a subclass.

@@ -40,8 +40,8 @@ def register(schema: str, *, launcher: Callable, reference: Callable, fake: Call
 
     Args:
         schema: The op's signature, a tensor first; no input is mutated and no output aliases an input. Behind a
-            release an op whose arguments change needs a new name: Inductor's cache on disk keeps compiled calls of the
-            old ones under a key that leaves out arguments at their defaults.
+            release an op whose arguments change needs a new name: saved exports call the old ones, and Inductor's cache
+            on disk keeps compiled calls under a key that leaves out arguments at their defaults.
         launcher: Runs the Triton kernels.
         reference: The same in PyTorch, for CPUs.
         fake: The same on shapes alone: gives empty outputs of the right shape, stride and dtype.

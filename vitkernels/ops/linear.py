@@ -311,7 +311,7 @@ def linear(
     dtype = runtime.autocast_dtype(x)
     known = alike(x, weight, bias, residual, layer_scale)
     N = check_weights(op, "weight", weight, "bias", bias, x, K, known, dtype is None)
-    check_epilogue(op, residual, layer_scale, x, (*lead, N), known)
+    check_epilogue(op, residual, layer_scale, x, lead, N, known)
     if not uses_kernels(x):
         y = reference.linear(x, weight, bias, activation=activation, residual=residual, layer_scale=layer_scale)
         return y.contiguous()
@@ -368,14 +368,14 @@ def check_weights(
 
 
 def check_epilogue(
-    op: str, residual: Tensor | None, layer_scale: Tensor | None, x: Tensor, shape: tuple[int, ...], known: bool
+    op: str, residual: Tensor | None, layer_scale: Tensor | None, x: Tensor, lead: list[int], N: int, known: bool
 ) -> None:
-    """Require a residual of the output's ``shape`` and a LayerScale of its width, on ``x``'s device."""
+    """Require a residual of the output's shape, (*lead, N), and a LayerScale of N features, on ``x``'s device."""
     if residual is not None:
         if not known:
             check_like(op, "residual", residual, "x", x, dtype=False)
-        check_shape(op, "residual", residual, shape, "the output's shape")
+        check_shape(op, "residual", residual, (*lead, N), "the output's shape")
     if layer_scale is not None:
         if not known:
             check_like(op, "layer_scale", layer_scale, "x", x, dtype=False)
-        check_shape(op, "layer_scale", layer_scale, shape[-1:], "the output's width")
+        check_shape(op, "layer_scale", layer_scale, (N,), "the output's width")

@@ -185,7 +185,7 @@ def mlp(
     known = alike(x, w1, b1, w2, b2, residual, layer_scale)
     F = check_weights(op, "w1", w1, "b1", b1, x, C, known, dtype is None)
     C_out = check_weights(op, "w2", w2, "b2", b2, x, F, known, dtype is None)
-    check_epilogue(op, residual, layer_scale, x, (*lead, C_out), known)
+    check_epilogue(op, residual, layer_scale, x, lead, C_out, known)
     if not uses_kernels(x):
         y = reference.mlp(x, w1, b1, w2, b2, activation=activation, residual=residual, layer_scale=layer_scale)
         return y.contiguous()

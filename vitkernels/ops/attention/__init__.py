@@ -707,7 +707,8 @@ def _check_mask(op: str, mask: Tensor | None, q: Tensor, shape: tuple[int, int, 
     fits = len(sizes) == 4
     if fits:
         (b, h, m, n), (B, H, N_q, N_kv) = sizes, shape
-        fits = (b == B or b == 1) and (h == H or h == 1) and (m == N_q or m == 1) and (n == N_kv or n == 1)
+        # 1 first: what is exported with sizes that only data tell could not compare those with 1.
+        fits = (b == 1 or b == B) and (h == 1 or h == H) and (m == 1 or m == N_q) and (n == 1 or n == N_kv)
     if not fits:
         raise ValueError(
             f"{op}: attn_mask has shape {tuple(mask.shape)}; expected one that broadcasts to {shape}, (B, H, N_q, N_kv)"

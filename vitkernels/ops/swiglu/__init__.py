@@ -295,7 +295,7 @@ def swiglu_mlp(
     known = alike(x, w1, b1, w2, b2, w3, b3, residual, layer_scale)
     hidden = _check_first(op, x, C, w1, b1, w2, b2, known, dtype is None)
     C_out = check_weights(op, "w3", w3, "b3", b3, x, hidden, known, dtype is None)
-    check_epilogue(op, residual, layer_scale, x, (*lead, C_out), known)
+    check_epilogue(op, residual, layer_scale, x, lead, C_out, known)
     norm_w, norm_b, eps = norm or (None, None, None)
     if norm is not None:
         for name, parameter in (("norm's weight", norm_w), ("norm's bias", norm_b)):
@@ -318,13 +318,13 @@ def swiglu_mlp(
 
 
 def _first_layer(op, w12, b12):
-    """Return the first layer's ``(w1, b1, w2, b2)``, the last two None where packed."""
+    """Check how the first layer is given; return its ``(w1, b1, w2, b2)``, the last two None where packed."""
     if not isinstance(w12, tuple | list):
         return w12, b12, None, None
     b12 = (None, None) if b12 is None else b12
     if len(w12) != 2 or not isinstance(b12, tuple | list) or len(b12) != 2 or (b12[0] is None) != (b12[1] is None):
         raise ValueError(f"{op}: separate weights come as a pair, with a pair of biases or None")
-    if w12[1] is None:  # where packed alone
+    if w12[1] is None:  # below that would say that they are packed
         raise TypeError(f"{op}: w12[1] is a NoneType; expected a torch.Tensor")
     return w12[0], b12[0], w12[1], b12[1]
 

@@ -91,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--markdown", action="store_true", help="print the tables in Markdown")
     inspect.add_argument("--json", type=Path, metavar="FILE", help="write all that was read")
     inspect.add_argument("--dump", type=Path, metavar="DIR", help="write TTGIR, PTX, cubin, SASS and the like")
+    inspect.add_argument("--jobs", type=int, metavar="N", help="kernels compiled at a time (one a core)")
     inspect.add_argument("--update", action="store_true", help="take what is new or better into the contract")
     inspect.add_argument("--accept-worse", action="store_true", help="with --update: and what is worse, but no breach")
     inspect.add_argument(
@@ -205,6 +206,7 @@ def _inspect(args: argparse.Namespace) -> bool:
         markdown=args.markdown,
         json_file=args.json,
         dump=args.dump,
+        jobs=args.jobs,
         update=args.update,
         accept_worse=args.accept_worse,
     )

@@ -123,6 +123,8 @@ def test_what_the_user_can_put_right(monkeypatch, tmp_path, capsys):
     assert interpreted.returncode == 2
     assert "unset TRITON_INTERPRET" in interpreted.stderr
     monkeypatch.setattr(inspect, "INTERPRETED", False)
+    with pytest.raises(UserError, match="--jobs is 0; expected 1 or more"):
+        inspect.inspect(["sm_90"], jobs=0)
     with pytest.raises(UserError, match="no case vit_nothing; there are vit_tiny_patch16_224"):
         inspect.inspect(["sm_90"], cases=["vit_nothing"])
     no_kernel = run(COMMAND, "inspect", "--kernel", "nothing", "--case", "vit_tiny_patch16_224")

@@ -41,6 +41,7 @@ def inspect(
     markdown: bool = False,
     json_file: Path | None = None,
     dump: Path | None = None,
+    jobs: int | None = None,
     update: bool = False,
     accept_worse: bool = False,
     folder: Path = contract.FOLDER,
@@ -55,23 +56,26 @@ def inspect(
         markdown: Print the tables as README.md shows them.
         json_file: Where to write all reports.
         dump: Folder for the text of every stage, by target, kernel and case.
+        jobs: How many kernels to compile at a time; one a core unless given.
         update: Take what is new or better into the contract.
         accept_worse: Take what is worse into it, too.
         folder: Where the contracts lie.
 
     Raises:
-        UserError: The interpreter is on, a name is unknown, or a file cannot be written.
+        UserError: The interpreter is on, a name is unknown, ``jobs`` is less than 1, or a file cannot be written.
     """
     if INTERPRETED:
         raise UserError("kernels are interpreted in this process; unset TRITON_INTERPRET to compile them")
     unknown = set(cases or ()) - set(CASES)
     if unknown:
         raise UserError(f"no case {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
+    if jobs is not None and jobs < 1:
+        raise UserError(f"--jobs is {jobs}; expected 1 or more")
     uses = find_launches(targets, cases or CASES, kernel)
     if not uses:
         raise UserError(f"no kernel's name holds {kernel!r}")
     complete = kernel is None and cases is None
-    results = compile_all(uses, dump)
+    results = compile_all(uses, dump, jobs)
     if json_file is not None:
         _write_json(json_file, uses, results)
 
@@ -127,11 +131,13 @@ def find_launches(targets: Iterable[str], cases: Iterable[str], kernel: str | No
     return found
 
 
-def compile_all(uses: Mapping[Launch, list[Use]], dump: Path | None = None) -> dict[Launch, Report | str]:
-    """Compile and read each launch, on all cores; of one that does not compile, what the compiler said."""
+def compile_all(
+    uses: Mapping[Launch, list[Use]], dump: Path | None = None, jobs: int | None = None
+) -> dict[Launch, Report | str]:
+    """Compile and read each launch, ``jobs`` at a time; of one that does not compile, what the compiler said."""
     places = {launch: dump and _place(dump, launch, of) for launch, of in uses.items()}
     text = f"Compiling {len(uses)} kernels"
-    workers = min(len(os.sched_getaffinity(0)), len(uses) // 4)  # starting one takes as long as four kernels
+    workers = min(jobs or len(os.sched_getaffinity(0)), len(uses) // 4)  # starting one takes as long as four kernels
     if workers < 2:
         return {launch: _compile_and_read(launch, place) for launch, place in track(places.items(), text, len(uses))}
     results: dict[Launch, Report | str] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -15,8 +16,10 @@ COMMAND = "import sys; from vitkernels.cli import main; sys.exit(main(sys.argv[1
 def check_compiled(id: str, target: str, cases: Sequence[str] = ()) -> Iterator[Result]:
     """Compile every kernel for ``target``, at ``cases`` or at all, and hold it to the contract."""
     arguments = ["inspect", "--target", target, *(word for case in cases for word in ("--case", case))]
+    # A worker has a core to itself: more processes than that would only import PyTorch once more each.
+    jobs = ["--jobs", "1"] if multiprocessing.parent_process() is not None else []
     run = subprocess.run(
-        [sys.executable, "-c", COMMAND, *arguments],
+        [sys.executable, "-c", COMMAND, *arguments, *jobs],
         env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
         stdin=subprocess.DEVNULL,
         capture_output=True,

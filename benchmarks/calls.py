@@ -6,6 +6,9 @@ nothing. What that takes when called by itself, on the same tensors as they are 
 figure is of the way to the launcher and back: it leaves out the launch, the allocations, and the switch to the tensor's
 device, which only a GPU has.
 
+Timed are undisturbed samples alone, as :mod:`benchmarks.run` tells them. An interpreter that was compiled without
+profile-guided optimization, as pyenv's is by default, takes a quarter longer than a distribution's.
+
 Beside the ops stands the least that the way costs on this machine: an op of one tensor, without checks, through
 PyTorch's dispatcher.
 
@@ -23,7 +26,7 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -31,7 +34,7 @@ import torch
 
 from benchmarks.ops import OpBench, all_ops
 from benchmarks.ops.measure import leaves_of
-from benchmarks.run import CpuTimer, sample_in_turns, summary
+from benchmarks.run import sample_undisturbed, summary
 from benchmarks.schema import OURS, Times
 from vitkernels import ops
 from vitkernels.ops._registry import OPS
@@ -59,11 +62,13 @@ def main(seconds: float) -> None:
     if not ops.uses_kernels(torch.empty(1)):
         raise RuntimeError("the ops do not take the way to their kernels: is Triton installed?")
     gc.disable()
-    share = seconds / (len(benches) * len(MODES) + 1)
-    costs = {"torch, an op without checks, no grad": cost_of_empty(share)}
-    for name, bench in benches.items():
-        for mode in MODES:
-            costs[f"{OURS}, {name}, {mode}"] = cost(bench, mode, recorder, share)
+    own = torch.library.Library("vitkernels_benchmarks", "DEF")
+    costs = {}
+    for mode in MODES:
+        with torch.set_grad_enabled(mode != "no grad"):
+            pieces = {"torch, an op without checks": an_op_without_checks(own)} if mode == "no grad" else {}
+            pieces |= {f"{OURS}, {name}": piece(bench, mode, recorder) for name, bench in benches.items()}
+            costs |= {f"{name}, {mode}": times for name, times in beyond(pieces, seconds / len(MODES)).items()}
     print(json.dumps({name: dataclasses.asdict(times) for name, times in costs.items()}))
 
 
@@ -91,18 +96,16 @@ class Recorder:
         return run
 
 
-def cost_of_empty(seconds: float) -> Times:
-    """Time an op of one tensor, which allocates its output and checks nothing, beyond that allocation."""
-    library = torch.library.Library("vitkernels_benchmarks", "DEF")
+def an_op_without_checks(library: torch.library.Library) -> tuple[Callable, Callable]:
+    """Return the call of an op of one tensor, which allocates its output and checks nothing, and that allocation."""
     library.impl(library.define("empty(Tensor x) -> Tensor"), torch.empty_like, "CPU")
     op = torch.ops.vitkernels_benchmarks.empty.default
     x = torch.empty(1)
-    with torch.no_grad():
-        return beyond(lambda: op(x), lambda: torch.empty_like(x), seconds)
+    return lambda: op(x), lambda: torch.empty_like(x)
 
 
-def cost(bench: OpBench, mode: str, recorder: Recorder, seconds: float) -> Times:
-    """Time ``bench``'s call and the shape functions that it reaches, in turns, and return the difference."""
+def piece(bench: OpBench, mode: str, recorder: Recorder) -> tuple[Callable, Callable]:
+    """Return ``bench``'s call, and what runs the shape functions that it reaches."""
     case = next(case for case in SMALL if bench.applies(case))
     tensors = bench.inputs(case, torch.float32, torch.device("cpu"))
     outputs = bench.ours(case, **tensors)
@@ -114,24 +117,24 @@ def cost(bench: OpBench, mode: str, recorder: Recorder, seconds: float) -> Times
         def call():
             return torch.autograd.grad(op(), leaves, upstreams)
 
-    with torch.set_grad_enabled(mode != "no grad"):
-        call()
-        recorder.calls = reached = []
-        call()
-        recorder.calls = None
+    call()
+    recorder.calls = reached = []
+    call()
+    recorder.calls = None
 
-        def launch():
-            for function in reached:
-                function()
+    def launch():
+        for function in reached:
+            function()
 
-        return beyond(call, launch, seconds)
+    return call, launch
 
 
-def beyond(call: Callable[[], object], launch: Callable[[], object], seconds: float) -> Times:
-    """Time both in turns for about ``seconds``, and return the microseconds of ``call`` beyond ``launch``."""
-    samples = sample_in_turns({"call": call, "launch": launch}, CpuTimer(), seconds)
-    launch_us = statistics.median(sample.device for sample in samples["launch"])
-    return summary([sample.device - launch_us for sample in samples["call"]])
+def beyond(pieces: Mapping[str, tuple[Callable, Callable]], seconds: float) -> dict[str, Times]:
+    """Time all ``pieces`` in turns for about ``seconds``: of each the microseconds of a call beyond its launch."""
+    variants = {(name, part): both[part] for name, both in pieces.items() for part in (0, 1)}
+    samples = sample_undisturbed(variants, seconds)
+    launch_us = {name: statistics.median(samples[name, 1]) for name in pieces}
+    return {name: summary([taken - launch_us[name] for taken in samples[name, 0]]) for name in pieces}
 
 
 if __name__ == "__main__":

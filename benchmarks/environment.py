@@ -113,7 +113,12 @@ def _cpu_name() -> str:
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "cuda": torch.version.cuda or "", "hip": torch.version.hip or ""}
+    found = {
+        "python": platform.python_version(),
+        "python's build": f"{platform.python_build()[1]}, {platform.python_compiler()}",  # calls cost by it
+        "cuda": torch.version.cuda or "",
+        "hip": torch.version.hip or "",
+    }
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

@@ -5,6 +5,9 @@ all of them. A sample on the CPU is as many calls as a millisecond holds. On a G
 on a cold L2 cache, where a call takes 50 µs or more; below that as many calls as a millisecond holds, replayed from
 one CUDA graph, over copies of the inputs that L2 cannot hold together: else launches would be measured. The time
 until a call returns is taken beside it.
+
+What Python itself costs, a few microseconds, a neighbour on the same core makes longer by a half, for a millisecond or
+a second. A fixed loop, timed between short samples, tells: kept are those samples beside which it ran undisturbed.
 """
 
 from __future__ import annotations
@@ -23,6 +26,10 @@ from benchmarks.schema import Times
 
 SHORT_US = 50.0  # below, the gaps between launches would count
 SAMPLE_S = 1e-3
+SHORT_SAMPLE_S = 2e-4  # neighbours leave a core alone for a few tenths of a millisecond
+BURST = 16  # samples of one in a row: after another's, code and data come from farther away
+PACE_STEPS = 500  # 15 µs or so
+UNDISTURBED = 1.1  # times the fastest of the fixed loops: alone they lie within 1.05, disturbed beyond 1.3
 MIN_ROUNDS = 5
 MAX_ROUNDS = 200
 
@@ -36,10 +43,10 @@ class Sample:
 
 
 class CpuTimer:
-    """Times calls by ``clock``, in seconds."""
+    """Times calls by ``clock``, in seconds; a sample takes ``sample_s`` of them, or one call."""
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter):
-        self.clock = clock
+    def __init__(self, clock: Callable[[], float] = time.perf_counter, sample_s: float = SAMPLE_S):
+        self.clock, self.sample_s = clock, sample_s
 
     def scope(self) -> contextlib.AbstractContextManager:
         """Return where everything to be timed runs."""
@@ -47,7 +54,10 @@ class CpuTimer:
 
     def sampler(self, function: Callable[[], object], *, capture: bool = False) -> Callable[[], Sample]:
         """Return what takes one sample of ``function``, which has run before."""
-        calls = max(1, min(10_000, math.ceil(SAMPLE_S / max(self._seconds(function, 1), 1e-9))))
+        once = self._seconds(function, 1)
+        if once < self.sample_s:  # a first call may take ten times as long
+            once = min(once, self._seconds(function, 1), self._seconds(function, 1))
+        calls = max(1, min(10_000, math.ceil(self.sample_s / max(once, 1e-9))))
         return lambda: Sample(self._seconds(function, calls) / calls * 1e6, None)
 
     def _seconds(self, function: Callable[[], object], calls: int) -> float:
@@ -156,6 +166,59 @@ def sample_in_turns(
         for name in names[first:] + names[:first]:
             samples[name].append(samplers[name]())
     return samples
+
+
+def sample_undisturbed(
+    variants: Mapping[str, Callable[[], object]],
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+    pace: Callable[[], object] | None = None,
+) -> dict[str, list[float]]:
+    """Time short pieces of Python in turns for about ``seconds``, and at least :data:`MIN_ROUNDS` rounds.
+
+    Args:
+        variants: What is timed, by name.
+        seconds: To spend on all together.
+        clock: In seconds.
+        pace: The fixed piece of Python that is timed between samples; a loop of :data:`PACE_STEPS` additions.
+
+    Returns:
+        Of each the microseconds a call, in the samples before and after which ``pace`` took at most
+        :data:`UNDISTURBED` times its fastest of the run; where those are fewer than :data:`MIN_ROUNDS`, in the least
+        disturbed.
+    """
+    timer = CpuTimer(clock, SHORT_SAMPLE_S)
+    samplers = {name: timer.sampler(function) for name, function in variants.items()}
+    beside = CpuTimer(clock, 0.0).sampler(pace or _additions)
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
+    before = beside().device
+    paces = [before]
+    end = clock() + seconds
+    for turn in itertools.count():
+        if turn >= MIN_ROUNDS and clock() >= end:
+            break
+        for name, sampler in samplers.items():
+            for _ in range(BURST):
+                taken = sampler().device
+                after = beside().device
+                samples[name].append((max(before, after), taken))
+                paces.append(after)
+                before = after
+    paces.sort()
+    limit = UNDISTURBED * paces[len(paces) // 50]  # the fastest of all may be no loop, but a clock that was set
+    kept = {}
+    for name, pairs in samples.items():
+        pairs.sort()
+        quiet = sum(slowest <= limit for slowest, _ in pairs)
+        kept[name] = [taken for _, taken in pairs[: max(quiet, MIN_ROUNDS)]]
+    return kept
+
+
+def _additions() -> int:
+    total = 0
+    for i in range(PACE_STEPS):
+        total += i
+    return total
 
 
 def measure(

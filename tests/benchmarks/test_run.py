@@ -7,7 +7,7 @@ import types
 import pytest
 
 from benchmarks import run
-from benchmarks.run import MIN_ROUNDS, Budget, CpuTimer, measure, rotated, sample_in_turns, summary
+from benchmarks.run import MIN_ROUNDS, Budget, CpuTimer, measure, rotated, sample_in_turns, sample_undisturbed, summary
 
 
 def test_twice_as_slow_reads_twice(clock):
@@ -52,6 +52,46 @@ def test_rivals_take_turns_in_an_order_that_rotates(clock):
     sample_in_turns({name: variant(name) for name in "abc"}, CpuTimer(clock), 0.0)
     assert "".join(order[3:]) == "abcbcacababcbca"  # after one call each that tells how long a call is
     assert len(order) == 3 + 3 * MIN_ROUNDS
+
+
+class Disturbed:
+    """A clock of a machine on which all work takes half as long again in ``share`` of each 10 ms."""
+
+    def __init__(self, share):
+        self.now, self.share = 0.0, share
+
+    def __call__(self):
+        return self.now
+
+    def work(self, seconds):
+        def run():
+            self.now += seconds * (1.5 if self.now % 10e-3 < self.share * 10e-3 else 1.0)
+
+        return run
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6, 0.9])
+def test_what_a_neighbour_disturbs_is_left_out(share):
+    clock = Disturbed(share)
+    pieces = {"a": clock.work(10e-6), "b": clock.work(20e-6)}
+    times = {n: summary(s) for n, s in sample_undisturbed(pieces, 2.0, clock, clock.work(15e-6)).items()}
+    for name, us in (("a", 10.0), ("b", 20.0)):
+        assert (times[name].p20, times[name].p80) == (pytest.approx(us, rel=0.01), pytest.approx(us, rel=0.06))
+        assert times[name].samples >= 50
+    if share:
+        sampler = CpuTimer(clock, 2e-4).sampler(pieces["a"])
+        plain = summary([sampler().device for _ in range(5000)])
+        assert plain.p80 == pytest.approx(15.0), "the neighbour disturbed nothing: this proves nothing"
+
+
+def test_where_nothing_is_undisturbed_the_least_disturbed_is_kept(clock):
+    paces = iter(range(10**6))
+
+    def pace():
+        clock.now += 1e-6 * 2.0 ** next(paces)  # each takes twice as long as the one before
+
+    kept = sample_undisturbed({"a": clock.work(1e-3)}, 0.0, clock, pace)["a"]
+    assert len(kept) == MIN_ROUNDS
 
 
 @pytest.fixture

@@ -85,9 +85,11 @@ def why_not_swap(rule: Rule, module: nn.Module) -> str | None:
 
 def hides_forward(module: nn.Module) -> bool:
     """Tell whether a forward bound to ``module`` hides its class's; transformers 4.56 and 4.57 bind that very one."""
-    forward = vars(module).get("forward")
+    forward = module.__dict__.get("forward")
+    if forward is None:
+        return False
     own = getattr(forward, "__self__", None) is module and forward.__func__ is type(module).forward
-    return forward is not None and not own
+    return not own
 
 
 def become(module: nn.Module, cls: type[nn.Module]) -> None:
@@ -144,6 +146,8 @@ def _blocked(rule: Rule, module: nn.Module, dtypes: set[torch.dtype]) -> str | N
 
 def descendant(module: nn.Module, path: str) -> nn.Module | None:
     """Return the module at ``path`` below ``module``, or None where there is none."""
+    if "." not in path:
+        return module._modules.get(path)
     for name in path.split("."):
         module = None if module is None else module._modules.get(name)
     return module
@@ -152,9 +156,12 @@ def descendant(module: nn.Module, path: str) -> nn.Module | None:
 def _strange_parameters(
     module: nn.Module, names: frozenset[str], dtypes: set[torch.dtype], optional: frozenset[str] = frozenset()
 ) -> str | None:
-    if not names <= module._parameters.keys() <= names | optional:
-        return f"its parameters are {sorted(module._parameters)}, not {sorted(names)}"
-    for name, parameter in module._parameters.items():
+    found = module._parameters
+    if not found and not names:  # of most children, at every call
+        return None
+    if not (found.keys() == names or names <= found.keys() <= names | optional):
+        return f"its parameters are {sorted(found)}, not {sorted(names)}"
+    for name, parameter in found.items():
         if parameter is None:
             continue
         if type(parameter) not in PLAIN:

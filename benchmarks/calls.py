@@ -6,6 +6,9 @@ nothing. What that takes when called by itself, on the same tensors as they are 
 figure is of the way to the launcher and back: it leaves out the launch, the allocations, and the switch to the tensor's
 device, which only a GPU has.
 
+A call without gradients that is like one before takes a shorter way (``vitkernels/ops/_known.py``): "no grad" is of
+such calls, as a model's are from its third layer or batch on, "no grad at a new shape" of calls unlike any before.
+
 Timed are undisturbed samples alone, as :mod:`benchmarks.run` tells them. An interpreter that was compiled without
 profile-guided optimization, as pyenv's is by default, takes a quarter longer than a distribution's.
 
@@ -37,7 +40,8 @@ from benchmarks.ops.measure import leaves_of
 from benchmarks.run import sample_undisturbed, summary
 from benchmarks.schema import OURS, Times
 from vitkernels import ops
-from vitkernels.ops._registry import OPS
+from vitkernels.ops import _known
+from vitkernels.ops._registry import LAUNCHERS, OPS
 from vitkernels.testing.cases import Case
 
 # So small that what PyTorch itself computes outside the launchers, such as the sum of a bias's gradient, hardly counts.
@@ -45,7 +49,7 @@ SMALL = (
     Case("small", 1, 32, 16, 1, 32, 2, 64),
     Case("small, RMSNorm and packed gate", 1, 32, 16, 1, 32, 2, 64, "silu", norm="rms_norm", mlp="packed"),
 )
-MODES = ("no grad", "forward and backward")
+MODES = ("no grad", "no grad at a new shape", "forward and backward")
 
 
 def main(seconds: float) -> None:
@@ -54,7 +58,9 @@ def main(seconds: float) -> None:
     library = torch.library.Library("vitkernels", "IMPL")
     recorder = Recorder()
     for name, implementations in OPS.items():
-        library.impl(name, recorder.stand_in(implementations.fake), "CPU", allow_override=True)
+        stand_in = recorder.stand_in(implementations.fake)
+        library.impl(name, stand_in, "CPU", allow_override=True)
+        LAUNCHERS[name]["cpu"] = stand_in
     for name in ops.__all__:
         if inspect.isfunction(getattr(ops, name)):
             setattr(ops, name, recorder.noting(getattr(ops, name)))
@@ -65,7 +71,7 @@ def main(seconds: float) -> None:
     own = torch.library.Library("vitkernels_benchmarks", "DEF")
     costs = {}
     for mode in MODES:
-        with torch.set_grad_enabled(mode != "no grad"):
+        with torch.set_grad_enabled(mode == "forward and backward"):
             pieces = {"torch, an op without checks": an_op_without_checks(own)} if mode == "no grad" else {}
             pieces |= {f"{OURS}, {name}": piece(bench, mode, recorder) for name, bench in benches.items()}
             costs |= {f"{name}, {mode}": times for name, times in beyond(pieces, seconds / len(MODES)).items()}
@@ -110,19 +116,28 @@ def piece(bench: OpBench, mode: str, recorder: Recorder) -> tuple[Callable, Call
     tensors = bench.inputs(case, torch.float32, torch.device("cpu"))
     outputs = bench.ours(case, **tensors)
     op = call = recorder.op
-    if mode != "no grad":
+    if mode == "no grad at a new shape":
+
+        def call():
+            _known.forget()
+            return op()
+
+    elif mode == "forward and backward":
         upstreams = [torch.ones_like(o) for o in (outputs if isinstance(outputs, tuple) else (outputs,))]
         leaves = list(leaves_of(tensors).values())
 
         def call():
             return torch.autograd.grad(op(), leaves, upstreams)
 
-    call()
+    for _ in range(3):
+        call()
     recorder.calls = reached = []
     call()
     recorder.calls = None
 
     def launch():
+        if mode == "no grad at a new shape":
+            _known.forget()
         for function in reached:
             function()
 

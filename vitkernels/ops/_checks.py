@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, strided
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -42,7 +42,7 @@ def alike(x: Tensor, *others: Tensor | None) -> bool:
     dtype, device = x.dtype, x.device
     for t in others:
         if t is not None and not (
-            type(t) in _PLAIN and t.dtype is dtype and t.device == device and t.layout is strided and not t.is_nested
+            type(t) in PLAIN and t.dtype is dtype and t.device == device and t.layout is strided and not t.is_nested
         ):
             return False
     return True

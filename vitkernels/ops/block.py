@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from vitkernels import reference, runtime
 from vitkernels.ops._checks import alike, check_like, check_shape, check_tensor
+from vitkernels.ops._known import KnownCalls
 from vitkernels.ops._registry import needs_grad, uses_kernels
 from vitkernels.ops.attention import MAX_HEAD_DIM, attention_qkvpacked_bwd, attention_qkvpacked_fwd
 from vitkernels.ops.layer_norm import check_layer_norm, layer_norm_bwd, layer_norm_fwd, parameters_for_torch
@@ -33,13 +34,11 @@ class BlockFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, n1_w, n1_b, qkv_w, qkv_b, proj_w, proj_b, gamma1, n2_w, n2_b, w1, b1, w2, b2, gamma2, options):
-        y, saved = _forward(
-            x, n1_w, n1_b, qkv_w, qkv_b, proj_w, proj_b, gamma1, n2_w, n2_b, w1, b1, w2, b2, gamma2, options, save=True
-        )
+        tensors = (x, n1_w, n1_b, qkv_w, qkv_b, proj_w, proj_b, gamma1, n2_w, n2_b, w1, b1, w2, b2, gamma2)
+        y, saved = _forward(tensors, options, save=True)
         ctx.save_for_backward(*saved)
         ctx.options = options
-        ctx.dtypes = [None if t is None else t.dtype for t in (x, n1_w, n1_b, qkv_w, qkv_b, proj_w, proj_b, gamma1,
-                                                               n2_w, n2_b, w1, b1, w2, b2, gamma2)]  # fmt: skip
+        ctx.dtypes = [None if t is None else t.dtype for t in tensors]
         return y
 
     @staticmethod
@@ -98,18 +97,24 @@ class BlockFunction(torch.autograd.Function):
         ), None
 
 
-def _forward(x, n1_w, n1_b, qkv_w, qkv_b, proj_w, proj_b, gamma1, n2_w, n2_b, w1, b1, w2, b2, gamma2, options, *, save):
-    """Return the output, and what the backward takes out of ``ctx.saved_tensors``."""
+_STEPS = (layer_norm_fwd, linear_fwd, attention_qkvpacked_fwd, mlp_fwd)
+_KNOWN = KnownCalls("layer_norm_fwd", "linear_fwd", "attention_qkvpacked_fwd", "mlp_fwd")
+
+
+def _forward(tensors, options, *, save, steps=_STEPS):
+    """Return the output, and what the backward takes out of ``ctx.saved_tensors``; ``steps`` compute."""
+    x, n1_w, n1_b, qkv_w, qkv_b, proj_w, proj_b, gamma1, n2_w, n2_b, w1, b1, w2, b2, gamma2 = tensors
+    norm, linear, attend, mlp = steps
     heads, scale, eps1, eps2, activation, recompute = options
     dtype = qkv_w.dtype
-    h1, _, mean1, rstd1 = layer_norm_fwd(x, None, n1_w, n1_b, None, None, eps1, dtype)
-    qkv = linear_fwd(h1, qkv_w, qkv_b, None, None, None)[0]
+    h1, _, mean1, rstd1 = norm(x, None, n1_w, n1_b, None, None, eps1, dtype)
+    qkv = linear(h1, qkv_w, qkv_b, None, None, None)[0]
     qkv = qkv.view(*x.shape[:2], 3, heads, qkv_w.shape[0] // (3 * heads))
-    o, lse = attention_qkvpacked_fwd(qkv, scale)
-    branch = linear_fwd(o.flatten(2), proj_w, proj_b, gamma1, None, None)[0]
-    h2, r, mean2, rstd2 = layer_norm_fwd(branch, x, n2_w, n2_b, None, None, eps2, dtype)
+    o, lse = attend(qkv, scale)
+    branch = linear(o.flatten(2), proj_w, proj_b, gamma1, None, None)[0]
+    h2, r, mean2, rstd2 = norm(branch, x, n2_w, n2_b, None, None, eps2, dtype)
     save_act = save and not recompute
-    y, z, act = mlp_fwd(h2, w1, b1, w2, b2, gamma2, r, activation, None, save, save_act)
+    y, z, act = mlp(h2, w1, b1, w2, b2, gamma2, r, activation, None, save, save_act)
     saved = (
         x, n1_w, mean1, rstd1, h1, qkv_w, qkv, o, lse, proj_w, proj_b, gamma1,
         r, n2_w, mean2, rstd2, h2, w1, w2, b2, gamma2, z, act if save_act else None,
@@ -167,11 +172,20 @@ def block(
 
     Raises:
         ValueError: A shape, device, eps or activation does not fit.
-        TypeError: A dtype does not fit.
+        TypeError: A dtype does not fit, or what is to be a pair is none.
         NotImplementedError: The head dim is above 256, or a tensor is nested, sparse or quantized.
 
     Reference: arXiv 2010.11929.
     """
+    pairs = {"norm1": norm1, "qkv": qkv, "proj": proj, "norm2": norm2, "fc1": fc1, "fc2": fc2,
+             "layer_scale": layer_scale}  # fmt: skip
+    for name, pair in pairs.items():
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise TypeError(f"block: {name} is a {type(pair).__name__}; expected a pair")
+    tensors = (x, *norm1, *qkv, *proj, layer_scale[0], *norm2, *fc1, *fc2, layer_scale[1])
+    options = (num_heads, scale, eps, activation)
+    if call := _KNOWN.find(tensors, options):
+        return _forward(tensors, call.plan, save=False, steps=call.launchers)[0]
     scale, dtype = _check(x, norm1, qkv, proj, norm2, fc1, fc2, layer_scale, num_heads, scale, eps, activation)
     if not uses_kernels(x):
         norm1, norm2 = (parameters_for_torch(x.dtype, *pair) for pair in (norm1, norm2))
@@ -181,11 +195,13 @@ def block(
         )  # fmt: skip
     if dtype is not None:
         qkv, proj, fc1, fc2 = ([None if t is None else t.to(dtype) for t in pair] for pair in (qkv, proj, fc1, fc2))
-    tensors = (x, *norm1, *qkv, *proj, layer_scale[0], *norm2, *fc1, *fc2, layer_scale[1])
-    options = (num_heads, scale, *eps, activation, recompute)
+        tensors = (x, *norm1, *qkv, *proj, layer_scale[0], *norm2, *fc1, *fc2, layer_scale[1])
+    plan = (num_heads, scale, *map(float, eps), activation, recompute)
     if needs_grad(*tensors):
-        return BlockFunction.apply(*tensors, options)
-    return _forward(*tensors, options, save=False)[0]
+        return BlockFunction.apply(*tensors, plan)
+    y, _ = _forward(tensors, plan, save=False)
+    _KNOWN.add(tensors, options, plan)
+    return y
 
 
 def _check(x, norm1, qkv, proj, norm2, fc1, fc2, layer_scale, num_heads, scale, eps, activation):

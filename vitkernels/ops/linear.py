@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from vitkernels import reference, runtime
 from vitkernels.ops import _tile
 from vitkernels.ops._checks import alike, check_like, check_shape, check_tensor
+from vitkernels.ops._known import KnownCalls
 from vitkernels.ops._product import product, within_reach
 from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
 from vitkernels.ops._triton import tl, triton
@@ -275,6 +276,9 @@ class LinearFunction(torch.autograd.Function):
         return *grads, dresidual, None
 
 
+_KNOWN = KnownCalls("linear_fwd")
+
+
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -306,6 +310,9 @@ def linear(
     Reference: arXiv 1606.08415 (GELU), 2103.17239 (LayerScale).
     """
     op = "linear"
+    tensors = (x, weight, bias, layer_scale, residual)
+    if call := _KNOWN.find(tensors, (activation,)):
+        return call.launch(*tensors, activation)[0]
     *lead, K = check_input(op, x)
     check_activation(op, activation)
     dtype = runtime.autocast_dtype(x)
@@ -319,7 +326,9 @@ def linear(
         x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
     if needs_grad(x, weight, bias, residual, layer_scale):
         return LinearFunction.apply(x, weight, bias, layer_scale, residual, activation)
-    return linear_fwd(x, weight, bias, layer_scale, residual, activation)[0]
+    y, _ = linear_fwd(x, weight, bias, layer_scale, residual, activation)
+    _KNOWN.add(tensors, (activation,))
+    return y
 
 
 def check_input(op: str, x: Tensor) -> torch.Size:

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from vitkernels import reference, runtime
 from vitkernels.ops._checks import alike
+from vitkernels.ops._known import KnownCalls
 from vitkernels.ops._product import product, product_dact
 from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
 from vitkernels.ops.linear import (
@@ -142,6 +143,9 @@ class MlpFunction(torch.autograd.Function):
         return *grads, dresidual, None, None
 
 
+_KNOWN = KnownCalls("mlp_fwd")
+
+
 def mlp(
     x: Tensor,
     w1: Tensor,
@@ -179,6 +183,9 @@ def mlp(
     Reference: arXiv 1706.03762, section 3.3; 1606.08415 (GELU); 2103.17239 (LayerScale).
     """
     op = "mlp"
+    tensors = (x, w1, b1, w2, b2, layer_scale, residual)
+    if call := _KNOWN.find(tensors, (activation,)):
+        return call.launch(*tensors, activation)[0]
     *lead, C = check_input(op, x)
     check_activation(op, activation)
     dtype = runtime.autocast_dtype(x)
@@ -193,4 +200,6 @@ def mlp(
         x, w1, b1, w2, b2 = (None if t is None else t.to(dtype) for t in (x, w1, b1, w2, b2))
     if needs_grad(x, w1, b1, w2, b2, residual, layer_scale):
         return MlpFunction.apply(x, w1, b1, w2, b2, layer_scale, residual, activation, recompute)
-    return mlp_fwd(x, w1, b1, w2, b2, layer_scale, residual, activation)[0]
+    y = mlp_fwd(x, w1, b1, w2, b2, layer_scale, residual, activation)[0]
+    _KNOWN.add(tensors, (activation,))
+    return y

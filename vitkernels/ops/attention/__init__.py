@@ -34,6 +34,7 @@ from torch.autograd.function import once_differentiable
 
 from vitkernels import reference, runtime
 from vitkernels.ops._checks import FLOATING, alike, check_like, check_shape, check_tensor
+from vitkernels.ops._known import KnownCalls
 from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
 from vitkernels.ops.attention.backward import attention_backward
 from vitkernels.ops.attention.config import attention_provider
@@ -330,6 +331,10 @@ class AttentionQkvpackedFunction(torch.autograd.Function):
         )
 
 
+_KNOWN, _KNOWN_VARLEN = KnownCalls("attention_fwd"), KnownCalls("attention_fwd")
+_KNOWN_PACKED = KnownCalls("attention_qkvpacked_fwd")
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -378,6 +383,11 @@ def attention(
     Reference: arXiv 1706.03762, 2205.14135, 2307.08691.
     """
     op = "attention"
+    given, options = (q, k, v, attn_mask), (scale, is_causal, dropout_p, num_prefix_tokens)
+    as_given = rope is None and q_norm is None and k_norm is None
+    if as_given and (call := _KNOWN.find(given, options)):
+        scale, is_causal = call.plan
+        return call.launch(q, k, v, scale, True, _four_dims(attn_mask), None, is_causal)[0]
     check_tensor(op, "q", q)
     q, k, v = _autocast(q, k, v)
     B, H, N_q, N_kv, D = _check_operands(op, q, k, v)
@@ -390,10 +400,13 @@ def attention(
             q, k, v, attn_mask=attn_mask, scale=scale, is_causal=is_causal, dropout_p=dropout_p, rope=rope,
             num_prefix_tokens=num_prefix_tokens, q_norm=q_norm, k_norm=k_norm,
         )  # fmt: skip
-    if rope is not None or q_norm is not None or k_norm is not None:
+    if not as_given:
         q = _prepare(q, q_norm, rope, num_prefix_tokens)
         k = _prepare(k, k_norm, rope, num_prefix_tokens)
-    return _attend(q, k, v, mask, _seed(q, dropout_p), None, scale, is_causal, dropout_p, 0)
+    o = _attend(q, k, v, mask, _seed(q, dropout_p), None, scale, is_causal, dropout_p, 0)
+    if as_given and not dropout_p and not needs_grad(*given):
+        _KNOWN.add(given, options, (scale, bool(is_causal)))
+    return o
 
 
 def attention_qkvpacked(
@@ -424,6 +437,11 @@ def attention_qkvpacked(
     Reference: as for :func:`attention`.
     """
     op = "attention_qkvpacked"
+    given, options = (qkv, attn_mask), (scale, is_causal, dropout_p, num_prefix_tokens)
+    as_given = rope is None and q_norm is None and k_norm is None
+    if as_given and (call := _KNOWN_PACKED.find(given, options)):
+        scale, is_causal = call.plan
+        return call.launch(qkv, scale, _four_dims(attn_mask), None, is_causal)[0]
     check_tensor(op, "qkv", qkv)
     (qkv,) = _autocast(qkv)
     if qkv.ndim != 5 or qkv.shape[2] != 3:
@@ -446,8 +464,11 @@ def attention_qkvpacked(
         q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
         return attention(q, k, v, **options).transpose(1, 2)
     seed = _seed(qkv, dropout_p)
-    if rope is None and q_norm is None and k_norm is None and not needs_grad(qkv, mask):
-        return attention_qkvpacked_fwd(qkv, scale, mask, seed, is_causal, dropout_p)[0]
+    if as_given and not needs_grad(qkv, mask):
+        o, _ = attention_qkvpacked_fwd(qkv, scale, mask, seed, is_causal, dropout_p)
+        if not dropout_p:
+            _KNOWN_PACKED.add(given, options, (scale, bool(is_causal)))
+        return o
     cos, sin = (None, None) if rope is None else (_table(rope.cos), _table(rope.sin))
     parameters = tuple(t for norm in (q_norm, k_norm) for t in (norm[:2] if norm else (None, None)))
     return AttentionQkvpackedFunction.apply(
@@ -493,6 +514,13 @@ def attention_varlen(
     Reference: as for :func:`attention`.
     """
     op = "attention_varlen"
+    given, options = (q, k, v, cu_seqlens), (max_seqlen, scale, is_causal, dropout_p)
+    as_given = rope is None and q_norm is None and k_norm is None
+    if as_given and (call := _KNOWN_VARLEN.find(given, options)):
+        if q.is_cpu:
+            _check_bounds(op, q, cu_seqlens, max_seqlen)
+        scale, is_causal = call.plan
+        return call.launch(q, k, v, scale, False, None, None, is_causal, 0.0, _int32(cu_seqlens), max_seqlen)[0]
     check_tensor(op, "q", q)
     q, k, v = _autocast(q, k, v)
     if q.ndim != 3:
@@ -513,11 +541,13 @@ def attention_varlen(
         return reference.attention_varlen(
             q, k, v, cu_seqlens, scale=scale, is_causal=is_causal, dropout_p=dropout_p
         ).contiguous()
-    if rope is not None or q_norm is not None or k_norm is not None:
+    if not as_given:
         q, k = (x.transpose(0, 1).unsqueeze(0) for x in (q, k))
         q, k = (_prepare(x, norm, rope, 0).squeeze(0).transpose(0, 1) for x, norm in ((q, q_norm), (k, k_norm)))
-    starts = cu_seqlens if cu_seqlens.dtype is torch.int32 else cu_seqlens.to(torch.int32)
-    return _attend(q, k, v, None, _seed(q, dropout_p), starts, scale, is_causal, dropout_p, max_seqlen)
+    o = _attend(q, k, v, None, _seed(q, dropout_p), _int32(cu_seqlens), scale, is_causal, dropout_p, max_seqlen)
+    if as_given and not dropout_p and not needs_grad(*given):
+        _KNOWN_VARLEN.add(given, options, (scale, bool(is_causal)))
+    return o
 
 
 def attention_weights(
@@ -713,9 +743,21 @@ def _check_mask(op: str, mask: Tensor | None, q: Tensor, shape: tuple[int, int, 
         raise ValueError(
             f"{op}: attn_mask has shape {tuple(mask.shape)}; expected one that broadcasts to {shape}, (B, H, N_q, N_kv)"
         )
-    four = mask.reshape(sizes) if mask.ndim < 4 else mask
     # What made an expanded tensor sums its gradient. Where nothing did, each element has one of its own.
-    return four if mask.requires_grad and mask.is_leaf else _unexpanded(four)
+    if mask.requires_grad and mask.is_leaf:
+        return mask.reshape(sizes) if mask.ndim < 4 else mask
+    return _four_dims(mask)
+
+
+def _four_dims(mask: Tensor | None) -> Tensor | None:
+    """``mask`` with four dims, of size 1 where it is expanded."""
+    if mask is None:
+        return None
+    return _unexpanded(mask.reshape((1,) * (4 - mask.ndim) + mask.shape) if mask.ndim < 4 else mask)
+
+
+def _int32(x: Tensor) -> Tensor:
+    return x if x.dtype is torch.int32 else x.to(torch.int32)
 
 
 def _check_prepared(
@@ -779,8 +821,12 @@ def _check_images(op: str, q: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> No
         raise TypeError(f"{op}: max_seqlen is a {type(max_seqlen).__name__}; expected an integer")
     if max_seqlen < 1:
         raise ValueError(f"{op}: max_seqlen is {max_seqlen}; expected 1 at least")
-    if runtime.device_type(q) != "cpu" or torch.compiler.is_compiling() or isinstance(cu_seqlens, FakeTensor):
-        return
+    if q.is_cpu and not torch.compiler.is_compiling() and not isinstance(cu_seqlens, FakeTensor):
+        _check_bounds(op, q, cu_seqlens, max_seqlen)
+
+
+def _check_bounds(op: str, q: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
+    """Check the values of ``cu_seqlens``, for which a GPU would have to be waited for."""
     bounds = cu_seqlens.tolist()
     fits = bounds[0] >= 0 and bounds[-1] <= q.shape[0]
     for start, end in itertools.pairwise(bounds):

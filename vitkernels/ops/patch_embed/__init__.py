@@ -36,6 +36,7 @@ from torch.compiler import is_compiling
 
 from vitkernels import reference, runtime
 from vitkernels.ops._checks import FLOATING, alike, check_like, check_shape, check_tensor
+from vitkernels.ops._known import KnownCalls
 from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
 from vitkernels.ops.patch_embed.backward import empty_gradients, patch_embed_backward
 from vitkernels.ops.patch_embed.forward import empty_tokens, patch_embed_forward
@@ -126,6 +127,9 @@ class PatchEmbedFunction(torch.autograd.Function):
         return dimages if needs_images else None, *grads, None, None, None
 
 
+_KNOWN = KnownCalls("patch_embed_fwd")
+
+
 def patch_embed(
     images: Tensor,
     weight: Tensor,
@@ -164,6 +168,9 @@ def patch_embed(
 
     Reference: arXiv 2010.11929 (ViT), 2309.16588 (register tokens).
     """
+    tensors = (images, weight, bias, pos_embed, prefix_tokens)
+    if call := _KNOWN.find(tensors, (pos_embed_prefix, normalize)):
+        return call.launch(*tensors, *call.plan)
     constants = _check_images(images, normalize)
     dtype = _check(images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, constants is not None)
     if not uses_kernels(images):
@@ -181,7 +188,9 @@ def patch_embed(
             images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, dtype, constants
         )
     weight, bias = _cast(dtype, weight, bias)
-    return _patch_embed_fwd(images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, constants)
+    tokens = _patch_embed_fwd(images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, constants)
+    _KNOWN.add(tensors, (pos_embed_prefix, normalize), (bool(pos_embed_prefix), constants))
+    return tokens
 
 
 def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:

@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from vitkernels import reference, runtime
 from vitkernels.ops._checks import alike, check_shape
+from vitkernels.ops._known import KnownCalls
 from vitkernels.ops._registry import OPS, needs_grad, reference_gradients, register, uses_kernels
 from vitkernels.ops.layer_norm import check_eps, check_parameter, layer_norm_bwd, layer_norm_fwd, parameters_for_torch
 from vitkernels.ops.linear import (
@@ -244,6 +245,9 @@ def _apart(both: Tensor, hidden: int, separate: bool) -> tuple[Tensor, Tensor | 
     return (both[0], both[1]) if separate else (both.flatten(0, 1), None)
 
 
+_KNOWN = KnownCalls("swiglu_mlp_fwd")
+
+
 def swiglu_mlp(
     x: Tensor,
     w12: Tensor | tuple[Tensor, Tensor],
@@ -288,15 +292,18 @@ def swiglu_mlp(
     Reference: arXiv 2002.05202; 2303.11331 (the norm); 2103.17239 (LayerScale).
     """
     op = "swiglu_mlp"
+    w1, b1, w2, b2 = _first_layer(op, w12, b12)
+    norm_w, norm_b, eps = _norm_parts(op, norm)
+    given, options = (x, w1, b1, w2, b2, w3, b3, norm_w, norm_b, layer_scale, residual), (activation, gate_last, eps)
+    if call := _KNOWN.find(given, options):
+        return call.launch(*given, *call.plan)
     *lead, C = check_input(op, x)
     check_activation(op, activation)
     dtype = runtime.autocast_dtype(x)
-    w1, b1, w2, b2 = _first_layer(op, w12, b12)
     known = alike(x, w1, b1, w2, b2, w3, b3, residual, layer_scale)
     hidden = _check_first(op, x, C, w1, b1, w2, b2, known, dtype is None)
     C_out = check_weights(op, "w3", w3, "b3", b3, x, hidden, known, dtype is None)
     check_epilogue(op, residual, layer_scale, x, lead, C_out, known)
-    norm_w, norm_b, eps = norm or (None, None, None)
     if norm is not None:
         for name, parameter in (("norm's weight", norm_w), ("norm's bias", norm_b)):
             if parameter is not None:
@@ -314,7 +321,17 @@ def swiglu_mlp(
     tensors = (x, w1, b1, w2, b2, w3, b3, norm_w, norm_b, layer_scale, residual)
     if needs_grad(*tensors):
         return SwigluMlpFunction.apply(*tensors, (activation, gate_last, eps, recompute))
-    return swiglu_mlp_fwd(*tensors, activation, gate_last, eps)
+    y = swiglu_mlp_fwd(*tensors, *options)
+    _KNOWN.add(given, options, (activation, bool(gate_last), None if eps is None else float(eps)))
+    return y
+
+
+def _norm_parts(op, norm):
+    try:
+        weight, bias, eps = (None, None, None) if norm is None else norm
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{op}: norm is {norm!r}; expected (weight, bias, eps) or None") from error
+    return weight, bias, eps
 
 
 def _first_layer(op, w12, b12):

@@ -48,7 +48,7 @@ def run_script(arguments: list[str], seconds: float, **environment: str) -> str:
     return run.stdout
 
 
-def call_rows(session: Session, seconds: float = 8.0) -> Iterator[Row]:
+def call_rows(session: Session, seconds: float = 12.0) -> Iterator[Row]:
     """Measure an op's call above its launch, and the least that PyTorch takes; see ``benchmarks/calls.py``."""
     printed = run_script(["-m", "benchmarks.calls", str(seconds)], session.left())
     for name, times in json.loads(printed).items():

@@ -57,7 +57,7 @@ def plan(suite: str, device: torch.device) -> list[Job]:
 def _quick(device: torch.device) -> list[Job]:
     case = CASES[VIT_B]
     host = [
-        Job("call of each op", lambda session: 16.0, costs.call_rows),
+        Job("call of each op", lambda session: 20.0, costs.call_rows),
         Job("imports", lambda session: 12.0, costs.import_rows),
         Job("accelerate", lambda session: 4.0, lambda session: costs.accelerate_rows()),
     ]

@@ -138,13 +138,17 @@ class KnownCalls:
             return
         kind = self._kinds.setdefault(key, Kind(tensors))
         given = kind.given(tensors)
+        if len(kind.calls) >= MAX_CALLS or len({*map(id, given)}) < len(given):  # never like one tensor twice
+            return
+        try:
+            _refuse_without_strides(given)
+            if any(call.is_like(*given) for call in kind.calls):  # but for a profiler or such
+                return
+            is_like = TensorGuards(*given, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        except (TypeError, RuntimeError):  # one that cannot be compared, or another PyTorch's comparison
+            return
         launchers = [LAUNCHERS[op].get(runtime.device_type(given[0])) for op in self._ops]
-        if len(kind.calls) >= MAX_CALLS or None in launchers or not _plain(given):
-            return
-        if any(call.is_like(*given) for call in kind.calls):  # but for a profiler or such
-            return
-        is_like = TensorGuards(*given, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
-        if is_like(*given):  # never of one tensor twice
+        if None not in launchers and _plain(given) and is_like(*given):
             kind.calls.append(Call(is_like, launchers, plan))
 
 
@@ -159,10 +163,6 @@ def _lasting(value: Any) -> bool:
 
 def _plain(tensors: tuple[Tensor, ...]) -> bool:
     """Tell whether ``tensors`` and this thread have those dispatch keys alone that a plain call on dense ones has."""
-    try:
-        _refuse_without_strides(tensors)
-    except RuntimeError:
-        return False
     names, modes = torch._C._dispatch_keyset_to_string, torch._C._dispatch_tls_local_include_set()
     if not _split(names(modes)) <= {"BackendSelect", "ADInplaceOrView"}:
         return False

@@ -68,6 +68,8 @@ def why_no_kernels(device: torch.device) -> str | None:
         why = f"Triton cannot be imported ({_triton.MISSING}). Install it with: pip install triton"
     elif device.type == "cpu" and not _triton.INTERPRETED:
         why = "there is no GPU, and Triton's interpreter is off (TRITON_INTERPRET=1 turns it on)."
+    elif device.type == "cpu" and (misfit := _triton.why_not_interpreted()):
+        why = f"{misfit}."
     else:
         return None
     if asked == "triton":

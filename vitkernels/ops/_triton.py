@@ -123,6 +123,20 @@ if INTERPRETED:
 
 HAS_TRITON = MISSING is None
 
+
+def why_not_interpreted() -> str | None:
+    """Return why no kernel runs in Triton's interpreter as it is installed here, or None where nothing is known."""
+    import numpy
+
+    versions = [tuple(map(int, package.__version__.split(".")[:2])) for package in (_triton, numpy)]
+    if versions[0] < (3, 7) and versions[1] >= (2, 4):  # numbers from arrays of one dim
+        return (
+            f"the interpreter of Triton {_triton.__version__} cannot work with NumPy {numpy.__version__}: install "
+            "Triton 3.7 or later, or numpy<2.4"
+        )
+    return None
+
+
 _CACHE_LOCK = threading.RLock()  # where the cache lies is one setting for all threads
 
 

@@ -10,7 +10,7 @@ A call without gradients that is like one before takes a shorter way (``vitkerne
 such calls, as a model's are from its third layer or batch on, "no grad at a new shape" of calls unlike any before.
 
 Timed are undisturbed samples alone, as :mod:`benchmarks.run` tells them. An interpreter that was compiled without
-profile-guided optimization, as pyenv's is by default, takes a quarter longer than a distribution's.
+profile-guided optimization, as pyenv's is by default, takes about 30 % longer than a distribution's.
 
 Beside the ops stands the least that the way costs on this machine: an op of one tensor, without checks, through
 PyTorch's dispatcher.
@@ -41,7 +41,7 @@ from benchmarks.run import sample_undisturbed, summary
 from benchmarks.schema import OURS, Times
 from vitkernels import ops
 from vitkernels.ops import _known
-from vitkernels.ops._registry import LAUNCHERS, OPS
+from vitkernels.ops._registry import OPS
 from vitkernels.testing.cases import Case
 
 # So small that what PyTorch itself computes outside the launchers, such as the sum of a bias's gradient, hardly counts.
@@ -58,9 +58,8 @@ def main(seconds: float) -> None:
     library = torch.library.Library("vitkernels", "IMPL")
     recorder = Recorder()
     for name, implementations in OPS.items():
-        stand_in = recorder.stand_in(implementations.fake)
+        stand_in = implementations.kernels["cpu"] = recorder.stand_in(implementations.fake)
         library.impl(name, stand_in, "CPU", allow_override=True)
-        LAUNCHERS[name]["cpu"] = stand_in
     for name in ops.__all__:
         if inspect.isfunction(getattr(ops, name)):
             setattr(ops, name, recorder.noting(getattr(ops, name)))
@@ -116,13 +115,7 @@ def piece(bench: OpBench, mode: str, recorder: Recorder) -> tuple[Callable, Call
     tensors = bench.inputs(case, torch.float32, torch.device("cpu"))
     outputs = bench.ours(case, **tensors)
     op = call = recorder.op
-    if mode == "no grad at a new shape":
-
-        def call():
-            _known.forget()
-            return op()
-
-    elif mode == "forward and backward":
+    if mode == "forward and backward":
         upstreams = [torch.ones_like(o) for o in (outputs if isinstance(outputs, tuple) else (outputs,))]
         leaves = list(leaves_of(tensors).values())
 
@@ -136,12 +129,22 @@ def piece(bench: OpBench, mode: str, recorder: Recorder) -> tuple[Callable, Call
     recorder.calls = None
 
     def launch():
-        if mode == "no grad at a new shape":
-            _known.forget()
         for function in reached:
             function()
 
+    if mode == "no grad at a new shape":
+        return forgetting(call), forgetting(launch)
     return call, launch
+
+
+def forgetting(function: Callable) -> Callable:
+    """Return ``function`` with all known calls forgotten before it."""
+
+    def run():
+        _known.forget()
+        return function()
+
+    return run
 
 
 def beyond(pieces: Mapping[str, tuple[Callable, Callable]], seconds: float) -> dict[str, Times]:

@@ -168,11 +168,18 @@ def sample_in_turns(
     return samples
 
 
+def _additions() -> int:
+    total = 0
+    for i in range(PACE_STEPS):
+        total += i
+    return total
+
+
 def sample_undisturbed(
     variants: Mapping[str, Callable[[], object]],
     seconds: float,
     clock: Callable[[], float] = time.perf_counter,
-    pace: Callable[[], object] | None = None,
+    pace: Callable[[], object] = _additions,
 ) -> dict[str, list[float]]:
     """Time short pieces of Python in turns for about ``seconds``, and at least :data:`MIN_ROUNDS` rounds.
 
@@ -189,7 +196,7 @@ def sample_undisturbed(
     """
     timer = CpuTimer(clock, SHORT_SAMPLE_S)
     samplers = {name: timer.sampler(function) for name, function in variants.items()}
-    beside = CpuTimer(clock, 0.0).sampler(pace or _additions)
+    beside = CpuTimer(clock, 0.0).sampler(pace)
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
     before = beside().device
     paces = [before]
@@ -212,13 +219,6 @@ def sample_undisturbed(
         quiet = sum(slowest <= limit for slowest, _ in pairs)
         kept[name] = [taken for _, taken in pairs[: max(quiet, MIN_ROUNDS)]]
     return kept
-
-
-def _additions() -> int:
-    total = 0
-    for i in range(PACE_STEPS):
-        total += i
-    return total
 
 
 def measure(

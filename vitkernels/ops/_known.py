@@ -25,7 +25,7 @@ from torch.compiler import is_compiling
 
 from vitkernels import runtime
 from vitkernels.ops._checks import PLAIN
-from vitkernels.ops._registry import LAUNCHERS
+from vitkernels.ops._registry import OPS
 
 try:
     from torch._C import _is_torch_function_mode_enabled
@@ -80,8 +80,8 @@ class KnownCalls:
         *ops: The registered ops that a call without gradients runs.
     """
 
-    def __init__(self, *ops: str):
-        self._ops = ops
+    def __init__(self, *ops: torch._ops.OpOverload):
+        self._ops = [OPS[op.name().removeprefix("vitkernels::")] for op in ops]
         self._kinds: dict[Hashable, Kind] = {}
         self._seen: set[int] = set()  # hashes, which keep nothing alive
         _all.append(self)
@@ -147,7 +147,7 @@ class KnownCalls:
             is_like = TensorGuards(*given, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
         except (TypeError, RuntimeError):  # one that cannot be compared, or another PyTorch's comparison
             return
-        launchers = [LAUNCHERS[op].get(runtime.device_type(given[0])) for op in self._ops]
+        launchers = [op.kernels.get(runtime.device_type(given[0])) for op in self._ops]
         if None not in launchers and _plain(given) and is_like(*given):
             kind.calls.append(Call(is_like, launchers, plan))
 

@@ -25,16 +25,18 @@ _LIBRARY = torch.library.Library("vitkernels", "DEF")
 
 @dataclasses.dataclass(frozen=True)
 class Implementations:
-    """An op's three: on Triton kernels, in PyTorch, and on shapes alone."""
+    """An op's three: on Triton kernels, in PyTorch, and on shapes alone.
+
+    ``kernels`` is, by device type, what the dispatcher calls there, where that runs the launcher.
+    """
 
     launcher: Callable
     reference: Callable
     fake: Callable
+    kernels: dict[str, Callable]
 
 
 OPS: dict[str, Implementations] = {}
-# By op and device type, what the dispatcher calls there where that runs the kernels.
-LAUNCHERS: dict[str, dict[str, Callable]] = {}
 
 
 def register(schema: str, *, launcher: Callable, reference: Callable, fake: Callable):
@@ -50,12 +52,12 @@ def register(schema: str, *, launcher: Callable, reference: Callable, fake: Call
     """
     name = _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
 
-    LAUNCHERS[name] = {"cuda": _on_its_device(launcher), "xpu": _on_its_device(launcher)}
+    kernels = {"cuda": _on_its_device(launcher), "xpu": _on_its_device(launcher)}
     if _triton.INTERPRETED:
-        LAUNCHERS[name]["cpu"] = launcher
-    for kind, implementation in ({"cpu": reference} | LAUNCHERS[name]).items():
+        kernels["cpu"] = launcher
+    for kind, implementation in ({"cpu": reference} | kernels).items():
         _LIBRARY.impl(name, implementation, kind.upper())
-    OPS[name] = Implementations(launcher, reference, fake)
+    OPS[name] = Implementations(launcher, reference, fake, kernels)
     torch.library.register_fake(f"vitkernels::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.vitkernels, name).default
 

@@ -98,7 +98,7 @@ class BlockFunction(torch.autograd.Function):
 
 
 _STEPS = (layer_norm_fwd, linear_fwd, attention_qkvpacked_fwd, mlp_fwd)
-_KNOWN = KnownCalls("layer_norm_fwd", "linear_fwd", "attention_qkvpacked_fwd", "mlp_fwd")
+_KNOWN = KnownCalls(*_STEPS)
 
 
 def _forward(tensors, options, *, save, steps=_STEPS):

@@ -276,7 +276,7 @@ class LinearFunction(torch.autograd.Function):
         return *grads, dresidual, None
 
 
-_KNOWN = KnownCalls("linear_fwd")
+_KNOWN = KnownCalls(linear_fwd)
 
 
 def linear(
@@ -323,10 +323,10 @@ def linear(
         y = reference.linear(x, weight, bias, activation=activation, residual=residual, layer_scale=layer_scale)
         return y.contiguous()
     if dtype is not None:
-        x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
-    if needs_grad(x, weight, bias, residual, layer_scale):
-        return LinearFunction.apply(x, weight, bias, layer_scale, residual, activation)
-    y, _ = linear_fwd(x, weight, bias, layer_scale, residual, activation)
+        tensors = (*(None if t is None else t.to(dtype) for t in (x, weight, bias)), layer_scale, residual)
+    if needs_grad(*tensors):
+        return LinearFunction.apply(*tensors, activation)
+    y, _ = linear_fwd(*tensors, activation)
     _KNOWN.add(tensors, (activation,))
     return y
 

@@ -143,7 +143,7 @@ class MlpFunction(torch.autograd.Function):
         return *grads, dresidual, None, None
 
 
-_KNOWN = KnownCalls("mlp_fwd")
+_KNOWN = KnownCalls(mlp_fwd)
 
 
 def mlp(
@@ -197,9 +197,9 @@ def mlp(
         y = reference.mlp(x, w1, b1, w2, b2, activation=activation, residual=residual, layer_scale=layer_scale)
         return y.contiguous()
     if dtype is not None:
-        x, w1, b1, w2, b2 = (None if t is None else t.to(dtype) for t in (x, w1, b1, w2, b2))
-    if needs_grad(x, w1, b1, w2, b2, residual, layer_scale):
-        return MlpFunction.apply(x, w1, b1, w2, b2, layer_scale, residual, activation, recompute)
-    y = mlp_fwd(x, w1, b1, w2, b2, layer_scale, residual, activation)[0]
+        tensors = (*(None if t is None else t.to(dtype) for t in (x, w1, b1, w2, b2)), layer_scale, residual)
+    if needs_grad(*tensors):
+        return MlpFunction.apply(*tensors, activation, recompute)
+    y = mlp_fwd(*tensors, activation)[0]
     _KNOWN.add(tensors, (activation,))
     return y

@@ -159,7 +159,7 @@ def _strange_parameters(
     found = module._parameters
     if not found and not names:  # of most children, at every call
         return None
-    if not (found.keys() == names or names <= found.keys() <= names | optional):
+    if not names <= found.keys() <= names | optional:
         return f"its parameters are {sorted(found)}, not {sorted(names)}"
     for name, parameter in found.items():
         if parameter is None:

@@ -331,8 +331,8 @@ class AttentionQkvpackedFunction(torch.autograd.Function):
         )
 
 
-_KNOWN, _KNOWN_VARLEN = KnownCalls("attention_fwd"), KnownCalls("attention_fwd")
-_KNOWN_PACKED = KnownCalls("attention_qkvpacked_fwd")
+_KNOWN, _KNOWN_VARLEN = KnownCalls(attention_fwd), KnownCalls(attention_fwd)
+_KNOWN_PACKED = KnownCalls(attention_qkvpacked_fwd)
 
 
 def attention(
@@ -404,7 +404,7 @@ def attention(
         q = _prepare(q, q_norm, rope, num_prefix_tokens)
         k = _prepare(k, k_norm, rope, num_prefix_tokens)
     o = _attend(q, k, v, mask, _seed(q, dropout_p), None, scale, is_causal, dropout_p, 0)
-    if as_given and not dropout_p and not needs_grad(*given):
+    if as_given and not dropout_p and not o.requires_grad:
         _KNOWN.add(given, options, (scale, bool(is_causal)))
     return o
 
@@ -545,7 +545,7 @@ def attention_varlen(
         q, k = (x.transpose(0, 1).unsqueeze(0) for x in (q, k))
         q, k = (_prepare(x, norm, rope, 0).squeeze(0).transpose(0, 1) for x, norm in ((q, q_norm), (k, k_norm)))
     o = _attend(q, k, v, None, _seed(q, dropout_p), _int32(cu_seqlens), scale, is_causal, dropout_p, max_seqlen)
-    if as_given and not dropout_p and not needs_grad(*given):
+    if as_given and not dropout_p and not o.requires_grad:
         _KNOWN_VARLEN.add(given, options, (scale, bool(is_causal)))
     return o
 

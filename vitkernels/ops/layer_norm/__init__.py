@@ -218,7 +218,7 @@ def add_layer_norm(
     return add_norm("add_layer_norm", x, residual, weight, bias, eps, layer_scale, drop_path_scale)
 
 
-_KNOWN = KnownCalls("layer_norm_fwd")
+_KNOWN = KnownCalls(layer_norm_fwd)
 
 
 def norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, rms: bool = False) -> Tensor:

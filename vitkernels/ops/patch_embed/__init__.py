@@ -127,7 +127,7 @@ class PatchEmbedFunction(torch.autograd.Function):
         return dimages if needs_images else None, *grads, None, None, None
 
 
-_KNOWN = KnownCalls("patch_embed_fwd")
+_KNOWN = KnownCalls(_patch_embed_fwd)
 
 
 def patch_embed(

@@ -245,7 +245,7 @@ def _apart(both: Tensor, hidden: int, separate: bool) -> tuple[Tensor, Tensor | 
     return (both[0], both[1]) if separate else (both.flatten(0, 1), None)
 
 
-_KNOWN = KnownCalls("swiglu_mlp_fwd")
+_KNOWN = KnownCalls(swiglu_mlp_fwd)
 
 
 def swiglu_mlp(
@@ -294,9 +294,10 @@ def swiglu_mlp(
     op = "swiglu_mlp"
     w1, b1, w2, b2 = _first_layer(op, w12, b12)
     norm_w, norm_b, eps = _norm_parts(op, norm)
-    given, options = (x, w1, b1, w2, b2, w3, b3, norm_w, norm_b, layer_scale, residual), (activation, gate_last, eps)
-    if call := _KNOWN.find(given, options):
-        return call.launch(*given, *call.plan)
+    tensors = (x, w1, b1, w2, b2, w3, b3, norm_w, norm_b, layer_scale, residual)
+    options = (activation, gate_last, eps)
+    if call := _KNOWN.find(tensors, options):
+        return call.launch(*tensors, *call.plan)
     *lead, C = check_input(op, x)
     check_activation(op, activation)
     dtype = runtime.autocast_dtype(x)
@@ -317,12 +318,11 @@ def swiglu_mlp(
             x, w12, b12, w3, b3, residual=residual, layer_scale=layer_scale, **options
         ).contiguous()
     if dtype is not None:
-        x, w1, b1, w2, b2, w3, b3 = (None if t is None else t.to(dtype) for t in (x, w1, b1, w2, b2, w3, b3))
-    tensors = (x, w1, b1, w2, b2, w3, b3, norm_w, norm_b, layer_scale, residual)
+        tensors = (*(None if t is None else t.to(dtype) for t in tensors[:7]), *tensors[7:])
     if needs_grad(*tensors):
-        return SwigluMlpFunction.apply(*tensors, (activation, gate_last, eps, recompute))
+        return SwigluMlpFunction.apply(*tensors, (*options, recompute))
     y = swiglu_mlp_fwd(*tensors, *options)
-    _KNOWN.add(given, options, (activation, bool(gate_last), None if eps is None else float(eps)))
+    _KNOWN.add(tensors, options, (activation, bool(gate_last), None if eps is None else float(eps)))
     return y
 
 

@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vitkernels import reference, runtime
 from vitkernels.ops._checks import alike, check_like, check_shape, check_tensor
 from vitkernels.ops._known import KnownCalls
+from vitkernels.ops._once import once_differentiable
 from vitkernels.ops._registry import needs_grad, uses_kernels
 from vitkernels.ops.attention import MAX_HEAD_DIM, attention_qkvpacked_bwd, attention_qkvpacked_fwd
 from vitkernels.ops.layer_norm import check_layer_norm, layer_norm_bwd, layer_norm_fwd, parameters_for_torch
@@ -37,17 +37,18 @@ class BlockFunction(torch.autograd.Function):
         tensors = (x, n1_w, n1_b, qkv_w, qkv_b, proj_w, proj_b, gamma1, n2_w, n2_b, w1, b1, w2, b2, gamma2)
         y, saved = _forward(tensors, options, save=True)
         ctx.save_for_backward(*saved)
+        ctx.unsaved = (n1_b, qkv_b, n2_b, b1)  # in h1, qkv, h2 and z
         ctx.options = options
         ctx.dtypes = [None if t is None else t.dtype for t in tensors]
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx, saved, dy):
         (
             x, n1_w, mean1, rstd1, h1, qkv_w, qkv, o, lse, proj_w, proj_b, gamma1,
             r, n2_w, mean2, rstd2, h2, w1, w2, b2, gamma2, z, act,
-        ) = ctx.saved_tensors  # fmt: skip
+        ) = saved  # fmt: skip
         _, scale, eps1, eps2, activation, _ = ctx.options
         (
             need_x, need_n1_w, need_n1_b, need_qkv_w, need_qkv_b, need_proj_w, need_proj_b, need_gamma1,

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vitkernels import reference, runtime
 from vitkernels.ops import _tile
 from vitkernels.ops._checks import alike, check_like, check_shape, check_tensor
 from vitkernels.ops._known import KnownCalls
+from vitkernels.ops._once import once_differentiable
 from vitkernels.ops._product import product, within_reach
 from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
 from vitkernels.ops._triton import tl, triton
@@ -264,11 +264,11 @@ class LinearFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx, saved, dy):
         needed = list(ctx.needs_input_grad[:4])
         grads = [None] * 4
         if any(needed):
-            results = linear_bwd(dy, *ctx.saved_tensors, ctx.activation, needed)
+            results = linear_bwd(dy, *saved, ctx.activation, needed)
             grads = [g if n else None for g, n in zip(results, needed, strict=True)]
         if needed[3]:
             grads[3] = grads[3].to(ctx.gamma_dtype)

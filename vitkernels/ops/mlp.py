@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vitkernels import reference, runtime
 from vitkernels.ops._checks import alike
 from vitkernels.ops._known import KnownCalls
+from vitkernels.ops._once import once_differentiable
 from vitkernels.ops._product import product, product_dact
 from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
 from vitkernels.ops.linear import (
@@ -124,6 +124,7 @@ class MlpFunction(torch.autograd.Function):
         save_act = (ctx.needs_input_grad[3] or ctx.needs_input_grad[5]) and not recompute
         y, z, act = mlp_fwd(x, w1, b1, w2, b2, gamma, residual, activation, None, save_z, save_act)
         ctx.save_for_backward(x, w1, w2, b2, gamma, z, act if save_act else None)
+        ctx.unsaved = (b1,)  # in z
         ctx.activation = activation
         ctx.gamma_dtype = None if gamma is None else gamma.dtype
         ctx.residual_dtype = None if residual is None else residual.dtype
@@ -131,11 +132,11 @@ class MlpFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx, saved, dy):
         needed = list(ctx.needs_input_grad[:6])
         grads = [None] * 6
         if any(needed):
-            results = mlp_bwd(dy, *ctx.saved_tensors, ctx.activation, needed)
+            results = mlp_bwd(dy, *saved, ctx.activation, needed)
             grads = [g if n else None for g, n in zip(results, needed, strict=True)]
         if needed[5]:
             grads[5] = grads[5].to(ctx.gamma_dtype)

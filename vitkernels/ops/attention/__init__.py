@@ -30,11 +30,11 @@ from numbers import Real
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.function import once_differentiable
 
 from vitkernels import reference, runtime
 from vitkernels.ops._checks import FLOATING, alike, check_like, check_shape, check_tensor
 from vitkernels.ops._known import KnownCalls
+from vitkernels.ops._once import once_differentiable
 from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
 from vitkernels.ops.attention.backward import attention_backward
 from vitkernels.ops.attention.config import attention_provider
@@ -264,8 +264,8 @@ class AttentionFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, do):
-        *tensors, mask, seed, starts = ctx.saved_tensors
+    def backward(ctx, saved, do):
+        *tensors, mask, seed, starts = saved
         scale, is_causal, dropout_p, max_seqlen = ctx.options
         needs_q, needs_k, needs_v, needs_mask, *_ = ctx.needs_input_grad
         dq, dk, dv, dmask = attention_bwd(
@@ -307,8 +307,8 @@ class AttentionQkvpackedFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, do):
-        qkv, q, k, o, lse, mask, seed, q_weight, q_bias, k_weight, k_bias, cos, sin = ctx.saved_tensors
+    def backward(ctx, saved, do):
+        qkv, q, k, o, lse, mask, seed, q_weight, q_bias, k_weight, k_bias, cos, sin = saved
         (scale, is_causal, dropout_p), (q_norm, q_eps, k_norm, k_eps), interleaved, prefix = ctx.options
         needs_qkv, needs_mask, *needed = ctx.needs_input_grad[:6]
         if ctx.prepared:

@@ -20,10 +20,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vitkernels import reference, runtime
 from vitkernels.ops import _tile
+from vitkernels.ops._once import once_differentiable
 from vitkernels.ops._registry import reference_gradients, register
 from vitkernels.ops._triton import tl, triton
 from vitkernels.ops.attention.operands import addressing, strides
@@ -431,8 +431,8 @@ class PrepareFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
-        x, weight, bias, cos, sin = ctx.saved_tensors
+    def backward(ctx, saved, dy):
+        x, weight, bias, cos, sin = saved
         needs_x, needs_w, needs_b, *_ = ctx.needs_input_grad
         dx, dweight, dbias = prepare_bwd(dy, x, weight, bias, cos, sin, *ctx.spec, [needs_w, needs_b])
         return (

@@ -21,11 +21,11 @@ from numbers import Real
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vitkernels import reference, runtime
 from vitkernels.ops._checks import alike, check_like, check_shape, check_tensor
 from vitkernels.ops._known import KnownCalls
+from vitkernels.ops._once import once_differentiable
 from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
 from vitkernels.ops.layer_norm.backward import layer_norm_backward
 from vitkernels.ops.layer_norm.config import choose_config as choose_config
@@ -134,8 +134,8 @@ class LayerNormFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, dr=None):
-        r, x, weight, gamma, path, mean, rstd = ctx.saved_tensors
+    def backward(ctx, saved, dy, dr=None):
+        r, x, weight, gamma, path, mean, rstd = saved
         needs_x, needs_residual, *needs_parameters = ctx.needs_input_grad[:5]
         if dy is None:
             dy = torch.zeros_like(r)

@@ -31,12 +31,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
 from vitkernels import reference, runtime
 from vitkernels.ops._checks import FLOATING, alike, check_like, check_shape, check_tensor
 from vitkernels.ops._known import KnownCalls
+from vitkernels.ops._once import once_differentiable
 from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
 from vitkernels.ops.patch_embed.backward import empty_gradients, patch_embed_backward
 from vitkernels.ops.patch_embed.forward import empty_tokens, patch_embed_forward
@@ -96,6 +96,7 @@ class PatchEmbedFunction(torch.autograd.Function):
     def forward(ctx, images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, dtype, constants):
         # Cast here, so that autocast's gradient of an fp32 weight is never rounded to a half dtype.
         ctx.parameters = [None if p is None else (p.shape, p.dtype) for p in (weight, bias, pos_embed, prefix_tokens)]
+        ctx.unsaved = (weight,)
         weight, bias = _cast(dtype, weight, bias)
         if any(ctx.needs_input_grad[:2]):
             ctx.save_for_backward(images, weight)
@@ -105,12 +106,12 @@ class PatchEmbedFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout):
+    def backward(ctx, saved, dout):
         needs_images, needs_weight, *needs_sums = ctx.needs_input_grad[:5]
         prefix = ctx.parameters[-1]
         dimages = dweight = dbias = dpos = dprefix = None
         if needs_images or needs_weight:
-            dimages, dweight = _patch_embed_bwd(dout, *ctx.saved_tensors, needs_images, needs_weight, ctx.constants)
+            dimages, dweight = _patch_embed_bwd(dout, *saved, needs_images, needs_weight, ctx.constants)
         if any(needs_sums):
             R = 0 if prefix is None else prefix[0][-2]
             dout = dout.sum(0, dtype=wide_dtype(dout.dtype))

@@ -22,11 +22,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vitkernels import reference, runtime
 from vitkernels.ops._checks import alike, check_shape
 from vitkernels.ops._known import KnownCalls
+from vitkernels.ops._once import once_differentiable
 from vitkernels.ops._registry import OPS, needs_grad, reference_gradients, register, uses_kernels
 from vitkernels.ops.layer_norm import check_eps, check_parameter, layer_norm_bwd, layer_norm_fwd, parameters_for_torch
 from vitkernels.ops.linear import (
@@ -141,6 +141,7 @@ class SwigluMlpFunction(torch.autograd.Function):
         y, saved = _forward(x, w1, b1, w2, b2, w3, b3, norm_w, norm_b, gamma, residual, options,
                             save=any(ctx.needs_input_grad[:10]))  # fmt: skip
         ctx.save_for_backward(*saved)
+        ctx.unsaved = (b1, b2)  # in z
         ctx.options = options
         ctx.dtypes = [None if t is None else t.dtype for t in (x, w1, b1, w2, b2, w3, b3, norm_w, norm_b, gamma,
                                                                residual)]  # fmt: skip
@@ -148,13 +149,15 @@ class SwigluMlpFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
-        x, w1, w2, w3, b3, norm_w, norm_b, gamma, z, h, normed, mean, rstd = ctx.saved_tensors
+    def backward(ctx, saved, dy):
+        x, w1, w2, w3, b3, norm_w, norm_b, gamma, z, h, normed, mean, rstd = saved
         activation, gate_last, eps, *_ = ctx.options
         (
             need_x, need_w1, need_b1, need_w2, need_b2, need_w3, need_b3, need_norm_w, need_norm_b, need_gamma, _,
         ) = ctx.needs_input_grad[:11]  # fmt: skip
-        hidden, P = hidden_features(w1, w2), z.shape[-1]
+        hidden = hidden_features(w1, w2)
+        P = padded(hidden)
+        w3 = _padded_columns(w3, P)
         need_w12, need_b12 = need_w1 or need_w2, need_b1 or need_b2
         need_z = need_x or need_w12 or need_b12
         last = [need_w3, need_b3, need_gamma]
@@ -211,9 +214,7 @@ def _forward(x, w1, b1, w2, b2, w3, b3, norm_w, norm_b, gamma, residual, options
     normed, mean, rstd = h, None, None
     if eps is not None:
         normed, _, mean, rstd = _norm(steps.norm, h, norm_w, norm_b, eps, hidden)
-    if h.shape[-1] > hidden:
-        w3 = torch.constant_pad_nd(w3, (0, h.shape[-1] - hidden))
-    y, _ = steps.last(normed, w3, b3, gamma, residual, None)
+    y, _ = steps.last(normed, _padded_columns(w3, h.shape[-1]), b3, gamma, residual, None)
     keep = save and not recompute
     saved = (
         x, w1, w2, w3, b3, norm_w, norm_b, gamma, z, h if keep else None,
@@ -237,6 +238,10 @@ def _joined(w1: Tensor, w2: Tensor | None, P: int) -> Tensor:
         return w1
     padding = first.new_zeros(P - first.shape[0], first.shape[1])
     return torch.cat([first, padding, second, padding])
+
+
+def _padded_columns(w3: Tensor, P: int) -> Tensor:
+    return w3 if w3.shape[1] == P else torch.constant_pad_nd(w3, (0, P - w3.shape[1]))
 
 
 def _apart(both: Tensor, hidden: int, separate: bool) -> tuple[Tensor, Tensor | None]:

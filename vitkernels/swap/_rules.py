@@ -8,6 +8,9 @@ Everything here fails closed: what is not known exactly keeps its own forward, w
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
+import types
 from collections.abc import Callable, Mapping
 
 import torch
@@ -60,8 +63,7 @@ class Rule:
 
 def runs_fused(rule: Rule, module: nn.Module, x: Tensor) -> bool:
     """Tell whether ``module`` runs its fused forward on ``x`` in this call."""
-    # A tracer's proxy is no tensor: torch.fx sees the original forward.
-    return isinstance(x, Tensor) and ops.uses_kernels(x) and why_not(rule, module) is None
+    return ops.uses_kernels(x) and why_not(rule, module) is None
 
 
 def why_not(rule: Rule, module: nn.Module) -> str | None:
@@ -177,6 +179,37 @@ RULES: dict[type[nn.Module], Rule] = {}
 
 
 def add(*rules: Rule) -> None:
-    """Make ``rules`` known."""
+    """Make ``rules`` known, and their fused classes stand in for the originals."""
     for rule in rules:
+        for name in _overridden(rule):
+            setattr(rule.fused, name, _unless_traced(rule, name))
         RULES[rule.original] = RULES[rule.fused] = rule
+
+
+def _overridden(rule: Rule) -> list[str]:
+    """Return the names of the original's methods that the fused class has its own of."""
+    own = rule.fused.__mro__[: rule.fused.__mro__.index(rule.original)]
+    names = {name for cls in own for name, value in vars(cls).items() if isinstance(value, types.FunctionType)}
+    return sorted(name for name in names if hasattr(rule.original, name))
+
+
+def _unless_traced(rule: Rule, name: str) -> Callable:
+    """Return the fused method ``name``, or rather what runs the original where a tracer looks.
+
+    torch.fx calls a module with its proxies, ``torch.jit.trace`` (the older ONNX export, too) with sizes that are
+    tensors: neither can follow a launch. ``torch.jit.script`` compiles a method's source, among the names that its
+    function sees: ``__wrapped__`` leads it to the original's source, and the function made here sees what that sees.
+    It uses no name of this module but those it closes over.
+    """
+    fused, original, cls = getattr(rule.fused, name), getattr(rule.original, name), rule.original
+    first = list(inspect.signature(fused).parameters)[1]
+    tensor, is_tracing = Tensor, torch.jit.is_tracing
+
+    def method(self, *args, **kwargs):
+        x = args[0] if args else kwargs.get(first)
+        if isinstance(x, tensor) and not is_tracing():
+            return fused(self, *args, **kwargs)
+        return getattr(cls, name)(self, *args, **kwargs)
+
+    seen = getattr(original, "__globals__", globals())
+    return functools.wraps(original)(types.FunctionType(method.__code__, seen, name, None, method.__closure__))

@@ -53,7 +53,7 @@ class FusedVisionTransformer(VisionTransformer):
     def _embeds(self, x: Tensor) -> Tensor:
         # Images of a wrong size are the original's business: it raises. Under autocast it makes tokens of half
         # precision, which the op, with parameters of fp32, does not.
-        fits = isinstance(x, Tensor) and x.ndim == 4 and tuple(x.shape[2:]) == tuple(self.image_size)
+        fits = x.ndim == 4 and tuple(x.shape[2:]) == tuple(self.image_size)
         if fits and runtime.autocast_dtype(x) is None and runs_fused(TOWER, self, x):
             tokens = fused.patch_embed(
                 self.conv1,

@@ -8,8 +8,22 @@ from vitkernels.layers import fused
 from vitkernels.swap._rules import Rule, add, runs_fused
 
 
-class FusedLayerNorm(nn.LayerNorm):
+class _ShownInTorch(type):
+    """A class that lies in this module, where pickle looks for it, and whose instances say that they are torch.nn's.
+
+    torch.fx makes one node of a module that says so, and traces through any other.
+    """
+
+    @property
+    def __module__(cls) -> str:
+        module = vars(cls)["__module__"]
+        return __name__ if module == nn.__name__ else module
+
+
+class FusedLayerNorm(nn.LayerNorm, metaclass=_ShownInTorch):
     """``torch.nn.LayerNorm`` over the last dim on :func:`vitkernels.ops.layer_norm`."""
+
+    __module__ = nn.__name__
 
     def forward(self, input: Tensor) -> Tensor:
         if runs_fused(LAYER_NORM, self, input):

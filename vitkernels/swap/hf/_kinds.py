@@ -134,7 +134,7 @@ class _Attention(Kind):
     _names: ClassVar[tuple[str, str, str]] = ("o_proj", "scaling", "dropout")
 
     def _fuses(self, x: Tensor, mask: Tensor | None, kwargs: dict[str, object]) -> bool:
-        if not isinstance(x, Tensor) or x.ndim != 3:
+        if x.ndim != 3:
             return False
         if any(value is not None and value is not False for name, value in kwargs.items() if name not in _HARMLESS):
             return False

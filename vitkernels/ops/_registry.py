@@ -77,12 +77,15 @@ def _on_its_device(launcher: Callable) -> Callable:
 def uses_kernels(x: torch.Tensor) -> bool:
     """Tell whether an op on ``x`` runs the Triton kernels, under the backend of :func:`vitkernels.backend`.
 
+    Under ``torch.jit.trace`` (the older ONNX export, too) none does: sizes are tensors there, and what is recorded is
+    to run without vitkernels.
+
     Raises:
         RuntimeError: The kernels are asked for, or are due on this device, and cannot run: Triton is missing, or
             ``triton`` is asked for on a CPU without the interpreter. There is no silent fallback on a GPU.
     """
     asked = runtime.backend()
-    if asked == "torch":
+    if asked == "torch" or torch.jit.is_tracing():
         return False
     kind = runtime.device_type(x)
     if kind in ("cuda", "xpu"):

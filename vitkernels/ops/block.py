@@ -221,8 +221,9 @@ def _check(x, norm1, qkv, proj, norm2, fc1, fc2, layer_scale, num_heads, scale, 
     dtype = runtime.autocast_dtype(x)
     strict = dtype is None
     check_weights(op, "qkv weight", qkv[0], "qkv bias", qkv[1], x, C, known, strict)
-    width, rest = divmod(qkv[0].shape[0], 3 * num_heads) if num_heads > 0 else (0, 1)
-    if rest or not width:
+    rows = qkv[0].shape[0]
+    width = rows // (3 * num_heads) if num_heads > 0 else 0
+    if not width or rows % (3 * num_heads):
         raise ValueError(f"{op}: the qkv weight has {qkv[0].shape[0]} rows; expected 3 · {num_heads} heads · head dim")
     if width > MAX_HEAD_DIM:
         raise NotImplementedError(f"{op}: the head dim is {width}; the kernels take up to {MAX_HEAD_DIM}")

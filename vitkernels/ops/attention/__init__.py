@@ -522,6 +522,8 @@ def attention_varlen(
         scale, is_causal = call.plan
         return call.launch(q, k, v, scale, False, None, None, is_causal, 0.0, _int32(cu_seqlens), max_seqlen)[0]
     check_tensor(op, "q", q)
+    if torch.jit.is_tracing():
+        raise NotImplementedError(f"{op}: torch.jit.trace would keep these cu_seqlens for good; use torch.export")
     q, k, v = _autocast(q, k, v)
     if q.ndim != 3:
         raise ValueError(f"{op}: q has shape {tuple(q.shape)}; expected (T, H, D)")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import vitkernels
-from vitkernels import layers
+from vitkernels import layers, reference
 from vitkernels.testing import check
 
 timm = pytest.importorskip("timm")
@@ -88,9 +88,9 @@ def _share(ours, theirs):
     theirs.load_state_dict(ours.state_dict(), strict=True)
 
 
-def _results(module, x, upstream):
+def _results(module, x, upstream, run=None):
     x = x.detach().clone().requires_grad_()
-    y = module(x)
+    y = module(x) if run is None else run(module, x)
     parameters = dict(module.named_parameters())
     grads = torch.autograd.grad(y, [x, *parameters.values()], upstream)
     return {"output": y, **dict(zip(["input", *parameters], grads, strict=True))}
@@ -194,6 +194,57 @@ def test_dropout_after_the_projections_draws_as_timm():
         assert not torch.allclose(outputs[0], ours.eval()(x), atol=1e-2)
 
 
+@pytest.mark.parametrize("adapted", [False, True], ids=["fused", "unfused"])
+def test_attention_dropout_is_that_of_its_seed(adapted, device):
+    """What the kernels drop is known to the last bit, so that the output and the gradients are, too."""
+    attn = layers.Attention(C, 3, attn_drop=0.4).to(device)
+    if adapted:
+        attn.qkv.register_forward_hook(lambda *_: None)
+    assert attn.fuses() != adapted
+    x = torch.randn(2, 5, C, device=device)
+    upstream = torch.randn_like(x)
+    with vitkernels.use_backend("triton"):
+        torch.manual_seed(7)
+        drawn = torch.randint(2**62, (1,), device=device)
+        torch.manual_seed(7)
+        actual = _results(attn, x, upstream)
+    scale = reference.dropout_scale(int(drawn), (2, 3, 5, 5), 0.4).to(device)
+    assert 0.2 < (scale == 0).double().mean() < 0.6
+
+    def expected(attn, x):
+        q, k, v = (y.transpose(1, 2) for y in attn.qkv(x).unflatten(-1, (3, 3, C // 3)).unbind(2))
+        return attn.proj(reference.attention(q, k, v, dropout_scale=scale).transpose(1, 2).flatten(2))
+
+    yardstick = _results(attn, x, upstream, expected)
+    truth = _results(copy.deepcopy(attn).double(), x.double(), upstream.double(), expected)
+    verdicts = [check(name, actual[name], yardstick[name], truth[name]) for name in truth]
+    assert all(v.passed for v in verdicts), [v.detail for v in verdicts]
+
+
+def test_attention_dropout_drops_in_training_alone_and_what_it_keeps_makes_up_for_it(backend, device):
+    block, plain = layers.Block(C, 3, attn_drop=0.4).to(device), layers.Block(C, 3).to(device)
+    plain.load_state_dict(block.state_dict())
+    x = torch.randn(1, 5, C, device=device)
+    with torch.no_grad():
+        assert torch.equal(block.eval()(x), plain.eval()(x))
+        block.train()
+        assert not torch.allclose(block(x), plain(x), atol=1e-3)
+        attn = block.attn
+        undropped, dropped = plain.attn(x), attn(x.expand(64, -1, -1))
+    deviation = dropped.std(0) / len(dropped) ** 0.5
+    assert ((dropped.mean(0) - undropped) / deviation).square().mean() < 2.0
+
+
+def test_whoever_hooks_onto_attention_dropout_sees_the_weights():
+    attn, x, seen = layers.Attention(C, 3, attn_drop=0.4).eval(), torch.randn(2, 5, C), []
+    with vitkernels.use_backend("torch"):
+        expected = attn(x)
+        attn.attn_drop.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        torch.testing.assert_close(attn(x), expected, rtol=1e-5, atol=1e-6)
+    assert seen[0].shape == (2, 3, 5, 5)
+    torch.testing.assert_close(seen[0].sum(-1), torch.ones(2, 3, 5))
+
+
 class _Adapted(nn.Linear):
     """What an adapter library puts in a Linear's place."""
 
@@ -217,7 +268,9 @@ def test_an_adapter_in_place_of_a_linear_is_not_bypassed(path):
         assert not torch.allclose(ours(x), before, atol=1e-2)
 
 
-@pytest.mark.parametrize("path", ["norm1", "attn", "attn.qkv", "attn.proj_drop", "ls1", "norm2", "mlp", "mlp.act"])
+@pytest.mark.parametrize(
+    "path", ["norm1", "attn", "attn.qkv", "attn.attn_drop", "attn.proj_drop", "ls1", "norm2", "mlp", "mlp.act"]
+)
 def test_a_hook_on_a_child_of_a_block_runs(path):
     block = layers.Block(C, 3, init_values=0.5).eval()
     x = torch.randn(2, 5, C)
@@ -259,7 +312,7 @@ def test_resampled_position_embedding_equals_timms(new, old, prefix, dtype):
     ("make", "error", "message"),
     [
         (lambda: layers.Attention(48, num_heads=5), ValueError, "num_heads 5 does not divide dim 48"),
-        (lambda: layers.Attention(48, num_heads=3, attn_drop=0.1), NotImplementedError, "attn_drop is 0.1"),
+        (lambda: layers.Attention(48, num_heads=3, attn_drop=1.1), ValueError, "probability has to be between 0 and 1"),
         (lambda: layers.DropPath(-0.1), ValueError, "drop_prob is -0.1"),
         (lambda: layers.PatchDropout(1.0), ValueError, "prob is 1.0"),
         (lambda: layers.PatchEmbed(20, 8), ValueError, "20×20 pixels does not divide into patches of 8×8"),

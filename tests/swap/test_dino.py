@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 import warnings
 
 import dino_stand_in
@@ -162,10 +163,60 @@ def test_causal_attention_is_the_originals(device):
     assert torch.equal(attn(x, is_causal=True), expected)
 
 
+def dropping(kind, rate, of_2023, device) -> nn.Module:
+    """An attention that drops its weights; in the code of 2023 the rate was that of an nn.Dropout."""
+    attn = shake(kind(32, 2, attn_drop=rate))
+    if of_2023 and not isinstance(attn.attn_drop, nn.Module):
+        del attn.attn_drop
+        attn.attn_drop = nn.Dropout(rate)
+    return attn.to(device)
+
+
+@pytest.mark.parametrize("of_2023", [False, True], ids=["number", "module"])
+@pytest.mark.parametrize("kind", [Attention, MemEffAttention])
+def test_attention_dropout(kind, of_2023, device, fused_calls):
+    """The masks are another generator's than PyTorch's: the mean over many of them is what must agree."""
+    attn = dropping(kind, 0.4, of_2023, device)
+    x = torch.randn(1, 5, 32, device=device)
+    with torch.no_grad():
+        expected = attn.eval()(x)
+        accelerate(attn, strict=True)
+        torch.testing.assert_close(attn(x), expected, rtol=1e-4, atol=1e-4)
+        attn.train()
+        torch.manual_seed(1)
+        dropped = attn(x.expand(64, -1, -1))
+        torch.manual_seed(1)
+        assert torch.equal(attn(x.expand(64, -1, -1)), dropped)
+    assert fused_calls == ["attention"] * 3
+    deviation = dropped.std(0) / len(dropped) ** 0.5
+    assert deviation.min() > 0
+    assert ((dropped.mean(0) - expected) / deviation).square().mean() < 2.0
+
+
+def test_a_whole_block_drops_attention_weights(device, fused_calls):
+    block, x = dinov2(attn_drop=0.4)[1].to(device), torch.randn(2, 5, 32, device=device)
+    expected = block.eval()(x)
+    accelerate(block, strict=True)
+    torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-4)
+    assert (block.train()(x) - expected).abs().max() > 1e-2
+    assert fused_calls.count("block") == 2
+
+
+def test_xformers_is_told_of_no_attention_dropout(device, monkeypatch):
+    """Where xFormers attends in the original, nothing is dropped, whatever the rate."""
+    attn = dropping(MemEffAttention, 0.4, False, device)
+    x = torch.randn(2, 5, 32, device=device)
+    with torch.no_grad():
+        expected = attn.eval()(x)
+        accelerate(attn)
+        monkeypatch.setattr(sys.modules[Attention.__module__], "XFORMERS_AVAILABLE", True, raising=False)
+        torch.testing.assert_close(attn.train()(x), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_kept_with_a_reason():
-    block = dinov2(attn_drop=0.1)[1]
-    reasons = {k.module: k.reason for k in explain(block).kept}
-    assert reasons["attn"] == "it drops attention weights (p = 0.1), which the attention kernel does not"
+    attn = dropping(Attention, 0.4, True, "cpu")
+    attn.attn_drop.register_forward_hook(lambda *_: None)
+    assert explain(attn).kept[0].reason == "a hook on attn_drop, which fusion would not call"
     block = dinov2()[1]
     block.attn.register_module("gate", nn.Linear(2, 2))
     assert "a child 'gate' (Linear) that is unknown" in {k.module: k.reason for k in explain(block).kept}["attn"]

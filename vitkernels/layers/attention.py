@@ -8,7 +8,8 @@ from vitkernels import ops
 from vitkernels.layers import fused
 from vitkernels.layers._plain import has_plain_children
 
-_CHILDREN = {"qkv": (nn.Linear,), "proj": (nn.Linear,), "proj_drop": (nn.Dropout,)}
+_DROP = {"attn_drop": (nn.Dropout,)}
+_CHILDREN = {"qkv": (nn.Linear,), **_DROP, "proj": (nn.Linear,), "proj_drop": (nn.Dropout,)}
 
 
 class Attention(nn.Module):
@@ -21,12 +22,11 @@ class Attention(nn.Module):
         dim_out: Channels of the output; ``dim`` unless given.
         qkv_bias: Whether the projection to queries, keys and values has a bias.
         proj_bias: Whether the output projection has one.
-        attn_drop: Dropout rate of the attention weights; 0 only.
+        attn_drop: Dropout rate of the attention weights.
         proj_drop: Dropout rate of the output.
 
     Raises:
-        ValueError: ``num_heads`` does not divide ``dim``.
-        NotImplementedError: ``attn_drop`` is not 0.
+        ValueError: ``num_heads`` does not divide ``dim``, or a rate lies outside 0 to 1.
     """
 
     def __init__(
@@ -46,13 +46,12 @@ class Attention(nn.Module):
         super().__init__()
         if num_heads < 1 or (attn_head_dim is None and dim % num_heads):
             raise ValueError(f"num_heads {num_heads} does not divide dim {dim}; choose another or give attn_head_dim")
-        if attn_drop:
-            raise NotImplementedError(f"attn_drop is {attn_drop}; the attention kernels have no dropout, expected 0")
         self.num_heads = num_heads
         self.head_dim = attn_head_dim or dim // num_heads
         self.scale = self.head_dim**-0.5
         attn_dim = num_heads * self.head_dim
         self.qkv = nn.Linear(dim, 3 * attn_dim, bias=qkv_bias, device=device, dtype=dtype)
+        self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(attn_dim, dim_out or dim, bias=proj_bias, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
 
@@ -64,4 +63,10 @@ class Attention(nn.Module):
         if self.fuses():
             return fused.attention(self, x)
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
-        return self.proj_drop(self.proj(ops.attention_qkvpacked(qkv, scale=self.scale).flatten(2)))
+        if has_plain_children(self, _DROP):
+            out = ops.attention_qkvpacked(qkv, scale=self.scale, dropout_p=fused.attention_dropout(self))
+        else:  # what stands there, or hooks onto it, is to see the weights
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)
+            weights = self.attn_drop(ops.attention_weights(q, k, scale=self.scale).to(v.dtype))
+            out = (weights @ v).transpose(1, 2)
+        return self.proj_drop(self.proj(out.flatten(2)))

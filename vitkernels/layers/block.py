@@ -36,7 +36,7 @@ class Block(nn.Module):
         qkv_bias: Whether the qkv projection has a bias.
         proj_bias: Whether the other linear layers have one.
         proj_drop: Dropout rate after the linear layers.
-        attn_drop: Dropout rate of the attention weights; 0 only.
+        attn_drop: Dropout rate of the attention weights.
         init_values: Where LayerScale starts; no LayerScale if None or 0.
         drop_path: Probability of dropping a sample's branch in training.
         act_layer: As for :func:`vitkernels.layers.create_activation`.

@@ -110,7 +110,7 @@ def attention(
     leaves its ``num_prefix_tokens`` alone. With :class:`Packed`, x is (1, T, C) and tables broadcast to (H, T, D).
     """
     B, N, _ = x.shape
-    options = {"scale": _scale(attn), "is_causal": is_causal, "dropout_p": _attention_dropout(attn), "rope": rope}
+    options = {"scale": _scale(attn), "is_causal": is_causal, "dropout_p": attention_dropout(attn), "rope": rope}
     options |= {name: _qk_norm(getattr(attn, name, None)) for name in ("q_norm", "k_norm")}
     packed = isinstance(attn_mask, Packed)
     if not packed:
@@ -156,7 +156,8 @@ def _scale(attn: nn.Module) -> float | None:
     return None if getattr(attn, "fused_attn", False) else attn.scale
 
 
-def _attention_dropout(attn: nn.Module) -> float:
+def attention_dropout(attn: nn.Module) -> float:
+    """Return the probability with which ``attn`` drops its weights as it is now: in training or not."""
     drop = getattr(attn, "attn_drop", None)
     if drop is None:
         return 0.0
@@ -332,7 +333,7 @@ def _is_plain(block: nn.Module) -> bool:
         and getattr(attn, "qkv", None) is not None
         and getattr(attn, "gate", None) is None
         and all(isinstance(getattr(attn, name, None), _NO_NORM) for name in ("q_norm", "k_norm", "norm"))
-        and not _attention_dropout(attn)
+        and not attention_dropout(attn)
         and not (attn.proj_drop.training and attn.proj_drop.p)
         and not _is_gated(mlp_)
         and not _has_norm(mlp_)

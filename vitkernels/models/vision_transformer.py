@@ -78,7 +78,7 @@ class VisionTransformer(nn.Module):
         pos_drop_rate: Dropout rate after the position embedding.
         patch_drop_rate: Share of the patches dropped in training (arXiv 2212.00794).
         proj_drop_rate: Dropout rate after the blocks' linear layers.
-        attn_drop_rate: Dropout rate of the attention weights; 0 only.
+        attn_drop_rate: Dropout rate of the attention weights.
         drop_path_rate: Stochastic depth (arXiv 1603.09382): 0 in the first block, rising linearly to this in the last.
         weight_init: ``""`` timm's, ``"skip"`` PyTorch's (position, class and register tokens are then zero).
         norm_layer: Makes a LayerNorm, for another eps: ``functools.partial(nn.LayerNorm, eps=1e-5)``. Default: 1e-6.

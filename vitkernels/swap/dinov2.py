@@ -7,6 +7,7 @@ does training with ``sample_drop_ratio``, which leaves samples out of the branch
 
 from __future__ import annotations
 
+from dinov2.layers import attention as dinov2_attention
 from dinov2.layers.attention import Attention, MemEffAttention
 from dinov2.layers.block import Block, NestedTensorBlock
 from dinov2.layers.layer_scale import LayerScale
@@ -95,7 +96,17 @@ class FusedNestedTensorBlock(NestedTensorBlock):
 
 def _attention(attn: Attention) -> _views.Attention:
     head_dim = attn.qkv.in_features // attn.num_heads
-    return _views.Attention(attn.qkv, attn.proj, attn.num_heads, head_dim, attn.scale, attn.proj_drop)
+    return _views.Attention(
+        attn.qkv, attn.proj, attn.num_heads, head_dim, attn.scale, attn.proj_drop, _attention_drop(attn)
+    )
+
+
+def _attention_drop(attn: Attention) -> _views.Dropout | nn.Dropout | None:
+    """Return what drops attention weights: a number, by the module's mode; in the code of 2023 an nn.Dropout."""
+    if isinstance(attn, MemEffAttention) and getattr(dinov2_attention, "XFORMERS_AVAILABLE", False):
+        return None  # xFormers' attention is not told of the rate
+    drop = attn.attn_drop
+    return drop if isinstance(drop, nn.Dropout) else _views.Dropout(drop, attn.training)
 
 
 def _drops_samples(block: Block) -> bool:
@@ -109,10 +120,6 @@ def _block(block: Block, x: Tensor) -> Tensor:
 
 
 def _attention_limit(attn: Attention) -> str | None:
-    # A number; in the code of 2023 an nn.Dropout, which is called.
-    rate = getattr(attn.attn_drop, "p", attn.attn_drop)
-    if rate > 0:
-        return f"it drops attention weights (p = {rate:g}), which the attention kernel does not"
     return _views.head_dim_limit(attn.qkv.in_features // attn.num_heads)
 
 
@@ -123,8 +130,12 @@ def _patch_embed_limit(embed: PatchEmbed) -> str | None:
 PARAMETERS[LayerScale] = frozenset({"gamma"})
 
 _ATTENTION = {
-    "bypassed": {"qkv": (nn.Linear,), "proj": (nn.Linear,), "proj_drop": (nn.Dropout,)},
-    "called": frozenset({"attn_drop"}),
+    "bypassed": {
+        "qkv": (nn.Linear,),
+        "attn_drop": (nn.Dropout, type(None)),
+        "proj": (nn.Linear,),
+        "proj_drop": (nn.Dropout,),
+    },
     "attributes": frozenset({"dim", "num_heads", "scale", "attn_drop"}),
     "limit": _attention_limit,
 }

@@ -75,6 +75,58 @@ def test_export_of_a_model(device):
     torch.testing.assert_close(program.module()(images), model(images), rtol=0, atol=0)
 
 
+SIZES = [(16, 16), (24, 16), (16, 40), (32, 32)]  # the first is the model's own
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("exported", SIZES[:2])
+def test_export_of_a_model_for_every_size(exported, backend, strict, device):
+    """One program, whatever the size it was exported at, the model's own or another one."""
+    options = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 5}
+    model = VisionTransformer(**options, reg_tokens=2, dynamic_img_size=True, device=device).eval()
+    batch, height, width = (torch.export.Dim(name, min=1, max=64) for name in ("batch", "height", "width"))
+    with use_backend(backend), torch.no_grad():
+        images = torch.randn(2, 3, *exported, device=device)
+        shapes = ({0: batch, 2: 8 * height, 3: 8 * width},)
+        program = torch.export.export(model, (images,), dynamic_shapes=shapes, strict=strict)
+        assert ("patch_embed_fwd" in kernels_in(program.graph)) == (backend == "triton")
+        for n, size in enumerate(SIZES, start=1):
+            images = torch.randn(n, 3, *size, device=device)
+            torch.testing.assert_close(program.module()(images), model(images), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pos_embed": "sincos2d"},
+        {"reg_tokens": 2, "no_embed_class": True},
+        {"class_token": False, "global_pool": "avg"},
+    ],
+)
+def test_export_of_other_positions_for_every_size(options, device):
+    options = {"img_size": (16, 24), "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2} | options
+    model = VisionTransformer(**options, dynamic_img_size=True, device=device).eval()
+    size = {2: 8 * torch.export.Dim("height", max=64), 3: 8 * torch.export.Dim("width", max=64)}
+    with torch.no_grad():
+        images = torch.randn(2, 3, 24, 32, device=device)
+        program = torch.export.export(model, (images,), dynamic_shapes=(size,))
+        for size in ((16, 24), (24, 16), (40, 40)):
+            images = torch.randn(2, 3, *size, device=device)
+            torch.testing.assert_close(program.module()(images), model(images), rtol=0, atol=0)
+
+
+def test_a_compiled_model_takes_every_size(device):
+    options = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 5}
+    model = VisionTransformer(**options, dynamic_img_size=True, device=device).eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for n, size in enumerate([(24, 32), (16, 16), (16, 40), (8, 8)], start=1):
+            images = torch.randn(n, 3, *size, device=device)
+            torch.testing.assert_close(compiled(images), model(images))
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing(block, x, reentrant):
     expected = gradients(block, block, x)

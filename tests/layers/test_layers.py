@@ -308,6 +308,17 @@ def test_resampled_position_embedding_equals_timms(new, old, prefix, dtype):
     assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_resampling_to_the_same_grid_changes_no_bit(dtype, monkeypatch):
+    """An exported program resamples at every size, its own too, and is to give there what the model gives."""
+    pos_embed = torch.randn(1, 2 + 35, 6).to(dtype)
+    assert layers.resample_pos_embed(pos_embed, (5, 7), (5, 7), 2) is pos_embed
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    resampled = layers.resample_pos_embed(pos_embed, (5, 7), (5, 7), 2)
+    assert resampled is not pos_embed
+    assert torch.equal(resampled, pos_embed)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [

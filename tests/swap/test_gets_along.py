@@ -315,6 +315,20 @@ def test_export_of_any_batch(model, images):
         close(program.module()(more), model(more))
 
 
+@pytest.mark.parametrize("exported", [(32, 32), (24, 40)])
+def test_export_of_any_size(exported, device):
+    """One program for every size, as of timm's model, be it the model's own size or not."""
+    model = build(dynamic_img_size=True, patch_size=8).to(device).eval()
+    accelerate(model)
+    size = {i: 8 * torch.export.Dim(name, min=2, max=64) for i, name in ((2, "height"), (3, "width"))}
+    with torch.no_grad():
+        images = torch.randn(2, 3, *exported, device=device)
+        program = torch.export.export(model, (images,), dynamic_shapes=(size,))
+        for size in ((32, 32), (24, 40), (48, 16)):
+            images = torch.randn(2, 3, *size, device=device)
+            close(program.module()(images), model(images))
+
+
 def test_state_dicts_in_both_directions(model, images):
     accelerated = build().to(images.device)
     accelerate(accelerated)

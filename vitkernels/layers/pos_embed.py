@@ -58,7 +58,8 @@ def resample_pos_embed(
         old_size: Rows and columns of the grid that is there.
         num_prefix_tokens: Tokens in front that are no patches.
     """
-    if tuple(new_size) == tuple(old_size):
+    # A branch would bind an exported program to one side of it. Resampling to the same grid changes no bit.
+    if not torch.compiler.is_exporting() and tuple(new_size) == tuple(old_size):
         return pos_embed
     prefix, patches = pos_embed[:, :num_prefix_tokens], pos_embed[:, num_prefix_tokens:]
     grid = patches.reshape(1, *old_size, -1).permute(0, 3, 1, 2)

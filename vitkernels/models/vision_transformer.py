@@ -73,7 +73,8 @@ class VisionTransformer(nn.Module):
         final_norm: A LayerNorm after the blocks.
         fc_norm: That LayerNorm after pooling rather than before; None: where the pool is over patches.
         pool_include_prefix: Pool over the prefix tokens too.
-        dynamic_img_size: Take images of any size that the patch divides, resampling the position embedding.
+        dynamic_img_size: Take images of any size that the patch divides, resampling the position embedding. A program
+            by ``torch.export`` does so too, down to two patches each way: PyTorch's interpolation asks for them there.
         drop_rate: Dropout rate before the head.
         pos_drop_rate: Dropout rate after the position embedding.
         patch_drop_rate: Share of the patches dropped in training (arXiv 2212.00794).

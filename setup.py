@@ -13,7 +13,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "vitkernels" / "__init__.
 TRITON = ["triton>=3.6; platform_system == 'Linux'"]
 TIMM = ["timm>=1.0.20", "torchvision"]
 HF = ["transformers>=4.50", "safetensors"]
-DEMO = [*TRITON, "matplotlib", "numpy", "pillow", "rich", "safetensors", "scikit-learn"]
+DEMO = [*TRITON, "matplotlib", "numpy", "pillow>=10.1", "rich", "safetensors", "scikit-learn"]
 BENCH = [*TRITON, *TIMM, "matplotlib", "numpy", "pytest-benchmark", "rich"]  # benchmarks/ runs from a checkout
 TEST = [
     *DEMO,

@@ -43,7 +43,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo, runs_kernels=True)
 
     classify = commands.add_parser("classify", help="classify an image with a Vision Transformer of timm")
-    classify.add_argument("image", type=Path, metavar="IMAGE", help="PNG, JPEG or WebP")
+    classify.add_argument(
+        "image", type=Path, metavar="IMAGE",
+        help="PNG, JPEG or WebP; what is transparent shows white, or black around a subject that is nearly white",
+    )  # fmt: skip
     classify.add_argument("--model", required=True, metavar="NAME", help="timm's name, as vit_tiny_patch16_224")
     classify.add_argument("--weights", type=Path, metavar="FILE", help="safetensors, or a state dict of torch.save")
     classify.add_argument("--out", type=Path, default=Path("vitkernels_classify.png"), help="the picture (%(default)s)")

@@ -24,6 +24,11 @@ def one_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def warn(text: str) -> None:
+    """Tell of something that goes on otherwise than was asked."""
+    print(f"vitkernels: warning: {text}", file=sys.stderr)
+
+
 def near(name: str, names: Iterable[str]) -> str:
     """Return ``; did you mean …?`` with what is like ``name`` among ``names``, or nothing."""
     alike = difflib.get_close_matches(name, list(names), n=3)

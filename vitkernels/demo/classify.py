@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import warnings
 from pathlib import Path
 
 import torch
@@ -14,8 +13,7 @@ from vitkernels.console import UserError, busy, import_timm, near, one_line
 from vitkernels.demo import measure
 from vitkernels.demo.attention import class_token_attention, position_similarity
 from vitkernels.demo.figure import draw_classification
-
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
+from vitkernels.demo.image import open_image
 
 
 def classify(image_path: Path, name: str, weights: Path | None, out: Path) -> None:
@@ -74,31 +72,6 @@ def classify(image_path: Path, name: str, weights: Path | None, out: Path) -> No
         f"{image_path.name} by {name}",
     )
     print(f"Wrote {out}")
-
-
-def open_image(path: Path):
-    """Return the image at ``path`` as Pillow's RGB image, upright.
-
-    Raises:
-        UserError: No file, no image of a known format, a broken one, or one of more pixels than Pillow's limit.
-    """
-    try:
-        from PIL import Image, ImageOps, UnidentifiedImageError
-    except ImportError as error:
-        raise UserError(f"images need Pillow, which cannot be imported ({error}): pip install pillow") from error
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=IMAGE_FORMATS) as image:
-                return ImageOps.exif_transpose(image).convert("RGB")
-    except UnidentifiedImageError as error:
-        raise UserError(f"{path} is no image of a known format; expected {', '.join(IMAGE_FORMATS)}") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UserError(f"{path} has too many pixels to be opened safely: {one_line(error)}") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or one_line(error)}") from error
-    except (SyntaxError, ValueError) as error:  # Pillow's, for broken chunks
-        raise UserError(f"{path} is a broken image: {one_line(error)}") from error
 
 
 def load_model(timm, name: str, weights: Path | None) -> nn.Module:

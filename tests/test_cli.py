@@ -162,13 +162,13 @@ def test_classify_bad_weights(timm, weights, image, tmp_path, capsys):
     assert "No such file" in complaint(tmp_path / "missing.safetensors")
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(weights.read_bytes()[:-100])
-    assert "broken.safetensors cannot be read as weights" in complaint(broken)
+    assert "broken.safetensors is no whole safetensors file" in complaint(broken)
     pickled = tmp_path / "code.pt"
     torch.save({"head.weight": print}, pickled)
-    assert "code.pt is no state dict of plain tensors" in complaint(pickled)
+    assert "code.pt holds builtins.print, which is not loaded" in complaint(pickled)
     numbers = tmp_path / "numbers.pt"
     torch.save([1, 2], numbers)
-    assert "numbers.pt holds no state dict" in complaint(numbers)
+    assert "numbers.pt holds a list; expected tensors by name" in complaint(numbers)
     state = timm.create_model(MODEL).state_dict()
     state["cls_token"] = state["cls_token"][..., :10]
     state["extra"] = state.pop("norm.bias").clone()

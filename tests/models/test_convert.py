@@ -349,7 +349,8 @@ def test_bad_files_are_refused(tmp_path, monkeypatch):
     }.items():
         with open(name, "wb") as file:
             write(file)
-        with pytest.raises(ValueError, match=f"{name} is no file of plain tensors, and anything else in it"):
+        said = r"holds posix\.mkdir, which is not loaded" if name == "code.pth" else "is no whole file of plain tensors"
+        with pytest.raises(ValueError, match=f"{name} {said}"):
             convert.read_weights(name)
     assert not (tmp_path / "ran").exists()
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from vitkernels.demo import measure
 from vitkernels.demo.attention import class_token_attention, position_similarity
 from vitkernels.demo.figure import draw_classification
 from vitkernels.demo.image import open_image
+from vitkernels.models import weights as weights_file
 
 
 def classify(image_path: Path, name: str, weights: Path | None, out: Path) -> None:
@@ -22,7 +22,8 @@ def classify(image_path: Path, name: str, weights: Path | None, out: Path) -> No
     Args:
         image_path: PNG, JPEG or WebP.
         name: A model of timm.
-        weights: A state dict, safetensors or of ``torch.save``; None for timm's pretrained weights.
+        weights: A state dict, safetensors or of ``torch.save``, or a training run's checkpoint, whose averaged weights
+            (EMA) are taken where it has any; None for timm's pretrained weights.
         out: The picture.
 
     Raises:
@@ -106,31 +107,21 @@ def load_model(timm, name: str, weights: Path | None) -> nn.Module:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the state dict at ``path``; nothing in the file is executed.
+    """Return the state dict at ``path``, as :func:`vitkernels.models.weights.read_weights` does.
 
     Raises:
         UserError: No file, a broken one, or something other than tensors by name.
     """
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load as load_safetensors
-
-            state = load_safetensors(path.read_bytes())
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = weights_file.read_weights(path)
     except ImportError as error:
         raise UserError(f"{path} needs safetensors, which cannot be imported: pip install safetensors") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or one_line(error)}") from error
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path} is no state dict of plain tensors, or is broken: {one_line(error)}") from error
-    except Exception as error:  # each reader has its own errors for bytes that make no sense
-        raise UserError(f"{path} cannot be read as weights: {one_line(error)}") from error
-    for nest in ("state_dict", "model"):  # training scripts, timm's and DeiT's
-        if isinstance(state, dict) and isinstance(state.get(nest), dict):
-            state = state[nest]
-    if not isinstance(state, dict) or not state or not all(isinstance(t, Tensor) for t in state.values()):
-        raise UserError(f"{path} holds no state dict; expected tensors by name")
+    except ValueError as error:
+        raise UserError(one_line(error)) from error
+    if not state:
+        raise UserError(f"{path} holds no weights; expected tensors by name")
     return state
 
 

@@ -8,9 +8,7 @@ rates are not carried over. None of the three libraries is imported but for a so
 from __future__ import annotations
 
 import functools
-import json
 import math
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,61 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from vitkernels.layers.fused import activation_name
+from vitkernels.models.weights import FILES, State, read_config, read_weights
 
 Config = dict[str, object]
-State = dict[str, Tensor]
 
-_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 _FEATURES_ONLY = "take its tokens with features_only=True"
 _ATTENTION_POOL = f"it pools by attention (SigLIP's head), which the model here does not; {_FEATURES_ONLY}"
 _HEADS = ("head.", "head_dist.", "fc_norm.", "attn_pool.", "pre_logits.")
-
-
-def read_weights(path: str | Path) -> State:
-    """Read a state dict: a ``.safetensors`` file, one by torch.save, or a directory that holds one or the other.
-
-    A file by torch.save is read with ``weights_only=True``. Where it is a checkpoint of a training run, the weights are
-    what is under ``model`` or ``state_dict``.
-
-    Raises:
-        FileNotFoundError: There is no such file, or none in the directory.
-        ValueError: The file holds something else than tensors, such as code, or is damaged.
-    """
-    path = Path(path)
-    if path.is_dir():
-        found = [path / name for name in _FILES if (path / name).exists()]
-        if not found:
-            raise FileNotFoundError(f"{path} holds none of {', '.join(_FILES)}")
-        path = found[0]
-    if path.name.endswith(".index.json"):
-        try:
-            parts = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is no index of weights, an object with files by name under weight_map") from error
-        if not all(isinstance(part, str) and part.endswith(".safetensors") for part in parts):
-            raise ValueError(f"{path} names files that are no safetensors: {', '.join(map(str, parts))}")
-        return {name: tensor for part in parts for name, tensor in read_weights(path.parent / Path(part).name).items()}
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is no whole safetensors file: {error}") from error
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{path} is no file of plain tensors, and anything else in it is not run (weights_only=True): {error}"
-        ) from error
-    for name in ("model", "state_dict"):
-        if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
-            state = state[name]
-    wrong = [n for n, t in state.items() if not isinstance(t, Tensor)] if isinstance(state, Mapping) else ["all of it"]
-    if wrong:
-        raise ValueError(f"{path} holds something else than tensors: {', '.join(map(str, wrong[:8]))}")
-    return dict(state)
 
 
 def check_state(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str) -> None:
@@ -147,9 +97,13 @@ def hf_source(source: nn.Module | str | Path, features_only: bool) -> tuple[Conf
         config, state = source.config.to_dict(), source.state_dict()
     else:
         folder = Path(source) if Path(source).exists() else _downloaded(str(source))
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        state = read_weights(folder)
-    made, renamed = hf_config(config), hf_state(state)
+        config, state = read_config(folder / "config.json"), read_weights(folder)
+    try:
+        made = hf_config(config)
+    except (LookupError, TypeError, AttributeError) as error:
+        where = f"the config of {type(source).__name__}" if isinstance(source, nn.Module) else folder / "config.json"
+        raise ValueError(f"{where} is not complete, or holds other types: {type(error).__name__}: {error}") from error
+    renamed = hf_state(state)
     if made["no_embed_class"] and {"cls_token", "pos_embed"} <= renamed.keys():
         renamed = _merge_class_position(renamed)
     if features_only:
@@ -185,9 +139,12 @@ def _refuse_arguments(architecture: str | None, args: Config) -> None:
 def _timm_architecture(path: Path, architecture: str | None, args: Config) -> tuple[str, Config]:
     """Return what model the weights at ``path`` are of: from the config.json of a directory that timm wrote."""
     if architecture is None and (path / "config.json").exists():
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = read_config(path / "config.json")
+        more = config.get("model_args") or {}
+        if not isinstance(config.get("architecture"), str) or not isinstance(more, dict):
+            raise ValueError(f"{path / 'config.json'} names no architecture of timm, or its model_args are no object")
         own = {name: config[name] for name in ("num_classes", "global_pool") if name in config}
-        return config["architecture"], {**own, **(config.get("model_args") or {}), **args}
+        return config["architecture"], {**own, **more, **args}
     if architecture is None:
         raise ValueError(f"{path} says nothing of its architecture; give architecture='vit_base_patch16_224', say")
     return architecture, args
@@ -196,9 +153,9 @@ def _timm_architecture(path: Path, architecture: str | None, args: Config) -> tu
 def _downloaded(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    folder = Path(snapshot_download(name, allow_patterns=["config.json", "model*.safetensors", _FILES[1]]))
+    folder = Path(snapshot_download(name, allow_patterns=["config.json", "model*.safetensors", FILES[1]]))
     if not any(folder.glob("*.safetensors")):
-        folder = Path(snapshot_download(name, allow_patterns=["config.json", "pytorch_model.bin"]))
+        folder = Path(snapshot_download(name, allow_patterns=["config.json", FILES[2]]))
     return folder
 
 

@@ -231,7 +231,7 @@ class VisionTransformer(nn.Module):
 
         Args:
             source: A model of timm's; or a file or directory of weights, see
-                :func:`vitkernels.models.convert.read_weights`; or a name that ``timm.create_model`` knows.
+                :func:`vitkernels.models.weights.read_weights`; or a name that ``timm.create_model`` knows.
             architecture: That name, for a file; a directory's is in its config.json.
             pretrained: Let timm download the weights of a name.
             features_only: Leave the head and the pool out; the model then gives all tokens (B, R + N, C).

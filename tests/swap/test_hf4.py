@@ -170,7 +170,7 @@ def test_eager_is_kept(device):
     layer = layer_of("ViTLayer", device, implementation="eager")
     reasons = {entry.module: entry.reason for entry in accelerate(layer).kept}
     assert "attention implementation is eager" in reasons["attention.attention"]
-    assert type(layer).__name__ == "FusedViTLayer"
+    assert type(layer).__qualname__ == "FusedViTLayer"
 
 
 @pytest.mark.parametrize("masks", [(), ("attention_mask",), ("causal_attention_mask",)])

@@ -67,7 +67,7 @@ def test_whole_clip_with_its_masked_text_tower(images, device, fused_calls):
     with torch.no_grad():
         expected = clip(images, text)
         accelerate(clip)
-        assert type(clip.transformer.resblocks[0]).__name__ == "FusedResidualAttentionBlock"
+        assert type(clip.transformer.resblocks[0]).__qualname__ == "FusedResidualAttentionBlock"
         torch.testing.assert_close(clip(images, text), expected, rtol=1e-4, atol=1e-4)
     assert fused_calls.count("block") == 3, "one of images and two, with a causal mask, of text"
 

@@ -91,8 +91,8 @@ def test_every_name(name):
         model = get_model(name, weights=None)
     accelerate(model, strict=True)
     blocks = [m for m in model.modules() if isinstance(m, vision_transformer.EncoderBlock)]
-    assert {type(block).__name__ for block in blocks} == {"FusedEncoderBlock"}
-    assert type(model).__name__ == "FusedVisionTransformer"
+    assert {type(block).__qualname__ for block in blocks} == {"FusedEncoderBlock"}
+    assert type(model).__qualname__ == "FusedVisionTransformer"
 
 
 def test_state_dict_both_ways_and_old_key_names(images, device):

@@ -321,7 +321,7 @@ def _activation(act: nn.Module) -> str:
 
 
 def _expect(module: object, where: str, *classes: str) -> None:
-    name = type(module).__name__.removeprefix("Fused")  # what accelerate has made of it
+    name = type(module).__name__
     if name not in classes:
         raise NotImplementedError(f"{where} is a {name}; expected a {' or '.join(classes)}")
 

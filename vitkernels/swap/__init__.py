@@ -102,7 +102,7 @@ def restore(model: nn.Module) -> Report:
         rule = _rule(module)
         if rule is None or not isinstance(module, rule.fused):
             continue
-        name = type(module).__name__
+        name = rule.fused.__qualname__ if type(module) is rule.fused else type(module).__name__
         if _rules.hides_forward(module):
             reason = "a forward is bound to the instance, which may call this class's: undo that first"
             entries.append(Kept(path, name, reason, known=True))
@@ -110,7 +110,7 @@ def restore(model: nn.Module) -> Report:
             _rules.become(module, rule.original)
             entries.append(Swapped(path, name, rule.original.__name__))
         else:
-            reason = f"something made it a subclass of {rule.fused.__name__}: undo that first"
+            reason = f"something made it a subclass of {rule.fused.__qualname__}: undo that first"
             entries.append(Kept(path, name, reason, known=True))
     return _report([(None, entry) for entry in entries])
 
@@ -148,7 +148,8 @@ def _plan(model: nn.Module) -> Iterator[tuple[nn.Module, Swapped | Kept]]:
         if rule is not None and reason is None:
             bypassed.update(_rules.descendant(module, path) for path in rule.bypassed)
             subclassed = cls not in (rule.original, rule.fused)
-            yield module, Swapped(path, rule.original.__name__, (cls if subclassed else rule.fused).__name__)
+            now = cls.__name__ if subclassed else rule.fused.__qualname__
+            yield module, Swapped(path, rule.original.__name__, now)
         elif rule is not None:
             yield module, Kept(path, rule.original.__name__, reason, known=True)
         elif module not in bypassed:

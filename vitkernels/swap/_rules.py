@@ -128,8 +128,8 @@ def _blocked(rule: Rule, module: nn.Module, dtypes: set[torch.dtype]) -> str | N
         original = type(child) if inner is None else inner.original
         if original not in classes:
             names = [cls.__name__ for cls in classes]
-            got = type(child).__name__
-            got = f"{type(child).__module__}.{got}" if got in names else got  # PEFT calls its own a Linear too
+            got = original.__name__
+            got = f"{original.__module__}.{got}" if got in names else got  # PEFT calls its own a Linear too
             return f"{name} is a {got}, not exactly {' or '.join(names)}"
         if child is None:
             continue
@@ -179,10 +179,18 @@ RULES: dict[type[nn.Module], Rule] = {}
 
 
 def add(*rules: Rule) -> None:
-    """Make ``rules`` known, and their fused classes stand in for the originals."""
+    """Make ``rules`` known, and their fused classes stand in for the originals.
+
+    A fused class goes by the original's name, as tools find layers by it: FSDP's policies, device maps, quantizers.
+    Its ``__qualname__``, by which pickle finds a class, is its own.
+    """
     for rule in rules:
+        rule.fused.__name__ = rule.original.__name__
         for name in _overridden(rule):
             setattr(rule.fused, name, _unless_traced(rule, name))
+        # What a library does to the methods of a subclass, it does to these: a layer of transformers checkpoints in
+        # the forward of its very class.
+        rule.fused.__init_subclass__()
         RULES[rule.original] = RULES[rule.fused] = rule
 
 
@@ -201,7 +209,7 @@ def _unless_traced(rule: Rule, name: str) -> Callable:
     function sees: ``__wrapped__`` leads it to the original's source, and the function made here sees what that sees.
     It uses no name of this module but those it closes over.
     """
-    fused, original, cls = getattr(rule.fused, name), getattr(rule.original, name), rule.original
+    fused, original, cls = inspect.unwrap(getattr(rule.fused, name)), getattr(rule.original, name), rule.original
     first = list(inspect.signature(fused).parameters)[1]
     tensor, is_tracing = Tensor, torch.jit.is_tracing
 

@@ -18,7 +18,7 @@ class Swapped:
     Attributes:
         module: Its path in the model; "" is the model itself.
         was: Its class's name before.
-        now: Its class's name after.
+        now: Its class after, by its ``__qualname__``: ``__name__`` stays what it was.
     """
 
     module: str

@@ -26,10 +26,21 @@ def find(library: str) -> str:
         for path, classes in STAND_INS[library].items():
             module = types.ModuleType(path)
             for cls in classes:
-                cls.__module__ = path
-                setattr(module, cls.__name__, cls)
+                settle(cls, module)
             sys.modules[path] = module
     return "stand-in"
+
+
+def settle(cls, module):
+    """Make ``cls`` what it would be, had it been written in ``module``: its methods see that module's names."""
+    vars(module).update({name: value for name, value in globals().items() if name not in vars(module)})
+    cls.__module__ = module.__name__
+    setattr(module, cls.__name__, cls)
+    for name, method in list(vars(cls).items()):
+        if isinstance(method, types.FunctionType):
+            moved = types.FunctionType(method.__code__, vars(module), name, method.__defaults__, method.__closure__)
+            moved.__qualname__, moved.__module__ = f"{cls.__qualname__}.{name}", module.__name__
+            setattr(cls, name, moved)
 
 
 def heads(qkv, num_heads):

@@ -1,6 +1,9 @@
 """An accelerated model against itself as it was: output and every gradient, by the error rule."""
 
+import contextlib
 import copy
+import sys
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -39,3 +42,15 @@ def assert_parity(model: nn.Module, x: torch.Tensor, *, gain_counts: bool = True
     failed = [f"{v.name}: {v.detail}" for v in verdicts if not v.passed]
     assert not failed, "\n".join(failed)
     return report
+
+
+@contextlib.contextmanager
+def no_call_of(function: Callable) -> Iterator[None]:
+    """Fail where ``function``, an original forward, runs; to replace it would be to have it run (test_replaced.py)."""
+    called = []
+    sys.setprofile(lambda frame, event, _: called.append(event) if frame.f_code is function.__code__ else None)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
+    assert not called, f"{function.__qualname__} runs"

@@ -1,5 +1,8 @@
 """Modules with timm's names, arguments and state-dict keys, on the ops of :mod:`vitkernels.ops`."""
 
+from torch import nn
+
+from vitkernels.layers import _own
 from vitkernels.layers.activation import QuickGELU, create_activation
 from vitkernels.layers.attention import Attention
 from vitkernels.layers.block import Block
@@ -33,3 +36,9 @@ __all__ = [
     "sincos1d",
     "sincos2d",
 ]
+
+# What a layer here may read instead of calling.
+for _cls in (Attention, DropPath, LayerNorm, LayerScale, Mlp, QuickGELU, RmsNorm):
+    _own.note(_cls)
+for _cls in (nn.Dropout, nn.GELU, nn.Identity, nn.LayerNorm, nn.Linear, nn.SiLU):
+    _own.note(_cls)

@@ -6,11 +6,14 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from vitkernels.layers import _own
+
 
 def has_plain_children(module: nn.Module, classes: Mapping[str, tuple[type[nn.Module], ...]]) -> bool:
     """Tell whether each child named in ``classes`` is exactly of such a class, with no hook and no forward of its own.
 
-    A LoRA adapter, a parametrization and a quantized layer change the class. Fusing over any of these would leave
+    Nor may the class have another forward than its library gave it. A LoRA adapter, a parametrization and a quantized
+    layer change the class. Fusing over any of these would leave
     them out without a word.
     """
     children = module._modules  # runs at every call: the ordinary attribute look-ups would double its time
@@ -18,7 +21,7 @@ def has_plain_children(module: nn.Module, classes: Mapping[str, tuple[type[nn.Mo
         child = children[name]
         if type(child) not in allowed:
             return False
-        if has_hooks(child) or "forward" in child.__dict__:
+        if has_hooks(child) or "forward" in child.__dict__ or _own.replaced(type(child)) is not None:
             return False
     return True
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from vitkernels.layers import _own
 from vitkernels.swap import _rules
 from vitkernels.swap._left import part_of
 from vitkernels.swap.estimate import Estimate, estimate_time
@@ -137,6 +138,7 @@ def _rule(module: nn.Module) -> _rules.Rule | None:
 def _plan(model: nn.Module) -> Iterator[tuple[nn.Module, Swapped | Kept]]:
     """Yield the modules that the report names, each with what is to become of it."""
     _check(model)
+    _own.note_again()
     bypassed: set[nn.Module] = set()  # read by a swapped parent
     parts: set[str] = set()  # the paths of the parts of a transformer that are left
     for path, module in model.named_modules():

@@ -1,7 +1,8 @@
 """When a module may run fused: checked when it is swapped in, and again at every call (compiled: when it is traced).
 
 A fused forward reads the parameters of a module's children and never calls them. So whatever makes a child more
-than its class (a LoRA adapter, a hook, a parametrization, a quantized weight) would be ignored without a word.
+than its class (a LoRA adapter, a hook, a parametrization, a quantized weight) would be ignored without a word, and so
+would another forward that is set on the class (``layers/_own.py``).
 Everything here fails closed: what is not known exactly keeps its own forward, with a reason for the report.
 """
 
@@ -19,6 +20,7 @@ from torch._subclasses import FakeTensor
 from torch.nn.modules import module as torch_module
 
 from vitkernels import ops
+from vitkernels.layers import _own
 from vitkernels.layers._plain import has_hooks
 from vitkernels.ops._checks import FLOATING
 
@@ -70,8 +72,13 @@ def why_not(rule: Rule, module: nn.Module) -> str | None:
     """Return why ``module`` cannot run fused as it is now, or None where it can."""
     if rule.bypassed and torch_module._has_any_global_hook():
         return "a global module hook is registered, which must see every child called"
+    if rule.bypassed and _own.sees_all_calls():
+        return "torch.nn.Module.__call__ has been replaced, and what stands there must see every child called"
     dtypes: set[torch.dtype] = set()
-    reason = _blocked(rule, module, dtypes)
+    read: dict[type[nn.Module], None] = {rule.original: None}
+    reason = _blocked(rule, module, dtypes, read)
+    for cls in read:
+        reason = reason or _own.replaced(cls)
     if reason is None and len(dtypes) > 1:
         names = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)
         reason = f"its parameters are of mixed dtypes: {', '.join(names)}"
@@ -115,7 +122,8 @@ def _strange_attribute(rule: Rule, module: nn.Module) -> str | None:
     return None
 
 
-def _blocked(rule: Rule, module: nn.Module, dtypes: set[torch.dtype]) -> str | None:
+def _blocked(rule: Rule, module: nn.Module, dtypes: set[torch.dtype], read: dict[type[nn.Module], None]) -> str | None:
+    """Return what rules ``module`` out, and add its parameters' dtypes and the classes that are read, not called."""
     reason = _strange_parameters(module, rule.parameters, dtypes, rule.optional_parameters)
     if reason is not None:
         return reason
@@ -133,6 +141,7 @@ def _blocked(rule: Rule, module: nn.Module, dtypes: set[torch.dtype]) -> str | N
             return f"{name} is a {got}, not exactly {' or '.join(names)}"
         if child is None:
             continue
+        read[original] = None
         if has_hooks(child):
             return f"a hook on {name}, which fusion would not call"
         if hides_forward(child):
@@ -140,7 +149,7 @@ def _blocked(rule: Rule, module: nn.Module, dtypes: set[torch.dtype]) -> str | N
         if inner is None:
             reason = _strange_parameters(child, PARAMETERS.get(original, frozenset()), dtypes)
         else:
-            reason = _blocked(inner, child, dtypes)
+            reason = _blocked(inner, child, dtypes, read)
         if reason is not None:
             return f"{name}: {reason}"
     return rule.limit(module)
@@ -186,8 +195,13 @@ def add(*rules: Rule) -> None:
     """
     for rule in rules:
         rule.fused.__name__ = rule.original.__name__
-        for name in _overridden(rule):
+        overridden = _overridden(rule)
+        _own.note(rule.original, overridden, [inspect.unwrap(getattr(rule.fused, name)) for name in overridden])
+        for cls in {cls for classes in rule.bypassed.values() for cls in classes if issubclass(cls, nn.Module)}:
+            _own.note(cls)
+        for name in overridden:
             setattr(rule.fused, name, _unless_traced(rule, name))
+        rule.fused.__prepare_scriptable__ = _prepare_scriptable
         # What a library does to the methods of a subclass, it does to these: a layer of transformers checkpoints in
         # the forward of its very class.
         rule.fused.__init_subclass__()
@@ -199,6 +213,14 @@ def _overridden(rule: Rule) -> list[str]:
     own = rule.fused.__mro__[: rule.fused.__mro__.index(rule.original)]
     names = {name for cls in own for name, value in vars(cls).items() if isinstance(value, types.FunctionType)}
     return sorted(name for name in names if hasattr(rule.original, name))
+
+
+def _prepare_scriptable(module: nn.Module) -> nn.Module:
+    """Return what ``torch.jit.script`` is to compile in the place of ``module``: the same, whose source is known."""
+    reason = _own.replaced(RULES[type(module)].original) if type(module) in RULES else None
+    if reason is not None:
+        raise NotImplementedError(f"torch.jit.script: {reason}; call vitkernels.restore(model) before")
+    return module
 
 
 def _unless_traced(rule: Rule, name: str) -> Callable:

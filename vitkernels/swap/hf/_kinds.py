@@ -11,6 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import activations
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vitkernels import ops
 from vitkernels.layers import fused
@@ -56,6 +58,8 @@ def _attention_limit(attn: nn.Module) -> str | None:
     if implementation not in IMPLEMENTATIONS:
         wanted = " or ".join(IMPLEMENTATIONS)
         return f"its attention implementation is {implementation}, which the kernels do not stand in for; set {wanted}"
+    if implementation == "sdpa" and ALL_ATTENTION_FUNCTIONS[implementation] is not sdpa_attention_forward:
+        return "sdpa is not transformers' own: another function is registered under its name"
     return head_dim_limit(getattr(attn, "head_dim", None) or attn.attention_head_size)
 
 
@@ -101,10 +105,10 @@ def embeddings_options(conv: str, **options: frozenset[str]) -> dict[str, object
     return {"bypassed": {conv: (nn.Conv2d,)}, "attributes": frozenset(attributes), "limit": _patches_limit, **options}
 
 
-def layer_options(norm: str, *called: str) -> dict[str, object]:
-    """Return the rule's options of a layer whose second norm is ``norm``, and that calls these children."""
+def layer_options(norm: str, *called: str, **bypassed: tuple[type[nn.Module], ...]) -> dict[str, object]:
+    """Return the rule's options of a layer whose second norm is ``norm``, and that calls the children ``called``."""
     return {
-        "bypassed": {norm: (nn.LayerNorm,)},
+        "bypassed": {norm: (nn.LayerNorm,), **bypassed},
         "called": frozenset(called),
         "attributes": frozenset({"chunk_size_feed_forward", "embed_dim", "gradient_checkpointing", "seq_len_dim"}),
     }
@@ -346,7 +350,8 @@ class ViTLayer(_Layer):
     """With dropout behind both branches."""
 
     _takes = frozenset({"hidden_states", "attention_mask", "kwargs"})
-    _options = layer_options("layernorm_after", "layernorm_before", "attention", "dropout")
+    # The second dropout is left out where it drops nothing.
+    _options = layer_options("layernorm_after", "layernorm_before", "attention", dropout=(nn.Dropout,))
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         if not runs_fused(self._rule, self, hidden_states):

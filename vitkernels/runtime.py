@@ -8,9 +8,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 import os
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
+from typing import Any
 
 import torch
 from torch.compiler import is_compiling
@@ -28,12 +32,16 @@ def backend() -> str:
 
     ``auto`` runs the kernels on GPUs (and on the CPU where Triton's interpreter is on) and
     PyTorch elsewhere; ``triton`` insists on the kernels; ``torch`` runs PyTorch everywhere.
-    Taken from :func:`use_backend`, else from the variable ``VITKERNELS_BACKEND``.
+    Taken from :func:`use_backend`, else from the variable ``VITKERNELS_BACKEND``; where activation checkpointing
+    computes a forward again, from what was in effect in that forward.
 
     Raises:
         ValueError: ``VITKERNELS_BACKEND`` names none of the three.
+        RuntimeError: A backend is chosen, and which it was in a checkpoint's forward cannot be told.
     """
     chosen = getattr(_override, "backend", None)
+    if chosen is not None and not is_compiling() and not _keep_for_recomputation(chosen):
+        chosen = None
     if chosen is None:
         chosen = _environment_backend()
     if chosen not in BACKENDS:
@@ -56,6 +64,10 @@ def _environment_backend() -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Choose the backend for this thread within a ``with`` block.
 
+    What runs there under ``torch.utils.checkpoint`` is computed again on the same backend, wherever its backward runs:
+    behind the block, in a block of another choice, in autograd's own thread. A function that was compiled by itself and
+    is checkpointed from outside chooses anew: compile what holds the checkpoint, or set ``VITKERNELS_BACKEND``.
+
     Args:
         name: ``"auto"``, ``"triton"`` or ``"torch"``, as for :func:`backend`.
 
@@ -64,12 +76,99 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; expected one of {', '.join(BACKENDS)}")
-    before = getattr(_override, "backend", None)
+    before = [getattr(_override, key, None) for key in ("backend", "entered", "frame")]
+    if not is_compiling():
+        _override.entered = _checkpoints(None)
+        _override.frame = sys._getframe(2)  # whose `with` it is: no checkpoint further out was begun under it
     _override.backend = name
     try:
         yield
     finally:
-        _override.backend = before
+        _override.backend, _override.entered, _override.frame = before
+
+
+def _keep_for_recomputation(name: str) -> bool:
+    """Have the checkpoints that this thread is in, and that were begun under the choice ``name``, repeat it.
+
+    Returns whether the choice holds here: none was made for what is computed again, where it is older than that.
+    """
+    forwards, again = _checkpoints(getattr(_override, "frame", None))
+    if not forwards and not again:
+        return True
+    forwards_before, again_before = getattr(_override, "entered", None) or ((), ())
+    if any(not _holds(again_before, checkpoint) for checkpoint, _ in again):
+        return False
+    for checkpoint, attribute in forwards:
+        if not _holds(forwards_before, checkpoint):
+            function = getattr(checkpoint, attribute)
+            if not isinstance(function, _Repeated):
+                setattr(checkpoint, attribute, _Repeated(function, name))
+            elif function.backend != name:
+                raise RuntimeError(
+                    f"use_backend({name!r}) was entered outside of an activation checkpoint whose forward had "
+                    f"{function.backend!r} before; expected one choice throughout, or `with` blocks within it"
+                )
+    return True
+
+
+def _holds(checkpoints: Iterable[tuple[Any, str]], checkpoint: Any) -> bool:
+    return any(checkpoint is other for other, _ in checkpoints)
+
+
+class _Repeated:
+    """What a checkpoint calls to compute its forward again, on the backend of the forward."""
+
+    def __init__(self, function: Callable, backend: str):
+        self.function, self.backend = function, backend
+
+    def __call__(self, *args, **kwargs):
+        with use_backend(self.backend):
+            return self.function(*args, **kwargs)
+
+
+def _checkpoints(end: FrameType | None) -> tuple[list[tuple[Any, str]], list[tuple[Any, str]]]:
+    """The activation checkpoints whose forward, and those whose recomputation, this thread is in.
+
+    Each with its attribute that is called to compute again. PyTorch has no such list: one that is not reentrant shows
+    in the hooks that it sets for saved tensors, a reentrant one (DeepSpeed's and Megatron's, too) in a Python frame
+    this side of ``end``, with the context of its autograd.Function.
+
+    Raises:
+        RuntimeError: It is another PyTorch's, of which this is not known.
+    """
+    forwards, again, hooks = [], [], []
+    autograd = torch._C._autograd
+    while pair := autograd._top_saved_tensors_default_hooks(True):
+        hooks.append(pair)
+        autograd._pop_saved_tensors_default_hooks()
+    for pair in reversed(hooks):
+        autograd._push_saved_tensors_default_hooks(*pair)
+    for pack, _ in hooks:
+        if getattr(pack, "__module__", None) != "torch.utils.checkpoint":
+            continue
+        pack = inspect.unwrap(pack)
+        cells = dict(zip(pack.__code__.co_freevars, pack.__closure__ or (), strict=True))
+        if "frame" in cells:
+            forwards.append((cells["frame"].cell_contents, "recompute_fn"))
+        elif "target_frame_ref" in cells:
+            again.append((cells["target_frame_ref"].cell_contents(), "recompute_fn"))
+        else:
+            raise RuntimeError(
+                f"use_backend within an activation checkpoint of PyTorch {torch.__version__}, which is not known; "
+                "expected PyTorch 2.11 to 2.13, use_reentrant=True, or VITKERNELS_BACKEND instead"
+            )
+    # A reentrant one's forward runs without gradients, and its recomputation within a backward.
+    if torch.is_inference_mode_enabled() or (torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1):
+        return forwards, again
+    frame = sys._getframe(1)
+    while frame is not None and frame is not end:
+        code = frame.f_code
+        if (code.co_name == "forward" or code.co_name == "backward") and "run_function" in code.co_names:
+            context = frame.f_locals.get("ctx")
+            if hasattr(context, "run_function"):
+                (forwards if code.co_name == "forward" else again).append((context, "run_function"))
+        frame = frame.f_back
+    return forwards, again
 
 
 _NO_SWITCH = contextlib.nullcontext()

@@ -8,6 +8,7 @@ import itertools
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +115,7 @@ def _inputs(shapes, dtype: torch.dtype, device: torch.device) -> tuple[list[Tens
         if isinstance(shape, Tensor):
             return shape.to(device)
         sizes = tuple(shape) if isinstance(shape, Sequence) else ()
-        if not sizes or not all(isinstance(n, int) and n > 0 for n in sizes):
+        if not sizes or not all(isinstance(n, Integral) and n > 0 for n in sizes):
             raise ValueError(f"warmup: an input's shape is {shape!r}; expected positive integers, as (1, 3, 224, 224)")
         return torch.zeros(sizes, dtype=dtype, device=device)
 

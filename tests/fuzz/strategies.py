@@ -239,15 +239,14 @@ def attentions_qkvpacked(draw):
 def attentions_varlen(draw):
     d = Draw(draw, draw(dtypes))
     lengths = draw(st.lists(st.sampled_from((0, *TOKENS[:-1])), min_size=1, max_size=4))
-    before, behind = draw(st.sampled_from((0, 0, 3))), draw(st.sampled_from((0, 0, 5)))
-    starts = [before + sum(lengths[:i]) for i in range(len(lengths) + 1)]
-    T, H, D = max(1, starts[-1] + behind), draw(st.sampled_from((1, 2, 3))), draw(head_dims)
+    starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    T, H, D = starts[-1] + draw(st.sampled_from((0, 0, 5))), draw(st.sampled_from((1, 2, 3))), draw(head_dims)
     for name in ("q", "k", "v"):
         d.add(name, T, H, D)
     options = {
         "starts": tuple(starts),
         "starts_dtype": draw(st.sampled_from((torch.int32, torch.int64))),
-        "max_seqlen": max(1, *lengths) + draw(st.sampled_from((0, 0, 9))),
+        "max_seqlen": max(lengths) + draw(st.sampled_from((0, 0, 9))),
         "scale": draw(st.sampled_from((None, None, 0.3, 1.0, -0.2))),
         "is_causal": draw(st.sampled_from((False, False, True))),
     }

@@ -33,6 +33,18 @@ def test_empty_image_among_others(op, device):
     made.check()
 
 
+@hostile(1, "packed images none of which has a token, `max_seqlen` 0", RIGHT)
+@each_op(["attention_varlen"])
+@pytest.mark.parametrize("behind", [0, 3])
+def test_nothing_but_empty_images(op, behind, device):
+    made = call(op, B=1, N=behind, device=device)
+    made.options.update(cu_seqlens=torch.zeros(4, dtype=torch.int32, device=device), max_seqlen=0)
+    (y,) = made.outputs()
+    assert torch.equal(y, torch.zeros_like(made.tensors["q"]))
+    y.sum().backward()
+    assert all(torch.equal(t.grad, torch.zeros_like(t)) for t in made.tensors.values())
+
+
 @hostile(1, "a batch of 0 images to a model", RIGHT)
 def test_empty_batch_of_a_model(device):
     model = tiny_model(device)
@@ -43,7 +55,7 @@ def test_empty_batch_of_a_model(device):
 
 
 @hostile(2, "no tokens, where an op knows of tokens", "`ValueError`")
-@each_op([*ATTENTION, "block", "patch_embed"])
+@each_op(["attention", "attention_qkvpacked", "block", "patch_embed"])
 def test_no_tokens(op, device, no_launch):
     made = call(op, N=0, Y=0, device=device, P=4) if op != "patch_embed" else call(op, device=device)
     if op == "patch_embed":

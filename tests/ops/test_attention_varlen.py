@@ -6,17 +6,17 @@ import sys
 import pytest
 import torch
 
-from vitkernels import ops, reference
+from vitkernels import ops, reference, use_backend
 from vitkernels.testing import check_op
 
 FILE = sys.modules["vitkernels.ops.attention"]
 LENGTHS = [1, 50, 130, 64, 7]
 
 
-def make(lengths=LENGTHS, H=2, D=24, dtype=torch.float32, device="cpu", extra=0, before=0):
-    T = before + sum(lengths) + extra
+def make(lengths=LENGTHS, H=2, D=24, dtype=torch.float32, device="cpu", extra=0):
+    T = sum(lengths) + extra
     tensors = {x: torch.randn(T, H, D).to(device, dtype).requires_grad_() for x in "qkv"}
-    starts = torch.tensor([before, *lengths], device=device).cumsum(0).int()
+    starts = torch.tensor([0, *lengths], device=device).cumsum(0).int()
     return tensors, {"cu_seqlens": starts, "max_seqlen": max(lengths)}
 
 
@@ -70,17 +70,35 @@ def test_rope_and_qk_norm(interleaved, device):
 
 
 def test_tokens_of_no_image_are_zero(device):
-    tensors, options = make([40, 30], extra=9, before=5, device=device)
+    tensors, options = make([40, 30], extra=9, device=device)
     check_op(ops.attention_varlen, varlen, tensors, options=options)
     out = ops.attention_varlen(**tensors, **options)
     grads = torch.autograd.grad(out.sum(), list(tensors.values()))
     for t in (out, *grads):
-        assert not t[:5].any() and not t[75:].any()
+        assert not t[70:].any()
 
 
 def test_an_image_without_tokens(device):
     tensors, options = make([40, 0, 30], device=device)
     check_op(ops.attention_varlen, varlen, tensors, options=options)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("max_seqlen", [0, 1, 6])
+@pytest.mark.parametrize("T", [0, 7])
+def test_nothing_but_images_without_tokens(T, max_seqlen, backend, prepared, device):
+    starts = torch.zeros(4, dtype=torch.int32, device=device)
+    q, k, v = (torch.randn(T, 2, 8, device=device, requires_grad=True) for _ in range(3))
+    more = {"rope": torch.randn(2, T, 8, device=device).unbind(0), "q_norm": (torch.ones(8, device=device),)}
+    with use_backend(backend):
+        for _ in range(3):  # the third is known
+            with torch.no_grad():
+                assert torch.equal(ops.attention_varlen(q, k, v, starts, max_seqlen), torch.zeros_like(q))
+        out = ops.attention_varlen(q, k, v, starts, max_seqlen, **(more if prepared else {}))
+        assert torch.equal(out, torch.zeros_like(q))
+        for grad in torch.autograd.grad(out.sum(), (q, k, v)):
+            assert torch.equal(grad, torch.zeros_like(q))
 
 
 def test_slices_of_a_packed_projection(device):
@@ -186,11 +204,13 @@ BAD = {
     "no image": (lambda: ops.attention_varlen(Q, Q, Q, STARTS[:1], 6), ValueError, r"cu_seqlens has shape \(1,\)"),
     "bounds elsewhere": (lambda: ops.attention_varlen(Q, Q, Q, STARTS.to("meta"), 6), ValueError, "is on meta"),
     "falling": (lambda: ops.attention_varlen(Q, Q, Q, STARTS[[0, 2, 1]], 10), ValueError, r"is \[0, 10, 4\]"),
-    "beyond": (lambda: ops.attention_varlen(Q, Q, Q, STARTS + 1, 6), ValueError, "rising values from 0 to 10"),
+    "beyond": (lambda: ops.attention_varlen(Q, Q, Q, STARTS * 2, 12), ValueError, "the last 10 at most"),
+    "tokens in front": (lambda: ops.attention_varlen(Q, Q, Q, STARTS[1:], 6), ValueError, "the first 0"),
     "too long": (lambda: ops.attention_varlen(Q, Q, Q, STARTS, 5), ValueError, "5, max_seqlen, at most apart"),
-    "max_seqlen 0": (lambda: ops.attention_varlen(Q, Q, Q, STARTS, 0), ValueError, "max_seqlen is 0; expected 1"),
+    "max_seqlen 0": (lambda: ops.attention_varlen(Q, Q, Q, STARTS, 0), ValueError, "0, max_seqlen, at most apart"),
+    "max_seqlen −1": (lambda: ops.attention_varlen(Q, Q, Q, STARTS, -1), ValueError, "max_seqlen is -1; expected 0"),
     "max_seqlen float": (lambda: ops.attention_varlen(Q, Q, Q, STARTS, 6.0), TypeError, "max_seqlen is a float"),
-    "no tokens": (lambda: ops.attention_varlen(Q[:0], Q[:0], Q[:0], STARTS, 6), ValueError, "no tokens"),
+    "no tokens": (lambda: ops.attention_varlen(Q[:0], Q[:0], Q[:0], STARTS, 6), ValueError, "the last 0 at most"),
 }  # fmt: skip
 
 

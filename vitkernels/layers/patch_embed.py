@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from vitkernels.layers import fused
 
 def to_pair(size: int | tuple[int, int]) -> tuple[int, int]:
     """Return ``size`` as (height, width)."""
-    return (size, size) if isinstance(size, int) else tuple(size)
+    return tuple(size) if isinstance(size, Iterable) else (size, size)
 
 
 class PatchEmbed(nn.Module):

@@ -10,6 +10,7 @@ import collections
 import functools
 import os
 from collections.abc import Callable, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -482,7 +483,7 @@ class VisionTransformer(nn.Module):
         depth = len(self.blocks)
         if indices is None:
             indices = depth
-        if isinstance(indices, int):
+        if isinstance(indices, Integral):
             if not 0 < indices <= depth:
                 raise ValueError(f"the last {indices} blocks are asked for; expected 1 to {depth}")
             return set(range(depth - indices, depth))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vitkernels import reference, runtime
-from vitkernels.ops._checks import alike, check_like, check_shape, check_tensor
+from vitkernels.ops._checks import alike, check_integer, check_like, check_scale, check_shape, check_tensor
 from vitkernels.ops._known import KnownCalls
 from vitkernels.ops._once import once_differentiable
 from vitkernels.ops._registry import needs_grad, uses_kernels
@@ -187,7 +187,9 @@ def block(
     options = (num_heads, scale, eps, activation)
     if call := _KNOWN.find(tensors, options):
         return _forward(tensors, call.plan, save=False, steps=call.launchers)[0]
-    scale, dtype = _check(x, norm1, qkv, proj, norm2, fc1, fc2, layer_scale, num_heads, scale, eps, activation)
+    num_heads, scale, dtype = _check(
+        x, norm1, qkv, proj, norm2, fc1, fc2, layer_scale, num_heads, scale, eps, activation
+    )
     if not uses_kernels(x):
         norm1, norm2 = (parameters_for_torch(x.dtype, *pair) for pair in (norm1, norm2))
         return reference.block(
@@ -206,8 +208,9 @@ def block(
 
 
 def _check(x, norm1, qkv, proj, norm2, fc1, fc2, layer_scale, num_heads, scale, eps, activation):
-    """Check every argument of :func:`block`; return the scale, and autocast's dtype or None."""
+    """Check every argument of :func:`block`; return the heads, the scale, and autocast's dtype or None."""
     op = "block"
+    num_heads = check_integer(op, "num_heads", num_heads)
     if not isinstance(eps, tuple | list) or len(eps) != 2:
         raise TypeError(f"{op}: eps is {eps!r}; expected a pair of numbers, of norm1 and norm2")
     check_tensor(op, "x", x)
@@ -237,4 +240,4 @@ def _check(x, norm1, qkv, proj, norm2, fc1, fc2, layer_scale, num_heads, scale, 
             if not known:
                 check_like(op, name, gamma, "x", x, dtype=False)
             check_shape(op, name, gamma, (C,), "the channels of x")
-    return width**-0.5 if scale is None else float(scale), dtype
+    return num_heads, check_scale(op, scale, width), dtype

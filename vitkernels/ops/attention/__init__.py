@@ -25,14 +25,22 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from numbers import Real
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from vitkernels import reference, runtime
-from vitkernels.ops._checks import FLOATING, alike, check_like, check_shape, check_tensor
+from vitkernels.ops._checks import (
+    FLOATING,
+    alike,
+    check_integer,
+    check_like,
+    check_number,
+    check_scale,
+    check_shape,
+    check_tensor,
+)
 from vitkernels.ops._known import KnownCalls
 from vitkernels.ops._once import once_differentiable
 from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
@@ -391,10 +399,13 @@ def attention(
     check_tensor(op, "q", q)
     q, k, v = _autocast(q, k, v)
     B, H, N_q, N_kv, D = _check_operands(op, q, k, v)
-    scale = _check_scale(op, scale, D)
+    scale = check_scale(op, scale, D)
     mask = _check_mask(op, attn_mask, q, (B, H, N_q, N_kv))
     dropout_p = _check_dropout(op, dropout_p)
-    rope, q_norm, k_norm = _check_prepared(op, q, q.shape, N_kv, rope, num_prefix_tokens, q_norm, k_norm)
+    is_causal = bool(is_causal)
+    rope, q_norm, k_norm, num_prefix_tokens = _check_prepared(
+        op, q, q.shape, N_kv, rope, num_prefix_tokens, q_norm, k_norm
+    )
     if not uses_kernels(q) or _prefers_sdpa(q, N_q, N_kv, D):
         return reference.attention(
             q, k, v, attn_mask=attn_mask, scale=scale, is_causal=is_causal, dropout_p=dropout_p, rope=rope,
@@ -405,7 +416,7 @@ def attention(
         k = _prepare(k, k_norm, rope, num_prefix_tokens)
     o = _attend(q, k, v, mask, _seed(q, dropout_p), None, scale, is_causal, dropout_p, 0)
     if as_given and not dropout_p and not o.requires_grad:
-        _KNOWN.add(given, options, (scale, bool(is_causal)))
+        _KNOWN.add(given, options, (scale, is_causal))
     return o
 
 
@@ -448,10 +459,13 @@ def attention_qkvpacked(
         raise ValueError(f"{op}: qkv has shape {tuple(qkv.shape)}; expected (B, N, 3, H, D)")
     B, N, _, H, D = qkv.shape
     _check_sizes(op, "qkv", qkv, N, D)
-    scale = _check_scale(op, scale, D)
+    scale = check_scale(op, scale, D)
     mask = _check_mask(op, attn_mask, qkv, (B, H, N, N))
     dropout_p = _check_dropout(op, dropout_p)
-    rope, q_norm, k_norm = _check_prepared(op, qkv, (B, H, N, D), N, rope, num_prefix_tokens, q_norm, k_norm)
+    is_causal = bool(is_causal)
+    rope, q_norm, k_norm, num_prefix_tokens = _check_prepared(
+        op, qkv, (B, H, N, D), N, rope, num_prefix_tokens, q_norm, k_norm
+    )
     late = rope is not None and needs_grad(rope.cos, rope.sin)
     on_kernels = uses_kernels(qkv) and not _prefers_sdpa(qkv, N, N, D)
     if late or not on_kernels:
@@ -467,7 +481,7 @@ def attention_qkvpacked(
     if as_given and not needs_grad(qkv, mask):
         o, _ = attention_qkvpacked_fwd(qkv, scale, mask, seed, is_causal, dropout_p)
         if not dropout_p:
-            _KNOWN_PACKED.add(given, options, (scale, bool(is_causal)))
+            _KNOWN_PACKED.add(given, options, (scale, is_causal))
         return o
     cos, sin = (None, None) if rope is None else (_table(rope.cos), _table(rope.sin))
     parameters = tuple(t for norm in (q_norm, k_norm) for t in (norm[:2] if norm else (None, None)))
@@ -496,11 +510,11 @@ def attention_varlen(
 
     Args:
         q: (T, H, D), the tokens of all images one behind the other; dtypes, sizes and strides as for
-            :func:`attention`.
+            :func:`attention`, but T may be 0.
         k, v: (T, H, D), as ``q``.
         cu_seqlens: (images + 1,), int32 or int64, on ``q``'s device: image i has tokens ``cu_seqlens[i]`` to
-            ``cu_seqlens[i + 1]``. Tokens of no image give 0 and get no gradient.
-        max_seqlen: Tokens of the longest image, at least 1. Values of ``cu_seqlens`` are checked on a CPU alone, as a
+            ``cu_seqlens[i + 1]``; it begins with 0. Tokens behind the last image give 0 and get no gradient.
+        max_seqlen: Tokens of the longest image. Values of ``cu_seqlens`` are checked on a CPU alone, as a
             GPU would have to be waited for; there, tokens of an image beyond ``max_seqlen`` give 0.
         scale, is_causal, dropout_p, q_norm, k_norm: As for :func:`attention`.
         rope: As for :func:`attention`, with tables that broadcast to (H, T, D), prefix tokens among them.
@@ -519,7 +533,7 @@ def attention_varlen(
     if as_given and (call := _KNOWN_VARLEN.find(given, options)):
         if q.is_cpu:
             _check_bounds(op, q, cu_seqlens, max_seqlen)
-        scale, is_causal = call.plan
+        scale, is_causal, max_seqlen = call.plan
         return call.launch(q, k, v, scale, False, None, None, is_causal, 0.0, _int32(cu_seqlens), max_seqlen)[0]
     check_tensor(op, "q", q)
     if torch.jit.is_tracing():
@@ -532,11 +546,12 @@ def attention_varlen(
     for name, x in (("k", k), ("v", v)):
         check_shape(op, name, x, shape, "q's shape")
     T, H, D = shape
-    _check_sizes(op, "q", q, T, D)
-    scale = _check_scale(op, scale, D)
+    _check_sizes(op, "q", q, 1, D)
+    scale = check_scale(op, scale, D)
     dropout_p = _check_dropout(op, dropout_p)
-    _check_images(op, q, cu_seqlens, max_seqlen)
-    rope, q_norm, k_norm = _check_prepared(op, q, (1, H, T, D), T, rope, 0, q_norm, k_norm)
+    max_seqlen = _check_images(op, q, cu_seqlens, max_seqlen)
+    is_causal = bool(is_causal)
+    rope, q_norm, k_norm, _ = _check_prepared(op, q, (1, H, T, D), T, rope, 0, q_norm, k_norm)
     if not uses_kernels(q):
         q, k = (x.transpose(0, 1).unsqueeze(0) for x in (q, k))
         q, k = (x[0].transpose(0, 1) for x in reference.prepare_qk(q, k, rope, 0, q_norm, k_norm))
@@ -548,7 +563,7 @@ def attention_varlen(
         q, k = (_prepare(x, norm, rope, 0).squeeze(0).transpose(0, 1) for x, norm in ((q, q_norm), (k, k_norm)))
     o = _attend(q, k, v, None, _seed(q, dropout_p), _int32(cu_seqlens), scale, is_causal, dropout_p, max_seqlen)
     if as_given and not dropout_p and not o.requires_grad:
-        _KNOWN_VARLEN.add(given, options, (scale, bool(is_causal)))
+        _KNOWN_VARLEN.add(given, options, (scale, is_causal, max_seqlen))
     return o
 
 
@@ -584,13 +599,16 @@ def attention_weights(
     check_tensor(op, "q", q)
     q, k = _autocast(q, k)
     B, H, N_q, N_kv, D = _check_operands(op, q, k, k)
-    scale = _check_scale(op, scale, D)
+    scale = check_scale(op, scale, D)
     mask = _check_mask(op, attn_mask, q, (B, H, N_q, N_kv))
-    rope, q_norm, k_norm = _check_prepared(op, q, q.shape, N_kv, rope, num_prefix_tokens, q_norm, k_norm)
+    rope, q_norm, k_norm, num_prefix_tokens = _check_prepared(
+        op, q, q.shape, N_kv, rope, num_prefix_tokens, q_norm, k_norm
+    )
     wide = runtime.wide_dtype(q.dtype)
     q, k = reference.prepare_qk(q.to(wide), k.to(wide), rope, num_prefix_tokens, q_norm, k_norm)
     if query is None:
         return reference.attention_weights(q, k, attn_mask=mask, scale=scale, is_causal=is_causal)
+    query = check_integer(op, "query", query)
     if not -N_q <= query < N_q:
         raise IndexError(f"{op}: query is {query}; expected −{N_q} to {N_q - 1}, as there are {N_q} queries")
     query %= N_q
@@ -703,22 +721,11 @@ def _check_sizes(op: str, name: str, x: Tensor, tokens: int, D: int) -> None:
         raise NotImplementedError(f"{op}: {name} has head dim {D}; expected {MAX_HEAD_DIM} at most")
 
 
-def _check_scale(op: str, scale: float | None, D: int) -> float:
-    if scale is None:
-        return D**-0.5
-    if not isinstance(scale, (int, float)) or isinstance(scale, bool):
-        raise TypeError(f"{op}: scale is a {type(scale).__name__}; expected a number or None")
-    if not math.isfinite(scale):
-        raise ValueError(f"{op}: scale is {scale}; expected a finite number")
-    return float(scale)
-
-
 def _check_dropout(op: str, dropout_p: float) -> float:
-    if type(dropout_p) is not float and (not isinstance(dropout_p, Real) or isinstance(dropout_p, bool)):
-        raise TypeError(f"{op}: dropout_p is a {type(dropout_p).__name__}; expected a number")
+    dropout_p = check_number(op, "dropout_p", dropout_p)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"{op}: dropout_p is {dropout_p}; expected 0 to 1")
-    return float(dropout_p)
+    return dropout_p
 
 
 def _check_mask(op: str, mask: Tensor | None, q: Tensor, shape: tuple[int, int, int, int]) -> Tensor | None:
@@ -764,10 +771,11 @@ def _int32(x: Tensor) -> Tensor:
 
 def _check_prepared(
     op: str, q: Tensor, shape: tuple[int, int, int, int], N_kv: int, rope, prefix: int, q_norm, k_norm
-) -> tuple[Rope | None, QKNorm | None, QKNorm | None]:
-    """Check what prepares q and k, whose ``shape`` is (B, H, N, D), and return it by its own types."""
+) -> tuple[Rope | None, QKNorm | None, QKNorm | None, int]:
+    """Check what prepares q and k, whose ``shape`` is (B, H, N, D), and return it by its own types, prefix last."""
+    prefix = check_integer(op, "num_prefix_tokens", prefix)
     if rope is None and q_norm is None and k_norm is None and not prefix:
-        return None, None, None
+        return None, None, None, 0
     B, H, N, D = shape
     norms = []
     for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
@@ -775,9 +783,10 @@ def _check_prepared(
             norm = QKNorm(*norm)
             if norm.rms and norm.bias is not None:
                 raise ValueError(f"{op}: {name} is an RMSNorm with a bias; expected none")
-            if not (isinstance(norm.eps, Real) and math.isfinite(norm.eps) and norm.eps >= 0):
-                raise ValueError(f"{op}: {name}.eps is {norm.eps}; expected a finite number, 0 at least")
-            norm = norm._replace(eps=float(norm.eps))
+            eps = check_number(op, f"{name}.eps", norm.eps)
+            if not (math.isfinite(eps) and eps >= 0):
+                raise ValueError(f"{op}: {name}.eps is {eps}; expected a finite number, 0 at least")
+            norm = norm._replace(eps=eps, rms=bool(norm.rms))
             for part, t in (("weight", norm.weight), ("bias", norm.bias)):
                 if t is not None:
                     check_like(op, f"{name}.{part}", t, "q", q, dtype=False)
@@ -786,13 +795,14 @@ def _check_prepared(
     if rope is None:
         if prefix:
             raise ValueError(f"{op}: num_prefix_tokens is {prefix} without rope; expected 0")
-        return None, *norms
+        return None, *norms, 0
     rope = Rope(*rope)
+    rope = rope._replace(interleaved=bool(rope.interleaved))
     if N_kv != N:
         raise ValueError(f"{op}: rope needs as many keys as queries; got {N} queries and {N_kv} keys")
     if D % 2:
         raise ValueError(f"{op}: rope needs an even head dim; got {D}")
-    if not isinstance(prefix, int) or not 0 <= prefix <= N:
+    if not 0 <= prefix <= N:
         raise ValueError(f"{op}: num_prefix_tokens is {prefix}; expected 0 to {N}, the tokens")
     for name, table in (("cos", rope.cos), ("sin", rope.sin)):
         check_like(op, f"rope.{name}", table, "q", q, dtype=False)
@@ -806,10 +816,11 @@ def _check_prepared(
                 f"N − num_prefix_tokens, D) = {expected}, its last two dims in full"
             )
     check_shape(op, "rope.sin", rope.sin, rope.cos.shape, "rope.cos's shape")
-    return rope, *norms
+    return rope, *norms, prefix
 
 
-def _check_images(op: str, q: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
+def _check_images(op: str, q: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> int:
+    """Check how images are packed; return the tokens of the longest, 1 at least."""
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
         raise TypeError(f"{op}: cu_seqlens is {got}; expected an int32 or int64 tensor")
@@ -819,22 +830,22 @@ def _check_images(op: str, q: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> No
         raise NotImplementedError(f"{op}: cu_seqlens is {cu_seqlens.layout}; expected a dense (strided) tensor")
     if cu_seqlens.device != q.device:
         raise ValueError(f"{op}: cu_seqlens is on {cu_seqlens.device}, q on {q.device}; expected one device")
-    if not isinstance(max_seqlen, (int, torch.SymInt)) or isinstance(max_seqlen, bool):
-        raise TypeError(f"{op}: max_seqlen is a {type(max_seqlen).__name__}; expected an integer")
-    if max_seqlen < 1:
-        raise ValueError(f"{op}: max_seqlen is {max_seqlen}; expected 1 at least")
+    max_seqlen = check_integer(op, "max_seqlen", max_seqlen)
+    if max_seqlen < 0:
+        raise ValueError(f"{op}: max_seqlen is {max_seqlen}; expected 0 at least")
     if q.is_cpu and not torch.compiler.is_compiling() and not isinstance(cu_seqlens, FakeTensor):
         _check_bounds(op, q, cu_seqlens, max_seqlen)
+    return max_seqlen or 1  # of nothing but empty images: a grid of no programs is none
 
 
 def _check_bounds(op: str, q: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
     """Check the values of ``cu_seqlens``, for which a GPU would have to be waited for."""
     bounds = cu_seqlens.tolist()
-    fits = bounds[0] >= 0 and bounds[-1] <= q.shape[0]
+    fits = bounds[0] == 0 and bounds[-1] <= q.shape[0]
     for start, end in itertools.pairwise(bounds):
         fits &= 0 <= end - start <= max_seqlen
     if not fits:
         raise ValueError(
-            f"{op}: cu_seqlens is {bounds}; expected rising values from 0 to {q.shape[0]}, the tokens, "
-            f"{max_seqlen}, max_seqlen, at most apart"
+            f"{op}: cu_seqlens is {bounds}; expected rising values, the first 0, the last {q.shape[0]} at most, the "
+            f"tokens, {max_seqlen}, max_seqlen, at most apart"
         )

@@ -182,7 +182,7 @@ def patch_embed(
             pos_embed=pos_embed,
             prefix_tokens=prefix_tokens,
             pos_embed_prefix=pos_embed_prefix,
-            normalize=normalize,
+            normalize=None if constants is None else mean_and_std(constants),
         ).contiguous()
     if needs_grad(images, weight, bias, pos_embed, prefix_tokens):
         return PatchEmbedFunction.apply(

@@ -34,6 +34,9 @@ def activate(z: Tensor, activation: str | None) -> Tensor:
 
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """(x − mean) / √(var + eps) · weight + bias over the last dim (arXiv 1607.06450)."""
+    weight, bias = _beside(x, weight, bias)
+    if _mixed(x, weight, bias) and not x.is_cpu:  # there PyTorch's takes no half inputs with fp32 parameters
+        return F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps).to(x.dtype)
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
@@ -54,7 +57,23 @@ def add_layer_norm(
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float | None = 1e-6) -> Tensor:
     """x / √(mean(x²) + eps) · weight over the last dim (arXiv 1910.07467)."""
-    return F.rms_norm(x, x.shape[-1:], weight, eps)
+    (weight,) = _beside(x, weight)
+    y = F.rms_norm(x, x.shape[-1:], weight, eps)
+    return y.to(x.dtype) if _mixed(x, weight) else y
+
+
+def _beside(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
+    """A norm's parameters in a dtype in which PyTorch takes them: that of ``x`` or, beside a half one, fp32."""
+    if not _mixed(x, *parameters):
+        return list(parameters)
+    dtype = torch.float32 if x.dtype.itemsize == 2 else x.dtype
+    return [None if p is None else p.to(dtype) for p in parameters]
+
+
+def _mixed(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether a norm's parameters are of another dtype than ``x``, and autocast does not see to it."""
+    autocast = (x.is_cuda or x.is_xpu) and torch.is_autocast_enabled(x.device.type)
+    return not autocast and any(p is not None and p.dtype != x.dtype for p in parameters)
 
 
 def add_rms_norm(
@@ -154,10 +173,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, num_pre
 
 def qk_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str) -> Tensor:
     """LayerNorm (``kind`` "layer") or RMSNorm ("rms", arXiv 1910.07467) of each head's channels, the last dim."""
-    weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
-    if kind == "rms":
-        return F.rms_norm(x, x.shape[-1:], weight, eps)
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return rms_norm(x, weight, eps) if kind == "rms" else layer_norm(x, weight, bias, eps)
 
 
 def prepare_qk(

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from op_calls import OPS, call, each_op, needs_two_gpus, parameters, tiny_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vitkernels import runtime, use_backend
+from vitkernels import ops, runtime, use_backend
 from vitkernels.ops import _registry
 
 hostile = pytest.mark.hostile
@@ -135,8 +136,81 @@ def test_cpu_tensors(op):
         assert torch.equal(y, want)
 
 
+def plain_norms(x, residual, weight, bias, layer_scale):
+    """Each op that takes fp32 weights of a norm beside half inputs, and the same in PyTorch's own words."""
+    C = x.shape[-1]
+    total = residual + x * layer_scale
+    half = {n: (0.2 * torch.randn(s)).to(x.dtype) for n, s in (("3C", (3 * C, C)), ("C", (C, C)), ("2C", (2 * C, C)))}
+    q, k, v = F.linear(x, half["3C"]).unflatten(-1, (3, 2, C // 2)).permute(2, 0, 3, 1, 4)
+    q_weight, k_weight = weight[: C // 2], bias[: C // 2]
+    norm = (weight, bias)
+
+    def block():
+        h = F.linear(F.layer_norm(x, (C,), *norm, 1e-6), half["3C"])
+        h = F.scaled_dot_product_attention(*h.unflatten(-1, (3, 2, C // 2)).permute(2, 0, 3, 1, 4))
+        r = x + F.linear(h.transpose(1, 2).flatten(2), half["C"])
+        return r + F.linear(F.gelu(F.linear(F.layer_norm(r, (C,), *norm, 1e-6), half["C"])), half["C"])
+
+    def swiglu():
+        gate, value = F.linear(x, half["2C"]).chunk(2, -1)
+        return F.linear(F.layer_norm(F.silu(gate) * value, (C,), *norm, 1e-6), half["C"])
+
+    def attention():
+        prepared = F.layer_norm(q, (C // 2,), q_weight, None, 1e-6), F.rms_norm(k, (C // 2,), k_weight, 1e-6)
+        return F.scaled_dot_product_attention(*prepared, v)
+
+    weights = {"qkv": (half["3C"], None), "proj": (half["C"], None), "fc1": (half["C"], None), "fc2": (half["C"], None)}
+    return {
+        "layer_norm": (lambda: ops.layer_norm(x, *norm), lambda: F.layer_norm(x, (C,), *norm, 1e-6)),
+        "no bias": (lambda: ops.layer_norm(x, weight), lambda: F.layer_norm(x, (C,), weight, None, 1e-6)),
+        "rms_norm": (lambda: ops.rms_norm(x, weight), lambda: F.rms_norm(x, (C,), weight, 1e-6)),
+        "add_layer_norm": (
+            lambda: ops.add_layer_norm(x, residual, *norm, layer_scale=layer_scale)[0],
+            lambda: F.layer_norm(total, (C,), *norm, 1e-6),
+        ),
+        "add_rms_norm": (
+            lambda: ops.add_rms_norm(x, residual, weight, layer_scale=layer_scale)[0],
+            lambda: F.rms_norm(total, (C,), weight, 1e-6),
+        ),
+        "block": (lambda: ops.block(x, norm1=norm, norm2=norm, **weights, num_heads=2), block),
+        "swiglu_mlp": (
+            lambda: ops.swiglu_mlp(x, half["2C"], None, half["C"], None, norm=(*norm, 1e-6)), swiglu
+        ),
+        "attention": (
+            lambda: ops.attention(q, k, v, q_norm=(q_weight, None, 1e-6), k_norm=(k_weight, None, 1e-6, True)),
+            attention,
+        ),
+    }  # fmt: skip
+
+
+@hostile(26, "half inputs of the CPU beside fp32 weights of a norm, with PyTorch as the backend", "PyTorch's bits")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # PyTorch's, of its own RMSNorm
+def test_cpu_tensors_of_half_precision(dtype):
+    leaves = [torch.randn(2, 9, 32).to(dtype), torch.randn(2, 9, 32).to(dtype), torch.randn(32), torch.randn(32)]
+    leaves = [t.requires_grad_() for t in (*leaves, torch.randn(32).to(dtype))]
+    with use_backend("torch"):
+        for name, (ours, plain) in plain_norms(*leaves).items():
+            results = []
+            for function in (ours, plain):
+                y = function()
+                grads = torch.autograd.grad(y.float().sin().sum(), leaves, allow_unused=True, retain_graph=True)
+                results.append((y, *(g for g in grads if g is not None)))
+            for got, want in zip(*results, strict=True):
+                assert got.dtype == want.dtype and torch.equal(got, want), name
+
+
+@hostile(26, "an fp32 weight of a norm beside a half bias and half inputs", "the right result; PyTorch takes no such")
+def test_half_bias_beside_an_fp32_weight():
+    x, weight, bias = torch.randn(9, 32).half(), torch.randn(32), torch.randn(32).half()
+    with use_backend("torch"):
+        y = ops.layer_norm(x, weight, bias)
+    assert torch.equal(y, F.layer_norm(x, (32,), weight, bias.float(), 1e-6))
+
+
 NO_GPU = """
 import torch
+import torch.nn.functional as F
 from op_calls import OPS, call
 for op in OPS:
     call(op).check()

@@ -24,7 +24,7 @@ from vitkernels.ops._known import KnownCalls
 from vitkernels.ops._once import once_differentiable
 from vitkernels.ops._registry import needs_grad, uses_kernels
 from vitkernels.ops.attention import MAX_HEAD_DIM, attention_qkvpacked_bwd, attention_qkvpacked_fwd
-from vitkernels.ops.layer_norm import check_layer_norm, layer_norm_bwd, layer_norm_fwd, parameters_for_torch
+from vitkernels.ops.layer_norm import check_layer_norm, layer_norm_bwd, layer_norm_fwd
 from vitkernels.ops.linear import check_activation, check_weights, linear_bwd, linear_fwd
 from vitkernels.ops.mlp import mlp_bwd, mlp_fwd
 
@@ -191,7 +191,6 @@ def block(
         x, norm1, qkv, proj, norm2, fc1, fc2, layer_scale, num_heads, scale, eps, activation
     )
     if not uses_kernels(x):
-        norm1, norm2 = (parameters_for_torch(x.dtype, *pair) for pair in (norm1, norm2))
         return reference.block(
             x, norm1=norm1, qkv=qkv, proj=proj, norm2=norm2, fc1=fc1, fc2=fc2, layer_scale=layer_scale,
             num_heads=num_heads, scale=scale, eps=eps, activation=activation,

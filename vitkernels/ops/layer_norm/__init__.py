@@ -39,7 +39,7 @@ def _reference_forward(x, residual, weight, bias, gamma, path, eps, out_dtype=No
     statistics = wide_dtype(r.dtype)
     rows = r.reshape(-1, r.shape[-1])[:, :width].to(statistics)
     variance = rows.square().mean(-1) if rms else rows.var(-1, correction=0)
-    y = _reference_norm(r[..., :width].to(out_dtype), *_cast(out_dtype, weight, bias), eps, rms)
+    y = _reference_norm(r[..., :width].to(out_dtype), weight, bias, eps, rms)
     return (
         torch.constant_pad_nd(y, (0, r.shape[-1] - y.shape[-1])).contiguous(),
         x.new_empty(0) if residual is None else r.contiguous(),
@@ -227,7 +227,7 @@ def norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: fl
     check_tensor(op, "x", x)
     check_layer_norm(op, x, weight, bias, eps, alike(x, weight, bias))
     if not uses_kernels(x):
-        return _reference_norm(x, *parameters_for_torch(x.dtype, weight, bias), eps, rms)
+        return _reference_norm(x, weight, bias, eps, rms)
     out_dtype = torch.promote_types(x.dtype, torch.float32) if autocasts(x) else None
     if needs_grad(x, weight, bias):
         return LayerNormFunction.apply(x, None, weight, bias, None, None, eps, out_dtype, rms)
@@ -271,8 +271,6 @@ def add_norm(
         if drop_path_scale.requires_grad:
             raise NotImplementedError(f"{op}: drop_path_scale requires a gradient; it is a drawn constant: detach it")
     if not uses_kernels(x):
-        sum_dtype = promoted_dtype(x, residual, layer_scale, drop_path_scale)
-        weight, bias = parameters_for_torch(sum_dtype, weight, bias)
         scales = {"layer_scale": layer_scale, "drop_path_scale": drop_path_scale}
         if rms:
             outputs = reference.add_rms_norm(x, residual, weight, eps, **scales)
@@ -293,13 +291,6 @@ def add_norm(
 def autocasts(x: Tensor) -> bool:
     """Tell whether autocast makes PyTorch's LayerNorm run in fp32 on ``x``'s device: on a GPU, not on a CPU."""
     return runtime.device_type(x) != "cpu" and runtime.autocast_dtype(x) is not None
-
-
-def parameters_for_torch(dtype: torch.dtype, *parameters: Tensor | None) -> list[Tensor | None]:
-    """Cast parameters to ``dtype``, that of PyTorch's input, unless autocast does."""
-    # On a GPU PyTorch's LayerNorm takes no half inputs with fp32 parameters.
-    autocast = any(p is not None and autocasts(p) for p in parameters)
-    return list(parameters) if autocast else _cast(dtype, *parameters)
 
 
 def check_layer_norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, known: bool) -> None:

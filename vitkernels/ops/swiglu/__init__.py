@@ -28,7 +28,7 @@ from vitkernels.ops._checks import alike, check_shape
 from vitkernels.ops._known import KnownCalls
 from vitkernels.ops._once import once_differentiable
 from vitkernels.ops._registry import OPS, needs_grad, reference_gradients, register, uses_kernels
-from vitkernels.ops.layer_norm import check_eps, check_parameter, layer_norm_bwd, layer_norm_fwd, parameters_for_torch
+from vitkernels.ops.layer_norm import check_eps, check_parameter, layer_norm_bwd, layer_norm_fwd
 from vitkernels.ops.linear import (
     check_activation,
     check_epilogue,
@@ -316,8 +316,6 @@ def swiglu_mlp(
                 check_parameter(op, name, parameter, x, hidden, False, "the hidden features")
         check_eps(op, "norm's eps", eps)
     if not uses_kernels(x):
-        if norm is not None:
-            norm = (*parameters_for_torch(x.dtype, norm_w, norm_b), eps)
         options = {"activation": activation, "gate_last": gate_last, "norm": norm}
         return reference.swiglu_mlp(
             x, w12, b12, w3, b3, residual=residual, layer_scale=layer_scale, **options

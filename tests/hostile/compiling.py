@@ -19,7 +19,7 @@ from triton import knobs
 
 from vitkernels.aot.build import TARGETS
 from vitkernels.ops._registry import OPS
-from vitkernels.ops.linear import activation_backward
+from vitkernels.ops.linear import _activation_bwd_kernel, activation_backward
 from vitkernels.runtime import DeviceFacts
 
 
@@ -127,6 +127,58 @@ def no_driver(driver) -> dict:
         warnings.simplefilter("always")
         launch(torch.zeros(1))
     return {"error": None, "warnings": [str(w.message) for w in caught], "caches": calls}
+
+
+def failing(driver) -> dict:
+    """Errors that are not the cache's, each at another place of a first launch: how often the kernel was compiled."""
+    from triton.compiler import ASTSource, CompiledKernel
+    from triton.runtime.cache import FileCacheManager
+
+    compile_ir, put, found = ASTSource.make_ir, FileCacheManager.put, []
+
+    def raising(error):
+        def instead(*args, **kwargs):
+            raise error
+
+        return instead
+
+    def once_compiled(*args, **kwargs):
+        found[-1]["compiled"] += 1
+        return compile_ir(*args, **kwargs)
+
+    def refused(self, data, filename, *args, **kwargs):
+        if filename.endswith(".cubin"):
+            raise FileNotFoundError(2, "No such file or directory", "ptxas")
+        return put(self, data, filename, *args, **kwargs)
+
+    places = {
+        "RuntimeError": (driver, "load_binary", raising(RuntimeError("Triton Error [CUDA]: no kernel image"))),
+        "FileNotFoundError": (FileCacheManager, "put", refused),
+        "KeyError": (driver, "launcher_cls", raising(KeyError("launcher"))),
+    }
+    for name, (owner, attribute, instead) in places.items():
+        found.append({"wanted": name, "compiled": 0})
+        _activation_bwd_kernel.device_caches.clear()
+        with (
+            unittest.mock.patch.object(ASTSource, "make_ir", once_compiled),
+            unittest.mock.patch.object(owner, attribute, instead),
+            unittest.mock.patch("triton.knobs.compilation.always_compile", True),
+        ):
+            found[-1] |= attempt()
+    for error in (RuntimeError("PassManager::run failed"), ValueError("a"), KeyError("b"), OSError("c")):
+        found.append({"wanted": type(error).__name__, "compiled": 0})
+        _activation_bwd_kernel.device_caches.clear()
+
+        def broken(*args, error=error, **kwargs):
+            found[-1]["compiled"] += 1
+            raise error
+
+        with (
+            unittest.mock.patch.object(ASTSource, "make_ir", broken),
+            unittest.mock.patch("triton.knobs.compilation.always_compile", True),
+        ):
+            found[-1] |= attempt()
+    return {"attempts": found}
 
 
 if __name__ == "__main__":

@@ -67,7 +67,10 @@ def _on_its_device(launcher: Callable) -> Callable:
         with runtime.device_guard(x):
             try:
                 return launcher(x, *args)
-            except OSError as error:  # Triton's driver, too, is compiled into the cache, before any kernel
+            except OSError as error:
+                if not _triton.is_of_the_cache(error):
+                    raise
+                # Triton's driver, too, is compiled into the cache, before any kernel.
                 with _triton.another_cache(error):
                     return launcher(x, *args)
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
+import os
 import tempfile
 import threading
+import traceback
 import warnings
 from collections.abc import Iterator
 
@@ -40,6 +43,15 @@ class _Missing:
 
 if MISSING is None:
 
+    class _Source(_triton.compiler.ASTSource):
+        """A kernel's source that knows whether it was compiled: it was not where the kernel lay in the cache."""
+
+        compiled = False
+
+        def make_ir(self, *args, **kwargs):
+            self.compiled = True
+            return super().make_ir(*args, **kwargs)
+
     class _Kernel(_triton.JITFunction):
         """A kernel that minds what is around it when it is compiled or read from disk; warm launches are as ever."""
 
@@ -51,17 +63,18 @@ if MISSING is None:
                     "graph is captured; expected it to be compiled before: run the same once, or call "
                     "vitkernels.warmup(model, input_shape), and then capture"
                 )
+            self.ASTSource = _Source
+            kernel = None
             try:
-                return self._ready(*args, **kwargs)
-            except (OSError, LookupError, ValueError, RuntimeError) as error:
+                kernel = super()._do_compile(*args, **kwargs)
+                if kernel is not None and not kwargs.get("warmup", args[-1]):
+                    _ = kernel.run  # loads the binary, as the launch would do next: it may be broken
+            except Exception as error:
+                broken = kernel is not None and isinstance(error, RuntimeError) and not kernel.src.compiled
+                if not broken and not is_of_the_cache(error):
+                    raise
                 with another_cache(error):
-                    return self._ready(*args, **kwargs)
-
-        def _ready(self, *args, **kwargs):
-            kernel = super()._do_compile(*args, **kwargs)
-            warmup = kwargs.get("warmup", args[-1])
-            if kernel is not None and not warmup:
-                _ = kernel.run  # loads the binary, as the launch would do next: it may be broken
+                    return super()._do_compile(*args, **kwargs)
             return kernel
 
     @_triton.jit
@@ -89,15 +102,23 @@ if INTERPRETED:
 
     _Function = _interpreter.InterpretedFunction
 
+    # An interpreted launch rewrites triton.language, and keeps in a global which program runs.
+    _ONE_AT_A_TIME = threading.RLock()
+
     class _Interpreted(_Function):
         """A kernel, or a function that kernels call, without what takes most of an interpreted launch to no end.
 
         Triton prepares ``triton.language`` at each call of such a function, for 1 to 3 ms. Once a launch is enough:
-        what a file sees of the language is the same module in all of ours, and in all of Triton's own. And without
-        ``debug`` it works out whether integers overflow, and drops the answer.
+        what a file sees of the language is the same module in all of ours, and in all of Triton's own, whose calls have
+        no other way past it than their class. And without ``debug`` it works out whether integers overflow, and drops
+        the answer.
         """
 
         def run(self, *args, **kwargs):
+            with _ONE_AT_A_TIME:
+                return self._run(*args, **kwargs)
+
+        def _run(self, *args, **kwargs):
             call, prepared = _Function.__call__, set()
             builder = _interpreter.interpreter_builder
             options = builder.options
@@ -145,12 +166,20 @@ def _own_cache() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="vitkernels-triton-")
 
 
+def is_of_the_cache(error: Exception) -> bool:
+    """Tell whether ``error`` came of reading or writing Triton's cache, and of no program that it cannot compile."""
+    if isinstance(error, OSError):
+        if error.filename is None:  # as where a disk is full
+            return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+        return os.fsdecode(error.filename).startswith(os.fspath(_triton.knobs.cache.dir))
+    # What lay there is taken apart here, and it alone.
+    read = _triton.compiler.CompiledKernel.__init__.__code__
+    return any(frame.f_code is read for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
 @contextlib.contextmanager
 def another_cache(error: Exception) -> Iterator[None]:
-    """Give Triton a cache of this process's own meanwhile, and warn that its own could not be used for ``error``.
-
-    A wrong program raises its error there again, without the warning.
-    """
+    """Give Triton a cache of this process's own meanwhile, and warn that its own could not be used for ``error``."""
     knobs = _triton.knobs.cache
     given = knobs.dir
     with _CACHE_LOCK, knobs.scope():

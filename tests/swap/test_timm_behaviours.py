@@ -244,22 +244,78 @@ def test_naflex_drops_the_images_that_timm_drops(device):
         close(model(batch), expected)
 
 
-def test_naflex_shows_padded_tokens_to_hooks_and_to_intermediates(device):
+def test_naflex_shows_padded_tokens_to_hooks(device):
     model = naflex(device)
     batch = naflex_batch(device)
-    valid = batch["patch_valid"]
-    expected = model.forward_intermediates(batch, output_fmt="NLC", output_dict=True)["image_intermediates"]
     logits = model(batch)
     accelerate(model)
-    found = model.forward_intermediates(batch, output_fmt="NLC", output_dict=True)["image_intermediates"]
-    for actual, want in zip(found, expected, strict=True):
-        close(actual[valid], want[valid])
-    features = model.forward_features(**batch)["patches"][:, model.num_prefix_tokens :]
-    assert not features[~valid].any()
     shapes = []
     model.blocks[0].register_forward_hook(lambda module, args, output: shapes.append(output.shape))
     close(model(batch), logits)
     assert shapes == [(2, 7 + model.num_prefix_tokens, 32)]
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("form", ["plain", "axial", "mixed"])
+def test_naflex_intermediates_are_those_of_timm_and_agree_with_the_features(form, norm, device):
+    """With images packed, padding is 0 in both; else it is in both what timm leaves there."""
+    model = naflex(device, **NAFLEX[form])
+    batch = naflex_batch(device)
+    R, valid = model.num_prefix_tokens, batch["patch_valid"]
+    options = {"output_fmt": "NLC", "return_prefix_tokens": True, "norm": norm}
+    expected = model.forward_intermediates(batch, output_dict=True, **options)
+    accelerate(model)
+    found = model.forward_intermediates(batch, output_dict=True, **options)
+    features = model.forward_features(**batch)
+    assert found.keys() == expected.keys()
+    assert torch.allclose(found["image_features"], features["patches"])
+    assert torch.equal(found["patch_valid"], features["patch_valid"])
+    close(found["image_features"][:, :R], expected["image_features"][:, :R])
+    close(found["image_features"][:, R:][valid], expected["image_features"][:, R:][valid])
+    for i in range(2):
+        close(found["image_intermediates_prefix"][i], expected["image_intermediates_prefix"][i])
+        close(found["image_intermediates"][i][valid], expected["image_intermediates"][i][valid])
+        assert found["image_intermediates"][i][~valid].any() == (form == "mixed")
+
+    final, intermediates = model.forward_intermediates(batch, **options)
+    assert torch.equal(final, found["image_features"])
+    for i, (patches, prefix) in enumerate(intermediates):
+        assert torch.equal(patches, found["image_intermediates"][i])
+        assert torch.equal(prefix, found["image_intermediates_prefix"][i])
+    first = model.forward_intermediates(
+        batch, [0], stop_early=True, intermediates_only=True, output_fmt="NLC", norm=norm
+    )
+    assert torch.equal(first[0], found["image_intermediates"][0])
+
+
+def test_naflex_intermediates_are_refused_as_by_timm(device):
+    model = naflex(device, patch_drop_rate=0.3)
+    batch = naflex_batch(device)
+    accelerate(model)
+    with pytest.raises(ValueError, match="NCHW"):
+        model.forward_intermediates(batch)
+    model.train()
+    with pytest.raises(ValueError, match="patch dropout"):
+        model.forward_intermediates(batch, output_fmt="NLC")
+    found = model.forward_intermediates(batch, output_fmt="NLC", output_dict=True)
+    assert found["image_intermediates"][0].shape[:2] == found["patch_valid"].shape
+
+
+def test_naflex_intermediates_pass_gradients_on(device):
+    model = naflex(device)
+    batch = naflex_batch(device)
+    valid = batch["patch_valid"][..., None]
+    gradients = []
+    for step in range(2):
+        model.zero_grad()
+        with torch.enable_grad():
+            found = model.forward_intermediates(batch, output_fmt="NLC", intermediates_only=True)
+            sum((x * valid).square().sum() for x in found).backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        if step == 0:
+            accelerate(model)
+            model.set_grad_checkpointing()
+    close(gradients[1], gradients[0])
 
 
 def test_naflex_goes_by_a_mask_of_the_users_own(device):

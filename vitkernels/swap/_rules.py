@@ -233,11 +233,12 @@ def _unless_traced(rule: Rule, name: str) -> Callable:
     """
     fused, original, cls = inspect.unwrap(getattr(rule.fused, name)), getattr(rule.original, name), rule.original
     first = list(inspect.signature(fused).parameters)[1]
-    tensor, is_tracing = Tensor, torch.jit.is_tracing
+    # NaFlexVit's images come in a dictionary, too.
+    inputs, is_tracing = (Tensor, dict), torch.jit.is_tracing
 
     def method(self, *args, **kwargs):
         x = args[0] if args else kwargs.get(first)
-        if isinstance(x, tensor) and not is_tracing():
+        if isinstance(x, inputs) and not is_tracing():
             return fused(self, *args, **kwargs)
         return getattr(cls, name)(self, *args, **kwargs)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
+from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from timm.models.naflexvit import NaFlexVit
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitkernels.layers import fused
 from vitkernels.layers._plain import has_hooks
@@ -15,13 +18,38 @@ from vitkernels.swap.timm.eva import FusedEvaBlock
 from vitkernels.swap.timm.vision_transformer import FusedBlock
 
 
+class _Images(NamedTuple):
+    """Images in one row of tokens.
+
+    Attributes:
+        tokens: (1, T, C), what enters the blocks: the valid tokens of all images, prefix tokens among them.
+        options: What the blocks are given beside it.
+        patch_valid: (B, N − R): which patches are valid, behind patch dropout.
+        index: (T,): where the tokens come from among (B · N).
+        shape: B and N.
+    """
+
+    tokens: Tensor
+    options: dict[str, object]
+    patch_valid: Tensor
+    index: Tensor
+    shape: tuple[int, int]
+
+    def padded(self, tokens: Tensor) -> Tensor:
+        """Tokens (1, T, C) in their places of (B, N, C), with 0 in those of padding."""
+        B, N = self.shape
+        C = tokens.shape[2]
+        return tokens.new_zeros(B * N, C).index_copy(0, self.index, tokens[0]).view(B, N, C)
+
+
 class FusedNaFlexVit(NaFlexVit):
     """timm's NaFlexVit, whose blocks work on the valid tokens of all images alone.
 
     Packed where ``patch_valid`` is all there is to mask, every block runs fused, no hook on a block would see packed
-    tokens, and positions are not learned per layer (``rope_type="mixed"``). Else, in ``forward_intermediates``, and
-    under ``torch.compile``, as how many tokens are valid is known on the device alone, timm's dense mask goes to the
-    kernels. What timm leaves in the places of padding is undefined; here it is 0.
+    tokens, and positions are not learned per layer (``rope_type="mixed"``). Then nothing is computed in the places of
+    padding: features and intermediates are 0 there. Else, and under ``torch.compile``, as how many tokens are valid is
+    known on the device alone, timm's dense mask goes to the kernels, and in the places of padding stands what timm
+    leaves there: it depends on how far a batch is padded, and timm's own pools look past it by ``patch_valid``.
     """
 
     def forward_features(
@@ -31,23 +59,77 @@ class FusedNaFlexVit(NaFlexVit):
         patch_valid: Tensor | None = None,
         attn_mask: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        if patch_coord is None or patch_valid is None or attn_mask is not None or not self._packs(patches):
+        packed = self._pack(patches, patch_coord, patch_valid, attn_mask)
+        if packed is None:
             return super().forward_features(patches, patch_coord, patch_valid, attn_mask)
+        tokens = packed.tokens
+        for block in self.blocks:
+            tokens = self._run(block, tokens, packed.options)
+        return {"patches": packed.padded(self.norm(tokens)), "patch_valid": packed.patch_valid}
+
+    def forward_intermediates(
+        self,
+        x: Tensor | dict[str, Tensor],
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        patch_coord: Tensor | None = None,
+        patch_valid: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+    ) -> list | tuple[Tensor, list] | dict[str, object]:
+        images = {"patches": x, "patch_coord": patch_coord, "patch_valid": patch_valid, "attn_mask": attn_mask}
+        if isinstance(x, dict):
+            images |= x
+        # Maps, which images of different size have none of, and a dropped mask, which only a dictionary gives back,
+        # are the original's business: it raises.
+        refused = output_fmt != "NLC" or (self.training and self.patch_drop is not None and not output_dict)
+        packed = None if refused else self._pack(**images)
+        if packed is None:
+            return super().forward_intermediates(
+                x, indices, return_prefix_tokens, norm, stop_early, output_fmt, intermediates_only, output_dict,
+                patch_coord, patch_valid, attn_mask,
+            )  # fmt: skip
+        wanted, last = feature_take_indices(len(self.blocks), indices)
+        tokens, kept = packed.tokens, []
+        for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
+            tokens = self._run(block, tokens, packed.options)
+            if i in wanted:
+                kept.append(packed.padded(self.norm(tokens) if norm else tokens))
+        R = self.num_prefix_tokens
+        intermediates, prefixes = [x[:, R:] for x in kept], [x[:, :R] for x in kept]
+        features = None if intermediates_only else packed.padded(self.norm(tokens))
+        with_prefixes = return_prefix_tokens and R > 0
+        if output_dict:
+            found = {"image_intermediates": intermediates, "patch_valid": packed.patch_valid}
+            if with_prefixes:
+                found["image_intermediates_prefix"] = prefixes
+            return found if features is None else found | {"image_features": features}
+        if with_prefixes:
+            intermediates = list(zip(intermediates, prefixes, strict=True))
+        return intermediates if features is None else (features, intermediates)
+
+    def _run(self, block: nn.Module, tokens: Tensor, options: dict[str, object]) -> Tensor:
+        return checkpoint(block, tokens, **options) if self.grad_checkpointing else block(tokens, **options)
+
+    def _pack(
+        self, patches: Tensor, patch_coord: Tensor | None, patch_valid: Tensor | None, attn_mask: Tensor | None, **_
+    ) -> _Images | None:
+        """Embed images and leave their padding out; None where they are to go through as they are."""
+        if patch_coord is None or patch_valid is None or attn_mask is not None or not self._packs(patches):
+            return None
         # timm makes no dense mask, (B, 1, N, N), where it is given one; any will do, as it is not looked at.
         embeds = self._forward_embeds(patches, patch_coord, patch_valid, attn_mask=patch_valid)
         x, patch_valid = embeds["patches"], embeds["patch_valid"]
-        B, N, C = x.shape
         valid = F.pad(patch_valid.bool(), (self.num_prefix_tokens, 0), value=True)  # (B, N)
         index = valid.flatten().nonzero()[:, 0]  # (T,)
-        options = {"attn_mask": fused.Packed(F.pad(valid.sum(1).cumsum(0), (1, 0)).int(), N)}
+        options = {"attn_mask": fused.Packed(F.pad(valid.sum(1).cumsum(0), (1, 0)).int(), x.shape[1])}
         if embeds["rope_embeds"] is not None:
             options["rope"] = self._with_prefix(embeds["rope_embeds"]).flatten(0, 1)[index]
-        tokens = x.flatten(0, 1)[index][None]  # (1, T, C)
-        for block in self.blocks:
-            tokens = checkpoint(block, tokens, **options) if self.grad_checkpointing else block(tokens, **options)
-        tokens = self.norm(tokens)[0]
-        x = tokens.new_zeros(B * N, C).index_copy(0, index, tokens).view(B, N, C)
-        return {"patches": x, "patch_valid": patch_valid}
+        return _Images(x.flatten(0, 1)[index][None], options, patch_valid, index, x.shape[:2])
 
     def _packs(self, patches: Tensor) -> bool:
         if torch.compiler.is_compiling() or self.rope_is_mixed or not runs_fused(NAFLEX_VIT, self, patches):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from vitkernels import accelerate, explain, use_backend
+from vitkernels import accelerate, explain, restore, use_backend
 
 timm = pytest.importorskip("timm")
 
@@ -157,3 +157,17 @@ def test_report_can_be_pickled(model):
 def test_who_attends_on_a_cpu(model):
     with use_backend("torch"):
         assert explain(model).estimate.attention[0].provider == "sdpa"
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.(script|trace|trace_method). is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("compiled", ["script", "trace"])
+def test_a_model_of_torchscript_is_left_as_it_is(compiled):
+    """Its code is fixed: nothing is swapped, nothing breaks."""
+    plain = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU())
+    x = torch.randn(2, 3, 8)
+    model = torch.jit.script(plain) if compiled == "script" else torch.jit.trace(plain, x)
+    expected = model(x)
+    assert not explain(model).swapped
+    assert not accelerate(model).swapped
+    restore(model)
+    assert torch.equal(model(x), expected)

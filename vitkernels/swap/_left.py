@@ -35,7 +35,7 @@ def part_of(module: nn.Module) -> str | None:
         cuts = module.kernel_size == module.stride and max(module.stride) > 1 and module.groups == 1
         return "a patch embedding" if cuts else None
     works = {key: child for key, child in module.named_children() if _multiplies(child)}
-    weights = [key for key, p in module._parameters.items() if p is not None and p.ndim > 1]
+    weights = [key for key, p in module.named_parameters(recurse=False) if p.ndim > 1]
     if any(_QUERY.fullmatch(key) for key in (*works, *weights)) or (works and _ATTENTION.search(name)):
         return "attention"
     if works and _PATCH_EMBED.search(name):
@@ -47,7 +47,7 @@ def _multiplies(module: nn.Module) -> bool:
     """Tell whether ``module`` holds a weight that is multiplied with, outside of what is known."""
     if type(module) in _rules.RULES:
         return False
-    weight = module._parameters.get("weight")
+    weight = next((p for key, p in module.named_parameters(recurse=False) if key == "weight"), None)
     return (weight is not None and weight.ndim > 1) or any(map(_multiplies, module.children()))
 
 

@@ -94,8 +94,12 @@ def _measure(args: argparse.Namespace, seconds: float, measure) -> int:
     budget = Budget(seconds, reserve=min(RESERVED_S, RESERVED * seconds))
     from benchmarks.environment import ROOT, find_device
     from benchmarks.schema import load
+    from vitkernels.console import check_can_fill, check_can_write
 
+    for folder in (args.out, ROOT / "benchmarks" / "results")[: 1 + args.keep]:
+        check_can_fill(folder)
     path = args.out / "results.json"
+    check_can_write(path)
     path.unlink(missing_ok=True)
     interrupted = False
     try:
@@ -144,10 +148,13 @@ def _keep(path: Path) -> Path:
 def _report(args: argparse.Namespace) -> int:
     from benchmarks.report import changed, comparison, to_markdown
     from benchmarks.schema import load
+    from vitkernels.console import check_can_fill
 
     before = load(args.a) if args.b else None
     results = load(args.b or args.a)
-    _write(results, args.out or (args.b or args.a).parent, before)
+    out = args.out or (args.b or args.a).parent
+    check_can_fill(out)
+    _write(results, out, before)
     if before is None:
         return 0
     print(to_markdown(f"{args.a} and {args.b}", list(comparison(before, results))))

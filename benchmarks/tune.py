@@ -29,7 +29,7 @@ from benchmarks.ops.measure import call_of, results_of, truth_of, upstreams_of
 from benchmarks.run import Budget, GpuTimer, measure
 from benchmarks.schema import Times
 from vitkernels import runtime, tuning
-from vitkernels.console import one_line
+from vitkernels.console import check_can_fill, one_line
 from vitkernels.testing.cases import CASES, DTYPES
 
 VIT_B = "vit_base_patch16_224"
@@ -213,9 +213,11 @@ def tune(device: torch.device, budget: Budget, folder: Path = TABLES, say: Calla
 
     Raises:
         Missing: There is no GPU, or no contract for its architecture.
+        UserError: Nothing can be written to ``folder``.
     """
     if device.type != "cuda":
         raise Missing("tuning needs a GPU")
+    check_can_fill(folder)
     name = runtime.device_facts(device).name
     path = folder / tuning.table_name(name)
     table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
@@ -230,7 +232,6 @@ def tune(device: torch.device, budget: Budget, folder: Path = TABLES, say: Calla
                 result = f"{outcome.times.median:.1f} µs, {gain:.2f} × the heuristic: {outcome.config}"
             say(f"{place.op} {place.key}: {result}")
             table = table_with(table, name, [outcome])
-            folder.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     tuning._table.cache_clear()
     return path

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vitkernels
+from vitkernels.console import UserError, check_can_write
 from vitkernels.demo.digits import fingerprint, load_digits, save_model
 from vitkernels.models import VisionTransformer
 
@@ -113,6 +114,10 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=160, help="passes over the 1,347 digits (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and shifts (%(default)s)")
     args = parser.parse_args()
+    try:
+        check_can_write(args.out)  # now, not after minutes of training
+    except UserError as error:
+        parser.error(str(error))
     with vitkernels.use_backend("torch"):
         model = train(args.epochs, args.seed)
         _, held_out = load_digits()

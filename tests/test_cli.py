@@ -217,3 +217,32 @@ def test_traffic_without_timm_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "timm", None)
     assert main(["inspect", "--traffic", "vit_tiny_patch16_224"]) == 2
     assert "pip install timm torchvision" in capsys.readouterr().err
+
+
+BAD_CONFIGS = {
+    "no JSON": (b"{", ": no JSON: "),
+    "a list": (b"[1]", " holds a list; expected an object"),
+    "not UTF-8": (b'{"a": "\xff"}', ": no JSON: "),
+    "nothing said": (b"{}", " names neither a model_type of transformers nor an architecture of timm"),
+    "an architecture of another type": (b'{"architecture": 3}', " names neither"),
+    "an unknown architecture": (b'{"architecture": "vit_tiny"}', " names 'vit_tiny', which is no model of timm"),
+    "an unknown model_type": (b'{"model_type": "nope"}', " describes no model: ValueError: "),
+    "a width of another type": (b'{"model_type": "vit", "hidden_size": "wide"}', " describes no model: "),
+    "a width that heads do not divide": (b'{"model_type": "vit", "hidden_size": 7}', " describes no model: "),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_CONFIGS)
+def test_explain_names_a_malformed_config(kind, timm, tmp_path, capsys):
+    pytest.importorskip("transformers")
+    data, said = BAD_CONFIGS[kind]
+    (tmp_path / "config.json").write_bytes(data)
+    assert f"{tmp_path / 'config.json'}{said}" in failure(capsys, "explain", tmp_path)
+
+
+def test_verify_names_a_malformed_config(tmp_path, capsys):
+    from vitkernels.verify.model import load
+
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(console.UserError, match=r"config\.json holds a list; expected an object"):
+        load(f"hf/{tmp_path}")

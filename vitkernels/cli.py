@@ -13,6 +13,8 @@ from pathlib import Path
 
 from vitkernels import __version__
 
+OUTPUTS = ("out", "json", "junit", "html")  # options that name a file to write
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv``; return 0, 1 where a check fails, 2 where the user has something to put right."""
@@ -24,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from vitkernels.console import UserError
 
     try:
+        _check_outputs(args)
         outcome = args.run(args)
     except UserError as error:
         print(f"vitkernels: {error}", file=sys.stderr)
@@ -104,6 +107,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Raise UserError before the work where what it makes could not be written, or would lie on another file."""
+    from vitkernels.console import UserError, check_can_write
+
+    outputs = [path for path in (getattr(args, name, None) for name in OUTPUTS) if isinstance(path, Path)]
+    inputs = [path for path in (getattr(args, name, None) for name in ("image", "weights")) if path is not None]
+    for i, path in enumerate(outputs):
+        check_can_write(path)
+        for other in (*inputs, *outputs[:i]):
+            if path.resolve() == other.resolve() and (path.is_file() or not path.exists()):
+                raise UserError(f"cannot write {path}: it is given twice, and one would overwrite the other")
+
+
 def _demo(args: argparse.Namespace) -> None:
     from vitkernels.demo.run import run_demo
 
@@ -135,21 +151,29 @@ def _without_weights(name: str):
     """Build timm's model ``name``, or what the config.json in the folder ``name`` names, on the meta device."""
     import torch
 
-    from vitkernels.console import UserError, import_timm, near
+    from vitkernels.console import UserError, import_timm, near, one_line
+    from vitkernels.models.weights import read_config
 
     config = Path(name) / "config.json"
-    described = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    if "model_type" in described:
+    described = read_config(config) if config.is_file() else None
+    if described is not None and "model_type" in described:
         try:
             import transformers
         except ImportError as error:
             raise UserError(f"{config} is of transformers, which is not installed: pip install transformers") from error
-        with torch.device("meta"):
-            return transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(name))
+        try:
+            with torch.device("meta"):
+                return transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(name))
+        except Exception as error:  # each class of transformers has its own errors for what it cannot use
+            raise UserError(f"{config} describes no model: {type(error).__name__}: {one_line(error)}") from error
     timm = import_timm()
-    architecture = described.get("architecture", name)
+    architecture = name if described is None else described.get("architecture")
+    if not (isinstance(architecture, str) and architecture):
+        raise UserError(f"{config} names neither a model_type of transformers nor an architecture of timm")
     if not timm.is_model(architecture):
         hint = near(architecture.partition(".")[0], timm.list_models())
+        if described is not None:
+            raise UserError(f"{config} names {architecture!r}, which is no model of timm{hint}")
         raise UserError(f"{architecture!r} is neither a model of timm nor a folder with a config.json{hint}")
     with torch.device("meta"):
         return timm.create_model(architecture)
@@ -163,9 +187,6 @@ def _verify(args: argparse.Namespace) -> int:
     from vitkernels.verify.run import Plan, verify
 
     paths = {form: getattr(args, form) for form in ("json", "junit", "html") if getattr(args, form) is not None}
-    for path in paths.values():
-        if not path.parent.is_dir():
-            raise UserError(f"cannot write {path}: there is no folder {path.parent}")
     gpu = torch.cuda.is_available()
     if torch.xpu.is_available() and not gpu and not args.cpu:
         raise UserError("verify knows CUDA and ROCm, no XPU yet; --cpu checks the kernels in Triton's interpreter")
@@ -217,15 +238,15 @@ def _inspect(args: argparse.Namespace) -> bool:
 
 def _traffic(args: argparse.Namespace) -> bool:
     from vitkernels.aot.traffic import run_traffic
-    from vitkernels.console import UserError, import_timm, one_line
+    from vitkernels.console import UserError, import_timm, one_line, write_file
 
     import_timm()
     try:
         counted = run_traffic(args.traffic)
-        if args.json is not None:
-            args.json.write_text(json.dumps(counted, indent=1) + "\n")
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         raise UserError(one_line(error)) from error
+    if args.json is not None:
+        write_file(args.json, json.dumps(counted, indent=1) + "\n")
     return True
 
 

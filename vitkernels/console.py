@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 try:
     import rich.console
@@ -20,8 +23,9 @@ class UserError(Exception):
 
 
 def one_line(error: BaseException) -> str:
-    """Return the first line of ``error``'s text, or the name of its class where it has none."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """Return the first line of ``error``'s text, with the next where it ends in a colon, or its class's name."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[: 1 + lines[0].endswith(":")]) if lines else type(error).__name__
 
 
 def warn(text: str) -> None:
@@ -33,6 +37,77 @@ def near(name: str, names: Iterable[str]) -> str:
     """Return ``; did you mean …?`` with what is like ``name`` among ``names``, or nothing."""
     alike = difflib.get_close_matches(name, list(names), n=3)
     return f"; did you mean {', '.join(alike)}?" if alike else ""
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write ``content`` to ``path``, whole or not at all: an older file stays as it was until then.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+
+    def write(to: Path) -> None:
+        to.write_text(content, encoding="utf-8") if isinstance(content, str) else to.write_bytes(content)
+
+    try:
+        if _is_written_in_place(path):
+            write(path)
+            return
+        part = _part(path)
+        try:
+            write(part)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(_why_not_written(path, error)) from error
+
+
+def check_can_write(path: Path) -> None:
+    """Find out before the work whether :func:`write_file` can write to ``path`` after it; nothing is left there.
+
+    Raises:
+        UserError: It cannot: there is no such folder, it is a folder itself, or may not be written.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        if path.exists() and not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        if not path.exists() or not _is_written_in_place(path):
+            part = _part(path.resolve())
+            part.touch()
+            part.unlink()
+    except OSError as error:
+        raise UserError(_why_not_written(path, error)) from error
+
+
+def check_can_fill(folder: Path) -> None:
+    """Make ``folder`` where there is none, and find out before the work whether files can be written there.
+
+    Raises:
+        UserError: They cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = "it is no folder" if isinstance(error, (FileExistsError, NotADirectoryError)) else error.strerror
+        raise UserError(f"cannot write to {folder}: {why}") from error
+    check_can_write(folder / "file")
+
+
+def _is_written_in_place(path: Path) -> bool:
+    """Tell whether another file at ``path`` would not be the same: a link, or a device such as /dev/stdout."""
+    return path.is_symlink() or (path.exists() and not path.is_file())
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+def _why_not_written(path: Path, error: OSError) -> str:
+    why = error.strerror if path.parent.is_dir() else f"there is no folder {path.parent}"
+    return f"cannot write {path}: {why}"
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -39,7 +39,7 @@ def results_of(model, inputs, device, **options):
         ("hf/nowhere", "there is no folder nowhere"),
         ("hf/.", "has no config.json"),
         ("hf/broken", "cannot read broken/config.json"),
-        ("hf/other", "neither a model_type of transformers nor an architecture of timm"),
+        ("hf/other", "other/config.json holds a list; expected an object"),
         ("nowhere:model", "there is no module 'nowhere'"),
         ("needy:model", "needy needs nowhere_else, which is not installed"),
         ("mine:modl", "'modl' does not exist in mine; did you mean model"),

@@ -20,7 +20,7 @@ from vitkernels.aot import contract
 from vitkernels.aot.build import TARGETS, Launch, compile_launch, trace
 from vitkernels.aot.launches import launches
 from vitkernels.aot.read import Report, read_kernel
-from vitkernels.console import UserError, one_line, print_table, track
+from vitkernels.console import UserError, check_can_fill, one_line, print_table, track, write_file
 from vitkernels.ops._triton import INTERPRETED
 from vitkernels.ops.attention.config import choose_config, useful_share
 from vitkernels.testing.cases import CASES, DTYPES
@@ -71,6 +71,8 @@ def inspect(
         raise UserError(f"no case {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs is {jobs}; expected 1 or more")
+    for place in filter(None, (dump, folder if update else None)):
+        check_can_fill(place)
     uses = find_launches(targets, cases or CASES, kernel)
     if not uses:
         raise UserError(f"no kernel's name holds {kernel!r}")
@@ -182,10 +184,7 @@ def _write_json(path: Path, uses: Mapping[Launch, list[Use]], results: Mapping[L
     for launch, result in results.items():
         row = {"target": launch.target, "kernel": launch.name, "uses": [" ".join(use) for use in uses[launch]]}
         rows.append(row | (dataclasses.asdict(result) if isinstance(result, Report) else {"error": result}))
-    try:
-        path.write_text(json.dumps(rows, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    write_file(path, json.dumps(rows, indent=1) + "\n")
 
 
 HEADER = (

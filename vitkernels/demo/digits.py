@@ -78,6 +78,6 @@ def load_model(path: Path = CHECKPOINT) -> VisionTransformer:
         with safe_open(path, framework="pt") as file:
             model = VisionTransformer(**json.loads(file.metadata()["config"]))
             model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} is no whole checkpoint of the digits: {one_line(error)}") from error
     return model.eval()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vitkernels.console import UserError
+from vitkernels.console import UserError, write_file
 
 try:
     import matplotlib
@@ -183,7 +184,6 @@ def _bars(ax, top: list[tuple[str, float]]) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    try:
-        FigureCanvasAgg(figure).print_png(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    picture = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(picture)
+    write_file(path, picture.getvalue())

@@ -85,7 +85,7 @@ def read_config(path: str | Path) -> dict:
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise ValueError(f"cannot read {path}: no JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds a {type(config).__name__}; expected an object")
     return config

@@ -6,7 +6,6 @@ Nothing is downloaded, and no code is run but that of the installed packages and
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from vitkernels.console import UserError, import_timm, near, one_line
+from vitkernels.models.weights import read_config
 from vitkernels.swap.estimate import image_size
 
 FORMS = "timm/NAME, hf/DIR or module:function"
@@ -88,10 +88,11 @@ def _of_folder(folder: Path, batch: int) -> tuple[nn.Module, Inputs, str]:
         is_folder = f"the folder {folder} has no config.json" if folder.is_dir() else f"there is no folder {folder}"
         raise UserError(f"{is_folder}; expected what save_pretrained() writes")
     try:
-        described = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        kind = read_config(config)
+    except OSError as error:
         raise UserError(f"cannot read {config}: {one_line(error)}") from error
-    kind = described if isinstance(described, dict) else {}
+    except ValueError as error:
+        raise UserError(one_line(error)) from error
     safe = any(folder.glob("*.safetensors"))
     weights = safe or any(folder.glob("pytorch_model*.bin"))
     if "model_type" in kind:

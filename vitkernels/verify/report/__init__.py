@@ -27,10 +27,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 
-from vitkernels.console import UserError
+from vitkernels.console import write_file
 from vitkernels.verify.report.junit import to_junit
 from vitkernels.verify.report.page import to_html
 from vitkernels.verify.report.terminal import print_report
@@ -54,27 +53,14 @@ def write_json(verification: Verification, path: Path) -> None:
     Raises:
         UserError: The folder is not there, or the file cannot be written. An older file is then as it was.
     """
-    _write(path, to_json(verification))
+    write_file(path, to_json(verification))
 
 
 def write_junit(verification: Verification, path: Path) -> None:
     """Write :func:`to_junit` to ``path``; raises as :func:`write_json` does."""
-    _write(path, to_junit(verification))
+    write_file(path, to_junit(verification))
 
 
 def write_html(verification: Verification, path: Path) -> None:
     """Write :func:`to_html` to ``path``; raises as :func:`write_json` does."""
-    _write(path, to_html(verification))
-
-
-def _write(path: Path, text: str) -> None:
-    if not path.parent.is_dir():
-        raise UserError(f"cannot write {path}: there is no folder {path.parent}")
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)  # at once: nobody reads half a report
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        part.unlink(missing_ok=True)
+    write_file(path, to_html(verification))

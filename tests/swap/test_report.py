@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from vitkernels import accelerate, explain, restore, use_backend
+from vitkernels.swap.estimate import Attention
 
 timm = pytest.importorskip("timm")
 
@@ -42,7 +43,7 @@ about 99 % of the time of a 3×32×32 image lies in what is swapped
 attention of 5 tokens, head dim 16, ×2: triton"""
 ESTIMATE = {
     "image": (3, 32, 32),
-    "attention": ({"queries": 5, "keys": 5, "head_dim": 16, "calls": 2, "provider": "triton"},),
+    "attention": ({"queries": 5, "keys": 5, "head_dim": 16, "calls": 2, "provider": "triton", "on_cpu": "triton"},),
 }
 
 
@@ -154,9 +155,92 @@ def test_report_can_be_pickled(model):
     assert again.estimate == report.estimate
 
 
-def test_who_attends_on_a_cpu(model):
+def test_who_attends_where_pytorch_is_asked_for(model):
     with use_backend("torch"):
-        assert explain(model).estimate.attention[0].provider == "sdpa"
+        (attention,) = explain(model).estimate.attention
+    assert (attention.provider, attention.on_cpu) == ("sdpa", "sdpa")
+
+
+def _of_timm() -> nn.Module:
+    return timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=32, num_heads=2, depth=2)
+
+
+def _of_torchvision() -> nn.Module:
+    vision = pytest.importorskip("torchvision.models")
+    return vision.VisionTransformer(32, 16, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64)
+
+
+HF_SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+HF_SIZES |= {"image_size": 32, "patch_size": 16}
+
+
+def _of_hf() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**HF_SIZES))
+
+
+def _of_a_pair_of_hf() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    text = {k: v for k, v in HF_SIZES.items() if not k.endswith("_size")} | {"hidden_size": 8, "intermediate_size": 8}
+    return transformers.CLIPModel(transformers.CLIPConfig(vision_config=HF_SIZES, text_config=text))
+
+
+def _of_open_clip() -> nn.Module:
+    open_clip = pytest.importorskip("open_clip")
+    vision = {"image_size": 32, "patch_size": 16, "width": 32, "head_width": 16, "layers": 2}
+    text = {"context_length": 4, "vocab_size": 8, "width": 8, "heads": 2, "layers": 1}
+    return open_clip.CLIP(16, vision, text)
+
+
+OF_LIBRARIES = [_of_timm, _of_torchvision, _of_hf, _of_a_pair_of_hf, _of_open_clip]
+
+
+@pytest.mark.parametrize("of", OF_LIBRARIES)
+@pytest.mark.parametrize("interpreted", [False, True])
+def test_who_attends_is_one_truth(of, interpreted, monkeypatch):
+    """The same of a model without data, which ``vitkernels explain`` makes, with data, and accelerated."""
+    monkeypatch.setattr("vitkernels.ops._triton.INTERPRETED", interpreted)
+    model, without_data = of(), of().to("meta")
+    said = [explain(without_data), explain(model), accelerate(model), explain(model)]
+    cpu = "triton" if interpreted else "sdpa"
+    who = "triton" if interpreted else "triton on a GPU, sdpa on a CPU"
+    for report in said:
+        (attention,) = report.estimate.attention
+        assert attention == Attention(5, 5, 16, 2, "triton", cpu)
+        assert str(report).endswith(f"attention of 5 tokens, head dim 16, ×2: {who}")
+        assert report.to_dict()["estimate"]["attention"][0]["on_cpu"] == cpu
+
+
+def test_attention_without_pytorchs_own(model, monkeypatch):
+    """timm's products and softmax, with fused attention off: the kernels take their place all the same."""
+    monkeypatch.setattr("vitkernels.ops._triton.INTERPRETED", False)
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    assert explain(model).estimate.attention == (Attention(5, 5, 16, 2, "triton", "eager"),)
+    with use_backend("torch"):
+        assert explain(model).estimate.attention == (Attention(5, 5, 16, 2, "eager", "eager"),)
+
+
+def test_what_the_tuning_table_says_of_a_gpu(model, monkeypatch):
+    monkeypatch.setattr("vitkernels.ops._triton.INTERPRETED", False)
+    monkeypatch.setattr("vitkernels.ops.attention_provider", lambda *shape_dtype_and_device: "sdpa")
+    report = accelerate(model)
+    assert report.estimate.attention == (Attention(5, 5, 16, 2, "sdpa", "sdpa"),)
+    assert str(report).endswith("×2: sdpa")
+
+
+def test_kernels_asked_for_on_a_cpu_that_has_none(model, monkeypatch):
+    """The calls would raise; a report does not."""
+    monkeypatch.setattr("vitkernels.ops._triton.INTERPRETED", False)
+    with use_backend("triton"):
+        assert str(explain(model)).endswith("triton on a GPU, none on a CPU")
+
+
+def test_upsampling_counts_as_one_op():
+    """Its parts, as PyTorch's Python has them and determinism takes them, would count many times what else runs."""
+    torch.use_deterministic_algorithms(False)  # the fixture of all tests sets it back
+    assert share(timm.create_model("coat_tiny", device="meta")) > 0.3
+
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.(script|trace|trace_method). is deprecated:DeprecationWarning")

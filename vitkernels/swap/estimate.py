@@ -2,9 +2,9 @@
 
 A copy without data, on the meta device, classifies one image in evaluation mode. Each of PyTorch's ops counts the
 longer of two times: its floating-point operations (``torch.utils.flop_counter``) at ``FLOPS_PER_BYTE``, or the
-elements that enter and leave it, two bytes each. Attention counts as one op that never writes its weights. Views and
-allocations count nothing, and neither do launches. What is estimated is the model's time before the swap, not what
-the swap saves.
+elements that enter and leave it, two bytes each. PyTorch's own attention counts as one op that never writes its
+weights. Views and allocations count nothing, and neither do launches. What is estimated is the model's time before the
+swap, not what the swap saves.
 """
 
 from __future__ import annotations
@@ -13,12 +13,10 @@ import copy
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -43,11 +41,17 @@ _FREE = {
 class Attention:
     """Attention calls of one shape within what is swapped.
 
+    Models move, so both places are told, wherever the model lies now.
+
     Attributes:
         queries, keys: How many there are.
         head_dim: Channels a head.
         calls: How often.
-        provider: Who attends there: ``triton``, or ``sdpa``, PyTorch's own (see ``ops.attention_provider``).
+        provider: Who attends on a GPU, the model's or else the current one: ``triton``, the kernels, or PyTorch, where
+            the tuning table or the backend has it so (see ``ops.attention_provider``): ``sdpa``, its own attention, or
+            ``eager``, the model's products and softmax.
+        on_cpu: Who attends on a CPU: ``sdpa`` or ``eager`` as the model's own forward does, ``triton`` in the
+            interpreter, ``none`` where the kernels are asked for without it, which is an error.
     """
 
     queries: int
@@ -55,6 +59,7 @@ class Attention:
     head_dim: int
     calls: int
     provider: str
+    on_cpu: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,33 +81,43 @@ class Estimate:
         text = f"about {100 * self.fused_share:.0f} % of the time of a {image} image lies in what is swapped"
         for a in self.attention:
             tokens = a.queries if a.queries == a.keys else f"{a.queries} on {a.keys}"
-            text += f"\nattention of {tokens} tokens, head dim {a.head_dim}, ×{a.calls}: {a.provider}"
+            who = a.provider if a.provider == a.on_cpu else f"{a.provider} on a GPU, {a.on_cpu} on a CPU"
+            text += f"\nattention of {tokens} tokens, head dim {a.head_dim}, ×{a.calls}: {who}"
         return text
 
 
 def estimate_time(model: nn.Module, swapped: Mapping[str, object]) -> Estimate | None:
     """Return the estimate for ``model`` with the modules at the paths ``swapped``.
 
-    None where the size of its images is not known (it is of models of timm, torchvision and transformers), or where
-    the model cannot run without data.
+    Of a pair of towers (CLIP, SigLIP) the vision tower runs. None where the size of its images is not known (it is of
+    models of timm, torchvision, transformers and open_clip), or where the model cannot run without data.
     """
-    image = image_size(model)
-    if image is None:
+    children = dict(model.named_children())
+    towers = {"": model} | {path: children[path] for path in _TOWERS if path in children}
+    tower = next((path for path, module in towers.items() if image_size(module) is not None), None)
+    if tower is None:
         return None
+    image = image_size(towers[tower])
     first = next(model.parameters(), None)
     dtype = torch.float32 if first is None else first.dtype
     try:
         skeleton = without_data(model)
         counter = _Counter(skeleton, swapped)
-        with torch.no_grad(), runtime.use_backend("torch"), counter, _Attend(counter):
-            skeleton(torch.empty(1, *image, device="meta", dtype=dtype))
+        # In inference mode, and there alone, PyTorch's attention comes to a dispatch mode in one piece.
+        with torch.inference_mode(), runtime.use_backend("torch"), counter:
+            skeleton.get_submodule(tower)(torch.empty(1, *image, device="meta", dtype=dtype))
     except Exception:  # whatever a model of the user's own does without data: there is no estimate then
         return None
     if not counter.total:
         return None
-    device = torch.device("cpu") if first is None else first.device
-    shapes = (Attention(*shape, calls, _provider(shape, dtype, device)) for shape, calls in counter.attention.items())
-    return Estimate(image, counter.fused / counter.total, tuple(shapes))
+    attention = tuple(
+        Attention(*shape, calls, _on_gpu(shape, own, dtype, first), _on_cpu(own))
+        for (*shape, own), calls in counter.attention.items()
+    )
+    return Estimate(image, counter.fused / counter.total, attention)
+
+
+_TOWERS = ("visual", "vision_model")  # open_clip's and transformers'
 
 
 def image_size(model: nn.Module) -> tuple[int, int, int] | None:
@@ -136,10 +151,21 @@ def _meta(t: Tensor) -> Tensor:
     return torch.empty_like(t, device="meta")
 
 
-def _provider(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> str:
-    if device.type == "cpu" and not ops.uses_kernels(torch.empty(0)):
-        return "sdpa"  # a module on a CPU runs its own forward
+def _on_gpu(shape: Sequence[int], own: str, dtype: torch.dtype, first: Tensor | None) -> str:
+    if runtime.backend() == "torch":
+        return own
+    if first is not None and first.device.type in ("cuda", "xpu"):
+        device = first.device
+    else:
+        device = torch.device(next((kind for kind in ("cuda", "xpu") if getattr(torch, kind).is_available()), "meta"))
     return ops.attention_provider(*shape, dtype, device)
+
+
+def _on_cpu(own: str) -> str:
+    try:
+        return "triton" if ops.uses_kernels(torch.empty(0)) else own  # a module on a CPU runs its own forward
+    except RuntimeError:
+        return "none"
 
 
 class _Counter(TorchDispatchMode):
@@ -148,9 +174,9 @@ class _Counter(TorchDispatchMode):
     def __init__(self, model: nn.Module, swapped: Mapping[str, object]) -> None:
         super().__init__()
         self.total = self.fused = 0.0
-        self.attention: Counter[tuple[int, int, int]] = Counter()
+        self.attention: Counter[tuple[int, int, int, str]] = Counter()  # the last: how PyTorch attends there
         self._within = [False]  # of the modules that are running, outermost first: whether a fused forward covers it
-        self._attends = False
+        self._weights: tuple[int, int] | None = None  # queries and keys of the softmax before
         paths = {module: path for path, module in model.named_modules()}
         covers: dict[nn.Module, bool] = {}
         for module, path in paths.items():
@@ -163,10 +189,26 @@ class _Counter(TorchDispatchMode):
         self._within.pop()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if not self._attends and not func.is_view and func.overloadpacket.__name__ not in _FREE:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.scaled_dot_product_attention.default:
+            return self.attend(*args[:3])
+        if func is torch.ops.aten.dropout.default and not args[2]:
+            return args[0]
+        name = func.overloadpacket.__name__
+        if "upsample" not in name:  # whose parts, in Python, are not those that run
+            with self:  # an op made of others counts as them
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **kwargs)
+        if not func.is_view and name not in _FREE:
             count = flop_registry.get(func.overloadpacket)
-            self.add(0 if count is None else count(*args, **(kwargs or {}), out_val=out), (args, kwargs, out))
+            self.add(0 if count is None else count(*args, **kwargs, out_val=out), (args, kwargs, out))
+        if func is torch.ops.aten._softmax.default and args[0].ndim > 2:
+            self._weights = tuple(out.shape[-2:])
+        elif func is torch.ops.aten.bmm.default and tuple(args[0].shape[-2:]) == self._weights:
+            self._note(*self._weights, args[1].shape[-1], "eager")
+            self._weights = None
         return out
 
     def add(self, flops: float, operands: object) -> None:
@@ -178,27 +220,14 @@ class _Counter(TorchDispatchMode):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Count attention of (..., N, D) as one op, and return what it gives."""
-        self._attends = True
-        out = q.new_empty(*q.shape[:-1], v.shape[-1])
-        self._attends = False
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])  # not counted: the mode is off in its own methods
         self.add(2 * math.prod(q.shape[:-1]) * k.shape[-2] * (q.shape[-1] + v.shape[-1]), (q, k, v, out))
-        if self._within[-1]:
-            self.attention[q.shape[-2], k.shape[-2], q.shape[-1]] += 1
+        self._note(q.shape[-2], k.shape[-2], q.shape[-1], "sdpa")
         return out
 
-
-class _Attend(TorchFunctionMode):
-    """Keeps PyTorch's attention in one piece, which on the meta device is several ops."""
-
-    def __init__(self, counter: _Counter) -> None:
-        super().__init__()
-        self._counter = counter
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.scaled_dot_product_attention:
-            names = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
-            return self._counter.attend(names["query"], names["key"], names["value"])
-        return func(*args, **(kwargs or {}))
+    def _note(self, queries: int, keys: int, head_dim: int, own: str) -> None:
+        if self._within[-1]:
+            self.attention[queries, keys, head_dim, own] += 1
 
 
 def _calls(parent: nn.Module, path: str) -> bool:

@@ -76,7 +76,7 @@ class Report:
         """Return the report as plain data.
 
         ``{"swapped": [{"module", "was", "now"}], "kept": [{"module", "class", "reason"}], "estimate": {"image",
-        "fused_share", "attention": [{"queries", "keys", "head_dim", "calls", "provider"}]} or None}``.
+        "fused_share", "attention": [{"queries", "keys", "head_dim", "calls", "provider", "on_cpu"}]} or None}``.
         """
         return {
             "swapped": [dataclasses.asdict(entry) for entry in self.swapped],

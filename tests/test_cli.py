@@ -122,6 +122,7 @@ def test_classify(timm, weights, image, tmp_path, capsys):
     assert "blocks.*" in said  # the swap's report
     if measure.pick_device().type == "cpu":
         assert "there is no GPU" in said
+        assert "head dim 64, ×12: sdpa" in said, "what runs, though the interpreter is on"
 
 
 def test_classify_another_head_and_no_class_token(timm, image, tmp_path, capsys):

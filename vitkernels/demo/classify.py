@@ -50,8 +50,8 @@ def classify(image_path: Path, name: str, weights: Path | None, out: Path) -> No
         measure.print_runs(runs)
         logits = runs["accelerated"].logits[0]
     else:
-        swap.accelerate(model).print()
         with runtime.use_backend("torch"), torch.inference_mode():
+            swap.accelerate(model).print()  # of what runs here, not of the interpreter
             logits = model(images)[0].cpu()
         print(f"The kernels were not run: {no_kernels}")
 

@@ -51,7 +51,7 @@ setup(
         "dev": [*TEST, "ruff"],
     },
     entry_points={
-        "console_scripts": ["vitkernels = vitkernels.cli:main"],
+        "console_scripts": ["vitkernels = vitkernels.__main__:main"],
         "pytest11": ["vitkernels = vitkernels.verify.pytest_plugin"],
     },
 )

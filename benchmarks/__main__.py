@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
-import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.run import Budget
+from vitkernels import _interrupt
 
 RESERVED = 0.1  # of the budget, and at most so many seconds, for writing the report
 RESERVED_S = 12.0
@@ -18,17 +17,15 @@ RESERVED_S = 12.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv``; return 0, 1 for a regression or a wrong result, 2 for what the user can mend."""
-    from vitkernels.console import UserError
+    with _interrupt.answered():
+        from vitkernels.console import UserError
 
-    args = _parser().parse_args(argv)
-    # A stop from outside ends a run as Ctrl-C does: with what was measured until then.
-    for stop in (signal.SIGTERM, signal.SIGINT):  # a shell starts what runs in the background deaf to SIGINT
-        signal.signal(stop, signal.default_int_handler)
-    try:
-        return args.run(args)
-    except (UserError, ValueError, OSError) as error:
-        print(f"benchmarks: {error}", file=sys.stderr)
-        return 2
+        args = _parser().parse_args(argv)
+        try:
+            return args.run(args)
+        except (UserError, ValueError, OSError) as error:
+            print(f"benchmarks: {error}", file=sys.stderr)
+            return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("a", type=Path, metavar="A.json")
     report.add_argument("b", type=Path, metavar="B.json", nargs="?")
     report.add_argument("--out", type=Path, metavar="DIR", help="where to write it (beside the last file)")
+    report.add_argument("--interrupted", action="store_true", help=argparse.SUPPRESS)
     report.set_defaults(run=_report)
 
     everything = commands.add_parser("everything", help="check every op on this device, tune, and measure: one command")
@@ -91,6 +89,8 @@ def _everything(args: argparse.Namespace) -> int:
 
 
 def _measure(args: argparse.Namespace, seconds: float, measure) -> int:
+    from benchmarks.run import Budget
+
     budget = Budget(seconds, reserve=min(RESERVED_S, RESERVED * seconds))
     from benchmarks.environment import ROOT, find_device
     from benchmarks.schema import load
@@ -98,32 +98,32 @@ def _measure(args: argparse.Namespace, seconds: float, measure) -> int:
 
     for folder in (args.out, ROOT / "benchmarks" / "results")[: 1 + args.keep]:
         check_can_fill(folder)
-    path = args.out / "results.json"
+    path = (args.out / "results.json").absolute()
     check_can_write(path)
     path.unlink(missing_ok=True)
-    interrupted = False
-    try:
+
+    def report_instead() -> None:
+        # In a process of its own: what this one was importing just then is half in place.
+        if path.exists():
+            os.write(2, b"\nInterrupted: the report of what was measured is written; Ctrl-C leaves without it.\n")
+            os.chdir(ROOT)
+            os.execv(sys.executable, [sys.executable, "-m", "benchmarks", "report", str(path), "--interrupted"])
+
+    with _interrupt.at_the_end(report_instead):
         measure(find_device(), budget, path)
-    except KeyboardInterrupt:
-        interrupted = True
-        # CPython notes that code from a string was interrupted, dataclasses' for one, and would end by SIGINT in place
-        # of our exit status; the next such code that ends well clears it.
-        exec("")
-        if not path.exists():
-            return 130
     results = load(path)
-    if interrupted:
-        # Whatever was being imported just then is left half in place, and what the report needs may be among it.
-        subprocess.run([sys.executable, "-m", "benchmarks", "report", str(path.resolve())], cwd=ROOT)
-    else:
-        _write(results, args.out)
-    if args.keep and not interrupted:
+    _write(results, args.out)
+    if args.keep:
         print(f"Kept as {_keep(path)}")
     print(f"{budget.spent():.0f} s of {seconds:.0f} s.")
+    return int(_say_what_is_wrong(results))
+
+
+def _say_what_is_wrong(results) -> bool:
     wrong = [row for row in results.rows if row.ours and row.status in ("wrong", "failed")]
     for row in wrong:
         print(f"{row.status}: {' '.join(map(str, row.key))}: {row.reason}", file=sys.stderr)
-    return 130 if interrupted else int(bool(wrong))
+    return bool(wrong)
 
 
 def _write(results, out: Path, before=None) -> None:
@@ -141,7 +141,8 @@ def _keep(path: Path) -> Path:
     name = f"{results.date[:10]}-{results.commit or 'unknown'}.json"
     kept = ROOT / "benchmarks" / "results" / folder_name(results) / name
     kept.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(path, kept)
+    with _interrupt.writing():
+        shutil.copyfile(path, kept)
     return kept
 
 
@@ -155,6 +156,9 @@ def _report(args: argparse.Namespace) -> int:
     out = args.out or (args.b or args.a).parent
     check_can_fill(out)
     _write(results, out, before)
+    if args.interrupted:
+        _say_what_is_wrong(results)
+        return _interrupt.STATUS
     if before is None:
         return 0
     print(to_markdown(f"{args.a} and {args.b}", list(comparison(before, results))))
@@ -162,6 +166,8 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _tune(args: argparse.Namespace) -> int:
+    from benchmarks.run import Budget
+
     budget = Budget(args.budget)
     from benchmarks.environment import Missing, find_device
     from benchmarks.tune import tune
@@ -184,4 +190,5 @@ def _readme(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    _interrupt.start()
     sys.exit(main())

@@ -9,6 +9,7 @@ from benchmarks.environment import ROOT
 from benchmarks.report import Table, duels, markdown_table, score
 from benchmarks.schema import Results, load
 from benchmarks.wording import GOALS, bytes_text, time_text, workload_name
+from vitkernels import _interrupt
 from vitkernels.console import UserError
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -28,7 +29,8 @@ def update(readme: Path = ROOT / "README.md", kept: Path = RESULTS, *, write: bo
         raise UserError(f"{readme} has no lines {BEGIN} and {END}: put them where the results belong")
     new = f"{head}{BEGIN}\n{section(kept)}\n{END}{tail}"
     if write and new != text:
-        readme.write_text(new, encoding="utf-8")
+        with _interrupt.writing():
+            readme.write_text(new, encoding="utf-8")
     return new != text
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from benchmarks.schema import Results, Row
 from benchmarks.wording import GOALS, bytes_text, spread_text, time_text, workload_name
+from vitkernels import _interrupt
 
 DPI = 150
 LISTED = 12  # names in a cell
@@ -74,10 +75,12 @@ def write_report(results: Results, out: Path, *, before: Results | None = None) 
     for block in blocks:
         if isinstance(block, Picture):
             files.append(out / f"{block.name}.png")
-            files[-1].write_bytes(block.png)
+            with _interrupt.writing():
+                files[-1].write_bytes(block.png)
     for name, text in (("report.md", to_markdown(title, blocks)), ("report.html", to_html(title, blocks))):
         files.append(out / name)
-        files[-1].write_text(text, encoding="utf-8")
+        with _interrupt.writing():
+            files[-1].write_text(text, encoding="utf-8")
     return files
 
 

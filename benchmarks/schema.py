@@ -13,6 +13,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from vitkernels import _interrupt
+
 SCHEMA = 1
 KINDS = ("op", "model", "cost", "counted", "check")
 STATUSES = ("measured", "counted", "passed", "wrong", "skipped", "failed")
@@ -131,8 +133,9 @@ def save(results: Results, path: Path) -> None:
     check(json.loads(text), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with _interrupt.writing():  # nor is the other left behind
+        temporary.write_text(text + "\n", encoding="utf-8")
+        os.replace(temporary, path)
 
 
 def load(path: Path) -> Results:

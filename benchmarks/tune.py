@@ -28,7 +28,7 @@ from benchmarks.ops import Tensors, all_ops
 from benchmarks.ops.measure import call_of, results_of, truth_of, upstreams_of
 from benchmarks.run import Budget, GpuTimer, measure
 from benchmarks.schema import Times
-from vitkernels import runtime, tuning
+from vitkernels import _interrupt, runtime, tuning
 from vitkernels.console import check_can_fill, one_line
 from vitkernels.testing.cases import CASES, DTYPES
 
@@ -232,7 +232,8 @@ def tune(device: torch.device, budget: Budget, folder: Path = TABLES, say: Calla
                 result = f"{outcome.times.median:.1f} µs, {gain:.2f} × the heuristic: {outcome.config}"
             say(f"{place.op} {place.key}: {result}")
             table = table_with(table, name, [outcome])
-            path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            with _interrupt.writing():
+                path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     tuning._table.cache_clear()
     return path
 

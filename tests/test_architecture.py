@@ -13,10 +13,12 @@ LAYERS = [
     {"layers"},
     {"models"},
     {"swap", "precompile", "maps", "hf"},
+    {"_interrupt"},
     {"testing", "console"},
     {"aot", "demo"},
     {"verify"},
     {"cli"},
+    {"__main__"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 MODULES = sorted((ROOT / "vitkernels").rglob("*.py"))

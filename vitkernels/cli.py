@@ -11,13 +11,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vitkernels import __version__
+from vitkernels import __version__, _interrupt
 
 OUTPUTS = ("out", "json", "junit", "html")  # options that name a file to write
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``argv``; return 0, 1 where a check fails, 2 where the user has something to put right."""
+    """Run the command line ``argv``; return 0, 1 where a check fails, 2 where the user has something to put right.
+
+    Ctrl-C ends the process, and all that it started, with status 130.
+    """
+    with _interrupt.answered():  # PyTorch's import, too
+        return _run(argv)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     args = _parser().parse_args(argv)
     if args.runs_kernels:
         if args.run is _verify:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import triton
 
+from vitkernels import _interrupt
 from vitkernels.aot.build import TARGETS
 from vitkernels.aot.read import Report
 
@@ -116,7 +117,8 @@ def save(target: str, contract: dict, folder: Path = FOLDER) -> None:
         0,
     )
     folder.mkdir(exist_ok=True)
-    (folder / f"{target}.json").write_text(text + "\n")
+    with _interrupt.writing():
+        (folder / f"{target}.json").write_text(text + "\n")
 
 
 def check(contract: dict, measured: Mapping[Key, list[Report]], *, complete: bool) -> Verdict:

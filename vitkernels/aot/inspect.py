@@ -7,15 +7,14 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 import triton
 
+from vitkernels import _interrupt
 from vitkernels.aot import contract
 from vitkernels.aot.build import TARGETS, Launch, compile_launch, trace
 from vitkernels.aot.launches import launches
@@ -143,21 +142,11 @@ def compile_all(
     if workers < 2:
         return {launch: _compile_and_read(launch, place) for launch, place in track(places.items(), text, len(uses))}
     results: dict[Launch, Report | str] = {}
-    with concurrent.futures.ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_ignore_interrupt
-    ) as pool:
-        try:
-            jobs = {pool.submit(_compile_and_read, launch, place): launch for launch, place in places.items()}
-            for job in track(concurrent.futures.as_completed(jobs), text, len(uses)):
-                results[jobs[job]] = job.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with _interrupt.pool(workers, "spawn") as pool:
+        jobs = {pool.submit(_compile_and_read, launch, place): launch for launch, place in places.items()}
+        for job in track(concurrent.futures.as_completed(jobs), text, len(uses)):
+            results[jobs[job]] = job.result()
     return {launch: results[launch] for launch in uses}
-
-
-def _ignore_interrupt() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers it
 
 
 def _compile_and_read(launch: Launch, place: Path | None) -> Report | str:
@@ -168,8 +157,9 @@ def _compile_and_read(launch: Launch, place: Path | None) -> Report | str:
     if place is not None:
         place.mkdir(parents=True, exist_ok=True)
         for stage, text in stages.items():
-            path = place / f"{launch.name}.{stage}"
-            path.write_bytes(text) if isinstance(text, bytes) else path.write_text(text)
+            part = place / f".{launch.name}.{stage}"
+            part.write_bytes(text.encode() if isinstance(text, str) else text)
+            part.replace(place / part.name[1:])  # at once: this process may be killed
     return report
 
 

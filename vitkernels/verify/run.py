@@ -6,7 +6,6 @@ import concurrent.futures.process
 import dataclasses
 import functools
 import gc
-import multiprocessing
 import os
 import shlex
 import time
@@ -15,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
+from vitkernels import _interrupt
 from vitkernels.console import UserError, one_line, track
 from vitkernels.demo.measure import why_no_kernels
 from vitkernels.ops import _triton
@@ -163,17 +163,14 @@ def run_all(chosen: Sequence[Check], device: torch.device) -> list[Result]:
     # Checks are closures, which only a forked process knows.
     _CHOSEN[:] = chosen
     gc.freeze()  # the workers' collector need not look through what was there before them
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
-        try:
+    try:
+        with _interrupt.pool(workers, "fork") as pool:
             jobs = {pool.submit(_run_in_worker, i): i for i in range(len(chosen))}
             for job in track(concurrent.futures.as_completed(jobs), text, len(jobs)):
                 found[jobs[job]] = _result_of(job, chosen[jobs[job]])
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-        finally:
-            _CHOSEN.clear()
-            gc.unfreeze()
+    finally:
+        _CHOSEN.clear()
+        gc.unfreeze()
     return [result for i in range(len(chosen)) for result in found[i]]
 
 

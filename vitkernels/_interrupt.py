@@ -105,9 +105,11 @@ def _quiet_resource_tracker() -> None:
     """Start what removes a pool's semaphores when all is over; killed workers leave some, of which it would warn."""
     from multiprocessing import resource_tracker
 
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     sys.warnoptions.append("ignore:resource_tracker")  # which it takes over
-    resource_tracker.ensure_running()
+    resource_tracker.ensure_running()  # which unblocks SIGINT, whoever blocked it
     sys.warnoptions.pop()
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 class _Watch:

@@ -157,25 +157,12 @@ def measure_ceilings(device: torch.device, timer: CpuTimer | GpuTimer, dtypes: l
     return rates | {"gb_per_s": 2 * copied / fastest["copy"] / 1e3}
 
 
-_torchvision_ops: torch.library.Library | None = None
-
-
 def load_timm():
-    """Return timm, also where torchvision's binary was built for another torch: timm needs its Python alone.
+    """Return timm.
 
     Raises:
         Missing: timm cannot be imported.
     """
-    global _torchvision_ops
-    try:
-        return import_timm()
-    except UserError as error:
-        if "torchvision::" not in str(error) or _torchvision_ops is not None:
-            raise Missing(str(error)) from error
-    # The import stops at two fakes whose ops nobody defined: define them.
-    _torchvision_ops = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        _torchvision_ops.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     try:
         return import_timm()
     except UserError as error:

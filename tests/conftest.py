@@ -17,29 +17,9 @@ if not HAS_GPU:
 
 import pytest  # noqa: E402
 
+from vitkernels.console import prepare_torchvision  # noqa: E402
 
-def _import_torchvision() -> torch.library.Library | None:
-    """Import torchvision, which timm needs, also where its wheel was built for CUDA and torch was not.
-
-    There its binary cannot be loaded, and the import stops at two fakes whose ops nobody defined: define them.
-    """
-    try:
-        import torchvision
-    except ImportError:
-        return None
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision  # noqa: F401
-
-        return library
-    return None
-
-
-_TORCHVISION = _import_torchvision()
+prepare_torchvision()  # tests import timm themselves, on a CPU build of PyTorch too
 
 
 def pytest_addoption(parser):

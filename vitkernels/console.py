@@ -144,22 +144,76 @@ def busy(text: str) -> contextlib.AbstractContextManager:
     return rich.console.Console(stderr=True, markup=False).status(f"{text} …")
 
 
+def import_torchvision():
+    """Return torchvision, also where its wheel was built for another build of PyTorch, as PyPI's is for CUDA.
+
+    Its binary cannot be loaded there, and its Python, all that timm needs, stops at two ops that nobody has defined.
+    They are defined then, for the rest of this process, without an implementation. So this is for commands and tests,
+    whose process is their own: ``import vitkernels`` never comes here.
+    """
+    global _torchvision_ops
+    try:
+        import torchvision
+    except RuntimeError as error:
+        if "torchvision::" not in str(error) or _torchvision_ops is not None:
+            raise
+        import torch
+
+        _torchvision_ops = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            _torchvision_ops.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import torchvision
+    return torchvision
+
+
+_torchvision_ops = None  # they live as long as this does
+
+
+def prepare_torchvision() -> None:
+    """Import torchvision as :func:`import_torchvision` does, where it can be, for what imports it next."""
+    with contextlib.suppress(ImportError, OSError, RuntimeError):
+        import_torchvision()
+
+
+def import_transformers():
+    """Return transformers, whose models look for torchvision.
+
+    Raises:
+        UserError: transformers cannot be imported.
+    """
+    prepare_torchvision()
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError(
+            f"transformers cannot be imported ({one_line(error)}): pip install transformers, or vitkernels with its "
+            "extra [hf]"
+        ) from error
+    return transformers
+
+
 def import_timm():
-    """Return timm.
+    """Return timm, with torchvision as :func:`import_torchvision` imports it.
 
     Raises:
         UserError: timm, or the torchvision that it needs, cannot be imported; the message says what to install.
     """
     try:
+        import_torchvision()
         import timm
         import timm.data
         import timm.layers
         import timm.models.vision_transformer
-    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision, built for another torch
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"timm cannot be imported ({one_line(error)}): pip install timm torchvision, or vitkernels with its extra "
+            "[timm]"
+        ) from error
+    except (ImportError, OSError, RuntimeError) as error:
         import torch
 
         raise UserError(
-            f"timm cannot be imported ({one_line(error)}); install timm and the torchvision that belongs to "
-            f"torch {torch.__version__}: pip install timm torchvision"
+            f"timm cannot be imported ({one_line(error)}): reinstall torchvision from where torch {torch.__version__} "
+            "came from, as pip install --force-reinstall --no-deps torchvision, with the same --index-url"
         ) from error
     return timm

@@ -15,6 +15,7 @@ LAYERS = [
     {"swap", "precompile", "maps", "hf"},
     {"_interrupt"},
     {"testing", "console"},
+    {"names"},
     {"aot", "demo"},
     {"verify"},
     {"cli"},

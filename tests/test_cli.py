@@ -183,8 +183,9 @@ def test_classify_bad_weights(timm, weights, image, tmp_path, capsys):
 
 
 def test_classify_bad_models(timm, weights, image, capsys, monkeypatch):
-    assert f"no model 'vit_tiny_patch61_224'; did you mean {MODEL}" in failure(
-        capsys, "classify", image, "--model", "vit_tiny_patch61_224"
+    assert (
+        f"'vit_tiny_patch61_224' is neither a model of timm nor a folder with a config.json; did you mean {MODEL}"
+        in failure(capsys, "classify", image, "--model", "vit_tiny_patch61_224")
     )
 
     def offline(*args, **kwargs):

@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
 
     explain = commands.add_parser("explain", help="say what accelerate() would make of a model, without its weights")
     explain.add_argument(
-        "name", metavar="NAME", help="timm's name, as vit_tiny_patch16_224, or a folder with a config.json"
+        "name", metavar="NAME", help="timm's name, as vit_tiny_patch16_224, the hub's, or a folder with a config.json"
     )
     explain.add_argument("--json", action="store_true", help="print JSON, not a table")
     explain.set_defaults(run=_explain, runs_kernels=False)
@@ -156,35 +156,33 @@ def _explain(args: argparse.Namespace) -> None:
 
 
 def _without_weights(name: str):
-    """Build timm's model ``name``, or what the config.json in the folder ``name`` names, on the meta device."""
+    """Build the model that ``name`` stands for on the meta device."""
     import torch
 
-    from vitkernels.console import UserError, import_timm, near, one_line
-    from vitkernels.models.weights import read_config
+    from vitkernels.console import UserError, import_timm, import_transformers, near, one_line
+    from vitkernels.names import read_config, resolve
 
-    config = Path(name) / "config.json"
-    described = read_config(config) if config.is_file() else None
-    if described is not None and "model_type" in described:
-        try:
-            import transformers
-        except ImportError as error:
-            raise UserError(f"{config} is of transformers, which is not installed: pip install transformers") from error
-        try:
-            with torch.device("meta"):
-                return transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(name))
-        except Exception as error:  # each class of transformers has its own errors for what it cannot use
-            raise UserError(f"{config} describes no model: {type(error).__name__}: {one_line(error)}") from error
-    timm = import_timm()
-    architecture = name if described is None else described.get("architecture")
-    if not (isinstance(architecture, str) and architecture):
-        raise UserError(f"{config} names neither a model_type of transformers nor an architecture of timm")
-    if not timm.is_model(architecture):
-        hint = near(architecture.partition(".")[0], timm.list_models())
-        if described is not None:
+    named = resolve(name)
+    if named.kind == "folder":
+        config, described = Path(named.name) / "config.json", read_config(named.name)
+        if "model_type" in described:
+            transformers = import_transformers()
+            try:
+                config_object = transformers.AutoConfig.from_pretrained(
+                    named.name, local_files_only=True, trust_remote_code=False
+                )
+                with torch.device("meta"):
+                    return transformers.AutoModel.from_config(config_object, trust_remote_code=False)
+            except Exception as error:  # each class of transformers has its own errors for what it cannot use
+                raise UserError(f"{config} describes no model: {type(error).__name__}: {one_line(error)}") from error
+        timm, architecture = import_timm(), described["architecture"]
+        if not (isinstance(architecture, str) and architecture):
+            raise UserError(f"{config} names neither a model_type of transformers nor an architecture of timm")
+        if not timm.is_model(architecture):
+            hint = near(architecture.partition(".")[0], timm.list_models())
             raise UserError(f"{config} names {architecture!r}, which is no model of timm{hint}")
-        raise UserError(f"{architecture!r} is neither a model of timm nor a folder with a config.json{hint}")
     with torch.device("meta"):
-        return timm.create_model(architecture)
+        return import_timm().create_model(named.for_timm)
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -246,11 +244,12 @@ def _inspect(args: argparse.Namespace) -> bool:
 
 def _traffic(args: argparse.Namespace) -> bool:
     from vitkernels.aot.traffic import run_traffic
-    from vitkernels.console import UserError, import_timm, one_line, write_file
+    from vitkernels.console import UserError, one_line, write_file
+    from vitkernels.names import resolve
 
-    import_timm()
+    named = resolve(args.traffic)
     try:
-        counted = run_traffic(args.traffic)
+        counted = run_traffic(named.for_timm)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         raise UserError(one_line(error)) from error
     if args.json is not None:

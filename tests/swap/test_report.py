@@ -242,7 +242,6 @@ def test_upsampling_counts_as_one_op():
     assert share(timm.create_model("coat_tiny", device="meta")) > 0.3
 
 
-
 @pytest.mark.filterwarnings("ignore:.torch.jit.(script|trace|trace_method). is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("compiled", ["script", "trace"])
 def test_a_model_of_torchscript_is_left_as_it_is(compiled):

@@ -33,12 +33,13 @@ def results_of(model, inputs, device, **options):
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("vit_tiny_patch16_224", "names no model; expected timm/NAME, hf/DIR or module:function"),
+        ("vit_tiny_patch16_223", "is neither a model of timm nor a folder with a config.json; did you mean vit_tiny"),
+        ("own/vit", "own/vit is neither a folder nor in the Hugging Face hub's cache on this machine"),
         ("timm/", "names no model"),
         ("timm/vit_tiny_patch16_223", "did you mean vit_tiny_patch16_224"),
         ("hf/nowhere", "there is no folder nowhere"),
         ("hf/.", "has no config.json"),
-        ("hf/broken", "cannot read broken/config.json"),
+        ("hf/broken", "broken/config.json is no JSON"),
         ("hf/other", "other/config.json holds a list; expected an object"),
         ("nowhere:model", "there is no module 'nowhere'"),
         ("needy:model", "needy needs nowhere_else, which is not installed"),
@@ -88,8 +89,9 @@ def test_a_function_returns_a_model_or_one_with_inputs(tmp_path, monkeypatch):
     assert load("mine:model", batch=3)[1].args[0].shape == (3, 3, 160, 160)
 
 
-def test_a_name_of_timm_gives_random_weights_and_its_own_image_size():
-    model, inputs, words = load("timm/test_vit")
+@pytest.mark.parametrize("spec", ["timm/test_vit", "test_vit", "hf_hub:timm/test_vit.r160_in1k"])
+def test_a_name_of_timm_gives_random_weights_and_its_own_image_size(spec):
+    model, inputs, words = load(spec)
     assert inputs.args[0].shape == (2, 3, 160, 160)
     assert model(*inputs.args).shape == (2, 1000)
     assert "random weights" in words

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from vitkernels import runtime, swap
-from vitkernels.console import UserError, busy, import_timm, near, one_line
+from vitkernels.console import UserError, busy, import_timm, one_line
 from vitkernels.demo import measure
 from vitkernels.demo.attention import class_token_attention, position_similarity
 from vitkernels.demo.figure import draw_classification
 from vitkernels.demo.image import open_image
 from vitkernels.models import weights as weights_file
+from vitkernels.names import read_config, resolve
 
 
 def classify(image_path: Path, name: str, weights: Path | None, out: Path) -> None:
@@ -21,7 +22,7 @@ def classify(image_path: Path, name: str, weights: Path | None, out: Path) -> No
 
     Args:
         image_path: PNG, JPEG or WebP.
-        name: A model of timm.
+        name: A model of timm, as :func:`vitkernels.names.resolve` takes it.
         weights: A state dict, safetensors or of ``torch.save``, or a training run's checkpoint, whose averaged weights
             (EMA) are taken where it has any; None for timm's pretrained weights.
         out: The picture.
@@ -81,8 +82,10 @@ def load_model(timm, name: str, weights: Path | None) -> nn.Module:
     Raises:
         UserError: No such model, no weights to be had, weights that do not fit, or a model without a head.
     """
-    if not timm.is_model(name) and ":" not in name:
-        raise UserError(f"timm has no model {name!r}{near(name, timm.list_models())}")
+    named = resolve(name, may_download=True)
+    if named.kind == "folder" and "architecture" not in read_config(named.name):
+        raise UserError(f"{named.name} holds no model of timm; classify runs timm's")
+    name = named.for_timm
     if weights is None:
         try:
             model = timm.create_model(name, pretrained=True)
@@ -97,7 +100,7 @@ def load_model(timm, name: str, weights: Path | None) -> nn.Module:
         options = {} if head is None or head.ndim != 2 else {"num_classes": head.shape[0]}
         try:
             model = timm.create_model(name, pretrained=False, **options)
-        except (RuntimeError, TypeError, ValueError) as error:
+        except Exception as error:  # the hub is asked for the config of a model of its own
             raise UserError(f"timm cannot build {name}: {one_line(error)}") from error
         _check_fits(weights, state, model)
         model.load_state_dict(state)

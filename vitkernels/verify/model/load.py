@@ -15,11 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from vitkernels.console import UserError, import_timm, near, one_line
-from vitkernels.models.weights import read_config
+from vitkernels.console import UserError, import_timm, import_transformers, near, one_line, prepare_torchvision
+from vitkernels.names import Named, read_config, resolve
 from vitkernels.swap.estimate import image_size
-
-FORMS = "timm/NAME, hf/DIR or module:function"
 
 
 class Inputs(NamedTuple):
@@ -50,67 +48,44 @@ def load(spec: str, batch: int = 2) -> tuple[nn.Module, Inputs, str]:
     """Return the model that ``spec`` names, what to call it with, and what it is in words.
 
     Args:
-        spec: ``timm/NAME``, with random weights; ``hf/DIR``, a folder with a ``config.json`` of transformers or timm,
-            and with weights or without; or ``module:function``, where ``function()`` returns the model, or the model
-            and its inputs (a tensor, a tuple of arguments or a dict of keywords). The module is one that Python finds
-            from the current folder.
+        spec: A name as :func:`vitkernels.names.resolve` takes it: of timm, with random weights, or a folder of
+            transformers or timm, with weights or without; or ``module:function``, where ``function()`` returns the
+            model, or the model and its inputs (a tensor, a tuple of arguments or a dict of keywords). The module is
+            one that Python finds from the current folder.
         batch: How many images to draw where the function gives none.
 
     Raises:
         UserError: There is no such model, or what it needs is missing.
     """
-    library, slash, rest = spec.partition("/")
     try:
-        if slash and rest and library == "timm":
-            return _of_timm(rest, batch)
-        if slash and rest and library == "hf":
-            return _of_folder(Path(rest).expanduser(), batch)
-        if ":" in spec:
+        if ":" in spec and "/" not in spec and not spec.startswith(("hf_hub:", "hf-hub:", "local-dir:")):
             return _of_function(spec, batch)
+        named = resolve(spec)
+        if named.kind == "folder":
+            return _of_folder(named, batch)
+        model = import_timm().create_model(named.name, pretrained=False)
+        return model, _images(named.name, model, batch), f"timm's {named.name}, random weights"
     except UserError:
         raise
     except Exception as error:  # libraries and the user's own code fail in ways of their own
         raise UserError(f"{spec} cannot be built: {type(error).__name__}: {one_line(error)}") from error
-    raise UserError(f"{spec!r} names no model; expected {FORMS}")
 
 
-def _of_timm(name: str, batch: int) -> tuple[nn.Module, Inputs, str]:
-    timm = import_timm()
-    if not timm.is_model(name):
-        raise UserError(f"timm has no model {name!r}{near(name.partition('.')[0], timm.list_models())}")
-    model = timm.create_model(name, pretrained=False)
-    return model, _images(name, model, batch), f"timm's {name}, random weights"
-
-
-def _of_folder(folder: Path, batch: int) -> tuple[nn.Module, Inputs, str]:
-    config = folder / "config.json"
-    if not config.is_file():
-        is_folder = f"the folder {folder} has no config.json" if folder.is_dir() else f"there is no folder {folder}"
-        raise UserError(f"{is_folder}; expected what save_pretrained() writes")
-    try:
-        kind = read_config(config)
-    except OSError as error:
-        raise UserError(f"cannot read {config}: {one_line(error)}") from error
-    except ValueError as error:
-        raise UserError(one_line(error)) from error
+def _of_folder(named: Named, batch: int) -> tuple[nn.Module, Inputs, str]:
+    folder, described = Path(named.name), read_config(named.name)
     safe = any(folder.glob("*.safetensors"))
     weights = safe or any(folder.glob("pytorch_model*.bin"))
-    if "model_type" in kind:
+    if "model_type" in described:
         model, note = _of_transformers(folder, weights, safe)
-    elif "architecture" in kind:
-        # timm reads both kinds of file, pickles as plain tensors alone.
-        model, note = import_timm().create_model(f"local-dir:{folder}", pretrained=weights), ""
     else:
-        raise UserError(f"{config} names neither a model_type of transformers nor an architecture of timm")
+        # timm reads both kinds of file, pickles as plain tensors alone.
+        model, note = import_timm().create_model(named.for_timm, pretrained=weights), ""
     words = f"{type(model).__name__} in {folder}, {'its weights' if weights else 'random weights'}{note}"
     return model, _images(str(folder), model, batch), words
 
 
 def _of_transformers(folder: Path, weights: bool, safe: bool) -> tuple[nn.Module, str]:
-    try:
-        import transformers
-    except ImportError as error:
-        raise UserError(f"{folder} is of transformers, which is not installed: pip install transformers") from error
+    transformers = import_transformers()
     offline = {"local_files_only": True, "trust_remote_code": False}
     config = transformers.AutoConfig.from_pretrained(folder, **offline)
     classifies = any(name.endswith("ForImageClassification") for name in config.architectures or ())
@@ -131,6 +106,7 @@ def _of_function(spec: str, batch: int) -> tuple[nn.Module, Inputs, str]:
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
+    prepare_torchvision()  # for the timm or transformers that the module may import
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

@@ -18,11 +18,14 @@ RESERVED_S = 12.0
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv``; return 0, 1 for a regression or a wrong result, 2 for what the user can mend."""
     with _interrupt.answered():
-        from vitkernels.console import UserError
+        from vitkernels.console import UserError, why_not_imported
 
         args = _parser().parse_args(argv)
         try:
             return args.run(args)
+        except ImportError as error:
+            print(f"benchmarks: {why_not_imported('a benchmark', error, 'bench')}", file=sys.stderr)
+            return 2
         except (UserError, ValueError, OSError) as error:
             print(f"benchmarks: {error}", file=sys.stderr)
             return 2
@@ -92,6 +95,7 @@ def _measure(args: argparse.Namespace, seconds: float, measure) -> int:
     from benchmarks.run import Budget
 
     budget = Budget(seconds, reserve=min(RESERVED_S, RESERVED * seconds))
+    import benchmarks.plots  # noqa: F401  what the report needs must be there before the time is spent
     from benchmarks.environment import ROOT, find_device
     from benchmarks.schema import load
     from vitkernels.console import check_can_fill, check_can_write

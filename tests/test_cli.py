@@ -97,6 +97,7 @@ def test_demo_errors(tmp_path, capsys, monkeypatch):
     assert "'cuda'; expected one of auto, triton, torch" in failure(capsys, "demo", "--out", tmp_path / "demo.png")
     monkeypatch.setenv("VITKERNELS_BACKEND", "triton")
     monkeypatch.setattr(_triton, "HAS_TRITON", False)
+    monkeypatch.setattr(_triton, "MISSING", ModuleNotFoundError("No module named 'triton'", name="triton"))
     assert "Triton cannot be imported" in failure(capsys, "demo", "--out", tmp_path / "demo.png")
     assert not (tmp_path / "demo.png").exists()
 
@@ -199,7 +200,7 @@ def test_classify_bad_models(timm, weights, image, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     line = failure(capsys, "classify", image, "--model", MODEL, "--weights", weights)
     assert "timm cannot be imported" in line
-    assert "pip install timm torchvision" in line
+    assert "pip install timm, or install vitkernels with its extra [timm]" in line
 
 
 def test_usage(capsys):
@@ -218,7 +219,7 @@ def test_usage(capsys):
 def test_traffic_without_timm_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "timm", None)
     assert main(["inspect", "--traffic", "vit_tiny_patch16_224"]) == 2
-    assert "pip install timm torchvision" in capsys.readouterr().err
+    assert "pip install timm, or install vitkernels with its extra [timm]" in capsys.readouterr().err
 
 
 BAD_CONFIGS = {

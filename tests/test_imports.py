@@ -1,6 +1,8 @@
 """What the commands import of other packages: beside a torchvision of another build, and where something is missing."""
 
 import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -76,3 +78,83 @@ def test_advice_for_a_torchvision_that_cannot_be_imported_is_no_no_op(tmp_path):
     )
     (said,) = in_a_process_of_its_own(code).stderr.splitlines()
     assert "built for another Python" in said and "--force-reinstall" in said
+
+
+# Of what the extras bring, nothing can be imported but what is in KEPT.
+BARE = """
+import importlib.util, sys
+EXTRAS = {"numpy", "triton", "timm", "torchvision", "transformers", "safetensors", "matplotlib", "PIL", "sklearn"}
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in EXTRAS - set(KEPT):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Missing())
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name in EXTRAS - set(KEPT) else find_spec(name, *more)
+def run(main, *argv):
+    print(main(argv), file=sys.stderr)
+from vitkernels.cli import main
+"""
+
+
+def told(kept, *commands) -> list[str]:
+    """Run commands where of what the extras bring there is ``kept`` alone, and return each one's last line."""
+    code = f"KEPT = {kept!r}\n" + BARE + "\n".join(commands)
+    done = in_a_process_of_its_own(code)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    lines = done.stderr.splitlines()
+    ends = [i for i, line in enumerate(lines) if line == "2"]
+    assert len(ends) == len([command for command in commands if command.startswith("run(")]), done.stderr
+    return [lines[i - 1] for i in ends]
+
+
+def test_each_command_names_what_is_not_installed_and_the_extra_that_brings_it(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    lines = told(
+        (),
+        "run(main, 'demo')",
+        "run(main, 'classify', 'image.png', '--model', 'test_vit')",
+        "run(main, 'explain', 'test_vit')",
+        f"run(main, 'explain', {str(tmp_path)!r})",
+        "run(main, 'verify', '--cpu')",
+        "run(main, 'inspect')",
+        "from benchmarks.__main__ import main as benchmarks",
+        f"run(benchmarks, '--out', {str(tmp_path)!r})",
+    )
+    missing = [
+        ("vitkernels: demo needs matplotlib", "matplotlib", "demo"),
+        ("vitkernels: classify needs matplotlib", "matplotlib", "demo,timm"),
+        ("vitkernels: timm", "timm", "timm"),
+        ("vitkernels: transformers", "transformers", "hf"),
+        ("vitkernels: nothing to verify: Triton", "triton", "triton"),
+        ("vitkernels: inspect compiles with Triton", "triton", "triton"),
+        ("benchmarks: a benchmark needs matplotlib", "matplotlib", "bench"),
+    ]
+    for line, (start, package, extra) in zip(lines, missing, strict=True):
+        assert line.startswith(start)
+        assert line.endswith(f"pip install {package}, or install vitkernels with its extra [{extra}]")
+
+
+def test_numpy_is_named_where_it_alone_is_missing():
+    everything = ("triton", "timm", "torchvision", "transformers", "safetensors", "matplotlib", "PIL", "sklearn")
+    for line in told(everything, "run(main, 'verify', '--cpu')", "run(main, 'demo')"):
+        assert "No module named 'numpy'" in line and "pip install numpy" in line
+
+
+@pytest.mark.parametrize(
+    ("extra", "needed"),
+    [
+        ("triton", "triton numpy"),
+        ("timm", "timm torchvision"),
+        ("hf", "transformers safetensors"),
+        ("demo", "triton numpy matplotlib pillow safetensors scikit-learn"),
+        ("bench", "triton numpy timm torchvision matplotlib"),
+    ],
+)
+def test_each_extra_brings_what_its_commands_import(extra, needed, monkeypatch):
+    setuptools = pytest.importorskip("setuptools")
+    given = {}
+    monkeypatch.setattr(setuptools, "setup", given.update)
+    runpy.run_path(str(ROOT / "setup.py"))
+    brought = {re.match(r"[\w.-]+", requirement)[0] for requirement in given["extras_require"][extra]}
+    assert set(needed.split()) <= brought

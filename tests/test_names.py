@@ -103,7 +103,7 @@ def test_explain_and_traffic_take_them(capsys):
 def test_a_broken_config_is_named(tmp_path, capsys):
     config = tmp_path / "config.json"
     for text, words in (
-        ("{", f"{config} is no JSON"),
+        ("{", f"cannot read {config}: no JSON"),
         ("[1]", f"{config} holds a list"),
         ('{"a": 1}', f"{config} names neither"),
     ):

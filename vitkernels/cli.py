@@ -31,11 +31,14 @@ def _run(argv: Sequence[str] | None) -> int:
         if args.run is _verify:
             _give_each_worker_one_thread()
         _turn_interpreter_on_without_gpu(even_with=getattr(args, "cpu", False))
-    from vitkernels.console import UserError
+    from vitkernels.console import UserError, why_not_imported
 
     try:
         _check_outputs(args)
         outcome = args.run(args)
+    except ImportError as error:
+        print(f"vitkernels: {why_not_imported(args.command, error, args.extra)}", file=sys.stderr)
+        return 2
     except UserError as error:
         print(f"vitkernels: {error}", file=sys.stderr)
         return 2
@@ -47,11 +50,11 @@ def _run(argv: Sequence[str] | None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vitkernels", description="Triton kernels for Vision Transformers.")
     parser.add_argument("--version", action="version", version=f"vitkernels {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="classify 450 handwritten digits, and draw what the model looks at")
     demo.add_argument("--out", type=Path, default=Path("vitkernels_demo.png"), help="the picture (%(default)s)")
-    demo.set_defaults(run=_demo, runs_kernels=True)
+    demo.set_defaults(run=_demo, runs_kernels=True, extra="demo")
 
     classify = commands.add_parser("classify", help="classify an image with a Vision Transformer of timm")
     classify.add_argument(
@@ -61,14 +64,14 @@ def _parser() -> argparse.ArgumentParser:
     classify.add_argument("--model", required=True, metavar="NAME", help="timm's name, as vit_tiny_patch16_224")
     classify.add_argument("--weights", type=Path, metavar="FILE", help="safetensors, or a state dict of torch.save")
     classify.add_argument("--out", type=Path, default=Path("vitkernels_classify.png"), help="the picture (%(default)s)")
-    classify.set_defaults(run=_classify, runs_kernels=True)
+    classify.set_defaults(run=_classify, runs_kernels=True, extra="demo,timm")
 
     explain = commands.add_parser("explain", help="say what accelerate() would make of a model, without its weights")
     explain.add_argument(
         "name", metavar="NAME", help="timm's name, as vit_tiny_patch16_224, the hub's, or a folder with a config.json"
     )
     explain.add_argument("--json", action="store_true", help="print JSON, not a table")
-    explain.set_defaults(run=_explain, runs_kernels=False)
+    explain.set_defaults(run=_explain, runs_kernels=False, extra="timm")
 
     verify = commands.add_parser(
         "verify", help="compare every op, and your model, with fp64 on this machine",
@@ -92,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--only", action="append", metavar="PATTERN", help="only the checks whose id matches")
     for form in ("json", "junit", "html"):
         verify.add_argument(f"--{form}", type=Path, metavar="FILE", help=f"write the results as {form.upper()}")
-    verify.set_defaults(run=_verify, runs_kernels=True)
+    verify.set_defaults(run=_verify, runs_kernels=True, extra="triton")
 
     inspect = commands.add_parser("inspect", help="compile every kernel, without a GPU, and hold it to the contract")
     inspect.add_argument(
@@ -111,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument(
         "--traffic", metavar="MODEL", help="count a block's passes over its activations instead, for a ViT of timm"
     )
-    inspect.set_defaults(run=_inspect, runs_kernels=False)
+    inspect.set_defaults(run=_inspect, runs_kernels=False, extra="triton")
     return parser
 
 
@@ -217,11 +220,11 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> bool:
-    from vitkernels.console import UserError
+    from vitkernels.console import UserError, not_imported
     from vitkernels.ops import _triton
 
     if not _triton.HAS_TRITON:
-        raise UserError(f"inspect compiles with Triton, which cannot be imported ({_triton.MISSING})")
+        raise UserError(f"inspect compiles with Triton, which {not_imported(_triton.MISSING, 'triton')}")
     if args.accept_worse and not args.update:
         raise UserError("--accept-worse is for --update")
     if args.traffic is not None:

@@ -33,6 +33,31 @@ def warn(text: str) -> None:
     print(f"vitkernels: warning: {text}", file=sys.stderr)
 
 
+_DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}  # where a package is installed by another name
+
+
+def not_imported(error: ImportError, extra: str) -> str:
+    """Return ``cannot be imported``, why, and what to install: a package, or an extra of vitkernels that brings it."""
+    package = (error.name or "").partition(".")[0]
+    words = [_DISTRIBUTIONS.get(package, package)] if package else []
+    if words and not isinstance(error, ModuleNotFoundError):
+        words.insert(0, "--force-reinstall")  # it is there, and broken
+    each = f"pip install {' '.join(words)}, or " if words else ""
+    return f"cannot be imported ({one_line(error)}): {each}install vitkernels with its extra [{extra}]"
+
+
+def why_not_imported(command: str, error: ImportError, extra: str) -> str:
+    """Return what ``command`` misses, in a line.
+
+    Raises:
+        ImportError: ``error`` itself, where it is one of our own modules that cannot be imported: a bug.
+    """
+    package = (error.name or "").partition(".")[0]
+    if package in ("vitkernels", "benchmarks"):
+        raise error
+    return f"{command} needs {package or 'a package'}, which {not_imported(error, extra)}"
+
+
 def near(name: str, names: Iterable[str]) -> str:
     """Return ``; did you mean …?`` with what is like ``name`` among ``names``, or nothing."""
     alike = difflib.get_close_matches(name, list(names), n=3)
@@ -185,10 +210,7 @@ def import_transformers():
     try:
         import transformers
     except ImportError as error:
-        raise UserError(
-            f"transformers cannot be imported ({one_line(error)}): pip install transformers, or vitkernels with its "
-            "extra [hf]"
-        ) from error
+        raise UserError(f"transformers {not_imported(error, 'hf')}") from error
     return transformers
 
 
@@ -198,17 +220,14 @@ def import_timm():
     Raises:
         UserError: timm, or the torchvision that it needs, cannot be imported; the message says what to install.
     """
+    prepare_torchvision()
     try:
-        import_torchvision()
         import timm
         import timm.data
         import timm.layers
         import timm.models.vision_transformer
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"timm cannot be imported ({one_line(error)}): pip install timm torchvision, or vitkernels with its extra "
-            "[timm]"
-        ) from error
+        raise UserError(f"timm {not_imported(error, 'timm')}") from error
     except (ImportError, OSError, RuntimeError) as error:
         import torch
 

@@ -131,7 +131,7 @@ def no_driver(driver) -> dict:
 
 def failing(driver) -> dict:
     """Errors that are not the cache's, each at another place of a first launch: how often the kernel was compiled."""
-    from triton.compiler import ASTSource, CompiledKernel
+    from triton.compiler import ASTSource
     from triton.runtime.cache import FileCacheManager
 
     compile_ir, put, found = ASTSource.make_ir, FileCacheManager.put, []

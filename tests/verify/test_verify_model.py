@@ -39,7 +39,7 @@ def results_of(model, inputs, device, **options):
         ("timm/vit_tiny_patch16_223", "did you mean vit_tiny_patch16_224"),
         ("hf/nowhere", "there is no folder nowhere"),
         ("hf/.", "has no config.json"),
-        ("hf/broken", "broken/config.json is no JSON"),
+        ("hf/broken", "cannot read broken/config.json: no JSON"),
         ("hf/other", "other/config.json holds a list; expected an object"),
         ("nowhere:model", "there is no module 'nowhere'"),
         ("needy:model", "needy needs nowhere_else, which is not installed"),

@@ -30,18 +30,10 @@ class Digits:
 
 
 def load_digits() -> tuple[Digits, Digits]:
-    """Return the 1,347 digits to train on and the 450 held out: always the same, stratified by label.
+    """Return the 1,347 digits to train on and the 450 held out: always the same, stratified by label."""
+    from sklearn import datasets
+    from sklearn.model_selection import train_test_split
 
-    Raises:
-        UserError: scikit-learn is not installed.
-    """
-    try:
-        from sklearn import datasets
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise UserError(
-            f"the digits come with scikit-learn, which cannot be imported ({error}): pip install scikit-learn"
-        ) from error
     data = datasets.load_digits()
     images = torch.from_numpy(data.images).float()[:, None] / 8 - 1
     labels = torch.from_numpy(data.target).long()
@@ -66,14 +58,10 @@ def load_model(path: Path = CHECKPOINT) -> VisionTransformer:
     """Build the model that the file at ``path`` describes, load its weights, and return it in eval mode.
 
     Raises:
-        UserError: safetensors is not installed, or the file is none that :func:`save_model` wrote.
+        UserError: The file is none that :func:`save_model` wrote.
     """
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise UserError(
-            f"the checkpoint needs safetensors, which cannot be imported ({error}): pip install safetensors"
-        ) from error
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework="pt") as file:
             model = VisionTransformer(**json.loads(file.metadata()["config"]))

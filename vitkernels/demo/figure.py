@@ -5,18 +5,14 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from torch import Tensor
 
-from vitkernels.console import UserError, write_file
-
-try:
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-except ImportError as error:
-    raise UserError(f"pictures need matplotlib, which cannot be imported ({error}): pip install matplotlib") from error
+from vitkernels.console import write_file
 
 INK, FAINT, RIGHT, WRONG = "#22252b", "#6b7280", "#2f6f9f", "#c8372d"
 HEAT = "magma"

@@ -24,10 +24,8 @@ def open_image(path: Path) -> Image.Image:
     Raises:
         UserError: No file, no image of a known format, a broken one, or one of more pixels than Pillow's limit.
     """
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError as error:
-        raise UserError(f"images need Pillow, which cannot be imported ({error}): pip install pillow") from error
+    from PIL import Image, UnidentifiedImageError
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what Pillow says of other metadata than is read here

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkernels import runtime
-from vitkernels.console import UserError, one_line, print_table, track
+from vitkernels.console import UserError, not_imported, one_line, print_table, track
 from vitkernels.ops import _triton
 
 REPEATS = 20
@@ -65,7 +65,7 @@ def why_no_kernels(device: torch.device) -> str | None:
     if asked == "torch":
         return "VITKERNELS_BACKEND=torch asks for PyTorch alone."
     if not _triton.HAS_TRITON:
-        why = f"Triton cannot be imported ({_triton.MISSING}). Install it with: pip install triton"
+        why = f"Triton {not_imported(_triton.MISSING, 'triton')}"
     elif device.type == "cpu" and not _triton.INTERPRETED:
         why = "there is no GPU, and Triton's interpreter is off (TRITON_INTERPRET=1 turns it on)."
     elif device.type == "cpu" and (misfit := _triton.why_not_interpreted()):

@@ -23,7 +23,7 @@ try:
     import triton as _triton
     import triton.language as tl
 except ImportError as error:
-    MISSING: str | None = str(error)
+    MISSING: ImportError | None = error.with_traceback(None)
 else:
     MISSING = None
 

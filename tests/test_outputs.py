@@ -98,7 +98,6 @@ def test_benchmarks_folders(tmp_path, monkeypatch, capsys):
         raise AssertionError("the work was started")
 
     monkeypatch.setattr(suites, "run_suite", started)
-    monkeypatch.setattr(__main__.signal, "signal", lambda *args: None)
     (tmp_path / "file").touch()
     assert __main__.main(["--out", str(tmp_path / "file")]) == 2
     assert "file: it is no folder" in capsys.readouterr().err

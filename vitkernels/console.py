@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from vitkernels import _interrupt
+
 try:
     import rich.console
     import rich.progress
@@ -79,11 +81,12 @@ def write_file(path: Path, content: str | bytes) -> None:
             write(path)
             return
         part = _part(path)
-        try:
-            write(part)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        with _interrupt.writing():
+            try:
+                write(part)
+                part.replace(path)
+            finally:
+                part.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(_why_not_written(path, error)) from error
 

@@ -184,7 +184,8 @@ def block(
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise TypeError(f"block: {name} is a {type(pair).__name__}; expected a pair")
     tensors = (x, *norm1, *qkv, *proj, layer_scale[0], *norm2, *fc1, *fc2, layer_scale[1])
-    options = (num_heads, scale, eps, activation)
+    # eps apart, as True within a tuple would pass for a known 1.0.
+    options = (num_heads, scale, activation, *(eps if isinstance(eps, tuple | list) else (eps,)))
     if call := _KNOWN.find(tensors, options):
         return _forward(tensors, call.plan, save=False, steps=call.launchers)[0]
     num_heads, scale, dtype = _check(

@@ -35,6 +35,8 @@ def activate(z: Tensor, activation: str | None) -> Tensor:
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """(x − mean) / √(var + eps) · weight + bias over the last dim (arXiv 1607.06450)."""
     weight, bias = _beside(x, weight, bias)
+    if weight is None and _mixed(x, bias):  # without a weight PyTorch's backward refuses a bias of another dtype
+        weight = torch.ones_like(bias, requires_grad=False)
     if _mixed(x, weight, bias) and not x.is_cpu:  # there PyTorch's takes no half inputs with fp32 parameters
         return F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps).to(x.dtype)
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)

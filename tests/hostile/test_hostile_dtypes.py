@@ -208,6 +208,17 @@ def test_half_bias_beside_an_fp32_weight():
     assert torch.equal(y, F.layer_norm(x, (32,), weight, bias.float(), 1e-6))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_fp32_bias_without_a_weight_has_gradients(dtype):
+    """PyTorch's own backward raises there."""
+    x, bias = torch.randn(9, 32, dtype=dtype, requires_grad=True), torch.randn(32, requires_grad=True)
+    with use_backend("torch"):
+        y = ops.layer_norm(x, None, bias)
+    dx, dbias = torch.autograd.grad(y, (x, bias), torch.ones_like(y))
+    assert torch.equal(y, F.layer_norm(x, (32,), torch.ones(32), bias, 1e-6))
+    assert (dx.dtype, dbias.dtype) == (dtype, torch.float32) and torch.equal(dbias, torch.full((32,), 9.0))
+
+
 NO_GPU = """
 import torch
 import torch.nn.functional as F

@@ -46,6 +46,8 @@ def attention_maps(
     hooks = []
     try:
         for name, module in model.named_modules():
+            if isinstance(module, nn.Dropout):  # never attends; layers.Attention forms its weights for a hook on one
+                continue
             hooks.append(module.register_forward_pre_hook(lambda *_, name=name: watch.calls.append(name)))
             hooks.append(module.register_forward_hook(lambda *_: watch.calls.pop() and None, always_call=True))
         with torch.no_grad(), runtime.use_backend("torch"), watch:

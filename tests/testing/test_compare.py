@@ -72,3 +72,35 @@ def test_in_fp64_another_order_of_the_sum_passes_and_a_wrong_digit_fails(error, 
     verdicts = judge_op(backwards, lambda x, weight: x @ weight.T, tensors)
     assert [v.passed for v in verdicts] == [passed] * 3
     assert all(v.ratio < 1e3 for v in verdicts[:1]) is passed
+
+
+class OneToken(torch.autograd.Function):
+    """Attention to one key: p · (dp − delta) is 0, and ``error`` what rounding leaves of it, a share of dp."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, error):
+        ctx.save_for_backward(q, k, v)
+        ctx.error = error
+        return v.clone()
+
+    @staticmethod
+    def backward(ctx, do):
+        q, k, v = ctx.saved_tensors
+        ds = ctx.error * (do * v).sum(-1, keepdim=True) * q.shape[-1] ** -0.5
+        return ds * k, ds * q, do, None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [0.1, 1.0, 10.0])
+@pytest.mark.parametrize(("error", "passed"), [(0.25, True), (64.0, False), ("wrong", False)])
+def test_what_is_left_where_terms_cancel(error, passed, size, dtype):
+    """The truth is 0, and PyTorch may get it: how much of a rounding is right hangs on what cancels."""
+    tensors = {n: (size * torch.randn(2, 3, 1, 64)).to(dtype).requires_grad_() for n in "qkv"}
+    error = 1.0 if error == "wrong" else error * torch.finfo(dtype).eps
+
+    def plain(q, k, v):
+        weights = torch.softmax(q @ k.transpose(-1, -2) * 0.125, -1)
+        return weights @ v
+
+    verdicts = judge_op(lambda q, k, v: OneToken.apply(q, k, v, error), plain, tensors)
+    assert [v.passed for v in verdicts] == [True, passed, passed, True]

@@ -2,10 +2,9 @@
 
 import os
 
-# NumPy computes the interpreter's products in the threads of its BLAS, which by themselves take every core in every
-# worker of pytest-xdist. Read when NumPy is first imported.
-for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(variable, "1")
+from vitkernels.console import give_blas_one_thread, prepare_torchvision
+
+give_blas_one_thread()  # else it takes every core in every worker of pytest-xdist
 
 import torch  # noqa: E402
 
@@ -16,8 +15,6 @@ if not HAS_GPU:
     torch.set_num_threads(1)
 
 import pytest  # noqa: E402
-
-from vitkernels.console import prepare_torchvision  # noqa: E402
 
 prepare_torchvision()  # tests import timm themselves, on a CPU build of PyTorch too
 

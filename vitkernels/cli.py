@@ -27,12 +27,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     args = _parser().parse_args(argv)
-    if args.runs_kernels:
-        if args.run is _verify:
-            _give_each_worker_one_thread()
-        _turn_interpreter_on_without_gpu(even_with=getattr(args, "cpu", False))
-    from vitkernels.console import UserError, why_not_imported
+    from vitkernels.console import UserError, give_blas_one_thread, why_not_imported
 
+    if args.runs_kernels:
+        if args.run is _verify:  # each of its workers
+            give_blas_one_thread()
+        _turn_interpreter_on_without_gpu(even_with=getattr(args, "cpu", False))
     try:
         _check_outputs(args)
         outcome = args.run(args)
@@ -61,7 +61,9 @@ def _parser() -> argparse.ArgumentParser:
         "image", type=Path, metavar="IMAGE",
         help="PNG, JPEG or WebP; what is transparent shows white, or black around a subject that is nearly white",
     )  # fmt: skip
-    classify.add_argument("--model", required=True, metavar="NAME", help="timm's name, as vit_tiny_patch16_224")
+    classify.add_argument(
+        "--model", required=True, metavar="NAME", help="timm's name, as vit_tiny_patch16_224, or the hub's"
+    )
     classify.add_argument("--weights", type=Path, metavar="FILE", help="safetensors, or a state dict of torch.save")
     classify.add_argument("--out", type=Path, default=Path("vitkernels_classify.png"), help="the picture (%(default)s)")
     classify.set_defaults(run=_classify, runs_kernels=True, extra="demo,timm")
@@ -87,8 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("--cpu", action="store_true", help="Triton's interpreter and the compiler's report, no GPU")
     verify.add_argument(
-        "--model", metavar="MODEL", help="this model as well, and the ops at its shapes: timm/NAME, hf/DIR or "
-        "module:function, where the function returns the model, or the model and its inputs",
+        "--model", metavar="MODEL", help="this model as well, and the ops at its shapes: a name of timm, a "
+        "folder with a config.json, or module:function, where the function returns the model, or it and its inputs",
     )  # fmt: skip
     verify.add_argument("--dtype", action="append", choices=("fp32", "fp16", "bf16"), help="may be given several times")
     verify.add_argument("--seed", type=int, default=0, help="of all that is drawn (%(default)s)")
@@ -258,15 +260,6 @@ def _traffic(args: argparse.Namespace) -> bool:
     if args.json is not None:
         write_file(args.json, json.dumps(counted, indent=1) + "\n")
     return True
-
-
-def _give_each_worker_one_thread() -> None:
-    """Keep NumPy, which multiplies in the interpreter, from taking every core for each of verify's workers.
-
-    Its BLAS reads this once, when NumPy is imported, which PyTorch does: this must come before.
-    """
-    for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ.setdefault(variable, "1")
 
 
 def _turn_interpreter_on_without_gpu(*, even_with: bool) -> None:

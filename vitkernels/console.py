@@ -172,6 +172,15 @@ def busy(text: str) -> contextlib.AbstractContextManager:
     return rich.console.Console(stderr=True, markup=False).status(f"{text} …")
 
 
+def give_blas_one_thread() -> None:
+    """Keep NumPy, which multiplies in the interpreter, from taking every core for each process.
+
+    Its BLAS reads this once, when NumPy is imported, which PyTorch does: this must come before.
+    """
+    for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(variable, "1")
+
+
 def import_torchvision():
     """Return torchvision, also where its wheel was built for another build of PyTorch, as PyPI's is for CUDA.
 

@@ -2,12 +2,14 @@
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("timm")
 
@@ -91,7 +93,7 @@ def test_what_is_left_out_passes_and_strictly_fails(pytester):
 
 
 def fresh(tmp_path, *options):
-    """Run pytest in a process whose environment chooses no interpreter, on a machine that shows no GPU."""
+    """Run a test of what is imported, and one of the fixture."""
     (tmp_path / "test_env.py").write_text(
         "import os, sys\n"
         "def test_env(request):\n"
@@ -101,22 +103,15 @@ def fresh(tmp_path, *options):
         "    import torch\n"
         "    vitkernels_verify(torch.nn.LayerNorm(8), torch.randn(2, 3, 8), steps=0)\n"
     )
+    return pytest_of_its_own(tmp_path, "-s", "-rs", *options)
+
+
+def pytest_of_its_own(folder, *options):
+    """Run pytest in a process whose environment chooses no interpreter, on a machine that shows no GPU."""
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "no:xdist",
-        "-p",
-        "no:cacheprovider",
-        "-s",
-        "-rs",
-        *PLUGIN,
-        *options,
-    ]
-    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", *PLUGIN, *options]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_unused_it_imports_nothing_and_without_kernels_it_skips(tmp_path):
@@ -128,7 +123,7 @@ def test_unused_it_imports_nothing_and_without_kernels_it_skips(tmp_path):
 
 def test_the_interpreter_is_turned_on_when_asked_for(tmp_path):
     done = fresh(tmp_path, "--vitkernels-interpret", "--vitkernels-strict")
-    assert "interpret 1 imported ['torch']" in done.stdout, done.stdout + done.stderr
+    assert "interpret 1 imported ['torch'" in done.stdout, done.stdout + done.stderr
     assert "2 passed" in done.stdout
 
 
@@ -137,3 +132,33 @@ def test_without_kernels_it_strictly_fails(pytester, monkeypatch):
     result = run(pytester, AGREES, "--vitkernels-strict")
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["*VITKERNELS_BACKEND=torch asks for PyTorch alone.*"])
+
+
+def readme_example() -> str:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (example,) = (block for block in blocks if "vitkernels_verify" in block)
+    return example
+
+
+def test_the_readmes_example_runs_as_it_stands_and_says_what_it_is_at(tmp_path):
+    """In a process of its own, where timm is imported beside whatever torchvision is here."""
+    (tmp_path / "test_example.py").write_text(readme_example())
+    # Less time than a user's, which the plugin fills with more steps and more blocks on kernels.
+    (tmp_path / "conftest.py").write_text("import vitkernels.verify.pytest_plugin as plugin\nplugin.SECONDS = 2.0\n")
+    done = pytest_of_its_own(tmp_path, "--vitkernels-interpret", "--vitkernels-strict", "test_example.py")
+    assert "1 passed" in done.stdout, done.stdout + done.stderr
+    begun = [line for line in done.stdout.splitlines() if line.endswith("…")]
+    assert [line.strip(" …") for line in begun] == ["outputs", "gradients", "loss curve"]
+    assert "VisionTransformer in Triton's interpreter, about 2 s" in done.stdout
+    assert re.search(r"loss curve: passed, \d+ s; .* in 3 steps", done.stdout)
+    assert "kernels in the first 1 of 6 modules alike" in done.stdout
+
+
+def test_the_fixture_leaves_pytorchs_threads_as_they_were(pytester):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        run(pytester, AGREES).assert_outcomes(passed=1)
+        assert torch.get_num_threads() == threads + 1
+    finally:
+        torch.set_num_threads(threads)

@@ -243,13 +243,13 @@ def test_a_model_that_nothing_is_swapped_in_is_not_verified(device):
 
 def test_where_time_is_short_the_first_blocks_alone_run_on_kernels(device):
     subject = checks.Subject(vit(depth=3), images(), torch.float32, device)
-    depth, note, affordable = checks._depth(subject, 0, seconds=1e-9, passes=1.0)
+    depth, note, affordable = checks._depth(subject, seconds=1e-9, passes=1.0)
     assert depth == 1 and note.startswith("kernels in the first 1 of 3 modules alike") and affordable < 1.0
     trio = checks._trio(subject, 0, depth)
     names = [type(b).__qualname__ for b in trio.fast.blocks]
     assert names == ["FusedBlock", "Block", "Block"]
     assert type(trio.fast.norm).__qualname__ == "FusedLayerNorm"
-    assert checks._depth(subject, 0, seconds=1e9, passes=1.0)[:2] == (None, "")
+    assert checks._depth(subject, seconds=1e9, passes=1.0)[:2] == (None, "")
     (result,) = checks.check_curve("model", subject, 0, seconds=1e-9)
     assert result.status == "passed" and result.detail.endswith("3 of 20 steps"), result
 

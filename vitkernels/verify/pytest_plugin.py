@@ -1,19 +1,22 @@
-"""pytest's plugin: "my model still agrees" in three lines of a user's own tests.
+"""pytest's plugin: "my model still agrees" in a few lines of a user's own tests.
 
     def test_kernels_agree(vitkernels_verify):
-        model = timm.create_model("vit_tiny_patch16_224")
-        vitkernels_verify(model, torch.randn(2, 3, 224, 224))
+        model = timm.create_model("test_vit")
+        vitkernels_verify(model, torch.randn(1, 3, 160, 160))
 
 Nothing of torch is imported before the fixture is used, and the process is left as it is, but where
 ``--vitkernels-interpret`` asks for Triton's interpreter. That is fixed when Triton is first imported, so it cannot
-wait for the fixture, and it is the user's to choose, as with it no kernel of the process is compiled.
+wait for the fixture, and it is the user's to choose, as with it no kernel of the process is compiled. NumPy's products
+are kept to one thread then, and ``import timm`` works beside a torchvision that was built for another PyTorch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
     from vitkernels.verify.results import Result
 
 STEPS = 5
-SECONDS = 60.0  # for a model in the interpreter; where that is too short, fewer of its blocks run on the kernels
+SECONDS = 30.0  # for a model in the interpreter; where that is too short, fewer of its blocks run on the kernels
 SHOWN = 10
 
 
@@ -47,16 +50,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     """Turn the interpreter on before any conftest can import Triton."""
-    if not early_config.known_args_namespace.vitkernels_interpret or "TRITON_INTERPRET" in os.environ:
+    if not early_config.known_args_namespace.vitkernels_interpret:
         return
-    if "triton" in sys.modules:
+    if "TRITON_INTERPRET" not in os.environ and "triton" in sys.modules:
         raise pytest.UsageError(
             "--vitkernels-interpret comes too late: another plugin has imported Triton; set TRITON_INTERPRET=1 instead"
         )
+    from vitkernels.console import give_blas_one_thread, prepare_torchvision
+
+    give_blas_one_thread()
     import torch
 
     if not (torch.cuda.is_available() or torch.xpu.is_available()):
-        os.environ["TRITON_INTERPRET"] = "1"
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+        prepare_torchvision()
 
 
 @pytest.fixture
@@ -67,6 +74,9 @@ def vitkernels_verify(request: pytest.FixtureRequest) -> Callable[..., Report]:
     of every parameter and the losses of ``steps`` steps of AdamW (0 for none) in ``dtype``, or the model's own, by
     the error rule: fp64 is the truth, PyTorch's error in the same dtype the yardstick. The copy is on the model's
     device, or on the GPU where the model is on the CPU and the interpreter is off. The model itself is not changed.
+
+    In the interpreter, which is slow, it says what it is at and how long that took, and aims at half a minute: PyTorch
+    runs on one thread, of modules alike the first few alone may run on the kernels, and the steps may be fewer.
 
     Raises:
         AssertionError: The copy does not agree; the text names each tensor, its error and the worst index.
@@ -101,8 +111,19 @@ def vitkernels_verify(request: pytest.FixtureRequest) -> Callable[..., Report]:
         if strict and left:
             unverified("\n".join([f"{len(left)} modules were left out:", *left]))
         given = Inputs(inputs, named_inputs)
+        interpreted = device.type == "cpu"
+        tell = _teller(request.config) if interpreted else lambda line: None
+        tell(f"vitkernels_verify: {type(model).__name__} in Triton's interpreter, about {SECONDS:.0f} s or more")
+        results, begun = [], time.perf_counter()
         try:
-            results = list(check_model("model", model, given, dtype, device, seed, steps=steps, seconds=SECONDS))
+            with _one_thread() if interpreted else contextlib.nullcontext():
+                for result in check_model(
+                    "model", model, given, dtype, device, seed, steps=steps, seconds=SECONDS,
+                    announce=lambda part: tell(f"  {part} …"),
+                ):  # fmt: skip
+                    results.append(result)
+                    if result.status == "passed":  # the error tells what is not
+                        tell(f"  {result.name}: passed, {time.perf_counter() - begun:.0f} s; {result.detail}")
         except Unreached as error:
             raise AssertionError(f"vitkernels_verify: {error}") from None
         if results[-1].name == "swapped" and results[-1].status == "skipped":
@@ -113,6 +134,33 @@ def vitkernels_verify(request: pytest.FixtureRequest) -> Callable[..., Report]:
         return report
 
     return verify
+
+
+def _teller(config: pytest.Config) -> Callable[[str], None]:
+    """Return what writes a line to the terminal at once, past pytest's capture; a worker of xdist has no terminal."""
+    terminal = config.pluginmanager.getplugin("terminalreporter")
+    capture = config.pluginmanager.getplugin("capturemanager")
+
+    def tell(line: str) -> None:
+        if terminal is not None:
+            with capture.global_and_fixture_disabled() if capture is not None else contextlib.nullcontext():
+                terminal.ensure_newline()
+                terminal.write_line(line)
+
+    return tell
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep PyTorch to one thread: between the interpreter's small steps others only wait for work, and take a core."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _device(model: torch.nn.Module) -> torch.device:

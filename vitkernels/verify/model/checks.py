@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -64,6 +65,21 @@ class Subject:
     inputs: Inputs
     dtype: torch.dtype | None
     device: torch.device
+
+    @functools.cached_property
+    def alike(self) -> int:
+        """Of how many modules alike the model has at most, in what is swapped."""
+        plain = _plain_copy(self.model)
+        return max(map(len, _alike(swap.explain(plain), plain)), default=0)
+
+    @functools.cached_property
+    def pass_seconds(self) -> float:
+        """What a forward pass takes with one of the modules alike on kernels."""
+        trio = _trio(self, 0, 1, training=False)
+        start = time.process_time()  # a busy machine takes longer, and verifies as much
+        with torch.no_grad():
+            trio.fast(*trio.inputs.args, **trio.inputs.kwargs)
+        return time.process_time() - start
 
 
 @dataclasses.dataclass
@@ -128,6 +144,7 @@ def check_model(
     *,
     steps: int = STEPS,
     seconds: float | None = None,
+    announce: Callable[[str], None] = lambda part: None,
 ) -> Iterator[Result]:
     """Yield what is swapped, and the verdicts on outputs, gradients and loss curve.
 
@@ -140,6 +157,7 @@ def check_model(
         seed: Of the noise and the upstream gradients.
         steps: Of the loss curve; 0 for none.
         seconds: How long it may take in the interpreter, about; None for no limit.
+        announce: Called with the name of each part before it runs.
 
     Raises:
         UserError: The model does not run on ``inputs``.
@@ -153,10 +171,11 @@ def check_model(
     for part, function, share in PARTS:
         allowed = None if seconds is None else share * seconds
         if part == "loss curve":
-            if steps:
-                yield from check_curve(id, subject, seed, allowed, steps)
-        else:
-            yield from function(id, subject, seed, allowed)
+            if not steps:
+                continue
+            function = functools.partial(function, steps=steps)
+        announce(part)
+        yield from function(id, subject, seed, allowed)
 
 
 def check_swapped(id: str, model: nn.Module, inputs: Inputs, words: str = "") -> Iterator[Result]:
@@ -180,7 +199,7 @@ def check_swapped(id: str, model: nn.Module, inputs: Inputs, words: str = "") ->
 
 def check_outputs(id: str, subject: Subject, seed: int, seconds: float | None = None) -> Iterator[Result]:
     """Yield a verdict on each output, in evaluation mode."""
-    depth, note, _ = _depth(subject, seed, seconds, 1.0)
+    depth, note, _ = _depth(subject, seconds, 1.0)
 
     def draw(seed: int) -> list[Verdict]:
         trio = _trio(subject, seed, depth, training=False)
@@ -203,7 +222,7 @@ def check_gradients(id: str, subject: Subject, seed: int, seconds: float | None 
     if not any(p.requires_grad for p in subject.model.parameters()):
         yield Result(id, "gradients", "skipped", "no parameter requires a gradient")
         return
-    depth, note, _ = _depth(subject, seed, seconds, PASSES)
+    depth, note, _ = _depth(subject, seconds, PASSES)
 
     def draw(seed: int) -> list[Verdict]:
         trio = _trio(subject, seed, depth)
@@ -232,7 +251,7 @@ def check_curve(
     if not any(p.requires_grad for p in subject.model.parameters()):
         yield Result(id, "loss curve", "skipped", "no parameter requires a gradient")
         return
-    depth, note, affordable = _depth(subject, seed, seconds, PASSES * steps)
+    depth, note, affordable = _depth(subject, seconds, PASSES * steps)
     if affordable < 1.0:
         fewer = max(3, int(affordable * steps))
         note = _join(note, f"{fewer} of {steps} steps")
@@ -425,24 +444,18 @@ def _alike(report: swap.Report, model: nn.Module) -> list[list[str]]:
     return list(groups.values())
 
 
-def _depth(subject: Subject, seed: int, seconds: float | None, passes: float) -> tuple[int | None, str, float]:
+def _depth(subject: Subject, seconds: float | None, passes: float) -> tuple[int | None, str, float]:
     """Return how many of the modules alike can run on kernels, None for all, and what to say about it.
 
     And how often the time allows for what takes as long as ``passes`` forward passes with one of them on kernels.
     """
-    plain = _plain_copy(subject.model)
-    alike = max(map(len, _alike(swap.explain(plain), plain)), default=0)
-    if seconds is None or alike < 2:
+    if seconds is None or subject.alike < 2:
         return None, "", 1.0
-    trio = _trio(subject, seed, 1, training=False)
-    start = time.process_time()  # a busy machine takes longer, and verifies as much
-    with torch.no_grad():
-        trio.fast(*trio.inputs.args, **trio.inputs.kwargs)
-    affordable = seconds / (passes * (time.process_time() - start))
+    affordable = seconds / (passes * subject.pass_seconds)
     depth = max(1, int(affordable))
-    if depth >= alike:
+    if depth >= subject.alike:
         return None, "", affordable
-    return depth, f"kernels in the first {depth} of {alike} modules alike, PyTorch in the others", affordable
+    return depth, f"kernels in the first {depth} of {subject.alike} modules alike, PyTorch in the others", affordable
 
 
 def _join(*texts: str) -> str:

@@ -7,6 +7,7 @@ H heads, D head dim, F hidden features, P patch size, I image channels.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Sequence
 
@@ -215,8 +216,8 @@ def attention(
     q, k = prepare_qk(q, k, rope, num_prefix_tokens, q_norm, k_norm)
     if attn_mask is not None:
         attn_mask = attn_mask[(None,) * max(0, 2 - attn_mask.ndim)]  # PyTorch takes no mask of one dim
-        if attn_mask.is_floating_point():
-            attn_mask = attn_mask.to(q.dtype)
+        if attn_mask.is_floating_point() and attn_mask.dtype != q.dtype:
+            attn_mask = added_mask(attn_mask, torch.promote_types(q.dtype, torch.float32))
     if is_causal and attn_mask is not None:
         behind = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
         if attn_mask.is_floating_point():
@@ -225,11 +226,24 @@ def attention(
             attn_mask = attn_mask & behind
         is_causal = False
     if dropout_scale is None:
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=attn_mask, scale=scale, is_causal=is_causal, dropout_p=dropout_p
-        )
+        # Autocast would round an fp32 mask to half precision, its finfo.min to -inf.
+        wider = attn_mask is not None and attn_mask.dtype not in (torch.bool, q.dtype)
+        with torch.autocast(q.device.type, enabled=False) if wider else contextlib.nullcontext():
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=attn_mask, scale=scale, is_causal=is_causal, dropout_p=dropout_p
+            )
     weights = attention_weights(q, k, attn_mask=attn_mask, scale=scale, is_causal=is_causal)
-    return (weights * dropout_scale.to(q.dtype)) @ v
+    return (weights * dropout_scale.to(q.dtype)).to(v.dtype) @ v
+
+
+def added_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A floating ``mask`` in ``dtype``; what is finite stays so, as ``torch.finfo(torch.float64).min`` would not."""
+    limits = torch.finfo(dtype)
+    if torch.finfo(mask.dtype).max <= limits.max:
+        return mask.to(dtype)
+    constant = mask.detach()
+    nearest = mask - constant + constant.clamp(limits.min, limits.max)  # of the mask's own gradient
+    return torch.where(constant.isinf(), mask, nearest).to(dtype)
 
 
 def attention_weights(
@@ -242,7 +256,8 @@ def attention_weights(
         scores = scores.masked_fill(~behind, float("-inf"))
     if attn_mask is not None:
         if attn_mask.is_floating_point():
-            scores = scores + attn_mask.to(q.dtype)
+            wide = torch.promote_types(q.dtype, torch.float32)  # as fp16 has no room below its finfo.min
+            scores = scores.to(wide) + added_mask(attn_mask, wide)
         else:
             scores = scores.masked_fill(~attn_mask, float("-inf"))
     empty = (scores == float("-inf")).all(-1, keepdim=True)

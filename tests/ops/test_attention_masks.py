@@ -5,8 +5,10 @@ import sys
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import vitkernels
 from vitkernels import ops, reference
 from vitkernels.ops.attention.config import choose_config
 from vitkernels.testing import check_op
@@ -165,6 +167,97 @@ def test_a_query_that_looks_at_no_key(masks, N, device):
     assert not out[0, :, 5].any() and not out[1, :, N - 1].any()
     assert not dq[0, :, 5].any() and not dq[1, :, N - 1].any()
     assert dk.isfinite().all() and dv.isfinite().all()
+
+
+def math_attention(**tensors):
+    # PyTorch's flash kernel for CPUs loses the sum of such a row in its lse: the gradients of one of 8 keys are 8 times
+    # too large.
+    with sdpa_kernel(SDPBackend.MATH):
+        return reference.attention(**tensors)
+
+
+MIN = {dtype: torch.finfo(dtype).min for dtype in (*DTYPES, torch.float64)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "mask_dtype", "least"),
+    [
+        ("pairs", torch.float32, torch.float32, MIN[torch.float32]),
+        ("learned", torch.float32, torch.float32, MIN[torch.float32]),
+        ("learned", torch.float32, torch.float32, -1e9),
+        ("learned", torch.float32, torch.float32, MIN[torch.float16]),
+        ("keys", torch.float32, torch.float32, MIN[torch.float32]),
+        ("learned", torch.float64, torch.float64, MIN[torch.float64]),
+        ("learned", torch.float32, torch.bfloat16, MIN[torch.bfloat16]),
+        ("pairs", torch.float64, torch.float32, MIN[torch.float32]),
+        ("pairs", torch.float32, torch.float64, MIN[torch.float64]),
+        ("keys", torch.float32, torch.float64, MIN[torch.float64]),
+    ],
+    ids=str,
+)
+def test_a_row_of_the_least_number_weighs_its_keys_alike(kind, dtype, mask_dtype, least, N, device):
+    """As libraries mask: what is finite looks at its keys, and where all are as low, at all of them."""
+    tensors = make(2, 2, N, 24, dtype, device=device)
+    mask = torch.randn(2, 1, 1 if kind == "keys" else N, N, device=device).to(mask_dtype)
+    mask[..., 3:9] = least
+    mask[0, 0, -1] = mask[1, 0, 0] = least
+    mask[1, 0, 0, N // 2 :] = float("-inf")
+    if kind == "learned":
+        check_op(ops.attention, math_attention, tensors | {"attn_mask": mask.requires_grad_()})
+    else:
+        check_op(ops.attention, math_attention, tensors, options={"attn_mask": mask})
+
+
+@pytest.mark.parametrize("largest", [torch.finfo(torch.float32).max, 1e9])
+def test_a_key_of_the_largest_number_is_looked_at_alone(largest, N, device):
+    mask = torch.zeros(N, N, device=device)
+    mask[4, 3:5] = largest
+    check_op(ops.attention, math_attention, make(1, 2, N, 24, device=device) | {"attn_mask": mask.requires_grad_()})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mask_dtype"),
+    [(torch.float16, torch.float16), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.bfloat16),
+     (torch.bfloat16, torch.float32), (torch.float16, torch.float64)],
+    ids=str,
+)  # fmt: skip
+def test_a_row_of_the_least_number_in_half_precision(dtype, mask_dtype, N, device):
+    """Its scores are alike, as are those of a query of zeros without a mask."""
+    tensors = make(1, 2, N, 32, dtype, device=device)
+    row = torch.tensor([5], device=device)
+    zeroed = tensors | {"q": tensors["q"].detach().index_fill(2, row, 0.0).requires_grad_()}
+    if mask_dtype == torch.float16:  # its least number leaves room for scores
+        tensors = zeroed
+    unmasked = torch.randn(1, 1, N, N, device=device).to(mask_dtype).index_fill(2, row, 0.0).requires_grad_()
+    masked = unmasked.detach().index_fill(2, row, torch.finfo(mask_dtype).min).requires_grad_()
+    do = torch.randn_like(tensors["q"])
+    results = []
+    for t, mask in ((tensors, masked), (zeroed, unmasked)):
+        out = ops.attention(**t, attn_mask=mask)
+        dq, dv, dmask = torch.autograd.grad(out, [t["q"], t["v"], mask], do)
+        results.append((out[:, :, 5], dq[:, :, 5], dv, dmask))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    mean = tensors["v"].detach().double().mean(2)
+    assert (results[0][0].double() - mean).abs().max() <= 2 * torch.finfo(dtype).eps * tensors["v"].abs().max()
+
+
+@pytest.mark.parametrize("mask_dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_reference_keeps_finite_what_is(autocast, dtype, mask_dtype):
+    """In fp16, bf16 and fp32 finfo.min of what is wider would be -inf, and a query look nowhere."""
+    q, k, v = make(1, 1, 5, 8, dtype).values()
+    mask = torch.full((5, 5), torch.finfo(mask_dtype).min, dtype=mask_dtype, requires_grad=True)
+    mine = [x.bfloat16() if autocast else x for x in (q, k, v)]
+    drawn = torch.ones(1, 1, 5, 5)
+    with torch.autocast("cpu", enabled=autocast), vitkernels.use_backend("torch"):
+        for out in (
+            ops.attention(q, k, v, attn_mask=mask),
+            ops.attention_weights(q, k, attn_mask=mask).to(dtype) @ v,
+            reference.attention(*mine, attn_mask=mask, dropout_scale=drawn),
+        ):
+            torch.testing.assert_close(out.double(), v.double().mean(2, keepdim=True).expand_as(v), rtol=0, atol=0.02)
+            assert torch.autograd.grad(out.square().sum(), mask)[0].count_nonzero() == 25
 
 
 def test_no_query_looks_anywhere(N, device):

@@ -9,10 +9,10 @@ Backward:
 Shapes: batch B, queries N_q, keys N_kv (both N when packed), heads H, head dim D, tokens of all images T. The forward
 takes tensors as its callers have them, (B, H, N, D), (B, N, H, D) or (T, H, D), and the backward views them as
 (B, N, H, D). In memory o is (B, N, H, D) or (T, H, D), so that the output projection reads it without a copy.
-Softmax is in base 2, log₂e folded into the scale. Products accumulate in fp32 (fp64 for fp64 inputs); P and dS are
-rounded to the inputs' dtype before the second product. Saved for backward: the inputs (as QK-norm and RoPE left
-them), o and lse (B, H, N_q). Every element of every gradient has one writer: nothing is atomic, and results repeat
-bit for bit.
+Softmax is in base 2, log₂e folded into the scale, but with a floating mask, whose finfo.min times log₂e would be −inf.
+Products accumulate in fp32 (fp64 for fp64 inputs); P and dS are rounded to the inputs' dtype before the second product.
+Saved for backward: the inputs (as QK-norm and RoPE left them), o and lse (B, H, N_q), or its two parts apart. Every
+element of every gradient has one writer: nothing is atomic, and results repeat bit for bit.
 
     config.py           which kernel, and its tiles       operands.py          masks, strides and options for kernels
     forward.py          three kernels, one a regime       prepare.py           QK-norm and RoPE
@@ -175,11 +175,19 @@ def _reference_forward(q, k, v, scale, *options):
         if options.is_causal:
             scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), float("-inf"))
         if options.mask is not None:
-            masks_out = options.mask.dtype == torch.bool
-            scores = scores.masked_fill(~options.mask, float("-inf")) if masks_out else scores + options.mask
-        total = scores.logsumexp(-1) * LOG2_E
-        empty = (total == float("-inf")) & (options.mask is not None)
-        lse[:, :, start:end] = total.masked_fill(empty, float("inf"))
+            if options.mask.dtype == torch.bool:
+                scores = scores.masked_fill(~options.mask, float("-inf"))
+            else:
+                scores = scores + reference.added_mask(options.mask, lse.dtype)
+        largest = scores.amax(-1, keepdim=True)
+        empty = (largest == float("-inf")) & (options.mask is not None)
+        shifted = scores - largest.masked_fill(empty, 0.0)
+        log_total = shifted.logsumexp(-1).masked_fill(empty.squeeze(-1), 0.0) * LOG2_E
+        largest = largest.masked_fill(empty, float("inf")).squeeze(-1)
+        if options.mask_kind == "float":
+            lse.copy_(torch.stack([largest, log_total], -1))
+        else:
+            lse[:, :, start:end] = largest * LOG2_E + log_total
     return o, lse
 
 

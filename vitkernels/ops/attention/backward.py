@@ -87,9 +87,9 @@ def attention_backward(
 
 def _launch_row(arguments, tiling, options, lse, dq, dk, dv, needs_sums, needs_dmask):
     q = arguments["q_ptr"]
-    B, _, H, D = q.shape
+    B, N_q, H, D = q.shape
     sums = torch.empty((B, 3, H, D), dtype=lse.dtype, device=q.device) if needs_sums else None
-    delta = torch.empty_like(lse) if needs_dmask else None
+    delta = lse.new_empty((B, H, N_q)) if needs_dmask else None
     _attention_bwd_row_kernel[(B * H,)](
         **arguments,
         **addressing(
@@ -97,7 +97,7 @@ def _launch_row(arguments, tiling, options, lse, dq, dk, dv, needs_sums, needs_d
             dq,
             dk,
             dv,
-            mask_reach=arguments["N_q"] * arguments["stride_mask_m"],
+            mask_reach=N_q * arguments["stride_mask_m"],
         ),
         delta_ptr=delta if needs_dmask else lse,
         dq_ptr=dq,
@@ -123,7 +123,7 @@ def _launch_windows(arguments, tiling, options, lse, dq, dk, dv, needs_sums, nee
     shared = needs_dmask and options.shares_mask
     sums = torch.empty((groups, 3, H, D), dtype=lse.dtype, device=q.device) if needs_sums else None
     dmask = torch.empty((groups, H, N_q, arguments["N_kv"]), dtype=lse.dtype, device=q.device) if shared else None
-    delta = torch.empty_like(lse) if needs_dmask and not shared else None
+    delta = lse.new_empty((B, H, N_q)) if needs_dmask and not shared else None
     _attention_bwd_windows_kernel[(groups * H,)](
         **arguments,
         **addressing(
@@ -162,7 +162,7 @@ def _launch_blocks(arguments, config: AttentionConfig, options, rows, o, lse, dq
     mask_reach = q.shape[1] * arguments["stride_mask_m"]
     B, N_q, H, D = q.shape
     varlen = {"VARLEN": options.starts is not None, "starts_ptr": q if options.starts is None else options.starts}
-    delta = torch.empty_like(lse)
+    delta = lse.new_empty((B, H, N_q))
     dq_sums = dkv_sums = None
     if dq is not None:
         num_blocks = runtime.cdiv(longest_q, config.dq.block_m)

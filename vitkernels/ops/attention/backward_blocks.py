@@ -19,9 +19,12 @@ from vitkernels.ops.attention.tiles import (
     image_of,
     inner,
     load_head,
+    load_log_total,
+    load_lse,
     masked_scores,
     row_inner,
     scaled_head,
+    statistics_of,
     store_head,
     store_sums,
     weights_of,
@@ -72,7 +75,7 @@ def _attention_bwd_dq_kernel(
     k_ptr,  # (B, N_kv, H, D)
     v_ptr,  # (B, N_kv, H, D)
     o_ptr,  # (B, N_q, H, D)
-    lse_ptr,  # (B, H, N_q)
+    lse_ptr,  # (B, H, N_q), with a floating MASK (B, H, N_q, 2)
     mask_ptr,  # (B, H, N_q, N_kv) by strides, with MASK
     seed_ptr,  # (1,), with DROPOUT
     starts_ptr,  # (images + 1,), the first token of each image and the end, with VARLEN
@@ -106,7 +109,7 @@ def _attention_bwd_dq_kernel(
     H,
     num_blocks,
     scale: tl.constexpr,  # an argument would be fp32, also in fp64
-    scale_log2: tl.constexpr,
+    score_scale: tl.constexpr,
     D: tl.constexpr,
     MASK: tl.constexpr,
     MASK_M: tl.constexpr,
@@ -130,9 +133,11 @@ def _attention_bwd_dq_kernel(
     h = bh % H
     first = 0
     rows = bh * N_q
+    lse_head = statistics_of(lse_ptr, bh, N_q, MASK)
     if VARLEN:
         first, N_kv = image_of(starts_ptr, b, N_q)
         rows = h * N_q + first
+        lse_head = lse_ptr + rows
         N_q = N_kv
         b = b * 0
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -145,7 +150,7 @@ def _attention_bwd_dq_kernel(
     mask_head = mask_ptr + b * stride_mask_b + h * stride_mask_h
     q = load_head(q_head, offs_m, stride_q_n, mask_m, D, PARTS, ALIGN)
     do = load_head(do_head, offs_m, stride_do_n, mask_m, D, PARTS, ALIGN)
-    lse = tl.load(lse_ptr + rows + offs_m, mask=mask_m, other=float("inf"))
+    lse = load_lse(lse_head, offs_m, N_q, MASK)
     delta = row_inner(load_head(o_head, offs_m, stride_o_n, mask_m, D, PARTS, ALIGN), do, ACC)
     tl.store(delta_ptr + rows + offs_m, delta, mask=mask_m)
 
@@ -160,18 +165,20 @@ def _attention_bwd_dq_kernel(
         mask_n = offs_n < N_kv
         k = load_head(k_head, offs_n, stride_k_n, mask_n, D, PARTS, ALIGN)
         v = load_head(v_head, offs_n, stride_v_n, mask_n, D, PARTS, ALIGN)
-        s = inner(q, k, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION) * scale_log2
+        s = inner(q, k, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION) * score_scale
         s = masked_scores(
             s, mask_head, offs_m[:, None], offs_n[None, :], mask_n[None, :], N_q, mask_width, stride_mask_m,
             MASK, MASK_M, MASK_N, IS_CAUSAL, False,
         )  # fmt: skip
-        p = weights_of(s, lse[:, None])
+        p = weights_of(s, lse[:, None], 0.0, MASK)  # with a floating mask not yet divided by their row's sum
         dp = inner(do, v, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION)
         if DROPOUT > 0:
             counters_m, counters_n = offs_m.to(tl.int32)[:, None], offs_n.to(tl.int32)[None, :]
             dp *= dropout_scale(tl.load(seed_ptr), bh, counters_m, counters_n, DROPOUT, ACC)
         dq = gather(p * (dp - delta[:, None]), k, dq, PRECISION)
 
+    if MASK == "float":
+        dq = scaled_head(dq, tl.exp2(-load_log_total(lse_head, offs_m, N_q, MASK))[:, None])
     dq = scaled_head(dq, scale)
     dq_head = head_ptr(dq_ptr, b, h, first, stride_dq_b, stride_dq_n, stride_dq_h, ALIGN)
     store_head(dq_head, dq, offs_m, stride_dq_n, mask_m, D, PARTS, ALIGN)
@@ -185,7 +192,7 @@ def _attention_bwd_dkv_kernel(
     q_ptr,  # (B, N_q, H, D)
     k_ptr,  # (B, N_kv, H, D)
     v_ptr,  # (B, N_kv, H, D)
-    lse_ptr,  # (B, H, N_q)
+    lse_ptr,  # (B, H, N_q), with a floating MASK (B, H, N_q, 2)
     mask_ptr,  # (B, H, N_q, N_kv) by strides, with MASK
     seed_ptr,  # (1,), with DROPOUT
     starts_ptr,  # (images + 1,), the first token of each image and the end, with VARLEN
@@ -217,7 +224,7 @@ def _attention_bwd_dkv_kernel(
     H,
     num_blocks,
     scale: tl.constexpr,  # an argument would be fp32, also in fp64
-    scale_log2: tl.constexpr,
+    score_scale: tl.constexpr,
     D: tl.constexpr,
     MASK: tl.constexpr,
     MASK_M: tl.constexpr,
@@ -241,9 +248,11 @@ def _attention_bwd_dkv_kernel(
     h = bh % H
     first = 0
     rows = bh * N_q
+    lse_head = statistics_of(lse_ptr, bh, N_q, MASK)
     if VARLEN:
         first, N_kv = image_of(starts_ptr, b, N_q)
         rows = h * N_q + first
+        lse_head = lse_ptr + rows
         N_q = N_kv
         b = b * 0
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -270,16 +279,16 @@ def _attention_bwd_dkv_kernel(
         mask_m = offs_m < N_q
         q = load_head(q_head, offs_m, stride_q_n, mask_m, D, PARTS, ALIGN)
         do = load_head(do_head, offs_m, stride_do_n, mask_m, D, PARTS, ALIGN)
-        # An lse of +inf gives queries beyond the last the weight 0.
-        lse = tl.load(lse_ptr + rows + offs_m, mask=mask_m, other=float("inf"))
+        lse = load_lse(lse_head, offs_m, N_q, MASK)
+        log_total = load_log_total(lse_head, offs_m, N_q, MASK)
         delta = tl.load(delta_ptr + rows + offs_m, mask=mask_m, other=0.0)
-        s = inner(k, q, zeros(BLOCK_N, BLOCK_M, ACC), PRECISION) * scale_log2
+        s = inner(k, q, zeros(BLOCK_N, BLOCK_M, ACC), PRECISION) * score_scale
         # Keys beyond the last need no mask: what they collect is not stored.
         s = masked_scores(
             s, mask_head, offs_m[None, :], offs_n[:, None], mask_n[:, None], N_q, mask_width, stride_mask_m,
             MASK, MASK_M, MASK_N, IS_CAUSAL, True,
         )  # fmt: skip
-        p = weights_of(s, lse[None, :])
+        p = weights_of(s, lse[None, :], log_total[None, :], MASK)
         dp = inner(v, do, zeros(BLOCK_N, BLOCK_M, ACC), PRECISION)
         if DROPOUT > 0:
             counters_m, counters_n = offs_m.to(tl.int32)[None, :], offs_n.to(tl.int32)[:, None]
@@ -307,7 +316,7 @@ def _attention_bwd_dmask_kernel(
     q_ptr,  # (B, N_q, H, D)
     k_ptr,  # (B, N_kv, H, D)
     v_ptr,  # (B, N_kv, H, D)
-    lse_ptr,  # (B, H, N_q)
+    lse_ptr,  # (B, H, N_q), with a floating MASK (B, H, N_q, 2)
     mask_ptr,  # (B, H, N_q, N_kv) by strides
     seed_ptr,  # (1,), with DROPOUT
     delta_ptr,  # (B, H, N_q)
@@ -336,7 +345,7 @@ def _attention_bwd_dmask_kernel(
     blocks_n,
     num_splits,
     scale: tl.constexpr,  # an argument would be fp32, also in fp64
-    scale_log2: tl.constexpr,
+    score_scale: tl.constexpr,
     D: tl.constexpr,
     MASK: tl.constexpr,
     MASK_M: tl.constexpr,
@@ -392,14 +401,16 @@ def _attention_bwd_dmask_kernel(
         do = load_head(do_head, offs_m, stride_do_n, mask_m, D, PARTS, ALIGN)
         k = load_head(k_head, offs_n, stride_k_n, mask_n, D, PARTS, ALIGN)
         v = load_head(v_head, offs_n, stride_v_n, mask_n, D, PARTS, ALIGN)
-        lse = tl.load(lse_ptr + bh * N_q + offs_m, mask=mask_m, other=float("inf"))
+        lse_head = statistics_of(lse_ptr, bh, N_q, MASK)
+        lse = load_lse(lse_head, offs_m, N_q, MASK)
+        log_total = load_log_total(lse_head, offs_m, N_q, MASK)
         delta = tl.load(delta_ptr + bh * N_q + offs_m, mask=mask_m, other=0.0)
-        s = inner(q, k, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION) * scale_log2
+        s = inner(q, k, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION) * score_scale
         s = masked_scores(
             s, mask_head, offs_m[:, None], offs_n[None, :], mask_n[None, :], N_q, mask_width, stride_mask_m,
             MASK, MASK_M, MASK_N, IS_CAUSAL, True,
         )  # fmt: skip
-        p = weights_of(s, lse[:, None])
+        p = weights_of(s, lse[:, None], log_total[:, None], MASK)
         dp = inner(do, v, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION)
         if DROPOUT > 0:
             counters_m, counters_n = offs_m.to(tl.int32)[:, None], offs_n.to(tl.int32)[None, :]

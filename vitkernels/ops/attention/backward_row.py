@@ -15,6 +15,7 @@ from vitkernels.ops._triton import tl, triton
 from vitkernels.ops.attention.tiles import (
     columns,
     dropout_scale,
+    exp_scores,
     gather,
     gather_columns,
     head_ptr,
@@ -34,10 +35,10 @@ from vitkernels.ops.attention.tiles import (
 
 
 @triton.jit
-def _softmax_columns(s):
-    """The softmax over the keys of transposed base-2 scores; 0 where a query looks at no key."""
+def _softmax_columns(s, MASK: tl.constexpr):
+    """The softmax over the keys of transposed scores; 0 where a query looks at no key."""
     maximum = tl.max(s, axis=0)
-    p = tl.exp2(s - tl.where(maximum == float("-inf"), 0.0, maximum)[None, :])
+    p = exp_scores(s - tl.where(maximum == float("-inf"), 0.0, maximum)[None, :], MASK)
     total = _tile.sum_rows(p)
     return p * (1.0 / tl.where(total == 0.0, 1.0, total))[None, :]
 
@@ -81,7 +82,7 @@ def _attention_bwd_row_kernel(
     N_kv,
     H,
     scale: tl.constexpr,  # an argument would be fp32, also in fp64
-    scale_log2: tl.constexpr,
+    score_scale: tl.constexpr,
     D: tl.constexpr,
     MASK: tl.constexpr,
     MASK_M: tl.constexpr,
@@ -124,12 +125,12 @@ def _attention_bwd_row_kernel(
         mask_m = offs_m < N_q
         q = load_head(q_head, offs_m.to(INDEX), stride_q_n, mask_m, D, PARTS, ALIGN)
         do = load_head(do_head, offs_m.to(INDEX), stride_do_n, mask_m, D, PARTS, ALIGN)
-        s = inner(k, q, zeros(BLOCK_N, BLOCK_M, ACC), PRECISION) * scale_log2
+        s = inner(k, q, zeros(BLOCK_N, BLOCK_M, ACC), PRECISION) * score_scale
         s = masked_scores(
             s, mask_head, offs_m.to(INDEX)[None, :], offs_n[:, None], mask_n[:, None], N_q, mask_width, stride_mask_m,
             MASK, MASK_M, MASK_N, IS_CAUSAL, False,
         )  # fmt: skip
-        p = _softmax_columns(s)
+        p = _softmax_columns(s, MASK)
         dp = inner(v, do, zeros(BLOCK_N, BLOCK_M, ACC), PRECISION)
         if DROPOUT > 0:
             keep = dropout_scale(tl.load(seed_ptr), bh, offs_m[None, :], offs_n[:, None], DROPOUT, ACC)
@@ -226,7 +227,7 @@ def _attention_bwd_windows_kernel(
     H,
     windows,  # images a program
     scale: tl.constexpr,  # an argument would be fp32, also in fp64
-    scale_log2: tl.constexpr,
+    score_scale: tl.constexpr,
     D: tl.constexpr,
     MASK: tl.constexpr,
     MASK_M: tl.constexpr,
@@ -276,7 +277,7 @@ def _attention_bwd_windows_kernel(
             head_ptr(v_ptr, b, h, 0, stride_v_b, stride_v_n, stride_v_h, ALIGN), n, stride_v_n, mask_n, D, PARTS, ALIGN
         )
         bh = b * H + h
-        s = inner(k, q, zeros(BLOCK_N, BLOCK_M, ACC), PRECISION) * scale_log2
+        s = inner(k, q, zeros(BLOCK_N, BLOCK_M, ACC), PRECISION) * score_scale
         window_mask = mask
         if MASK != "" and MASK_B:
             window_mask = load_mask(
@@ -284,7 +285,7 @@ def _attention_bwd_windows_kernel(
                 stride_mask_m, MASK_M, MASK_N,
             )  # fmt: skip
         s = masked(s, window_mask, m[None, :], n[:, None], mask_n[:, None], MASK, IS_CAUSAL, False)
-        p = _softmax_columns(s)
+        p = _softmax_columns(s, MASK)
         dp = inner(v, do, zeros(BLOCK_N, BLOCK_M, ACC), PRECISION)
         dv = zero_head(BLOCK_N, PARTS, ACC)
         if DROPOUT > 0:

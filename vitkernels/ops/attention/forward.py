@@ -17,6 +17,7 @@ from vitkernels.ops.attention.config import choose_config, head_parts, key_piece
 from vitkernels.ops.attention.operands import Options, addressing, strides
 from vitkernels.ops.attention.tiles import (
     dropout_scale,
+    exp_scores,
     gather,
     head_ptr,
     image_of,
@@ -26,6 +27,7 @@ from vitkernels.ops.attention.tiles import (
     masked,
     masked_scores,
     scaled_head,
+    statistics_of,
     store_head,
     zero_head,
     zeros,
@@ -34,18 +36,24 @@ from vitkernels.ops.attention.tiles import (
 
 @triton.jit
 def _store_output(
-    o, total, m, o_head, lse_head, offs_m, stride_o_n, mask_m, MAY_BE_EMPTY: tl.constexpr, D: tl.constexpr,
-    PARTS: tl.constexpr, ALIGN: tl.constexpr,
+    o, total, m, o_head, lse_head, offs_m, stride_o_n, mask_m, MASK: tl.constexpr, VARLEN: tl.constexpr,
+    D: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Store o / total and the base-2 log-sum-exp of rows with maximum ``m``."""
-    lse = m + tl.log2(total)
-    if MAY_BE_EMPTY:
+    """Store o / total and the statistics of rows with maximum ``m``."""
+    lse = m
+    if MASK != "float":
+        lse = m + tl.log2(total)
+    if MASK != "" or VARLEN:
         # A row that looks at no key is 0, and an lse of +inf gives all its weights, and so all gradients, 0 as well.
         empty = total == 0.0
         total = tl.where(empty, 1.0, total)
         lse = tl.where(empty, float("inf"), lse)
     store_head(o_head, scaled_head(o, (1.0 / total)[:, None]), offs_m, stride_o_n, mask_m, D, PARTS, ALIGN)
-    tl.store(lse_head + offs_m, lse, mask=mask_m)
+    if MASK == "float":  # apart: a maximum of -1e9 would swallow the logarithm
+        tl.store(lse_head + 2 * offs_m, lse, mask=mask_m)
+        tl.store(lse_head + 2 * offs_m + 1, tl.log2(total), mask=mask_m)
+    else:
+        tl.store(lse_head + offs_m, lse, mask=mask_m)
 
 
 @triton.jit
@@ -54,7 +62,7 @@ def _attention_fwd_row_kernel(
     k_ptr,  # (B, N_kv, H, D)
     v_ptr,  # (B, N_kv, H, D)
     o_ptr,  # (B, N_q, H, D)
-    lse_ptr,  # (B, H, N_q)
+    lse_ptr,  # (B, H, N_q), with a floating MASK (B, H, N_q, 2)
     mask_ptr,  # (B, H, N_q, N_kv) by strides, with MASK
     seed_ptr,  # (1,), with DROPOUT
     stride_q_b,
@@ -77,7 +85,7 @@ def _attention_fwd_row_kernel(
     N_kv,
     H,
     num_blocks,
-    scale_log2: tl.constexpr,
+    score_scale: tl.constexpr,
     D: tl.constexpr,
     MASK: tl.constexpr,
     MASK_M: tl.constexpr,
@@ -119,7 +127,7 @@ def _attention_fwd_row_kernel(
         offs_n = STARTS[i] + tl.arange(0, PIECES[i]).to(INDEX)
         mask_n = offs_n < N_kv
         k = load_head(k_head, offs_n, stride_k_n, mask_n, D, PARTS, ALIGN)
-        s = inner(q, k, zeros(BLOCK_M, PIECES[i], ACC), PRECISION) * scale_log2
+        s = inner(q, k, zeros(BLOCK_M, PIECES[i], ACC), PRECISION) * score_scale
         s = masked_scores(
             s, mask_head, offs_m[:, None], offs_n[None, :], mask_n[None, :], N_q, mask_width, stride_mask_m,
             MASK, MASK_M, MASK_N, IS_CAUSAL, i < len(PIECES) - 1,
@@ -132,7 +140,7 @@ def _attention_fwd_row_kernel(
     total = tl.zeros((BLOCK_M,), ACC)
     o = zero_head(BLOCK_M, PARTS, ACC)
     for i in tl.static_range(len(PIECES)):
-        p = tl.exp2(scores[i] - shift[:, None])
+        p = exp_scores(scores[i] - shift[:, None], MASK)
         total += tl.sum(p, axis=1)
         if DROPOUT > 0:
             offs_n = STARTS[i] + tl.arange(0, PIECES[i])
@@ -140,9 +148,8 @@ def _attention_fwd_row_kernel(
         o = gather(p, v[i], o, PRECISION)
 
     o_head = head_ptr(o_ptr, b, h, 0, stride_o_b, stride_o_n, stride_o_h, ALIGN)
-    _store_output(
-        o, total, m, o_head, lse_ptr + bh * N_q, offs_m, stride_o_n, mask_m, MASK != "", D, PARTS, ALIGN
-    )  # fmt: skip
+    lse_head = statistics_of(lse_ptr, bh, N_q, MASK)
+    _store_output(o, total, m, o_head, lse_head, offs_m, stride_o_n, mask_m, MASK, False, D, PARTS, ALIGN)
 
 
 @triton.jit
@@ -151,7 +158,7 @@ def _attention_fwd_windows_kernel(
     k_ptr,  # (B, N_kv, H, D)
     v_ptr,  # (B, N_kv, H, D)
     o_ptr,  # (B, N_q, H, D)
-    lse_ptr,  # (B, H, N_q)
+    lse_ptr,  # (B, H, N_q), with a floating MASK (B, H, N_q, 2)
     mask_ptr,  # (B, H, N_q, N_kv) by strides, with MASK
     seed_ptr,  # (1,), with DROPOUT
     stride_q_b,
@@ -175,7 +182,7 @@ def _attention_fwd_windows_kernel(
     N_kv,
     H,
     windows,  # images a program
-    scale_log2: tl.constexpr,
+    score_scale: tl.constexpr,
     D: tl.constexpr,
     MASK: tl.constexpr,
     MASK_M: tl.constexpr,
@@ -209,7 +216,7 @@ def _attention_fwd_windows_kernel(
         q = load_head(q_head, m, stride_q_n, mask_m, D, PARTS, ALIGN)
         k = load_head(k_head, n, stride_k_n, mask_n, D, PARTS, ALIGN)
         v = load_head(v_head, n, stride_v_n, mask_n, D, PARTS, ALIGN)
-        s = inner(q, k, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION) * scale_log2
+        s = inner(q, k, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION) * score_scale
         window_mask = mask
         if MASK != "" and MASK_B:
             window_mask = load_mask(
@@ -219,7 +226,7 @@ def _attention_fwd_windows_kernel(
         s = masked(s, window_mask, m[:, None], n[None, :], mask_n[None, :], MASK, IS_CAUSAL, False)
         maximum = tl.max(s, axis=1)
         shift = tl.where(maximum == float("-inf"), 0.0, maximum)
-        p = tl.exp2(s - shift[:, None])
+        p = exp_scores(s - shift[:, None], MASK)
         total = tl.sum(p, axis=1)
         bh = b * H + h
         if DROPOUT > 0:
@@ -227,15 +234,14 @@ def _attention_fwd_windows_kernel(
             p *= dropout_scale(tl.load(seed_ptr), bh, counters_m, counters_n, DROPOUT, ACC)
         o = gather(p, v, zero_head(BLOCK_M, PARTS, ACC), PRECISION)
         o_head = head_ptr(o_ptr, b, h, 0, stride_o_b, stride_o_n, stride_o_h, ALIGN)
-        _store_output(
-            o, total, maximum, o_head, lse_ptr + bh * N_q, m, stride_o_n, mask_m, MASK != "", D, PARTS, ALIGN
-        )  # fmt: skip
+        lse_head = statistics_of(lse_ptr, bh, N_q, MASK)
+        _store_output(o, total, maximum, o_head, lse_head, m, stride_o_n, mask_m, MASK, False, D, PARTS, ALIGN)
 
 
 @triton.jit
 def _attend(
     state, q, k_head, v_head, mask_head, seed_ptr, bh, offs_m, start, stride_k_n, stride_v_n, stride_mask_m,
-    mask_width, N_q, N_kv, scale_log2: tl.constexpr, D: tl.constexpr, MASK: tl.constexpr, MASK_M: tl.constexpr,
+    mask_width, N_q, N_kv, score_scale: tl.constexpr, D: tl.constexpr, MASK: tl.constexpr, MASK_M: tl.constexpr,
     MASK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, ALIGN: tl.constexpr, INDEX: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr,
     PARTS: tl.constexpr,
@@ -245,7 +251,7 @@ def _attend(
     offs_n = start + tl.arange(0, BLOCK_N).to(INDEX)
     mask_n = offs_n < N_kv
     k = load_head(k_head, offs_n, stride_k_n, mask_n, D, PARTS, ALIGN)
-    s = inner(q, k, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION) * scale_log2
+    s = inner(q, k, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION) * score_scale
     s = masked_scores(
         s, mask_head, offs_m[:, None], offs_n[None, :], mask_n[None, :], N_q, mask_width, stride_mask_m,
         MASK, MASK_M, MASK_N, IS_CAUSAL, EVEN,
@@ -253,8 +259,8 @@ def _attend(
     m_new = tl.maximum(m, tl.max(s, axis=1))
     # Scores may be -inf in a whole block: -inf - -inf would be NaN, in rows whose other blocks are finite.
     shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(s - shift[:, None])
-    rescale = tl.exp2(m - shift)
+    p = exp_scores(s - shift[:, None], MASK)
+    rescale = exp_scores(m - shift, MASK)
     total = total * rescale + tl.sum(p, axis=1)
     if DROPOUT > 0:
         counters_m, counters_n = offs_m.to(tl.int32)[:, None], offs_n.to(tl.int32)[None, :]
@@ -269,7 +275,7 @@ def _attention_fwd_blocks_kernel(
     k_ptr,  # (B, N_kv, H, D)
     v_ptr,  # (B, N_kv, H, D)
     o_ptr,  # (B, N_q, H, D)
-    lse_ptr,  # (B, H, N_q)
+    lse_ptr,  # (B, H, N_q), with a floating MASK (B, H, N_q, 2)
     mask_ptr,  # (B, H, N_q, N_kv) by strides, with MASK
     seed_ptr,  # (1,), with DROPOUT
     starts_ptr,  # (images + 1,), the first token of each image and the end, with VARLEN
@@ -293,7 +299,7 @@ def _attention_fwd_blocks_kernel(
     N_kv,
     H,
     num_blocks,
-    scale_log2: tl.constexpr,
+    score_scale: tl.constexpr,
     D: tl.constexpr,
     MASK: tl.constexpr,
     MASK_M: tl.constexpr,
@@ -317,7 +323,7 @@ def _attention_fwd_blocks_kernel(
     b = bh // H
     h = bh % H
     first = 0
-    lse_head = lse_ptr + bh * N_q
+    lse_head = statistics_of(lse_ptr, bh, N_q, MASK)
     if VARLEN:
         first, N_kv = image_of(starts_ptr, b, N_q)
         lse_head = lse_ptr + h * N_q + first
@@ -345,24 +351,26 @@ def _attention_fwd_blocks_kernel(
     for start in range(0, visible, BLOCK_N):
         m, total, o = _attend(
             (m, total, o), q, k_head, v_head, mask_head, seed_ptr, bh, offs_m, start,
-            stride_k_n, stride_v_n, stride_mask_m, mask_width, N_q, N_kv, scale_log2, D, MASK, MASK_M, MASK_N,
+            stride_k_n, stride_v_n, stride_mask_m, mask_width, N_q, N_kv, score_scale, D, MASK, MASK_M, MASK_N,
             IS_CAUSAL, DROPOUT, ALIGN, INDEX, ACC, PRECISION, BLOCK_M, BLOCK_N, not VARLEN, PARTS,
         )  # fmt: skip
     for i in tl.static_range(len(PIECES)):
         m, total, o = _attend(
             (m, total, o), q, k_head, v_head, mask_head, seed_ptr, bh, offs_m, end + STARTS[i],
-            stride_k_n, stride_v_n, stride_mask_m, mask_width, N_q, N_kv, scale_log2, D, MASK, MASK_M, MASK_N,
+            stride_k_n, stride_v_n, stride_mask_m, mask_width, N_q, N_kv, score_scale, D, MASK, MASK_M, MASK_N,
             IS_CAUSAL, DROPOUT, ALIGN, INDEX, ACC, PRECISION, BLOCK_M, PIECES[i], i < len(PIECES) - 1, PARTS,
         )  # fmt: skip
 
     o_head = head_ptr(o_ptr, b, h, first, stride_o_b, stride_o_n, stride_o_h, ALIGN)
-    _store_output(
-        o, total, m, o_head, lse_head, offs_m, stride_o_n, mask_m, MASK != "" or VARLEN, D, PARTS, ALIGN
-    )  # fmt: skip
+    _store_output(o, total, m, o_head, lse_head, offs_m, stride_o_n, mask_m, MASK, VARLEN, D, PARTS, ALIGN)
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """Launch the forward on q, k and v, which lie as ``options`` say: ``(o, lse)``, o as q, lse (B, H, N_q)."""
+    """Launch the forward on q, k and v, which lie as ``options`` say: ``(o, lse)``, o as q.
+
+    lse is (B, H, N_q), each row's base-2 log-sum-exp. With a floating mask it is (B, H, N_q, 2), each row's maximum
+    and the base-2 logarithm of its sum: a row that holds finfo.min, or -1e9, alone has a maximum that swallows the sum.
+    """
     o, lse = forward_outputs(q, k, v, options)
     if o.numel() == 0:
         return o, lse
@@ -449,7 +457,8 @@ def forward_outputs(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[
         o = torch.empty_strided((B, H, N_q, D), (N_q * H * D, D, H * D, 1), dtype=q.dtype, device=q.device)
     else:
         o = new(q.shape, dtype=q.dtype, device=q.device)
-    return o, new((B, H, N_q), dtype=runtime.wide_dtype(q.dtype), device=q.device)
+    rows = (N_q, 2) if options.mask_kind == "float" else (N_q,)
+    return o, new((B, H, *rows), dtype=runtime.wide_dtype(q.dtype), device=q.device)
 
 
 def window_groups(B: int, H: int, device: torch.device) -> tuple[int, int]:

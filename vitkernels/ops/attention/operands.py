@@ -62,6 +62,15 @@ class Options(NamedTuple):
         """Whether one mask serves all images."""
         return self.mask is None or self.mask.shape[0] == 1
 
+    @property
+    def mask_kind(self) -> str:
+        """How the kernels take the mask: ``bool``, ``float`` (added to the scores), or ``""`` where there is none.
+
+        A bool one with one row for all queries is added, as it is loaded key by key."""
+        if self.mask is None:
+            return ""
+        return "bool" if self.mask.dtype == torch.bool and not _is_row(self.mask) else "float"
+
     def rows(self, B: int, N_q: int, N_kv: int) -> tuple[int, int, int]:
         """Images, and the most queries and keys that one has."""
         if self.starts is None:
@@ -70,7 +79,7 @@ class Options(NamedTuple):
 
     def arguments(self, q: Tensor) -> dict[str, object]:
         """The kernels' arguments that tell of scores, mask and dropout."""
-        mask = None if self.mask is None else _aligned(self.mask)
+        mask, kind = None if self.mask is None else _aligned(self.mask), self.mask_kind
         placeholder = q
         shape = (1, 1, 1, 1) if mask is None else mask.shape
         strides = (0,) * 4 if mask is None else [0 if n == 1 else s for n, s in zip(shape, mask.stride(), strict=True)]
@@ -80,9 +89,9 @@ class Options(NamedTuple):
             "stride_mask_b": strides[0],
             "stride_mask_h": strides[1],
             "stride_mask_m": strides[2],
-            "scale_log2": self.scale * LOG2_E,
+            "score_scale": self.scale if kind == "float" else self.scale * LOG2_E,
             "mask_width": shape[3],
-            "MASK": "" if mask is None else "bool" if mask.dtype == torch.uint8 else "float",
+            "MASK": kind,
             "MASK_M": shape[2] > 1,
             "MASK_N": shape[3] > 1,
             "IS_CAUSAL": self.is_causal,
@@ -93,13 +102,18 @@ class Options(NamedTuple):
         }
 
 
+def _is_row(mask: Tensor) -> bool:
+    """Whether one row serves all queries."""
+    return mask.shape[2] == 1 and mask.shape[3] > 1
+
+
 def _aligned(mask: Tensor) -> Tensor:
     """``mask``, bytes for bool, in rows that vector loads can read: copied only where it lies otherwise.
 
     A row of 197 keys starts at any element and ends at any, and would be loaded one element at a time: rows get a
     multiple of 16, zeros behind. One row for all queries is loaded key by key, and is so in fp32.
     """
-    if mask.shape[2] == 1 and mask.shape[3] > 1:
+    if _is_row(mask):
         if mask.dtype == torch.bool:
             mask = torch.log(mask.to(torch.float32))  # of 1 and 0: what is added to the scores
         return mask.to(runtime.wide_dtype(mask.dtype)).contiguous()

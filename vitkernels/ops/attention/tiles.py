@@ -10,6 +10,7 @@ from vitkernels.ops import _tile
 from vitkernels.ops._triton import tl, triton
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LARGEST_FP32 = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.jit
@@ -172,10 +173,10 @@ def load_mask(mask_head, m, n, N_q, mask_width, stride_mask_m, MASK_M: tl.conste
 
 @triton.jit
 def masked(s, mask, m, n, in_n, MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, EVEN: tl.constexpr):
-    """Base-2 scores with what :func:`load_mask` gave, and -inf where a query must not look: beyond the last key,
-    unless all are inside (EVEN), and, with IS_CAUSAL, behind itself."""
+    """Scores with what :func:`load_mask` gave, and -inf where a query must not look: beyond the last key, unless all
+    are inside (EVEN), and, with IS_CAUSAL, behind itself."""
     if MASK == "float":
-        s += mask.to(s.dtype) * LOG2_E
+        s += _finite(mask, s.dtype)
     elif MASK == "bool":
         s = tl.where(mask != 0, s, float("-inf"))
     if IS_CAUSAL:
@@ -198,11 +199,53 @@ def masked_scores(
 
 
 @triton.jit
-def weights_of(s, lse):
-    """Attention weights of base-2 scores ``s``, given what broadcasts to their rows' base-2 log-sum-exp."""
+def _finite(mask, dtype: tl.constexpr):
+    """``mask`` in ``dtype``; what is finite stays so, as finfo(fp64).min would not in fp32."""
+    if mask.dtype == tl.float64 and dtype == tl.float32:
+        nearest = tl.minimum(tl.maximum(mask, -LARGEST_FP32), LARGEST_FP32)
+        mask = tl.where(tl.abs(mask) < float("inf"), nearest, mask)
+    return mask.to(dtype)
+
+
+@triton.jit
+def exp_scores(x, MASK: tl.constexpr):
+    """exp of a difference of scores. They are in base 2, log2(e) folded into their scale, but with a floating mask:
+    finfo.min times log2(e) is -inf, and a row that it fills would look at no key."""
+    return tl.exp2(x * LOG2_E if MASK == "float" else x)
+
+
+@triton.jit
+def statistics_of(lse_ptr, bh, N_q, MASK: tl.constexpr):
+    """Where the statistics of one head's rows lie: a row's log-sum-exp, or, with a floating mask, its maximum and the
+    base-2 logarithm of its sum."""
+    return lse_ptr + bh * N_q * (2 if MASK == "float" else 1)
+
+
+@triton.jit
+def load_lse(lse_head, m, N_q, MASK: tl.constexpr):
+    """The log-sum-exp, or with a floating mask the maximum, of rows ``m``; of those beyond the last, what gives the
+    weight 0."""
+    return tl.load(lse_head + m * (2 if MASK == "float" else 1), mask=m < N_q, other=float("inf"))
+
+
+@triton.jit
+def load_log_total(lse_head, m, N_q, MASK: tl.constexpr):
+    """The base-2 logarithm of the sum of rows ``m`` with a floating mask, else 0."""
+    if MASK == "float":
+        return tl.load(lse_head + 2 * m + 1, mask=m < N_q, other=0.0)
+    else:
+        return tl.zeros(m.shape, lse_head.dtype.element_ty)
+
+
+@triton.jit
+def weights_of(s, lse, log_total, MASK: tl.constexpr):
+    """Attention weights of scores ``s``, given what :func:`load_lse` and :func:`load_log_total` say of their rows."""
     # Products summed in another order than in the forward may put a score above its row's lse, far above where
     # scores are huge; a weight is never above 1. A NaN stays one.
-    return tl.exp2(tl.minimum(s - lse, 0.0, propagate_nan=tl.PropagateNan.ALL))
+    x = tl.minimum(s - lse, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if MASK == "float":
+        x = x * LOG2_E - log_total
+    return tl.exp2(x)
 
 
 @triton.jit

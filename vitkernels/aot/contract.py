@@ -61,6 +61,15 @@ def broken_rules(report: Report) -> dict[str, int]:
     return {rule: figure for rule, figure in found.items() if figure}
 
 
+def unfit(report: Report) -> list[str]:
+    """Return why ``report``'s kernel could not run at all, a line a reason."""
+    return [
+        RULES[rule].format(figure)
+        for rule, figure in broken_rules(report).items()
+        if rule in ("shared_bytes", "blocks")
+    ]
+
+
 def figures_of(reports: Iterable[Report]) -> Figures:
     """Return the worst of each kept figure over ``reports``."""
     reports = list(reports)

@@ -22,11 +22,21 @@ from vitkernels.aot.read import Report, read_kernel
 from vitkernels.console import UserError, check_can_fill, one_line, print_table, track, write_file
 from vitkernels.ops._triton import INTERPRETED
 from vitkernels.ops.attention.config import choose_config, useful_share
-from vitkernels.testing.cases import CASES, DTYPES
+from vitkernels.testing.cases import CASES
 
-# fp16 compiles as bf16 does; fp32 takes other paths (TF32, or no tensor cores at all), at one case.
-COMPILED = ("bf16", "fp32")
+# fp16 compiles as bf16 does; fp32 takes other paths (TF32, or no tensor cores at all), at one case. So does fp64, which
+# is for gradients to be checked in: that each op compiles and fits is enough.
+COMPILED = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 FP32_CASE = "vit_base_patch16_224"
+FP64_OPS = {
+    "vit_base_patch16_224": {
+        "layer_norm", "add_layer_norm", "linear_activation", "mlp", "attention_biased", "attention_key_mask",
+        "attention_pair_mask", "attention_dropout", "patch_embed", "patch_embed_uint8",
+    },
+    "vit_so400m_patch14_siglip_378": {"attention_varlen"},
+    "eva02_large_patch14_448": {"swiglu_mlp", "attention_rope_interleaved"},
+    "aimv2_large_patch14_224": {"rms_norm"},
+}  # fmt: skip
 
 Use = tuple[str, str, str]  # case, op, dtype
 
@@ -89,7 +99,10 @@ def inspect(
         measured = collections.defaultdict(list)
         for launch, report in reports.items():
             for case, op, dtype in uses[launch]:
-                measured[launch.name, f"{case} {op} {dtype}"].append(report)
+                if dtype != "fp64":
+                    measured[launch.name, f"{case} {op} {dtype}"].append(report)
+            if uses[launch][0][2] == "fp64":
+                broken += [f"{launch.name} {_named(uses[launch])} {what}" for what in contract.unfit(report)]
         try:
             before = contract.load(target, folder)
             if update:
@@ -120,15 +133,20 @@ def inspect(
 def find_launches(targets: Iterable[str], cases: Iterable[str], kernel: str | None = None) -> dict[Launch, list[Use]]:
     """Return each distinct launch of the library at ``cases``, with where it comes from."""
     found: dict[Launch, list[Use]] = {}
-    plan = [(target, case, dtype) for target in targets for case in cases for dtype in COMPILED]
-    plan = [(target, case, dtype) for target, case, dtype in plan if dtype != "fp32" or case == FP32_CASE]
-    for target, case, dtype in track(plan, "Looking for launches"):
-        for op, launcher in launches(CASES[case], DTYPES[dtype]).items():
-            for launch in trace(launcher, target):
-                if kernel is None or kernel in launch.name:
-                    uses = found.setdefault(launch, [])
-                    if (case, op, dtype) not in uses:
-                        uses.append((case, op, dtype))
+    plan = [
+        (target, case, op, dtype, launcher)
+        for target in targets
+        for case in cases
+        for dtype in COMPILED
+        for op, launcher in launches(CASES[case], COMPILED[dtype]).items()
+        if dtype == "bf16" or (case == FP32_CASE if dtype == "fp32" else op in FP64_OPS.get(case, ()))
+    ]
+    for target, case, op, dtype, launcher in track(plan, "Looking for launches"):
+        for launch in trace(launcher, target):
+            if kernel is None or kernel in launch.name:
+                uses = found.setdefault(launch, [])
+                if (case, op, dtype) not in uses:
+                    uses.append((case, op, dtype))
     return found
 
 
@@ -202,7 +220,7 @@ def _show(
             print(f"| {' | '.join(row)} |")
     else:
         print_table(HEADER, rows)
-    print(f"\nNot shown, but checked: {hidden} launches in fp32.\n" if hidden else "", flush=True)
+    print(f"\nNot shown, but checked: {hidden} launches in fp32 and fp64.\n" if hidden else "", flush=True)
 
 
 def _show_useful_work(target: str, reports: Iterable[Launch], uses: Mapping[Launch, list[Use]]) -> None:

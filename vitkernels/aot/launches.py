@@ -9,6 +9,7 @@ import torch
 from vitkernels import ops  # noqa: F401  registers the ops
 from vitkernels.ops._registry import OPS
 from vitkernels.ops.swiglu.config import padded
+from vitkernels.runtime import wide_dtype
 from vitkernels.testing.cases import Case
 
 
@@ -18,7 +19,7 @@ def launches(case: Case, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     The functions make their tensors on device ``cuda`` and are for :func:`vitkernels.aot.compile_launches`.
     """
     B, N, C, F, H, D = case.batch, case.tokens, case.channels, case.hidden, case.heads, case.head_dim
-    sums = torch.float32
+    sums = wide_dtype(dtype)
 
     def new(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="cuda")
@@ -71,8 +72,11 @@ def launches(case: Case, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
             first = new(2 * F, C), new(2 * F), None, None
         else:
             first = new(F, C), new(F), new(F, C), new(F)
-        for save_z in (False, True):
-            run("glu_fwd", x, *first, case.activation, False, save_z)
+        if dtype.itemsize == 2:
+            for save_z in (False, True):
+                run("glu_fwd", x, *first, case.activation, False, save_z)
+        else:  # PyTorch multiplies, which needs a GPU
+            run("glu_gate", z, case.activation, False)
         run("linear_fwd", h, w3, new(C), gamma(), x, None, dtype, False)
         if not case.mlp_norm:
             run("glu_bwd", x, w3, gamma(), z, case.activation, False, True, True)

@@ -63,7 +63,8 @@ def choose_config(M: int, N: int, K: int, dtype: torch.dtype, *, kind: str, fact
         if cdiv(M, 128) * cdiv(N, 128) < facts.num_sms:
             block_m, block_n, num_warps = 64, 64, 4
     else:
-        block_m, block_n, block_k, num_warps = 64, 64, 128 // dtype.itemsize, 4
+        # In fp64 an epilogue's tiles of 64 columns would spill.
+        block_m, block_n, block_k, num_warps = 64, 64 if dtype.itemsize == 4 else 32, 128 // dtype.itemsize, 4
     # A product on tensor cores takes at least 16 in each dim.
     block_m, block_n, block_k = (
         max(16, min(b, next_power_of_2(size))) for b, size in ((block_m, M), (block_n, N), (block_k, K))

@@ -79,7 +79,8 @@ def activation_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(dz, Σ dz, Σ dy · act(z))`` with ``dz = γ · dy · act'(z)``, the sums over rows and empty unless needed."""
     M, N = z.shape
-    block_m, block_n = 8, min(256, next_power_of_2(N))  # 16 rows would take twice the registers
+    # Twice the elements would take twice the registers, as each does in fp64.
+    block_m, block_n = 8, min(256 if z.dtype.itemsize <= 4 else 64, next_power_of_2(N))
     if runtime.device_facts(z.device).arch == "interpreter":
         block_m = min(256, next_power_of_2(M))
     blocks_n = cdiv(N, block_n)

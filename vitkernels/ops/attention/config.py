@@ -81,6 +81,8 @@ def _blocks(width: int, itemsize: int, facts: DeviceFacts, masked: bool) -> dict
 
     if facts.arch == "interpreter":
         return dict.fromkeys(kernels, tile(64, 64, 4, 1))
+    if itemsize == 8:
+        return dict.fromkeys(kernels, tile(16, 16, 4))
     if itemsize > 2:  # products of fp32 without tensor cores hold whole tiles in registers
         warps = 8 if width > 32 or masked else 4
         tilings = dict.fromkeys(kernels, tile(32, 32, warps)) | {"dmask": tile(16, 32, 4)}

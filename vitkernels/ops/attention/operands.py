@@ -79,7 +79,7 @@ class Options(NamedTuple):
 
     def arguments(self, q: Tensor) -> dict[str, object]:
         """The kernels' arguments that tell of scores, mask and dropout."""
-        mask, kind = None if self.mask is None else _aligned(self.mask), self.mask_kind
+        mask, kind = None if self.mask is None else _aligned(self.mask, q.dtype), self.mask_kind
         placeholder = q
         shape = (1, 1, 1, 1) if mask is None else mask.shape
         strides = (0,) * 4 if mask is None else [0 if n == 1 else s for n, s in zip(shape, mask.stride(), strict=True)]
@@ -107,11 +107,12 @@ def _is_row(mask: Tensor) -> bool:
     return mask.shape[2] == 1 and mask.shape[3] > 1
 
 
-def _aligned(mask: Tensor) -> Tensor:
+def _aligned(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """``mask``, bytes for bool, in rows that vector loads can read: copied only where it lies otherwise.
 
     A row of 197 keys starts at any element and ends at any, and would be loaded one element at a time: rows get a
-    multiple of 16, zeros behind. One row for all queries is loaded key by key, and is so in fp32.
+    multiple of 16, zeros behind. One row for all queries is loaded key by key, and is so in fp32. So is what is to meet
+    scores in fp64 (``dtype``): of what is loaded narrower Triton 3.7.1 compiles no fp64 product.
     """
     if _is_row(mask):
         if mask.dtype == torch.bool:
@@ -119,6 +120,8 @@ def _aligned(mask: Tensor) -> Tensor:
         return mask.to(runtime.wide_dtype(mask.dtype)).contiguous()
     if mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)
+    if dtype == torch.float64 and mask.dtype.itemsize < 4:
+        mask = mask.to(torch.float32 if mask.is_floating_point() else torch.int32)
     N = mask.shape[-1]
     steps = [step for n, step in zip(mask.shape[:-1], mask.stride(), strict=False) if n > 1]
     if N == 1 or (mask.stride(-1) == 1 and all(x % 16 == 0 for x in (mask.data_ptr(), N, *steps))):

@@ -61,12 +61,15 @@ def scale_and_shift(
 
 
 def exactly_multiplied(images: Tensor, weight: Tensor) -> Tensor:
-    """Return ``images``, or an fp32 copy where fp32 products of what is loaded narrower would run in TF32.
+    """Return ``images``, or an fp32 copy where products of what is loaded narrower are not those that are asked for.
 
-    Triton 3.7.1 puts those on sm_100's tcgen05 whatever precision they name.
+    Triton 3.7.1 puts fp32 ones on sm_100's tcgen05, in TF32, whatever precision they name; fp64 ones it lays out for as
+    many numbers as a word of the narrowest holds, and then fails to compile.
     """
-    narrower = weight.dtype == torch.float32 and images.dtype.itemsize < 4
-    return images.float() if narrower and runtime.device_facts(images.device).arch.startswith("sm_10") else images
+    if images.dtype.itemsize >= 4:
+        return images
+    on_tcgen05 = weight.dtype == torch.float32 and runtime.device_facts(images.device).arch.startswith("sm_10")
+    return images.float() if on_tcgen05 or weight.dtype == torch.float64 else images
 
 
 def in_pixel_order(images: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, int, int]:

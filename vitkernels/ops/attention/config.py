@@ -60,7 +60,7 @@ def choose_config(
         dropout: Whether weights are dropped.
     """
     width = sum(head_parts(D))
-    start = _blocks(width, dtype.itemsize, facts, masked)
+    start = _blocks(width, dtype.itemsize, facts, masked, dropout)
     if not varlen:
         start |= _whole_rows(N_q, N_kv, width, dtype.itemsize, facts, heads, masked, dropout)
     options = ",varlen" * varlen + ",masked" * masked + ",dropout" * dropout
@@ -72,7 +72,7 @@ def choose_config(
     return AttentionConfig(**chosen)
 
 
-def _blocks(width: int, itemsize: int, facts: DeviceFacts, masked: bool) -> dict[str, Tiling]:
+def _blocks(width: int, itemsize: int, facts: DeviceFacts, masked: bool, dropout: bool) -> dict[str, Tiling]:
     """Tilings for rows of any length and heads of ``width`` channels: the largest of those tried that do not spill."""
     kernels = ("forward", "backward", "dkv", "dq", "dmask")
 
@@ -89,7 +89,7 @@ def _blocks(width: int, itemsize: int, facts: DeviceFacts, masked: bool) -> dict
         return tilings | {"dkv": tile(16, 32, warps)} if facts.arch.startswith("gfx") else tilings
     tilings = dict.fromkeys(kernels, tile(64, 64, 4))
     if not _short_of_registers(facts):
-        return tilings | {"dkv": tile(32 if width > 64 else 64, 64, 4)}
+        return tilings | {"dkv": tile(32 if width > 64 or dropout else 64, 64, 4)}
     tilings |= {"dq": tile(64, 32, 4), "dmask": tile(64, 32, 4)}
     if width <= 64:
         return tilings | {"forward": tile(64, 32, 4), "dkv": tile(32, 32 if masked else 64, 4)}

@@ -81,18 +81,22 @@ def _blocks(width: int, itemsize: int, facts: DeviceFacts, masked: bool, dropout
 
     if facts.arch == "interpreter":
         return dict.fromkeys(kernels, tile(64, 64, 4, 1))
+    amd = facts.arch.startswith("gfx")
     if itemsize == 8:
         return dict.fromkeys(kernels, tile(16, 16, 4))
     if itemsize > 2:  # products of fp32 without tensor cores hold whole tiles in registers
         warps = 8 if width > 32 or masked else 4
         tilings = dict.fromkeys(kernels, tile(32, 32, warps)) | {"dmask": tile(16, 32, 4)}
-        return tilings | {"dkv": tile(16, 32, warps)} if facts.arch.startswith("gfx") else tilings
+        if not amd:
+            return tilings
+        return tilings | {"dkv": tile(16, 32, warps)} | ({"dq": tile(16, 32, warps)} if masked else {})
     tilings = dict.fromkeys(kernels, tile(64, 64, 4))
     if not _short_of_registers(facts):
-        return tilings | {"dkv": tile(32 if width > 64 or dropout else 64, 64, 4)}
+        return tilings | {"dkv": tile(32 if width > 64 or dropout or (masked and amd) else 64, 64, 4)}
     tilings |= {"dq": tile(64, 32, 4), "dmask": tile(64, 32, 4)}
     if width <= 64:
-        return tilings | {"forward": tile(64, 32, 4), "dkv": tile(32, 32 if masked else 64, 4)}
+        forward = tile(64, 16 if masked else 32, 4)
+        return tilings | {"forward": forward, "dkv": tile(32, 32 if masked else 64, 4)}
     tilings["forward"] = tile(64, 64, 8) if width < 128 else tile(32, 64, 4)
     return tilings | {"dkv": tile(16, 32, 4) if masked and width < 128 else tile(32, 64, 8)}
 

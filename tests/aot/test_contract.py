@@ -124,6 +124,16 @@ def test_exceptions():
     assert contract.update(known, {KEY: [GOOD]}, complete=False, accept_worse=False) == known
 
 
+def test_an_exception_of_one_triton():
+    """It counts under that one alone, and an update under another keeps it."""
+    mine, others = (EXCEPTION | {"triton": version} for version in (triton.__version__, "0.0.0"))
+    spilling = {KEY: [change(spilled_bytes=16)]}
+    assert not contract.check(of(KNOWN["figures"], [mine]), spilling, complete=True).broken
+    known = of(KNOWN["figures"], [others])
+    assert contract.check(known, spilling, complete=True).broken
+    assert contract.update(known, {KEY: [GOOD]}, complete=True, accept_worse=False) == known
+
+
 def test_another_compiler():
     """Its figures are its own: rules are checked, figures are not."""
     known = of(KNOWN["figures"], version="0.0.0")
@@ -149,6 +159,7 @@ def test_files(tmp_path):
         of(exceptions=[EXCEPTION | {"reason": " "}]),
         of(exceptions=[EXCEPTION | {"rule": "speed"}]),
         of(exceptions=[{"rule": "atomics"}]),
+        of(exceptions=[EXCEPTION | {"triton": 3.6}]),
     ):
         path.write_text(json.dumps(bad))
         with pytest.raises(ValueError, match=r"sm_90\.json"):

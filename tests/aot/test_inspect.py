@@ -18,6 +18,7 @@ from vitkernels.console import UserError
 ROOT = Path(__file__).parents[2]
 CASES = (
     "vit_tiny_patch16_224",  # attention in windows, and with frozen queries
+    "vit_base_patch16_224",  # in fp32 and fp64 too
     "deit3_base_patch16_224",
     "vit_so400m_patch14_siglip_378",
     "eva02_large_patch14_448",  # separate SwiGLU with a norm

@@ -92,8 +92,12 @@ def load(target: str, folder: Path = FOLDER) -> dict:
         raise ValueError(f"{path} must hold triton, exceptions and figures, and nothing else")
     for exception in contract["exceptions"]:
         fields = {"rule": str, "kernel": str, "case": str, "limit": int, "reason": str}
-        if exception.keys() != fields.keys() or any(not isinstance(exception[f], t) for f, t in fields.items()):
-            raise ValueError(f"{path}: an exception has the fields {', '.join(fields)}; got {exception}")
+        given, kinds = {"triton": "", **exception}, fields | {"triton": str}
+        if given.keys() != kinds.keys() or any(not isinstance(given[f], t) for f, t in kinds.items()):
+            raise ValueError(
+                f"{path}: an exception has the fields {', '.join(fields)}, and triton if it is for one version alone; "
+                f"got {exception}"
+            )
         if exception["rule"] not in RULES or not exception["reason"].strip():
             raise ValueError(f"{path}: an exception names a rule of {', '.join(RULES)} and its reason; got {exception}")
     for cases in contract["figures"].values():
@@ -169,7 +173,7 @@ def update(contract: dict, measured: Mapping[Key, list[Report]], *, complete: bo
     """Return ``contract`` with what is new or better in ``measured``, and with ``accept_worse`` what is worse.
 
     Nothing that breaks a rule without an exception is taken in. What is launched no more is dropped where ``measured``
-    is ``complete``, as are exceptions that nothing needs.
+    is ``complete``, as are exceptions that nothing needs, but for those of another Triton.
     """
     figures = {} if complete else {kernel: dict(cases) for kernel, cases in contract["figures"].items()}
     needed = []
@@ -185,7 +189,7 @@ def update(contract: dict, measured: Mapping[Key, list[Report]], *, complete: bo
         needed += exceptions
         if after is not None:
             figures.setdefault(key[0], {})[key[1]] = after
-    exceptions = [e for e in contract["exceptions"] if not complete or e in needed]
+    exceptions = [e for e in contract["exceptions"] if not complete or e in needed or not _of_this_triton(e)]
     return {"triton": triton.__version__, "exceptions": exceptions, "figures": figures}
 
 
@@ -202,8 +206,12 @@ def _figures(contract: dict, key: Key) -> Figures | None:
 
 
 def _exception(contract: dict, rule: str, key: Key, figure: int) -> dict | None:
-    for exception in contract["exceptions"]:
+    for exception in filter(_of_this_triton, contract["exceptions"]):
         matches = exception["rule"] == rule and exception["kernel"] == key[0]
         if matches and fnmatch.fnmatchcase(key[1], exception["case"]) and figure <= exception["limit"]:
             return exception
     return None
+
+
+def _of_this_triton(exception: dict) -> bool:
+    return exception.get("triton", triton.__version__) == triton.__version__

@@ -84,14 +84,19 @@ def _blocks(width: int, itemsize: int, facts: DeviceFacts, masked: bool, dropout
     amd = facts.arch.startswith("gfx")
     if itemsize == 8:
         return dict.fromkeys(kernels, tile(16, 16, 4))
+    short = _short_of_registers(facts)
     if itemsize > 2:  # products of fp32 without tensor cores hold whole tiles in registers
         warps = 8 if width > 32 or masked else 4
         tilings = dict.fromkeys(kernels, tile(32, 32, warps)) | {"dmask": tile(16, 32, 4)}
-        if not amd:
-            return tilings
-        return tilings | {"dkv": tile(16, 32, warps)} | ({"dq": tile(16, 32, warps)} if masked else {})
+        if amd:
+            return tilings | {"dkv": tile(16, 32, warps)} | ({"dq": tile(16, 32, warps)} if masked else {})
+        # Triton 3.6 spills what it has loaded ahead.
+        if not short:
+            return tilings | {"dkv": tile(32, 32, warps, 1)}
+        dkv = tile(32, 16, warps, 1) if dropout else tile(32, 32, 4, 1)
+        return tilings | {"dkv": dkv, "dq": tile(32, 32, 4)}
     tilings = dict.fromkeys(kernels, tile(64, 64, 4))
-    if not _short_of_registers(facts):
+    if not short:
         return tilings | {"dkv": tile(32 if width > 64 or dropout or (masked and amd) else 64, 64, 4)}
     tilings |= {"dq": tile(64, 32, 4), "dmask": tile(64, 32, 4)}
     if width <= 64:
@@ -111,12 +116,13 @@ def _whole_rows(
     block_m, block_n = (max(16, runtime.next_power_of_2(n)) for n in (N_q, N_kv))
     is_window = max(N_q, N_kv) <= WINDOW
     short, amd = _short_of_registers(facts), facts.arch.startswith("gfx")
-    # A mask's tile and the counters of a dropout take registers, too.
+    # A mask's tile and the counters of a dropout take registers, too: on sm_100 Triton 3.6 spills 960 bytes of them.
     short_and_masked = short and (masked or dropout)
+    crowded = short_and_masked or dropout or (masked and facts.arch.startswith("sm_10"))
     tilings = {}
     if is_window and (width <= 64 or interpreted):
         tilings["forward"] = Tiling("windows", block_m, block_n, 4, 1)
-    elif interpreted or (width <= (80 if short else 128) and not short_and_masked and not dropout):
+    elif interpreted or (width <= (80 if short else 128) and not crowded):
         tilings["forward"] = Tiling("row", 64, 128 if width <= 64 else 64, 4, 1)
 
     # The backward holds the gradients of all keys and values as well, and has one program a head.

@@ -129,6 +129,13 @@ def test_attention(scale):
     torch.testing.assert_close(reference.attention(q, k, v, scale=scale), expected, **TIGHT)
 
 
+@pytest.mark.parametrize("mask_dtype", [torch.float32, torch.float64, torch.bfloat16, torch.bool])
+def test_attention_weights_are_of_the_dtype_of_what_they_weigh(mask_dtype):
+    q, k, v = (_randn(1, 2, 5, 4).bfloat16() for _ in range(3))
+    weights = reference.attention_weights(q, k, attn_mask=torch.ones(5, 5).to(mask_dtype))
+    assert (weights @ v).dtype == weights.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("scale", [None, 0.7])
 def test_attention_qkvpacked(scale):
     qkv = _randn(2, 5, 3, 4, 6)

@@ -261,7 +261,9 @@ def attention_weights(
         else:
             scores = scores.masked_fill(~attn_mask, float("-inf"))
     empty = (scores == float("-inf")).all(-1, keepdim=True)
-    return scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+    weights = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+    was_widened = attn_mask is not None and attn_mask.is_floating_point()
+    return weights.to(q.dtype) if was_widened else weights
 
 
 def attention_qkvpacked(qkv: Tensor, **options) -> Tensor:

@@ -1,10 +1,16 @@
 """Set-up that must come before the first import of Triton or torchvision."""
 
 import os
+import tempfile
 
 from vitkernels.console import give_blas_one_thread, prepare_torchvision
 
 give_blas_one_thread()  # else it takes every core in every worker of pytest-xdist
+
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
+    # Inductor's cache on disk gives out code that was vectorised for another instruction set, which does not compile.
+    cache = os.path.join(tempfile.gettempdir(), f"torchinductor_vitkernels_{os.getuid()}_{capability}")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
 
 import torch  # noqa: E402
 

@@ -8,6 +8,7 @@ import triton_kernels as kernels
 from through_emulator import executing, kinds, recorded
 
 from vitkernels.emulator.execute import Kind, execute
+from vitkernels.emulator.ptx import Unsupported
 
 ARCHS = pytest.mark.parametrize("arch", [80, 90])
 BARRIER = r"bar\.sync\s+0;"
@@ -129,11 +130,9 @@ def test_counts(stride, shared, sectors, waves):
 
 
 def test_unsupported_is_an_exception():
-    from vitkernels.emulator.ptx import Unsupported
-
     x = torch.zeros(1 << 12)
     text = COUNTED.replace("STRIDE", "4").replace("SHARED", "4")
-    with pytest.raises(Unsupported, match=r"counted, PTX line 18: frobnicate"):
+    with pytest.raises(Unsupported, match=r"counted, PTX line 19: frobnicate"):
         execute(text.replace("st.shared.b32 [%r5], %r2", "frobnicate.b32 %r5"), [x], (1, 1, 1), shared=8192, arch=80)
-    with pytest.raises(Unsupported, match=r"counted, PTX line 18: sin"):
+    with pytest.raises(Unsupported, match=r"counted, PTX line 19: sin"):
         execute(text.replace("st.shared.b32 [%r5], %r2", "sin.f64 %rd5, %rd3"), [x], (1, 1, 1), shared=8192, arch=80)

@@ -102,7 +102,7 @@ def extent(t: torch.Tensor) -> tuple[int, int]:
     start = t.storage_offset() * t.element_size()
     if t.numel() == 0:
         return start, start
-    return start, start + (sum((n - 1) * s for n, s in zip(t.shape, t.stride())) + 1) * t.element_size()
+    return start, start + (sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1) * t.element_size()
 
 
 @dataclasses.dataclass

@@ -85,6 +85,7 @@ def build() -> Path:
             os.close(handle)
             done = _run([*compiler, *FLAGS, *faster, "-o", name, str(ENGINE / "engine.cpp")])
             if done.returncode == 0:
+                os.chmod(name, 0o755)
                 os.replace(name, target)
                 return target
             os.unlink(name)

@@ -34,27 +34,45 @@ static u32 shared_addresses(const Step& s, int operand, u32* address) {
   return addressed(s, operand, 32);
 }
 
-// What loads write to a register: the value, and which of its bytes are defined.
-struct Loaded {
-  u64 value[32];
-  u32 known[8];
-};
-static void put(const Step& s, int i, u32 lanes, const Loaded& x) {
-  for (u32 r = lanes; r; r &= r - 1) {
-    int l = lowest(r);
-    if (s.I.flags & F_wide) s.out<u64>(i)[l] = x.value[l];
-    else s.out<u32>(i)[l] = (u32)x.value[l];
+// Register i of the lanes takes `size` bytes from each lane's place, extended as the type tells.
+template <class Raw, class Register>
+static ALWAYS_INLINE void gather(Register* d, u32 lanes, const u8* const* from, int offset) {
+  auto value = [=](int l) {
+    Raw x;
+    memcpy(&x, from[l] + offset, sizeof x);
+    return (Register)x;
+  };
+  each(d, lanes, value);
+}
+template <class Register> static void gather_typed(const Step& s, int i, u32 lanes, const u8* const* from) {
+  int size = (int)s.I.imm2, offset = i * size;
+  Register* d = s.out<Register>(i);
+  switch (s.I.type) {
+    case T_s8: return gather<i8>(d, lanes, from, offset);
+    case T_s16: return gather<i16>(d, lanes, from, offset);
+    case T_s32: return gather<i32>(d, lanes, from, offset);
+    default: break;
   }
+  switch (size) {
+    case 1: return gather<u8>(d, lanes, from, offset);
+    case 2: return gather<u16>(d, lanes, from, offset);
+    case 4: return gather<u32>(d, lanes, from, offset);
+    default: return gather<u64>(d, lanes, from, offset);
+  }
+}
+static void set_planes(const Step& s, int i, u32 lanes, const u32* known) {
   Planes* p = s.W.defined + s.o[i];
   for (int k = 0; k < (s.I.flags & F_wide ? 8 : 4); k++) {
     u32& plane = p[k >> 2].byte[k & 3];
-    plane = (plane & ~lanes) | (x.known[k] & lanes);
+    plane = (plane & ~lanes) | (known[k] & lanes);
   }
 }
 
 static void load_global(const Step& s) {  // o: registers, address; imm: offset, imm2: bytes of an element
   int n = s.I.count - 1, size = (int)s.I.imm2;
   static const u64 nowhere[32] = {0};
+  static const u8 zeros[32] = {0};
+  static const u32 known[8] = {FULL, FULL, FULL, FULL, FULL, FULL, FULL, FULL};
   const u64* a = s.o[n] == -1 ? nowhere : s.in<u64>(n);
   u32 lanes = s.o[n] == -1 ? s.m : addressed(s, n, 64);
   count_global(s, a, lanes, s.I.imm, n * size);
@@ -62,17 +80,12 @@ static void load_global(const Step& s) {  // o: registers, address; imm: offset,
   for (u32 r = lanes; r; r &= r - 1) {
     int l = lowest(r);
     from[l] = global_access(s, a[l] + s.I.imm, n * size, l, false, n * size);
+    if (!from[l]) from[l] = zeros;
   }
-  Loaded x;
-  for (u32& k : x.known) k = FULL;
   for (int i = 0; i < n; i++) {
-    for (u32 r = lanes; r; r &= r - 1) {
-      int l = lowest(r);
-      u64 v = 0;
-      if (from[l]) memcpy(&v, from[l] + i * size, size);
-      x.value[l] = extended(s.I.type, v);
-    }
-    put(s, i, lanes, x);
+    if (s.I.flags & F_wide) gather_typed<u64>(s, i, lanes, from);
+    else gather_typed<u32>(s, i, lanes, from);
+    set_planes(s, i, lanes, known);
   }
 }
 static void store_global(const Step& s) {
@@ -98,32 +111,36 @@ static void store_global(const Step& s) {
 
 static void load_shared(const Step& s) {
   int n = s.I.count - 1, size = (int)s.I.imm2, all = n * size;
-  u32 address[32], known[32], at[32];
+  u32 address[32], known[32], at;
   u32 lanes = shared_addresses(s, n, address), valid = 0, undefined = 0;
   count_shared(s, address, lanes, all);
   u32 whole = all >= 32 ? FULL : (1u << all) - 1;
+  const u8* from[32];
+  int before = -1;
   for (u32 r = lanes; r; r &= r - 1) {
     int l = lowest(r);
-    if (!shared_address(s, address[l], all, l, at[l])) continue;
+    if (before >= 0 && address[l] == address[before] && !s.M.check_warp) {  // a broadcast
+      from[l] = from[before];
+      known[l] = known[before];
+    } else {
+      if (!shared_address(s, address[l], all, l, at)) continue;
+      known[l] = shared_read(s, at, all, l);
+      from[l] = &s.M.shared[at];
+      before = l;
+    }
     valid |= 1u << l;
-    known[l] = shared_read(s, at[l], all, l);
     undefined |= (u32)(known[l] != whole) << l;
   }
-  Loaded x;
   for (int i = 0; i < n; i++) {
-    for (u32& k : x.known) k = FULL;
-    for (u32 r = valid; r; r &= r - 1) {
-      int l = lowest(r);
-      u64 v = 0;
-      memcpy(&v, &s.M.shared[at[l] + i * size], size);
-      x.value[l] = extended(s.I.type, v);
-    }
+    u32 planes[8] = {FULL, FULL, FULL, FULL, FULL, FULL, FULL, FULL};
     for (u32 r = undefined; r; r &= r - 1) {
       int l = lowest(r);
       for (int k = 0; k < size; k++)
-        if (!(known[l] >> (i * size + k) & 1)) x.known[k] &= ~(1u << l);
+        if (!(known[l] >> (i * size + k) & 1)) planes[k] &= ~(1u << l);
     }
-    put(s, i, valid, x);
+    if (s.I.flags & F_wide) gather_typed<u64>(s, i, valid, from);
+    else gather_typed<u32>(s, i, valid, from);
+    set_planes(s, i, valid, planes);
   }
 }
 static void store_shared(const Step& s) {

@@ -90,9 +90,9 @@ static ALWAYS_INLINE bool shared_address(const Step& s, u32 address, u32 n, int 
   return true;
 }
 
-static ALWAYS_INLINE void note_reader(const Step& s, u32 g) {
-  s.M.cells[g].readers |= 1u << s.w;
-  s.M.read_times[(size_t)g * s.M.warp_count + s.w] = s.now();
+static ALWAYS_INLINE void note_reader(const Step& s, Cell* cells, u32* read_times, u32 g, u32 now) {
+  cells[g].readers |= 1u << s.w;
+  read_times[(size_t)g * s.M.warp_count + s.w] = now;
 }
 
 // Which of n bytes (at most 32) are defined, a bit each.
@@ -116,14 +116,15 @@ static ALWAYS_INLINE u32 defined_bytes(const Machine& M, u32 a, u32 n) {
 static inline u32 shared_read(const Step& s, u32 a, u32 n, int lane) {
   Machine& M = s.M;
   const u32* seen = s.W.seen.data();
-  u32 last = (a + n - 1) >> M.granule;
+  Cell* cells = M.cells.data();
+  u32 *read_times = M.read_times.data(), now = s.now(), last = (a + n - 1) >> M.granule;
   for (u32 g = a >> M.granule; g <= last; g++) {
-    const Cell& c = M.cells[g];
+    const Cell& c = cells[g];
     if (c.pending) s.report(K_copy_read, lane, a + SHARED_BASE, c.pending - 1);
     if (c.time > seen[c.writer]) s.report(K_shared_read_race, lane, a + SHARED_BASE, c.writer);
-    else if (M.check_warp && c.writer == s.w && c.time == s.now() && c.lane != lane && lane >= 0)
+    else if (M.check_warp && c.writer == s.w && c.time == now && c.lane != lane && lane >= 0)
       s.report(K_warp_exchange, lane, a + SHARED_BASE, c.lane);
-    note_reader(s, g);
+    note_reader(s, cells, read_times, g, now);
   }
   u32 known = defined_bytes(M, a, n);
   if (known != (n >= 32 ? FULL : (1u << n) - 1))
@@ -138,10 +139,11 @@ static inline u32 shared_read(const Step& s, u32 a, u32 n, int lane) {
 // Checks that nobody else may be at the n bytes that are about to be written; `data` is what will be, if known.
 static inline void check_overwrite(const Step& s, u32 a, u32 n, int lane, const u8* data) {
   Machine& M = s.M;
-  const u32* seen = s.W.seen.data();
+  const u32 *seen = s.W.seen.data(), *read_times = M.read_times.data();
+  const Cell* cells = M.cells.data();
   u32 last = (a + n - 1) >> M.granule;
   for (u32 g = a >> M.granule; g <= last; g++) {
-    Cell& c = M.cells[g];
+    const Cell& c = cells[g];
     if (c.pending) s.report(K_copy_overwritten, lane, a + SHARED_BASE, c.pending - 1);
     if (c.reading) s.report(K_source_overwritten, lane, a + SHARED_BASE, c.reading);
     if (c.time > seen[c.writer]) {
@@ -151,7 +153,7 @@ static inline void check_overwrite(const Step& s, u32 a, u32 n, int lane, const 
     }
     for (u32 r = c.readers & ~(1u << s.w); r; r &= r - 1) {
       int reader = lowest(r);
-      if (M.read_times[(size_t)g * M.warp_count + reader] > seen[reader]) {
+      if (read_times[(size_t)g * M.warp_count + reader] > seen[reader]) {
         s.report(K_shared_overwrite_race, lane, a + SHARED_BASE, reader);
         break;
       }
@@ -190,10 +192,10 @@ static void deliver(const Step& s, std::vector<Copy>& copies) {
 // Checks a read by the asynchronous proxy (wgmma, bulk store) that goes on until a later wait; returns what is defined.
 static inline u32 async_read(const Step& s, u32 a, u32 n) {
   Machine& M = s.M;
-  u32 known = shared_read(s, a, n, -1);
-  u32 last = (a + n - 1) >> M.granule;
+  u32 known = shared_read(s, a, n, -1), last = (a + n - 1) >> M.granule;
+  Cell* cells = M.cells.data();
   for (u32 g = a >> M.granule; g <= last; g++) {
-    Cell& c = M.cells[g];
+    Cell& c = cells[g];
     c.reading++;
     if (c.proxy && c.proxy != BY_BULK && c.time > s.W.fenced[c.writer])
       s.report(c.proxy == BY_COPY ? K_unfenced_copy : K_unfenced_store, -1, a + SHARED_BASE, c.writer);
@@ -201,10 +203,11 @@ static inline u32 async_read(const Step& s, u32 a, u32 n) {
   return known;
 }
 static inline void async_read_done(const Step& s, const Range& r) {
-  u32 last = (r.at + r.bytes - 1) >> s.M.granule;
+  u32 last = (r.at + r.bytes - 1) >> s.M.granule, *read_times = s.M.read_times.data(), now = s.now();
+  Cell* cells = s.M.cells.data();
   for (u32 g = r.at >> s.M.granule; g <= last; g++) {
-    s.M.cells[g].reading--;
-    note_reader(s, g);
+    cells[g].reading--;
+    note_reader(s, cells, read_times, g, now);
   }
 }
 
@@ -220,8 +223,11 @@ static void count_shared(const Step& s, const u32* address, u32 m, u32 n) {
     u8 used[32] = {0};
     u32 bank[32][32];
     int waves = 0, words = 0;
+    u32 before = FULL;
     for (u32 r = phase; r; r &= r - 1) {
       u32 a = address[lowest(r)];
+      if (a == before) continue;
+      before = a;
       for (u32 x = a >> 2; x <= (a + n - 1) >> 2; x++) {
         int b = x & 31;
         bool in = false;

@@ -207,9 +207,10 @@ static void wgmma(const Step& s) {
   if (known != FULL) s.report(K_undefined_predicate, lowest(~known), 0, 0);
   if (p != 0 && p != FULL) s.report(K_divergent_collective, 0, 0, (i32)p);
   bool accumulate = p & 1;
-  static thread_local std::vector<double> a, b, c;
-  a.assign(16 * depth, 0);
-  b.assign((size_t)depth * n, 0);
+  static thread_local std::vector<double> a, b, rows, c;
+  a.resize(16 * depth);
+  b.resize((size_t)depth * n);
+  rows.resize((size_t)depth * n);
   c.assign((size_t)16 * n, 0);
   u32 bad = 0;
   size_t mine = (size_t)s.w * M.slots;
@@ -222,7 +223,13 @@ static void wgmma(const Step& s) {
   } else {
     read_tile(s, descriptor_operand(s, nd), (s.w & 3) * 16, 16, depth, imm >> 22 & 1, a.data(), depth, 1);
   }
-  read_tile(s, descriptor_operand(s, nd + na), 0, n, depth, imm >> 23 & 1, b.data(), 1, n);
+  if (imm >> 23 & 1) {
+    read_tile(s, descriptor_operand(s, nd + na), 0, n, depth, true, b.data(), 1, n);
+  } else {
+    read_tile(s, descriptor_operand(s, nd + na), 0, n, depth, false, rows.data(), depth, 1);
+    for (int k = 0; k < depth; k++)
+      for (int j = 0; j < n; j++) b[(size_t)k * n + j] = rows[(size_t)j * depth + k];
+  }
   if (accumulate) {
     for (int i = 0; i < nd; i++) {
       bad |= ~s.defined(i, 32);

@@ -23,10 +23,21 @@ class Launch:
     grid: tuple[int, int, int]
     shared: int
     arch: int
+    scratch: int = 0
+    descriptors: list | None = None
 
     def run(self, text: str | None = None, **options) -> Run:
         """Run it again, with other PTX if given."""
-        return execute(text or self.text, self.arguments, self.grid, shared=self.shared, arch=self.arch, **options)
+        return execute(
+            text or self.text,
+            self.arguments,
+            self.grid,
+            shared=self.shared,
+            arch=self.arch,
+            scratch=self.scratch,
+            descriptors=self.descriptors,
+            **options,
+        )
 
 
 class Recorder:
@@ -55,14 +66,16 @@ class Recorder:
             opts, signature, constexprs, attrs = fn._pack_args(backend, kwargs, bound, specialization, options)
             source = fn.ASTSource(fn, signature, constexprs, attrs)
             kernel = fn.compile(source, target=target, options=opts.__dict__)
-            self._compiled[key] = kernel.asm["ptx"], kernel.metadata.shared, signature
-        text, shared, signature = self._compiled[key]
+            self._compiled[key] = kernel.asm["ptx"], kernel.metadata, signature
+        text, metadata, signature = self._compiled[key]
         if callable(grid):
             grid = grid(bound)
         grid = tuple(grid) + (1,) * (3 - len(grid))
         arguments = [bound[name] for name, ty in signature.items() if ty != "constexpr"]
         total = grid[0] * grid[1] * grid[2]
-        launch = Launch(text, arguments, grid, shared, self.arch)
+        launch = Launch(
+            text, arguments, grid, metadata.shared, self.arch, metadata.global_scratch_size, metadata.tensordesc_meta
+        )
         programs = random_programs(total, self.most or total, self.seed)
         self.seed += 1
         self.launches.append(launch)

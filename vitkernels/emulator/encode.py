@@ -81,6 +81,8 @@ class Encoder:
         self.labels: dict[str, int] = {}
         self.targets: dict[str, list[str]] = {}
         self.jumps: list[tuple[int, str]] = []
+        self.tables: list[tuple[int, str]] = []  # operands that are labels
+        self._last_label = ""
         self.accesses: list[int] = []  # bytes of accesses to shared memory
         self._ranges: list[tuple[str, str, int]] = []  # %r<20>: prefix, type, count
         self._scopes: list[dict[str, tuple[str, str]]] = []
@@ -98,10 +100,10 @@ class Encoder:
         elif text == "}":
             self._scopes.pop()
         elif text.endswith(":"):
+            self._last_label = text[:-1]
             self.labels[self._label(text[:-1])] = len(self.rows)
-        elif ".branchtargets" in text:
-            label, _, names = text.partition(":")
-            self.targets[label.strip()] = [n.strip() for n in names.replace(".branchtargets", "").split(",")]
+        elif text.startswith(".branchtargets"):
+            self.targets[self._last_label] = split_operands(text.removeprefix(".branchtargets"))
         elif text.startswith("."):
             self._declare(text)
         else:
@@ -114,7 +116,7 @@ class Encoder:
     def _declare(self, text: str) -> None:
         found = re.match(r"\.reg\s+\.(\w+)\s+(.*)", text)
         if not found:
-            if text.startswith((".pragma", ".branchtargets")):
+            if text.startswith(".pragma"):
                 return
             raise Unsupported("declaration")
         kind, names = found.groups()
@@ -145,6 +147,8 @@ class Encoder:
         """Resolve the labels, and end the kernel with a return."""
         for row, label in self.jumps:
             self.rows[row][7] = self.labels[label]
+        for operand, label in self.tables:
+            self.operands[operand] = self.labels[label]
         self._now, self._guard = (0, "ret", ""), NO_OPERAND
         self.emit("ret", cls="branch")
 
@@ -190,8 +194,8 @@ class Encoder:
         return self.registers[full]
 
     def temporary(self, bits: int) -> int:
-        """A register of the encoder's own."""
-        name = f"%temporary{bits}"
+        """A new register of the encoder's own."""
+        name = f"%temporary@{len(self._kinds)}"
         self._kinds[name] = f"b{bits}"
         return self.register(name)
 
@@ -299,6 +303,19 @@ class Encoder:
     def jump(self, label: str) -> None:
         """The next row's target is a label."""
         self.jumps.append((len(self.rows), self._label(label)))
+
+    def table(self, labels: list[str]) -> None:
+        """The last operands of the last row are labels."""
+        first = len(self.operands) - len(labels)
+        self.tables += [(first + i, self._label(label)) for i, label in enumerate(labels)]
+
+    def plus(self, base: int, offset: int, ty: str) -> int:
+        """An operand for a register plus a constant."""
+        if offset == 0:
+            return base
+        sum_ = self.temporary(BITS[ty])
+        self.emit("add", ty, [sum_, base, self.constants.operand(offset, BITS[ty])])
+        return sum_
 
     def unsupported(self, what: str) -> Unsupported:
         return Unsupported(what)

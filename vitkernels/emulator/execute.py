@@ -14,6 +14,8 @@ import torch
 
 from vitkernels.emulator import ptx
 from vitkernels.emulator.build import library
+from vitkernels.emulator.descriptors import SIZE as TENSOR_MAP_BYTES
+from vitkernels.emulator.descriptors import expanded, is_descriptor
 from vitkernels.emulator.encode import SHARED_BASE
 from vitkernels.emulator.lists import DESCRIPTIONS, NOTES, Kind
 
@@ -152,10 +154,14 @@ class _Machine:
     def __exit__(self, *_):
         self.lib.emu_free(self.handle)
 
-    def give(self, arguments: Sequence) -> None:
+    def give(self, arguments: Sequence, scratch: torch.Tensor | None, descriptors: Sequence[dict] | None) -> None:
         """Hand over the tensors, and pack the parameters."""
-        by_address = _storages(arguments)
-        self.storages = list(by_address.values())
+        tensors = [a.base if is_descriptor(a) else a for a in arguments]
+        self.storages = list(_storages([*tensors, scratch]).values())
+        tma = any(p.size == TENSOR_MAP_BYTES for p in self.prog.parameters)
+        arguments = expanded(arguments, descriptors, tma, self.address)
+        if scratch is not None:
+            arguments.append(scratch)
         for s in self.storages:
             self.lib.emu_buffer(self.handle, s.address, s.size, min(s.element.bit_length() - 1, 2), s.first, s.end)
         data = bytearray(self.prog.parameter_bytes + 16)
@@ -167,13 +173,19 @@ class _Machine:
         self.params = np.frombuffer(bytes(data), np.uint8).copy()
         self.lib.emu_params(self.handle, self.params.ctypes.data, len(self.params))
 
+    def address(self, tensor: torch.Tensor) -> int:
+        """Where the kernel sees a tensor."""
+        base = tensor.untyped_storage().data_ptr()
+        number = next(i for i, s in enumerate(self.storages) if s.address == base)
+        return self.lib.emu_address(number, tensor.data_ptr() - base)
+
     def _packed(self, value, size: int) -> bytes:
+        if isinstance(value, bytes):
+            return value
         if isinstance(value, torch.Tensor):
             if size != 8:
                 raise ValueError(f"a tensor for a parameter of {size} bytes")
-            base = value.untyped_storage().data_ptr()
-            number = next(i for i, s in enumerate(self.storages) if s.address == base)
-            return struct.pack("<Q", self.lib.emu_address(number, value.data_ptr() - base))
+            return struct.pack("<Q", self.address(value))
         if isinstance(value, float):
             return struct.pack("<f" if size == 4 else "<d", value)
         return (int(value) & ((1 << 8 * size) - 1)).to_bytes(size, "little")
@@ -248,12 +260,14 @@ class _Machine:
 def execute(
     text: str, arguments: list, grid: tuple[int, int, int], *, shared: int, arch: int, ctas: list[int] | None = None,
     order_seed: int = 0, check_warp: bool = False, limit: int = 1 << 62, constants: dict | None = None,
+    scratch: int = 0, descriptors: Sequence[dict] | None = None,
 ) -> Run:  # fmt: skip
     """Run the kernel of ``text``.
 
     Args:
         text: PTX with one kernel, as Triton compiles it.
-        arguments: What the PTX's parameters take: tensors, ints and floats, without Triton's two scratch pointers.
+        arguments: What the kernel takes: tensors, tensor descriptors, ints and floats, without Triton's two scratch
+            pointers.
         grid: Programs in x, y, z.
         shared: Bytes of dynamic shared memory.
         arch: Compute capability, 80 for 8.0.
@@ -262,6 +276,8 @@ def execute(
         check_warp: Report an exchange through shared memory within a warp that no bar.warp.sync orders.
         limit: Warp instructions after which the run is given up.
         constants: Kept with the result.
+        scratch: Bytes of global memory that each program wants (``kernel.metadata.global_scratch_size``).
+        descriptors: ``kernel.metadata.tensordesc_meta``; without it, tensor descriptors are tiled by their own layout.
 
     Raises:
         Unsupported: An instruction that the engine does not know; the message names its line.
@@ -271,7 +287,8 @@ def execute(
     prog = ptx.program(text)
     programs = range(grid[0] * grid[1] * grid[2]) if ctas is None else ctas
     with _Machine(prog, shared, arch) as machine:
-        machine.give(arguments)
+        memory = torch.zeros(scratch * grid[0] * grid[1] * grid[2] // 4, dtype=torch.int32) if scratch else None
+        machine.give(arguments, memory, descriptors)
         found = machine.run(programs, grid, check_warp, limit, order_seed)
         findings = machine.findings(found)
         counts, lines = machine.counts()

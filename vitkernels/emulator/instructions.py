@@ -8,7 +8,7 @@ from collections.abc import Callable
 from vitkernels.emulator.lists import BITS, COMPARISONS, FLAGS, SPECIALS
 
 ENCODERS: dict[str, Callable] = {}
-FALSE, TRUE = -2, -3
+NONE = -1
 
 
 def _encodes(*names: str):
@@ -246,8 +246,12 @@ def _matrix(e, parts, ops):
 
 @_encodes("cp")
 def _cp(e, parts, ops):
-    if parts[1] != "async" or "bulk" in parts or "mbarrier" in parts:
+    if parts[1] != "async":
         raise e.unsupported("copy")
+    if "bulk" in parts:
+        return _bulk(e, parts, ops)
+    if "mbarrier" in parts:  # cp.async.mbarrier.arrive[.noinc].shared.b64 [mbarrier]
+        return e.emit("cparrive", "b64", [_shared(e, ops[0])], imm2=int("noinc" in parts), cls="async")
     if "commit_group" in parts:
         return e.emit("cpcommit", cls="async")
     if "wait_group" in parts:
@@ -260,6 +264,101 @@ def _cp(e, parts, ops):
     e.accesses.append(size)
     operands = [shared, source] + [e.source(o, "u32") for o in ops[3:4]]
     return e.emit("cpasync", "b8", operands, imm=shared_offset, imm2=size | offset << 8, cls="cpasync")
+
+
+def _shared(e, text: str) -> int:
+    """An address in shared memory as one operand."""
+    base, offset = e.address(text, 32)
+    if base == NONE:
+        return e.constants.operand(offset, 32)
+    return e.plus(base, offset, "u32")
+
+
+def _global(e, text: str) -> int:
+    base, offset = e.address(text, 64)
+    if base == NONE:
+        return e.constants.operand(offset, 64)
+    return e.plus(base, offset, "u64")
+
+
+def _bulk(e, parts, ops):
+    """cp.async.bulk: the groups, plain copies and tiles of tensors."""
+    if "commit_group" in parts:
+        return e.emit("bulkcommit", cls="async")
+    if "wait_group" in parts:
+        return e.emit("bulkwait", imm=int(ops[0], 0), cls="async")
+    if "prefetch" in parts:
+        return e.emit("nop", cls="async")
+    spaces = [p for p in parts if p.startswith(("shared", "global"))]
+    load = spaces[0].startswith("shared")
+    if load and "mbarrier" not in parts:
+        raise e.unsupported("copy")
+    unknown = {"im2col", "im2col_no_offs", "im2col::w", "cta_group::2", "multicast::cluster", "reduce", "tile::gather4"}
+    if unknown & set(parts) or "tile::scatter4" in parts:
+        raise e.unsupported("mode")
+    e.accesses.append(16)
+    if "tensor" not in parts:  # [to], [from], bytes[, [mbarrier]]
+        shared, remote = (ops[0], ops[1]) if load else (ops[1], ops[0])
+        mbarrier = _shared(e, ops[3]) if load else NONE
+        operands = [_shared(e, shared), _global(e, remote), e.source(ops[2], "u32"), mbarrier]
+        return e.emit("cpbulk", "b8", operands, imm2=int(load), cls="bulk")
+    tensor, shared = (ops[1], ops[0]) if load else (ops[0], ops[1])  # [map, {coordinates}]
+    address, coordinates = re.fullmatch(r"\[\s*([^,]+),\s*\{(.*)\}\s*\]", tensor).groups()
+    operands = [_shared(e, shared), _global(e, f"[{address}]"), _shared(e, ops[2]) if load else NONE]
+    operands += [e.source(c.strip(), "u32") for c in coordinates.split(",")]
+    return e.emit("cptensor", "b8", operands, imm=len(operands) - 3, imm2=int(load), cls="bulk")
+
+
+@_encodes("mbarrier")
+def _mbarrier(e, parts, ops):
+    what = parts[1]
+    e.accesses.append(8)
+    if what == "init":
+        return e.emit("mbinit", "b64", [e.source(ops[1], "u32"), _shared(e, ops[0])], cls="mbarrier")
+    if what == "inval":
+        return e.emit("mbinval", "b64", [_shared(e, ops[0])], cls="mbarrier")
+    if what in ("test_wait", "try_wait"):
+        parity = "parity" in parts
+        operands = [e.predicate(ops[0]), e.source(ops[2], "u32" if parity else "b64"), _shared(e, ops[1])]
+        op = "mbtest" if what == "test_wait" else "mbtry"
+        return e.emit(op, "b64", operands, imm2=int(parity), cls="mbarrier")
+    if what == "expect_tx":
+        operands = [NONE, e.source(ops[1], "u32"), NONE, _shared(e, ops[0])]
+        return e.emit("mbarrive", "b64", operands, cls="mbarrier")
+    if what not in ("arrive", "arrive_drop") or "noComplete" in parts:
+        raise e.unsupported("mbarrier operation")
+    if not ops[0].startswith("["):
+        state, *ops = ops
+    else:
+        state = "_"
+    extra = e.source(ops[1], "u32") if len(ops) > 1 else NONE
+    expect = "expect_tx" in parts
+    operands = [e.register(state), extra if expect else NONE, NONE if expect else extra, _shared(e, ops[0])]
+    return e.emit("mbarrive", "b64", operands, imm2=1 if what == "arrive" else 2, cls="mbarrier")
+
+
+# Fields of a tensor map, in the order of MapField in engine/bulk.h
+FIELDS = (
+    "global_address", "rank", "box_dim", "global_dim", "global_stride", "element_stride", "elemtype",
+    "interleave_layout", "swizzle_mode", "fill_mode",
+)  # fmt: skip
+
+
+@_encodes("tensormap")
+def _tensormap(e, parts, ops):
+    if parts[1] == "cp_fenceproxy":  # [to], [from], 128
+        (to, to_offset), (source, source_offset) = e.address(ops[0], 64), e.address(ops[1], 64)
+        return e.emit("mappublish", "b64", [to, source], imm=to_offset, imm2=source_offset, cls="bulk")
+    if parts[1:3] != ["replace", "tile"] or "b1024" not in parts:
+        raise e.unsupported("tensor map operation")
+    field = FIELDS.index(parts[3])
+    shared = parts[4].startswith("shared")
+    base, offset = e.address(ops[0], 64)
+    ordinal = int(ops[1], 0) if len(ops) > 2 else 0
+    e.accesses.append(4)
+    operands = [base, e.source(ops[-1], parts[-1])]
+    imm = field | ordinal << 8 | shared << 16
+    return e.emit("mapreplace", "b64", operands, imm=imm, imm2=offset, cls="bulk")
 
 
 # ------------------------------------------------------------------------------------------------ warps and control
@@ -294,18 +393,28 @@ def _elect(e, parts, ops):
 def _barrier(e, parts, ops):
     if parts[1] == "warp":
         return e.emit("warpsync", cls="barrier")
-    if parts[1] not in ("sync", "arrive"):
+    if parts[1] == "cluster":  # of one program
+        return e.emit("barsync" if "wait" in parts else "nop", imm=16, cls="barrier")
+    if parts[1] not in ("sync", "arrive") and parts[1:3] not in (["cta", "sync"], ["cta", "arrive"]):
         raise e.unsupported("barrier")
-    if not all(re.fullmatch(r"\w+", o) for o in ops):
-        raise e.unsupported("barrier named by a register")
+    op = "barsync" if "sync" in parts else "bararrive"
+    if any(o.startswith("%") for o in ops):
+        return e.emit(op, operands=[e.source(o, "u32") for o in ops], cls="barrier")
     threads = int(ops[1], 0) if len(ops) > 1 else 0
-    return e.emit("barsync" if parts[1] == "sync" else "bararrive", imm=int(ops[0], 0), imm2=threads, cls="barrier")
+    return e.emit(op, imm=int(ops[0], 0), imm2=threads, cls="barrier")
 
 
 @_encodes("bra")
 def _bra(e, parts, ops):
     e.jump(ops[0])
     e.emit("bra", cls="branch")
+
+
+@_encodes("brx")
+def _brx(e, parts, ops):  # brx.idx index, targets
+    targets = e.targets[ops[1]]
+    e.emit("brx", operands=[e.source(ops[0], "u32")] + [0] * len(targets), cls="branch")
+    e.table(targets)
 
 
 @_encodes("ret", "exit")

@@ -5,9 +5,11 @@
 
 #include "machine.h"
 //
+#include "bulk.h"
 #include "floats.h"
 #include "integers.h"
 #include "loads.h"
+#include "mbarriers.h"
 #include "memory.h"
 #include "products.h"
 #include "warps.h"
@@ -98,6 +100,16 @@ static void execute(const Step& s) {
     case OP_activemask: return active_mask(s);
     case OP_elect: return elect(s);
     case OP_warpsync: return release(s);
+    case OP_mbinit: return mbarrier_init(s);
+    case OP_mbinval: return mbarrier_inval(s);
+    case OP_mbarrive: return mbarrier_arrive(s);
+    case OP_cparrive: return copies_arrive(s);
+    case OP_cptensor: return copy_tensor(s);
+    case OP_cpbulk: return copy_bulk(s);
+    case OP_bulkcommit: return bulk_commit(s);
+    case OP_bulkwait: return bulk_wait(s);
+    case OP_mapreplace: return replace_in_map(s);
+    case OP_mappublish: return publish_map(s);
     case OP_mma: return mma(s);
     case OP_wgmma: return wgmma(s);
     case OP_wgfence: s.W.fenced_registers = s.W.steps; return;
@@ -110,10 +122,10 @@ static void execute(const Step& s) {
 
 // ------------------------------------------------------------------------------------------------ one warp
 
-static void add_split(Warp& W, i32 pc, u32 mask, Wait wait = RUNNING, i32 on = 0) {
+static void add_split(Warp& W, i32 pc, u32 mask, Wait wait = RUNNING, u32 on = 0) {
   if (!mask) return;
   for (Split& s : W.splits)
-    if (s.pc == pc && s.wait == RUNNING && wait == RUNNING) {
+    if (s.pc == pc && s.wait == wait && s.on == on && wait != AT_BARRIER) {
       s.mask |= mask;
       return;
     }
@@ -129,22 +141,94 @@ static size_t first_running(const Warp& W) {
 static void at_exit(Machine& M, int w, int pc) {
   Warp& W = M.warps[w];
   W.done = true;
-  size_t left = W.copies.size();
+  size_t left = W.copies.size() + W.bulk_stores.size();
   for (auto& group : W.copy_groups) left += group.size();
+  M.progress++;
   if (left) M.report(K_copy_at_exit, pc, w, 0, left, 0);
 }
 
-// Runs a warp until all its lanes have left or wait. Lanes that diverged run from the lowest instruction on, so that they
-// meet again where their paths do.
+enum Outcome { ADVANCE, JUMPED, LEFT };
+
+static void branch_indexed(const Step& s, u32 mask) {  // o: index, targets..
+  u32 known = s.defined(0, 32);
+  if (s.m & ~known) s.report(K_undefined_predicate, lowest(s.m & ~known), 0, 0);
+  const u32* index = s.in<u32>(0);
+  for (u32 r = s.m; r; r &= r - 1) {
+    int l = lowest(r);
+    if (index[l] + 1 >= (u32)s.I.count) throw Unsupported{s.pc, "an index beyond the targets"};
+    add_split(s.W, s.o[1 + index[l]], 1u << l);
+  }
+  add_split(s.W, s.pc + 1, mask & ~s.m);
+}
+static u32 uniform_operand(const Step& s, int i) {
+  u32 value = 0;
+  if (!uniform(s, i, value)) s.report(K_divergent_collective, 0, 0, i);
+  return value;
+}
+static Outcome at_barrier(const Step& s, u32 mask, bool diverged) {
+  if (diverged || (mask | s.W.exited) != s.W.full || s.m != mask) s.report(K_divergent_barrier, 0, 0, (i32)s.m);
+  u32 id = s.I.count > 0 ? uniform_operand(s, 0) : (u32)s.I.imm, threads = s.I.count > 1 ? uniform_operand(s, 1) : (u32)s.I.imm2;
+  if (id > 16) throw Unsupported{s.pc, "a barrier's number above 15"};
+  barrier_arrive(s, id, threads);
+  if (s.I.op == OP_barsync) add_split(s.W, s.pc + 1, mask, AT_BARRIER, id);
+  if (threads && barrier_full(s.M, id)) open_barrier(s.M, id);
+  return s.I.op == OP_barsync ? LEFT : ADVANCE;
+}
+// A wait that fails lets the other warps run: try_wait until the phase completes, test_wait for a while.
+static Outcome at_mbarrier(const Step& s, u32 mask) {
+  u32 waits_for = 0, ready = mbarrier_test(s, &waits_for);
+  if (!ready && s.I.op == OP_mbtry && s.m == mask && !s.M.timing_out) {
+    s.M.total--;
+    s.M.counts[s.pc].executed--;
+    add_split(s.W, s.pc, mask, AT_MBARRIER, waits_for);
+    return LEFT;
+  }
+  s.set_pred(s.o[0], ready, FULL);
+  if (ready == s.m) return ADVANCE;
+  add_split(s.W, s.pc + 1, mask, YIELDED);
+  return LEFT;
+}
+
+// Executes an instruction that decides what runs next, or any other. `pc` is where to go under JUMPED.
+static Outcome dispatch(const Step& s, i32& pc, u32& mask, bool diverged) {
+  switch (s.I.op) {
+    case OP_bra:
+      if (s.m == mask) {
+        pc = (i32)s.I.imm;
+        return JUMPED;
+      }
+      add_split(s.W, (i32)s.I.imm, s.m);
+      add_split(s.W, pc + 1, mask & ~s.m);
+      return LEFT;
+    case OP_brx: branch_indexed(s, mask); return LEFT;
+    case OP_ret:
+      s.W.exited |= s.m;
+      mask &= ~s.m;
+      return mask ? ADVANCE : LEFT;
+    case OP_trap:
+      s.report(K_trap, lowest(s.m), 0, 0);
+      s.M.stopped = true;
+      return LEFT;
+    case OP_barsync: case OP_bararrive: return at_barrier(s, mask, diverged);
+    case OP_mbtest: case OP_mbtry: return at_mbarrier(s, mask);
+    default: execute(s); return ADVANCE;
+  }
+}
+
+// Runs a warp until all its lanes have left or wait, or for a long time. Lanes that diverged run from the lowest
+// instruction on, so that they meet again where their paths do.
 static void run_warp(Machine& M, int w) {
+  static const u64 LONG = 1 << 22;
   Warp& W = M.warps[w];
-  int pc = 0;
+  i32 pc = 0;
+  u64 started = M.total;
   while (!M.stopped) {
     size_t first = first_running(W);
     if (first == W.splits.size()) break;
     pc = W.splits[first].pc;
     u32 mask = W.splits[first].mask;
     W.splits.erase(W.splits.begin() + first);
+    const bool diverged = !W.splits.empty();
     size_t second = first_running(W);
     const i32 next = second < W.splits.size() ? W.splits[second].pc : 0x7FFFFFFF;
     for (;;) {
@@ -173,39 +257,15 @@ static void run_warp(Machine& M, int w) {
         continue;
       }
       Step s{M, W, I, M.operands + I.first, m, pc, w};
-      if (I.op == OP_bra) {
-        if (m == mask) {
-          pc = (i32)I.imm;
-          continue;
-        }
-        add_split(W, (i32)I.imm, m);
-        add_split(W, pc + 1, mask & ~m);
-        break;
-      }
-      if (I.op == OP_ret) {
-        W.exited |= m;
-        mask &= ~m;
-        if (!mask) break;
+      Outcome outcome = dispatch(s, pc, mask, diverged);
+      if (outcome == LEFT) break;
+      if (outcome == ADVANCE) {
         pc++;
-        continue;
+      } else if (M.total - started > LONG) {  // others may have to write what it waits for
+        add_split(W, pc, mask);
+        M.progress++;
+        return;
       }
-      if (I.op == OP_trap) {
-        s.report(K_trap, lowest(m), 0, 0);
-        M.stopped = true;
-        break;
-      }
-      if (I.op == OP_barsync || I.op == OP_bararrive) {
-        if (next != 0x7FFFFFFF || (mask | W.exited) != W.full || m != mask) s.report(K_divergent_barrier, 0, 0, (i32)m);
-        int id = (int)I.imm & 15;
-        barrier_arrive(s, id, (i32)I.imm2);
-        if (I.op == OP_barsync) add_split(W, pc + 1, mask, AT_BARRIER, id);
-        if (I.imm2 && barrier_full(M, id)) open_barrier(M, id);
-        if (I.op == OP_barsync) break;
-        pc++;
-        continue;
-      }
-      execute(s);
-      pc++;
     }
   }
   if (W.splits.empty() && !W.done) at_exit(M, w, pc);
@@ -228,6 +288,9 @@ static void start_program(Machine& M, i32 program) {
   std::fill(M.in_flight.begin(), M.in_flight.end(), 0);
   std::fill(M.written_at.begin(), M.written_at.end(), 0);
   for (Barrier& b : M.barriers) b = Barrier();
+  M.mbarriers.clear();
+  M.actors = M.warp_count;
+  M.timing_out = false;
   M.warps.assign(M.warp_count, Warp());
   for (int w = 0; w < M.warp_count; w++) {
     Warp& W = M.warps[w];
@@ -244,13 +307,22 @@ static void start_program(Machine& M, i32 program) {
   }
 }
 
+// Who waits for what: a barrier's number, or an mbarrier and the arrivals that it lacks.
 static void report_deadlock(Machine& M) {
   for (int w = 0; w < M.warp_count; w++)
-    for (const Split& s : M.warps[w].splits) M.report(K_deadlock, s.pc - (s.wait == AT_BARRIER), w, lowest(s.mask), 0, s.on);
+    for (const Split& s : M.warps[w].splits) {
+      if (s.wait != AT_MBARRIER) {
+        M.report(K_deadlock, s.pc - (s.wait != RUNNING), w, lowest(s.mask), 0, (i32)s.on);
+        continue;
+      }
+      auto it = M.mbarriers.find(s.on - SHARED_BASE);
+      M.report(K_deadlock, s.pc, w, lowest(s.mask), s.on, it == M.mbarriers.end() ? -1 : it->second.pending);
+    }
   M.stopped = true;
 }
 
 static void run_program(Machine& M, u64& random, bool shuffled) {
+  int idle = 0;  // rounds without progress
   while (!M.stopped) {
     int order[MAX_WARPS];
     for (int i = 0; i < M.warp_count; i++) order[i] = i;
@@ -258,22 +330,27 @@ static void run_program(Machine& M, u64& random, bool shuffled) {
       random = random * 6364136223846793005ull + 1442695040888963407ull;
       std::swap(order[i], order[(random >> 33) % (i + 1)]);
     }
-    bool progress = false, all_done = true;
+    u64 before = M.progress;
+    bool polling = false, all_done = true;
     for (int i = 0; i < M.warp_count && !M.stopped; i++) {
       Warp& W = M.warps[order[i]];
-      if (W.done || first_running(W) == W.splits.size()) continue;
+      if (W.done) continue;
+      for (Split& s : W.splits) {
+        polling |= s.wait == YIELDED || s.wait == AT_MBARRIER;
+        if (s.wait == YIELDED || s.wait == AT_MBARRIER) s.wait = RUNNING;
+      }
       run_warp(M, order[i]);
-      progress = true;
+      for (const Split& s : W.splits) polling |= s.wait == YIELDED || s.wait == AT_MBARRIER;
     }
     if (M.stopped) return;
     for (const Warp& W : M.warps) all_done &= W.done;
     if (all_done) return;
-    for (int id = 0; id < 16; id++)
-      if (barrier_full(M, id)) {
-        open_barrier(M, id);
-        progress = true;
-      }
-    if (!progress) report_deadlock(M);
+    for (int id = 0; id < 17; id++)
+      if (barrier_full(M, id)) open_barrier(M, id);
+    // a try_wait may be given up, and something else be done: only where that leads nowhere is there a deadlock
+    idle = M.progress == before ? idle + 1 : 0;
+    M.timing_out = polling && idle % 2 == 1;
+    if (idle && (!polling || idle == 8)) report_deadlock(M);
   }
 }
 

@@ -33,6 +33,8 @@
   X(cvt) X(cvt2) X(setp) X(selp) X(andp) X(orp) X(xorp) X(notp) X(testp) \
   X(ldparam) X(ldg) X(stg) X(lds) X(sts) X(ldmatrix) X(stmatrix) X(cpasync) X(cpcommit) X(cpwait) \
   X(shfl) X(vote) X(activemask) X(elect) X(barsync) X(bararrive) X(warpsync) X(bra) X(ret) X(trap) \
+  X(mbinit) X(mbinval) X(mbarrive) X(mbtest) X(mbtry) X(cparrive) \
+  X(cptensor) X(cpbulk) X(bulkcommit) X(bulkwait) X(mapreplace) X(mappublish) X(brx) \
   X(mma) X(wgmma) X(wgfence) X(wgcommit) X(wgwait) X(fenceproxy) X(membar)
 
 // What the engine reports. A note is no error by itself.
@@ -59,6 +61,11 @@
   X(source_overwritten, "write to shared memory while wgmma or a bulk store reads it", error) \
   X(unfenced_store, "asynchronous access to what st.shared wrote without fence.proxy.async", error) \
   X(unfenced_copy, "asynchronous access to what cp.async wrote without fence.proxy.async", note) \
+  X(unfenced_overwrite, "bulk copy over what st.shared wrote without fence.proxy.async", error) \
+  X(mbarrier_invalid, "mbarrier used that was not initialised, or initialised twice", error) \
+  X(mbarrier_overflow, "more arrivals on an mbarrier than its phase expects", error) \
+  X(mbarrier_overwritten, "write over an mbarrier", error) \
+  X(tensor_map, "tensor map that the hardware rejects", error) \
   X(accumulator_in_flight, "register touched while wgmma is under way", error) \
   X(unfenced_register, "register given to wgmma that was written since wgmma.fence", error) \
   X(undefined_address, "undefined address", error) \

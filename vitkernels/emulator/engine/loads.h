@@ -18,22 +18,6 @@ static void load_param(const Step& s) {  // imm: offset, imm2: bytes of an eleme
   }
 }
 
-// Lanes whose address is defined; the others are reported and left out.
-static u32 addressed(const Step& s, int operand, int bits) {
-  u32 bad = s.m & ~s.defined(operand, bits);
-  if (bad) s.report(K_undefined_address, lowest(bad), 0, 0);
-  return s.m & ~bad;
-}
-static u32 shared_addresses(const Step& s, int operand, u32* address) {
-  if (s.o[operand] == -1) {
-    LANES(l) address[l] = (u32)s.I.imm;
-    return s.m;
-  }
-  const u32* a = s.in<u32>(operand);
-  LANES(l) address[l] = a[l] + (u32)s.I.imm;
-  return addressed(s, operand, 32);
-}
-
 // Register i of the lanes takes `size` bytes from each lane's place, extended as the type tells.
 template <class Raw, class Register>
 static ALWAYS_INLINE void gather(Register* d, u32 lanes, const u8* const* from, int offset) {

@@ -103,11 +103,11 @@ struct Cell {
   u32 readers;   // warps that read since
   u16 writer;    // by this actor
   u8 lane;
-  u8 proxy;      // 1 st.shared, 2 cp.async, 3 a bulk copy
+  u8 proxy;      // Proxy, or 0
   u16 pending;   // warp + 1 whose cp.async writes it
   u16 reading;   // wgmmas and bulk stores that read it
 };
-enum Proxy : u8 { BY_STORE = 1, BY_COPY = 2, BY_BULK = 3 };
+enum Proxy : u8 { BY_STORE = 1, BY_COPY = 2, BY_BULK = 3, IS_MBARRIER = 4 };
 enum ByteState : u8 { UNWRITTEN = 0, UNDEFINED = 1, DEFINED = 3 };
 
 struct Copy {  // cp.async under way
@@ -117,12 +117,17 @@ struct Copy {  // cp.async under way
 struct Range {
   u32 at, bytes;
 };
-enum Wait : u8 { RUNNING, AT_BARRIER };
+struct BulkStore {  // under way
+  u32 lane;
+  i64 group;  // -1 before it is committed
+  std::vector<Range> sources;
+};
+enum Wait : u8 { RUNNING, AT_BARRIER, AT_MBARRIER, YIELDED };
 struct Split {  // lanes of a warp that run together
   i32 pc;
   u32 mask;
   Wait wait;
-  i32 on;  // barrier
+  u32 on;  // barrier, or the mbarrier's address
 };
 
 struct Warp {
@@ -139,12 +144,24 @@ struct Warp {
   std::deque<std::vector<Range>> source_groups;
   std::vector<i32> accumulators;
   std::deque<std::vector<i32>> accumulator_groups;
+  std::vector<BulkStore> bulk_stores;
+  i64 bulk_groups[32];  // committed, by lane
   u64 steps, fenced_registers;
   Clock seen, fenced;
 };
 struct Barrier {
   i32 threads, wanted;  // arrived; given with the instruction, 0 for all
   Clock seen, fenced;
+};
+
+struct Mbarrier {
+  bool live;
+  i32 actor;              // its number among the clocks, 0: none yet
+  u32 time;               // of its actor: counts phases, over initialisations too
+  u32 phase;
+  i32 expected, pending;  // arrivals
+  i64 bytes;              // expected and not yet there
+  Clock seen, fenced, done_seen, done_fenced;  // of the phase under way and of the last that completed
 };
 
 struct Machine {
@@ -169,13 +186,17 @@ struct Machine {
   std::vector<Planes> defined_file;
   std::vector<u32> predicate_file, predicate_defined_file;
   std::vector<u64> written_at;  // by warp and slot: step of the last write, for wgmma.fence
-  Barrier barriers[16];
+  Barrier barriers[17];  // the last is the cluster's, of one program
+  std::unordered_map<u32, Mbarrier> mbarriers;
+  i32 actors;
   i32 cta[3], grid[3], program;
   // of the run
   std::unordered_map<u64, size_t> index;
   std::vector<Found> found;
   std::vector<Counts> counts;
   u64 total, limit;
+  u64 progress;    // counts what a waiting warp may wait for
+  bool timing_out;  // try_wait gives up instead of waiting
   bool check_warp, stopped;
   std::string error;
   i32 error_pc;

@@ -2,6 +2,9 @@
 #pragma once
 #include "machine.h"
 
+// What went before is now published: later accesses bear a later time.
+static inline void release(const Step& s) { s.W.seen[s.w]++; }
+
 // ------------------------------------------------------------------------------------------------ global memory
 
 static inline u64 stamp(const Step& s) { return (u64)(s.M.program + 1) << 32 | (u32)s.w << 26 | (s.now() & 0x3FFFFFF); }
@@ -46,8 +49,7 @@ static u8* global_access(const Step& s, u64 address, u32 n, int lane, bool write
       b->reads[g] = read && read >> 32 != program ? ~0ull << 32 : me;
     }
   }
-  b->sectors[(u64)at >> 5] |= write ? 2 : 1;
-  b->sectors[((u64)at + n - 1) >> 5] |= write ? 2 : 1;
+  for (u64 i = (u64)at >> 5; i <= ((u64)at + n - 1) >> 5; i++) b->sectors[i] |= write ? 2 : 1;
   return b->host + at;
 }
 
@@ -88,6 +90,22 @@ static ALWAYS_INLINE bool shared_address(const Step& s, u32 address, u32 n, int 
     return false;
   }
   return true;
+}
+
+// Lanes whose address is defined; the others are reported and left out.
+static u32 addressed(const Step& s, int operand, int bits) {
+  u32 bad = s.m & ~s.defined(operand, bits);
+  if (bad) s.report(K_undefined_address, lowest(bad), 0, 0);
+  return s.m & ~bad;
+}
+static u32 shared_addresses(const Step& s, int operand, u32* address) {
+  if (s.o[operand] == -1) {
+    LANES(l) address[l] = (u32)s.I.imm;
+    return s.m;
+  }
+  const u32* a = s.in<u32>(operand);
+  LANES(l) address[l] = a[l] + (u32)s.I.imm;
+  return addressed(s, operand, 32);
 }
 
 static ALWAYS_INLINE void note_reader(const Step& s, Cell* cells, u32* read_times, u32 g, u32 now) {
@@ -145,6 +163,7 @@ static inline void check_overwrite(const Step& s, u32 a, u32 n, int lane, const 
   for (u32 g = a >> M.granule; g <= last; g++) {
     const Cell& c = cells[g];
     if (c.pending) s.report(K_copy_overwritten, lane, a + SHARED_BASE, c.pending - 1);
+    if (c.proxy == IS_MBARRIER) s.report(K_mbarrier_overwritten, lane, a + SHARED_BASE, c.writer);
     if (c.reading) s.report(K_source_overwritten, lane, a + SHARED_BASE, c.reading);
     if (c.time > seen[c.writer]) {
       u32 from = std::max(a, g << M.granule), to = std::min(a + n, (g + 1) << M.granule);
@@ -197,7 +216,7 @@ static inline u32 async_read(const Step& s, u32 a, u32 n) {
   for (u32 g = a >> M.granule; g <= last; g++) {
     Cell& c = cells[g];
     c.reading++;
-    if (c.proxy && c.proxy != BY_BULK && c.time > s.W.fenced[c.writer])
+    if ((c.proxy == BY_STORE || c.proxy == BY_COPY) && c.time > s.W.fenced[c.writer])
       s.report(c.proxy == BY_COPY ? K_unfenced_copy : K_unfenced_store, -1, a + SHARED_BASE, c.writer);
   }
   return known;

@@ -56,23 +56,21 @@ static void elect(const Step& s) {  // the lowest lane of those that run
   s.set_pred(s.o[1], 1u << leader, FULL);
 }
 
-// What went before is now published: later accesses bear a later time.
-static inline void release(const Step& s) { s.W.seen[s.w]++; }
-
 // ------------------------------------------------------------------------------------------------ barriers
 
 static void open_barrier(Machine& M, int id) {
   Barrier& b = M.barriers[id];
   for (Warp& w : M.warps)
     for (Split& split : w.splits)
-      if (split.wait == AT_BARRIER && split.on == id) {
+      if (split.wait == AT_BARRIER && split.on == (u32)id) {
         split.wait = RUNNING;
         join(w.seen, b.seen);
         join(w.fenced, b.fenced);
       }
   b = Barrier();
+  M.progress++;
 }
-// bar.sync and bar.arrive: imm: number, imm2: threads or 0 for all. Every warp counts as 32 threads.
+// bar.sync and bar.arrive: o: number, threads, or imm: number, imm2: threads; 0 threads are all. A warp counts as 32.
 static void barrier_arrive(const Step& s, int id, i32 wanted) {
   Barrier& b = s.M.barriers[id];
   if (b.threads && b.wanted != wanted) s.report(K_divergent_barrier, 0, 0, id);

@@ -14,8 +14,8 @@ ELEMENTS = {
     torch.float8_e4m3fn: 0, torch.float8_e5m2: 0,
 }  # fmt: skip
 TF32 = 11
-# struct TensorMap of engine/bulk.h: address, strides, dims, box, element strides, rank - 1, element, interleave, swizzle,
-# fill
+# struct TensorMap of engine/bulk.h: address, strides, dims, box, element strides, rank - 1, element, interleave,
+# swizzle, fill
 LAYOUT = "<Q4Q5I5I5I5I8x"
 SIZE = struct.calcsize(LAYOUT)
 

@@ -291,7 +291,7 @@ def _bulk(e, parts, ops):
         return e.emit("nop", cls="async")
     spaces = [p for p in parts if p.startswith(("shared", "global"))]
     load = spaces[0].startswith("shared")
-    if load and "mbarrier" not in parts:
+    if load and not any(p.startswith("mbarrier") for p in parts):
         raise e.unsupported("copy")
     unknown = {"im2col", "im2col_no_offs", "im2col::w", "cta_group::2", "multicast::cluster", "reduce", "tile::gather4"}
     if unknown & set(parts) or "tile::scatter4" in parts:

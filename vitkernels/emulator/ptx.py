@@ -114,7 +114,11 @@ def parse(text: str) -> Program:
     body = text[head.end() - 1 :]
     before = text[: head.end() - 1].count("\n")
     encoder = Encoder(parameters)
-    for number, statement, place in statements(body[: body.find("\n}") + 2]):
+    depth = 0
+    for number, statement, place in statements(body):
+        depth += (statement == "{") - (statement == "}")
+        if depth == 0:
+            break
         try:
             encoder.statement(statement, number + before, place)
         except (Unsupported, KeyError, IndexError, ValueError) as error:

@@ -320,8 +320,7 @@ def _mbarrier(e, parts, ops):
     if what in ("test_wait", "try_wait"):
         parity = "parity" in parts
         operands = [e.predicate(ops[0]), e.source(ops[2], "u32" if parity else "b64"), _shared(e, ops[1])]
-        op = "mbtest" if what == "test_wait" else "mbtry"
-        return e.emit(op, "b64", operands, imm2=int(parity), cls="mbarrier")
+        return e.emit("mbtest", "b64", operands, imm2=int(parity), cls="mbarrier")
     if what == "expect_tx":
         operands = [NONE, e.source(ops[1], "u32"), NONE, _shared(e, ops[0])]
         return e.emit("mbarrive", "b64", operands, cls="mbarrier")

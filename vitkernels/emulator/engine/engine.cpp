@@ -174,18 +174,12 @@ static Outcome at_barrier(const Step& s, u32 mask, bool diverged) {
   if (threads && barrier_full(s.M, id)) open_barrier(s.M, id);
   return s.I.op == OP_barsync ? LEFT : ADVANCE;
 }
-// A wait that fails lets the other warps run: try_wait until the phase completes, test_wait for a while.
+// A wait that fails lets the other warps run.
 static Outcome at_mbarrier(const Step& s, u32 mask) {
   u32 waits_for = 0, ready = mbarrier_test(s, &waits_for);
-  if (!ready && s.I.op == OP_mbtry && s.m == mask && !s.M.timing_out) {
-    s.M.total--;
-    s.M.counts[s.pc].executed--;
-    add_split(s.W, s.pc, mask, AT_MBARRIER, waits_for);
-    return LEFT;
-  }
   s.set_pred(s.o[0], ready, FULL);
   if (ready == s.m) return ADVANCE;
-  add_split(s.W, s.pc + 1, mask, YIELDED);
+  add_split(s.W, s.pc + 1, mask, YIELDED, waits_for);
   return LEFT;
 }
 
@@ -210,7 +204,7 @@ static Outcome dispatch(const Step& s, i32& pc, u32& mask, bool diverged) {
       s.M.stopped = true;
       return LEFT;
     case OP_barsync: case OP_bararrive: return at_barrier(s, mask, diverged);
-    case OP_mbtest: case OP_mbtry: return at_mbarrier(s, mask);
+    case OP_mbtest: return at_mbarrier(s, mask);
     default: execute(s); return ADVANCE;
   }
 }
@@ -290,7 +284,6 @@ static void start_program(Machine& M, i32 program) {
   for (Barrier& b : M.barriers) b = Barrier();
   M.mbarriers.clear();
   M.actors = M.warp_count;
-  M.timing_out = false;
   M.warps.assign(M.warp_count, Warp());
   for (int w = 0; w < M.warp_count; w++) {
     Warp& W = M.warps[w];
@@ -311,17 +304,15 @@ static void start_program(Machine& M, i32 program) {
 static void report_deadlock(Machine& M) {
   for (int w = 0; w < M.warp_count; w++)
     for (const Split& s : M.warps[w].splits) {
-      if (s.wait != AT_MBARRIER) {
-        M.report(K_deadlock, s.pc - (s.wait != RUNNING), w, lowest(s.mask), 0, (i32)s.on);
-        continue;
-      }
-      auto it = M.mbarriers.find(s.on - SHARED_BASE);
-      M.report(K_deadlock, s.pc, w, lowest(s.mask), s.on, it == M.mbarriers.end() ? -1 : it->second.pending);
+      auto it = s.wait == YIELDED ? M.mbarriers.find(s.on - SHARED_BASE) : M.mbarriers.end();
+      if (it == M.mbarriers.end()) M.report(K_deadlock, s.pc - 1, w, lowest(s.mask), 0, (i32)s.on);
+      else M.report(K_deadlock, s.pc - 1, w, lowest(s.mask), s.on, it->second.pending);
     }
   M.stopped = true;
 }
 
 static void run_program(Machine& M, u64& random, bool shuffled) {
+  const int PATIENCE = 1000;
   int idle = 0;  // rounds without progress
   while (!M.stopped) {
     int order[MAX_WARPS];
@@ -335,22 +326,19 @@ static void run_program(Machine& M, u64& random, bool shuffled) {
     for (int i = 0; i < M.warp_count && !M.stopped; i++) {
       Warp& W = M.warps[order[i]];
       if (W.done) continue;
-      for (Split& s : W.splits) {
-        polling |= s.wait == YIELDED || s.wait == AT_MBARRIER;
-        if (s.wait == YIELDED || s.wait == AT_MBARRIER) s.wait = RUNNING;
-      }
+      for (Split& s : W.splits)
+        if (s.wait == YIELDED) s.wait = RUNNING;
       run_warp(M, order[i]);
-      for (const Split& s : W.splits) polling |= s.wait == YIELDED || s.wait == AT_MBARRIER;
+      for (const Split& s : W.splits) polling |= s.wait == YIELDED;
     }
     if (M.stopped) return;
     for (const Warp& W : M.warps) all_done &= W.done;
     if (all_done) return;
     for (int id = 0; id < 17; id++)
       if (barrier_full(M, id)) open_barrier(M, id);
-    // a try_wait may be given up, and something else be done: only where that leads nowhere is there a deadlock
+    // who polls may give up and do something else: only where that leads nowhere is there a deadlock
     idle = M.progress == before ? idle + 1 : 0;
-    M.timing_out = polling && idle % 2 == 1;
-    if (idle && (!polling || idle == 8)) report_deadlock(M);
+    if (idle && (!polling || idle == PATIENCE)) report_deadlock(M);
   }
 }
 

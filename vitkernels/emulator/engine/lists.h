@@ -33,7 +33,7 @@
   X(cvt) X(cvt2) X(setp) X(selp) X(andp) X(orp) X(xorp) X(notp) X(testp) \
   X(ldparam) X(ldg) X(stg) X(lds) X(sts) X(ldmatrix) X(stmatrix) X(cpasync) X(cpcommit) X(cpwait) \
   X(shfl) X(vote) X(activemask) X(elect) X(barsync) X(bararrive) X(warpsync) X(bra) X(ret) X(trap) \
-  X(mbinit) X(mbinval) X(mbarrive) X(mbtest) X(mbtry) X(cparrive) \
+  X(mbinit) X(mbinval) X(mbarrive) X(mbtest) X(cparrive) \
   X(cptensor) X(cpbulk) X(bulkcommit) X(bulkwait) X(mapreplace) X(mappublish) X(brx) \
   X(mma) X(wgmma) X(wgfence) X(wgcommit) X(wgwait) X(fenceproxy) X(membar)
 

@@ -122,7 +122,7 @@ struct BulkStore {  // under way
   i64 group;  // -1 before it is committed
   std::vector<Range> sources;
 };
-enum Wait : u8 { RUNNING, AT_BARRIER, AT_MBARRIER, YIELDED };
+enum Wait : u8 { RUNNING, AT_BARRIER, YIELDED };
 struct Split {  // lanes of a warp that run together
   i32 pc;
   u32 mask;
@@ -148,6 +148,7 @@ struct Warp {
   i64 bulk_groups[32];  // committed, by lane
   u64 steps, fenced_registers;
   Clock seen, fenced;
+  Clock asked;  // by mbarrier: the phase that it asked for in vain
 };
 struct Barrier {
   i32 threads, wanted;  // arrived; given with the instruction, 0 for all
@@ -196,7 +197,6 @@ struct Machine {
   std::vector<Counts> counts;
   u64 total, limit;
   u64 progress;    // counts what a waiting warp may wait for
-  bool timing_out;  // try_wait gives up instead of waiting
   bool check_warp, stopped;
   std::string error;
   i32 error_pc;

@@ -106,15 +106,36 @@ static void mbarrier_arrive(const Step& s) {
   }
 }
 
+// Whether a warp that asks is told of the phase that completed. The first time it asks it is not, unless something else
+// already ordered it after: on a GPU the phase might complete a little later, and a kernel that does not ask again would
+// go on too early.
+static bool told(const Step& s, const Mbarrier& b) {
+  if (b.phase == 0) return true;  // what comes before the first phase
+  u32 time = b.time - 1;
+  if (s.W.asked.size() <= (size_t)b.actor) s.W.asked.resize(b.actor + 1, 0);
+  if (s.W.seen[b.actor] >= time || s.W.asked[b.actor] == time) return true;
+  s.W.asked[b.actor] = time;
+  s.M.progress++;
+  return false;
+}
+
 // Lanes whose phase is complete. o: predicate, state or parity, address; imm2: 1 by parity.
 static u32 mbarrier_test(const Step& s, u32* waits_for) {
   u32 address[32], lanes = shared_addresses(s, 2, address), ready = 0;
+  const Mbarrier* before = nullptr;
+  bool tell = true;
   for (u32 r = lanes; r; r &= r - 1) {
     int l = lowest(r);
     Mbarrier* b = mbarrier_at(s, address[l], l);
     if (!b) continue;
     u32 parity = s.I.imm2 ? s.in<u32>(1)[l] & 1 : (u32)s.in<u64>(1)[l] & 1;
-    if (completed(*b, parity)) {
+    if (!completed(*b, parity)) {
+      *waits_for = address[l];
+      continue;
+    }
+    if (b != before) tell = told(s, *b);  // the lanes ask together
+    before = b;
+    if (tell) {
       ready |= 1u << l;
       join(s.W.seen, b->done_seen);
       join(s.W.fenced, b->done_fenced);

@@ -21,7 +21,7 @@ def _encodes(*names: str):
 
 
 def _class_of(ty: str) -> str:
-    return {"f32": "fp32", "f64": "fp64"}.get(ty, "half") if ty.startswith(("f", "bf")) else "alu"
+    return {"f32": "fp32", "f64": "fp64", "f32x2": "fp32"}.get(ty, "half") if ty.startswith(("f", "bf")) else "alu"
 
 
 def _plain(e, op, parts, ops, cls=None, **more):
@@ -82,7 +82,15 @@ def _createpolicy(e, parts, ops):
 
 @_encodes("add", "sub", "min", "max", "neg", "abs", "fma", "copysign", "popc", "clz", "brev")
 def _arithmetic(e, parts, ops):
-    _plain(e, parts[0], parts, ops)
+    narrow = parts[-1]
+    if parts[-2] == "f32" and narrow in ("f16", "bf16"):  # add.f32.bf16: all operands but the last are narrower
+        operands = [e.register(ops[0])]
+        for operand in ops[1:-1]:
+            operands.append(e.temporary(32))
+            e.emit("cvt", "f32", [operands[-1], e.source(operand, narrow)], ty2=narrow, cls="cvt")
+        operands.append(e.source(ops[-1], "f32"))
+        return e.emit(parts[0], "f32", operands, flags=e.flags(parts), cls="fp32")
+    return _plain(e, parts[0], parts, ops)
 
 
 @_encodes("sqrt", "rsqrt", "rcp", "ex2", "lg2", "tanh", "sin", "cos")
@@ -197,9 +205,13 @@ def _selp(e, parts, ops):
 # ------------------------------------------------------------------------------------------------ memory
 
 
+def _space(parts: list[str]) -> str:
+    return next((p for p in parts if p.startswith(("global", "shared", "param"))), "generic")
+
+
 @_encodes("ld")
 def _ld(e, parts, ops):
-    space, ty, names = parts[1], parts[-1], _vector(ops[0])
+    space, ty, names = _space(parts), parts[-1], _vector(ops[0])
     size = BITS[ty] // 8
     flags = FLAGS["wide"] if e.bits(names[0]) == 64 else 0
     registers = [e.register(n) for n in names]
@@ -219,7 +231,7 @@ def _ld(e, parts, ops):
 
 @_encodes("st")
 def _st(e, parts, ops):
-    space, ty, names = parts[1], parts[-1], _vector(ops[1])
+    space, ty, names = _space(parts), parts[-1], _vector(ops[1])
     size = BITS[ty] // 8
     operands = [e.source(n, ty if BITS[ty] >= 32 else "b32") for n in names]
     if space == "global":
@@ -232,16 +244,42 @@ def _st(e, parts, ops):
     raise e.unsupported(f"space {space}")
 
 
+ATOMICS = ("add", "min", "max", "and", "or", "xor", "exch", "cas")  # enum Atomic of engine/atomics.h
+
+
+@_encodes("atom", "red")
+def _atom(e, parts, ops):
+    what = [p for p in parts if p in ATOMICS]
+    if "global" not in parts or len(what) != 1 or any(p in ("v2", "v4", "v8") for p in parts):
+        raise e.unsupported("atomic operation")
+    ty = parts[-1]
+    to = e.register(ops.pop(0)) if parts[0] == "atom" else NONE
+    base, offset = e.address(ops[0], 64)
+    operands = [to, base, e.source(ops[1], ty)] + [e.source(o, ty) for o in ops[2:3]]
+    e.emit("atom", ty, operands, imm=ATOMICS.index(what[0]), imm2=offset, cls="atom")
+
+
+@_encodes("redux")
+def _redux(e, parts, ops):
+    ty = parts[-1]
+    if "abs" in parts:
+        raise e.unsupported("mode")
+    operands = [e.register(ops[0]), e.source(ops[1], ty)]
+    e.emit("redux", ty, operands, flags=e.flags(parts), imm=ATOMICS.index(parts[2]), cls="shfl")
+
+
 @_encodes("ldmatrix", "stmatrix")
 def _matrix(e, parts, ops):
-    if "m8n8" not in parts:
-        raise e.unsupported("shape")
     load = parts[0] == "ldmatrix"
+    bytes_ = load and {"m16n16", "trans", "b8"} <= set(parts)
+    if "m8n8" not in parts and not bytes_:
+        raise e.unsupported("shape")
     base, offset = e.address(ops[1 if load else 0], 32)
     names = _vector(ops[0 if load else 1])
     e.accesses.append(16)
     registers = [e.register(n) for n in names] if load else [e.source(n, "b32") for n in names]
-    e.emit(parts[0], "b16", [*registers, base], flags=e.flags(parts), imm=offset, cls=parts[0])
+    op = "ldmatrix8" if bytes_ else parts[0]
+    e.emit(op, "b16", [*registers, base], flags=e.flags(parts), imm=offset, cls=parts[0])
 
 
 @_encodes("cp")

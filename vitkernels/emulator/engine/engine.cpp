@@ -5,6 +5,7 @@
 
 #include "machine.h"
 //
+#include "atomics.h"
 #include "bulk.h"
 #include "floats.h"
 #include "integers.h"
@@ -31,7 +32,7 @@ static void watch_registers(const Step& s) {
       s.report(K_accumulator_in_flight, 0, 0, s.o[i]);
   bool writes = I.op != OP_setp && I.op != OP_testp && I.op != OP_sts && I.op != OP_stg && I.op != OP_stmatrix;
   if (!writes || !I.count) return;
-  bool several = I.op == OP_lds || I.op == OP_ldg || I.op == OP_ldmatrix || I.op == OP_ldparam || I.op == OP_unpack;
+  bool several = I.op == OP_lds || I.op == OP_ldg || I.op == OP_ldmatrix || I.op == OP_ldmatrix8 || I.op == OP_ldparam || I.op == OP_unpack;
   ++s.W.steps;
   for (int i = 0; i < (several ? I.count - (I.op != OP_ldparam) : 1); i++)
     if (s.o[i] >= 0) s.M.written_at[mine + s.o[i]] = s.W.steps;
@@ -39,7 +40,7 @@ static void watch_registers(const Step& s) {
 
 static void execute(const Step& s) {
   const int type = s.I.type;
-  const bool fp = is_float(type) || type == T_f16x2 || type == T_bf16x2;
+  const bool fp = is_float(type) || type == T_f16x2 || type == T_bf16x2 || type == T_f32x2;
   if (s.M.uses_wgmma) watch_registers(s);
   switch (s.I.op) {
     case OP_nop: case OP_membar: return;
@@ -88,7 +89,10 @@ static void execute(const Step& s) {
     case OP_lds: return load_shared(s);
     case OP_sts: return store_shared(s);
     case OP_ldmatrix: return load_matrix(s);
+    case OP_ldmatrix8: return load_matrix_of_bytes(s);
     case OP_stmatrix: return store_matrix(s);
+    case OP_atom: return atomic(s);
+    case OP_redux: return reduce_warp(s);
     case OP_cpasync: return copy_async(s);
     case OP_cpcommit:
       s.W.copy_groups.push_back(std::move(s.W.copies));

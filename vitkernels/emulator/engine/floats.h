@@ -51,6 +51,34 @@ static void fp32(const Step& s) {
   s.define(0, 32, all_defined(s, 1, 32));
 }
 
+// Pairs of fp32 in 64-bit registers.
+template <class F> static ALWAYS_INLINE void single_pair(const Step& s, F f) {
+  const float *a = s.in<float>(1), *b = s.I.count > 2 ? s.in<float>(2) : a, *c = s.I.count > 3 ? s.in<float>(3) : a;
+  float* d = s.out<float>(0);
+  bool z = s.I.flags & F_ftz;
+  for (u32 r = s.m; r; r &= r - 1)
+    for (int i = 2 * lowest(r), end = i + 2; i < end; i++)
+      d[i] = z ? flushed(f(flushed(a[i]), flushed(b[i]), flushed(c[i]))) : f(a[i], b[i], c[i]);
+}
+static void fp32x2(const Step& s) {
+  switch (s.I.op) {
+    case OP_add: single_pair(s, [](float a, float b, float) { return a + b; }); break;
+    case OP_sub: single_pair(s, [](float a, float b, float) { return a - b; }); break;
+    case OP_mul: single_pair(s, [](float a, float b, float) { return a * b; }); break;
+    case OP_fma: single_pair(s, [](float a, float b, float c) { return __builtin_fmaf(a, b, c); }); break;
+    default: s.unsupported();
+  }
+  u32 known[8] = {FULL, FULL, FULL, FULL, FULL, FULL, FULL, FULL}, of[8];
+  for (int i = 1; i < s.I.count; i++) {
+    s.bytes(i, 64, of);
+    for (int h = 0; h < 8; h += 4) {
+      u32 all = known[h] & of[h] & of[h + 1] & of[h + 2] & of[h + 3];
+      for (int k = 0; k < 4; k++) known[h + k] = all;
+    }
+  }
+  s.set_bytes(0, 64, known);
+}
+
 template <class F> static ALWAYS_INLINE void twice(const Step& s, F f) {
   const double *a = s.in<double>(1), *b = s.I.count > 2 ? s.in<double>(2) : a, *c = s.I.count > 3 ? s.in<double>(3) : a;
   each(s.out<double>(0), s.m, [=](int l) { return f(a[l], b[l], c[l]); });
@@ -117,6 +145,7 @@ static void floating(const Step& s) {
   switch (s.I.type) {
     case T_f32: return fp32(s);
     case T_f64: return fp64(s);
+    case T_f32x2: return fp32x2(s);
     case T_f16: case T_bf16: case T_f16x2: case T_bf16x2: return fp16(s);
     default: s.unsupported();
   }

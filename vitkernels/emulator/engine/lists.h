@@ -6,7 +6,7 @@
 #define PTX_TYPES(X) \
   X(u8, 8) X(s8, 8) X(b8, 8) X(u16, 16) X(s16, 16) X(b16, 16) X(f16, 16) X(bf16, 16) \
   X(u32, 32) X(s32, 32) X(b32, 32) X(f32, 32) X(f16x2, 32) X(bf16x2, 32) X(tf32, 32) \
-  X(u64, 64) X(s64, 64) X(b64, 64) X(f64, 64) X(b128, 128) X(pred, 1)
+  X(u64, 64) X(s64, 64) X(b64, 64) X(f64, 64) X(f32x2, 64) X(b128, 128) X(pred, 1)
 
 // Modifiers of an instruction; each is one bit, in this order.
 #define PTX_FLAGS(X) \
@@ -31,7 +31,7 @@
   X(lop3) X(not) X(shl) X(shr) X(bfe) X(bfi) X(prmt) X(shf) X(popc) X(clz) X(brev) \
   X(fma) X(sqrt) X(rsqrt) X(rcp) X(ex2) X(lg2) X(tanh) X(sin) X(cos) X(copysign) \
   X(cvt) X(cvt2) X(setp) X(selp) X(andp) X(orp) X(xorp) X(notp) X(testp) \
-  X(ldparam) X(ldg) X(stg) X(lds) X(sts) X(ldmatrix) X(stmatrix) X(cpasync) X(cpcommit) X(cpwait) \
+  X(ldparam) X(ldg) X(stg) X(lds) X(sts) X(ldmatrix) X(ldmatrix8) X(stmatrix) X(atom) X(redux) X(cpasync) X(cpcommit) X(cpwait) \
   X(shfl) X(vote) X(activemask) X(elect) X(barsync) X(bararrive) X(warpsync) X(bra) X(ret) X(trap) \
   X(mbinit) X(mbinval) X(mbarrive) X(mbtest) X(cparrive) \
   X(cptensor) X(cpbulk) X(bulkcommit) X(bulkwait) X(mapreplace) X(mappublish) X(brx) \

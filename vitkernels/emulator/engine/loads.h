@@ -189,6 +189,36 @@ static void load_matrix(const Step& s) {
     s.set_bytes(i, 32, planes);
   }
 }
+// ldmatrix.m16n16.trans.b8: rows of 16 bytes at the addresses of 16 lanes a matrix; lane l has bytes 4 (l % 4) to
+// 4 (l % 4) + 3 of columns l / 4 and l / 4 + 8, in two registers.
+static void load_matrix_of_bytes(const Step& s) {
+  int n = (s.I.count - 1) / 2;
+  if (s.m != FULL) s.report(K_divergent_collective, 0, 0, (i32)s.m);
+  u32 address[32], lanes = shared_addresses(s, s.I.count - 1, address) & (n == 2 ? FULL : 0xFFFF), at;
+  count_shared(s, address, lanes, 16);
+  for (int i = 0; i < n; i++) {
+    u8 matrix[16][16] = {{0}};
+    u32 known[16] = {0};
+    for (int row = 0; row < 16; row++) {
+      int l = 16 * i + row;
+      if (!(lanes >> l & 1) || !shared_address(s, address[l], 16, l, at)) continue;
+      known[row] = shared_read(s, at, 16, l);
+      memcpy(matrix[row], &s.M.shared[at], 16);
+    }
+    for (int half = 0; half < 2; half++) {
+      u32 *d = s.out<u32>(2 * i + half), planes[8] = {0};
+      LANES(l) {
+        int column = (l >> 2) + 8 * half, row = 4 * (l & 3);
+        d[l] = 0;
+        for (int k = 0; k < 4; k++) {
+          d[l] |= (u32)matrix[row + k][column] << 8 * k;
+          planes[k] |= (known[row + k] >> column & 1) << l;
+        }
+      }
+      s.set_bytes(2 * i + half, 32, planes);
+    }
+  }
+}
 static void store_matrix(const Step& s) {
   u32 address[32], lanes = matrix_addresses(s, address);
   for (int i = 0; i < s.I.count - 1; i++) {

@@ -7,15 +7,16 @@ static inline void release(const Step& s) { s.W.seen[s.w]++; }
 
 // ------------------------------------------------------------------------------------------------ global memory
 
+static const u64 BY_ATOMIC = 1ull << 31;
 static inline u64 stamp(const Step& s) { return (u64)(s.M.program + 1) << 32 | (u32)s.w << 26 | (s.now() & 0x3FFFFFF); }
 
 // Whether an earlier access of this program is ordered before this one.
 static ALWAYS_INLINE bool ordered(const Step& s, u64 stamped) {
-  return (stamped & 0x3FFFFFF) <= s.W.seen[stamped >> 26 & 63];
+  return (stamped & 0x3FFFFFF) <= s.W.seen[stamped >> 26 & 31];
 }
 
 // The host's address of n bytes, or nullptr; notes the access and reports what is wrong with it.
-static u8* global_access(const Step& s, u64 address, u32 n, int lane, bool write, u32 alignment) {
+static u8* global_access(const Step& s, u64 address, u32 n, int lane, bool write, u32 alignment, bool atomic = false) {
   Machine& M = s.M;
   if (address % alignment) {
     s.report(K_misaligned_global, lane, address, alignment);
@@ -29,19 +30,19 @@ static u8* global_access(const Step& s, u64 address, u32 n, int lane, bool write
     return nullptr;
   }
   if ((u64)at < b->view_from || (u64)at + n > b->view_to) s.report(K_outside_view, lane, address, n);
-  u64 me = stamp(s);
+  u64 me = stamp(s) | (atomic ? BY_ATOMIC : 0);
   u32 program = me >> 32;
   u64 last = ((u64)at + n - 1) >> b->granule;
   for (u64 g = (u64)at >> b->granule; g <= last; g++) {
     u64 wrote = b->writes[g], read = b->reads[g];
-    if (wrote && wrote != me) {
+    if (wrote && wrote != me && !(atomic && (wrote & BY_ATOMIC))) {
       if (wrote >> 32 != program) s.report(write ? K_global_write_race : K_global_read_race, lane, address, (i32)(wrote >> 32) - 1);
-      else if (!ordered(s, wrote)) s.report(K_global_race_in_program, lane, address, wrote >> 26 & 63);
+      else if (!ordered(s, wrote)) s.report(K_global_race_in_program, lane, address, wrote >> 26 & 31);
     }
     if (write) {
       if (read && read != me) {
         if (read >> 32 != program) s.report(K_global_overwrite_race, lane, address, (i32)(read >> 32) - 1);
-        else if (!ordered(s, read)) s.report(K_global_race_in_program, lane, address, read >> 26 & 63);
+        else if (!ordered(s, read)) s.report(K_global_race_in_program, lane, address, read >> 26 & 31);
       }
       b->writes[g] = me;
     } else {

@@ -136,3 +136,94 @@ def test_unsupported_is_an_exception():
         execute(text.replace("st.shared.b32 [%r5], %r2", "frobnicate.b32 %r5"), [x], (1, 1, 1), shared=8192, arch=80)
     with pytest.raises(Unsupported, match=r"counted, PTX line 19: sin"):
         execute(text.replace("st.shared.b32 [%r5], %r2", "sin.f64 %rd5, %rd3"), [x], (1, 1, 1), shared=8192, arch=80)
+
+
+# ------------------------------------------------------------------------------------------------ more defects
+
+
+def test_unmasked_load():
+    x, y = torch.randn(5, 197), torch.zeros(5, 197)
+    launch = recorded(kernels.softmax, 80, (2,), x, y, 5, 197, BM=4, BN=256, AXIS=1, num_warps=4)
+    assert Kind.global_read_out_of_bounds in kinds(launch, re.sub(r"@%p\d+ (ld\.global)", r"\1", launch.text))
+    assert Kind.global_write_out_of_bounds in kinds(launch, re.sub(r"@%p\d+ (st\.global)", r"\1", launch.text))
+
+
+@ARCHS
+def test_swizzle_off_by_one(arch):
+    launch = pipelined(arch)
+    found = set()
+    for m in re.finditer(r"xor\.b32\s+(%r\d+), (%r\d+), (%r\d+);", launch.text):
+        to, row, swizzle = m.groups()
+        if to in (row, swizzle):
+            continue
+        twice = f"add.s32 {to}, {swizzle}, {swizzle}; xor.b32 {to}, {row}, {to};"
+        found |= kinds(launch, launch.text[: m.start()] + twice + launch.text[m.end() :])
+    assert found & {Kind.shared_unwritten, Kind.copy_overwritten, Kind.shared_write_race, Kind.shared_out_of_bounds}
+
+
+@kernels.triton.jit
+def strided(x, y, stride, B: kernels.tl.constexpr):
+    i = kernels.tl.arange(0, B)
+    kernels.tl.store(y + i, kernels.tl.load(x + kernels.tl.program_id(0) * stride + i))
+
+
+def test_overflow_of_an_address():
+    x, y = torch.randn(64), torch.zeros(64)
+    with executing(80) as recorder:
+        strided[(4,)](x, y, 1 << 30, B=64)
+    run = recorder.launches[0].run(ctas=[3])  # 3 * 2^30 is negative in 32 bits
+    (finding,) = run.errors
+    assert finding.kind == Kind.global_read_out_of_bounds
+    assert finding.offset == 4 * (3 * 2**30 - 2**32)
+
+
+@ARCHS
+@pytest.mark.parametrize("seed", range(10))
+def test_orders(arch, seed):
+    torch.manual_seed(0)
+    x = torch.randn(12, 1000)
+    y = torch.zeros_like(x)
+    programs = torch.randperm(3, generator=torch.Generator().manual_seed(seed)).tolist()
+    softmax = recorded(kernels.softmax, arch, (3,), x, y, 12, 1000, BM=4, BN=1024, AXIS=1, num_warps=4)
+    y.fill_(float("nan"))
+    for launch in (softmax, pipelined(arch), chained(arch), moved(arch)):
+        total = launch.grid[0] * launch.grid[1]
+        run = launch.run(order_seed=seed + 1, ctas=[p for p in programs if p < total])
+        assert not run.errors, run.errors[0]
+    assert torch.allclose(y, x.softmax(1), atol=1e-6)
+
+
+def chained(arch):
+    a, b, c, o = *(torch.randn(64, 64).bfloat16() for _ in range(3)), torch.zeros(64, 64)
+    return recorded(kernels.chained, arch, (1,), a, b, c, o, BM=64, BN=64, BK=64, BD=64, num_warps=4)
+
+
+def moved(arch):
+    x, y = torch.arange(1024).half(), torch.zeros(1024).half()
+    return recorded(kernels.reshapes, arch, (1,), x, y, B=1024)
+
+
+def test_threads():
+    import concurrent.futures
+
+    def once(seed):
+        x = torch.arange(1 << 12, dtype=torch.int32)
+        text = COUNTED.replace("STRIDE", "4").replace("SHARED", str(4 * (seed % 7)))
+        return execute(text, [x], (500, 1, 1), shared=8192, arch=80).counts
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(once, range(28)))
+    assert together == [once(seed) for seed in range(28)]
+
+
+def test_no_compiler(monkeypatch, tmp_path):
+    from vitkernels.emulator import build
+
+    monkeypatch.setattr(build, "compilers", lambda: [])
+    with pytest.raises(build.NoCompiler, match="apt install g\\+\\+"):
+        build.build()
+    monkeypatch.setattr(build, "compilers", lambda: [["false"]])
+    monkeypatch.setenv("VITKERNELS_CACHE", str(tmp_path))
+    with pytest.raises(build.NoCompiler, match="false"):
+        build.build()
+    assert not list(tmp_path.iterdir())

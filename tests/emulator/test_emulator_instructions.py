@@ -67,7 +67,7 @@ def operand(ty, rng):
 
 def decode(bits, ty):
     """A float's bits as a Fraction, or as inf, -inf or nan."""
-    significant, low, high = FORMATS[ty]
+    significant, low, _ = FORMATS[ty]
     width = {"tf32": 32}.get(ty, BITS[ty])
     stored = {"tf32": 23}.get(ty, significant - 1)
     sign = -1 if bits >> (width - 1) & 1 else 1
@@ -82,7 +82,7 @@ def decode(bits, ty):
 
 def encode(value, ty, mode="rn", negative_zero=False):
     """The bits that a value rounds to: rn to even, rz towards zero, rna halves away from zero."""
-    significant, low, high = FORMATS[ty]
+    significant, low, _ = FORMATS[ty]
     width, stored = ({"tf32": 32}.get(ty, BITS[ty])), {"tf32": 23}.get(ty, significant - 1)
     dropped = stored - (significant - 1)
     infinity = (1 << width - 1 - stored) - 1 << stored
@@ -94,12 +94,7 @@ def encode(value, ty, mode="rn", negative_zero=False):
     value = abs(fractions.Fraction(value))
     if value == 0:
         return sign
-    exponent = max(
-        math.floor(math.log2(value))
-        if value < 2**1000
-        else value.numerator.bit_length() - value.denominator.bit_length(),
-        low,
-    )
+    exponent = max(value.numerator.bit_length() - value.denominator.bit_length(), low)
     while fractions.Fraction(2) ** (exponent + 1) <= value:
         exponent += 1
     while exponent > low and fractions.Fraction(2) ** exponent > value:

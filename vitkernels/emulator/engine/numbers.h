@@ -209,7 +209,10 @@ static inline u64 integer_to_float(int to, int from, int flags, u64 v) {
 }
 static inline u64 integer_to_integer(int to, int from, int flags, u64 v) {
   i64 x = as_integer(from, v);
-  if ((flags & F_sat) && TYPE_BITS[to] < 64) {
+  if ((flags & F_sat) && TYPE_BITS[to] == 64) {
+    if (x < 0 && from == T_u64 && to == T_s64) x = INT64_MAX;
+    else if (x < 0 && from != T_u64 && to == T_u64) x = 0;
+  } else if (flags & F_sat) {
     int bits = TYPE_BITS[to];
     i64 low = is_signed(to) ? -(1ll << (bits - 1)) : 0, high = (1ll << (is_signed(to) ? bits - 1 : bits)) - 1;
     bool wide = from == T_u64 && x < 0;

@@ -151,14 +151,20 @@ def test_unmasked_load():
 @ARCHS
 def test_swizzle_off_by_one(arch):
     launch = pipelined(arch)
-    found = set()
+    result = launch.arguments[2]
+    truth = result.clone()
+    memory = {Kind.shared_unwritten, Kind.copy_overwritten, Kind.shared_write_race, Kind.shared_out_of_bounds}
+    seen = 0
     for m in re.finditer(r"xor\.b32\s+(%r\d+), (%r\d+), (%r\d+);", launch.text):
         to, row, swizzle = m.groups()
         if to in (row, swizzle):
             continue
         twice = f"add.s32 {to}, {swizzle}, {swizzle}; xor.b32 {to}, {row}, {to};"
-        found |= kinds(launch, launch.text[: m.start()] + twice + launch.text[m.end() :])
-    assert found & {Kind.shared_unwritten, Kind.copy_overwritten, Kind.shared_write_race, Kind.shared_out_of_bounds}
+        found = kinds(launch, launch.text[: m.start()] + twice + launch.text[m.end() :])
+        # one that is a permutation still shows in nothing but the values
+        assert found & memory or not torch.equal(result, truth)
+        seen += 1
+    assert seen
 
 
 @kernels.triton.jit

@@ -70,9 +70,9 @@ static void bulk_write(const Step& s, u32 a, u32 n, int lane, const u8* data, co
     M.cells[g].time = b.time;
   }
 }
-static void bulk_read(const Step& s, u32 a, u32 n, int lane, BulkStore& store) {
-  if (async_read(s, a, n) != FULL >> (32 - n)) s.report(K_undefined_store, lane, a + SHARED_BASE, 0);
-  store.sources.push_back({a, n});
+static void bulk_read(const Step& s, u32 a, int lane, BulkStore& store) {  // 16 bytes
+  if (async_read(s, a) != 0xFFFF) s.report(K_undefined_store, lane, a + SHARED_BASE, 0);
+  store.sources.push_back({a, 16});
 }
 
 // Calls f(shared offset, global address or 0 where out of bounds, bytes) for each up to 16 bytes of a tile.
@@ -154,7 +154,7 @@ static void copy_tensor(const Step& s) {
     } else {
       BulkStore store{(u32)l, -1, {}};
       over_tile(t, address, at, [&](u32 from, u64 to, u32 skip, u32 take) {
-        bulk_read(s, from - SHARED_BASE, 16, l, store);
+        bulk_read(s, from - SHARED_BASE, l, store);
         u8* p = take ? global_access(s, to, take, l, true, ELEMENT_BYTES[t.element]) : nullptr;
         if (p) memcpy(p, &M.shared[from - SHARED_BASE + skip], take);
       });
@@ -190,7 +190,7 @@ static void copy_bulk(const Step& s) {
       if (s.I.imm2) {
         bulk_write(s, shared + i, 16, l, p ? p : zeros, *b);
       } else {
-        bulk_read(s, shared + i, 16, l, store);
+        bulk_read(s, shared + i, l, store);
         if (p) memcpy(p, &s.M.shared[shared + i], 16);
       }
     }

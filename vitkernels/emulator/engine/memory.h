@@ -209,18 +209,26 @@ static void deliver(const Step& s, std::vector<Copy>& copies) {
   copies.clear();
 }
 
-// Checks a read by the asynchronous proxy (wgmma, bulk store) that goes on until a later wait; returns what is defined.
-static inline u32 async_read(const Step& s, u32 a, u32 n) {
+// Checks a read of 16 bytes by the asynchronous proxy (wgmma, bulk store) that goes on until a later wait; returns which
+// of them are defined.
+static ALWAYS_INLINE u32 async_read(const Step& s, u32 a) {
   Machine& M = s.M;
-  u32 known = shared_read(s, a, n, -1), last = (a + n - 1) >> M.granule;
-  Cell* cells = M.cells.data();
-  for (u32 g = a >> M.granule; g <= last; g++) {
-    Cell& c = cells[g];
+  const u32 *seen = s.W.seen.data(), *fenced = s.W.fenced.data();
+  Cell* cells = M.cells.data() + (a >> M.granule);
+  bool wrong = false;
+  for (int i = 0, n = 16 >> M.granule; i < n; i++) {
+    Cell& c = cells[i];
     c.reading++;
-    if ((c.proxy == BY_STORE || c.proxy == BY_COPY) && c.time > s.W.fenced[c.writer])
+    wrong |= c.pending || c.time > seen[c.writer] || ((c.proxy == BY_STORE || c.proxy == BY_COPY) && c.time > fenced[c.writer]);
+  }
+  u32 known = defined_bytes(M, a, 16);
+  if (!wrong && known == 0xFFFF) return known;
+  for (int i = 0, n = 16 >> M.granule; i < n; i++) {
+    Cell& c = cells[i];
+    if ((c.proxy == BY_STORE || c.proxy == BY_COPY) && c.time > fenced[c.writer])
       s.report(c.proxy == BY_COPY ? K_unfenced_copy : K_unfenced_store, -1, a + SHARED_BASE, c.writer);
   }
-  return known;
+  return shared_read(s, a, 16, -1);
 }
 static inline void async_read_done(const Step& s, const Range& r) {
   u32 last = (r.at + r.bytes - 1) >> s.M.granule, *read_times = s.M.read_times.data(), now = s.now();

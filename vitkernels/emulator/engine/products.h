@@ -141,46 +141,57 @@ static inline u32 swizzled(u32 a, int mode) {  // 1: 128 bytes, 2: 64, 3: 32, 0:
   return mode ? a ^ (a >> 3 & (mode == 1 ? 0x70 : mode == 2 ? 0x30 : 0x10)) : a;
 }
 
+template <int TYPE> static ALWAYS_INLINE void unit_values(const u8* p, double* out, size_t step) {
+  for (int j = 0; j < (TYPE == T_tf32 ? 4 : 8); j++) {
+    u32 x = 0;
+    memcpy(&x, p + j * (TYPE == T_tf32 ? 4 : 2), TYPE == T_tf32 ? 4 : 2);
+    out[j * step] = TYPE == T_tf32 ? tf32(x) : half_value(TYPE, x);
+  }
+}
+
 // Reads `rows` (of M or of N, from row0) by depth out of shared memory as a descriptor tells (PTX ISA, "Asynchronous
 // warpgroup level matrix instructions", "Matrix descriptor format"); out[row * row_step + k * k_step].
-static void read_tile(
-    const Step& s, u64 descriptor, int row0, int rows, int depth, bool mn_major, double* out, int row_step, int k_step) {
+template <int TYPE>
+static void read_tile_of(const Step& s, u64 descriptor, int row0, int rows, int depth, bool mn_major, double* out,
+                         size_t row_step, size_t k_step) {
   Machine& M = s.M;
-  int type = s.I.type, size = type == T_tf32 ? 4 : 2, mode = (int)(descriptor >> 62) & 3;
-  u32 start = (descriptor & 0x3FFF) << 4, leading = (descriptor >> 16 & 0x3FFF) << 4, stride = (descriptor >> 32 & 0x3FFF) << 4;
+  const int size = TYPE == T_tf32 ? 4 : 2, per_unit = 16 / size, mode = (int)(descriptor >> 62) & 3;
+  const u32 start = (descriptor & 0x3FFF) << 4, leading = (descriptor >> 16 & 0x3FFF) << 4;
+  const u32 stride = (descriptor >> 32 & 0x3FFF) << 4;
   if (descriptor >> 49 & 7) throw Unsupported{s.pc, "a matrix descriptor with a base offset"};
-  int width = mode == 1 ? 8 : mode == 2 ? 4 : mode == 3 ? 2 : 1;  // 16-byte units of a row of the swizzle atom
-  int per_unit = 16 / size;
-  auto unit_address = [&](int mn, int k) -> u32 {
-    u32 offset;
-    if (!mn_major) offset = (mn & 7) * (width * 16) + (mn >> 3) * stride + (mode ? k * 16 : k * leading);  // k: unit
-    else if (mode) offset = (mn % width) * 16 + (mn / width) * leading + (k & 7) * (width * 16) + (k >> 3) * stride;
-    else offset = mn * stride + (k & 7) * 16 + (k >> 3) * leading;
-    return swizzled(start + offset, mode);
-  };
-  auto fetch = [&](u32 address, int row, int k, int along_row, int along_k) {
-    double value[8] = {0};
-    u32 a;
+  const int width = mode == 1 ? 8 : mode == 2 ? 4 : mode == 3 ? 2 : 1;  // 16-byte units of a row of the swizzle atom
+  auto fetch = [&](u32 offset, double* to, size_t step) {
+    u32 address = swizzled(start + offset, mode), a;
+    static const u8 zeros[16] = {0};
+    const u8* p = zeros;
     if (shared_address(s, address, 16, -1, a)) {
-      if (async_read(s, a, 16) != 0xFFFF) s.report(K_undefined_product, -1, address, 1);
+      if (async_read(s, a) != 0xFFFF) s.report(K_undefined_product, -1, address, 1);
       s.W.sources.push_back({a, 16});
-      const u8* p = &M.shared[a];
-      for (int j = 0; j < per_unit; j++) {
-        u32 x = 0;
-        memcpy(&x, p + j * size, size);
-        value[j] = size == 4 ? tf32(x) : half_value(type, x);
-      }
+      p = M.shared.data() + a;
     }
-    for (int j = 0; j < per_unit; j++)
-      out[(size_t)(row + j * along_row) * row_step + (size_t)(k + j * along_k) * k_step] = value[j];
+    unit_values<TYPE>(p, to, step);
   };
   if (!mn_major) {
-    for (int row = 0; row < rows; row++)
-      for (int u = 0; u < depth * size / 16; u++) fetch(unit_address(row0 + row, u), row, u * per_unit, 0, 1);
+    for (int row = 0; row < rows; row++) {
+      u32 at = ((row0 + row) & 7) * (width * 16) + ((row0 + row) >> 3) * stride;
+      for (int u = 0; u < depth / per_unit; u++)
+        fetch(at + u * (mode ? 16 : leading), out + row * row_step + u * per_unit * k_step, k_step);
+    }
   } else {
-    for (int u = 0; u < rows / per_unit; u++)
-      for (int k = 0; k < depth; k++) fetch(unit_address(row0 / per_unit + u, k), u * per_unit, k, 1, 0);
+    for (int u = 0; u < rows / per_unit; u++) {
+      int mn = row0 / per_unit + u;
+      for (int k = 0; k < depth; k++) {
+        u32 at = mode ? (mn % width) * 16 + (mn / width) * leading + (k & 7) * (width * 16) + (k >> 3) * stride
+                      : mn * stride + (k & 7) * 16 + (k >> 3) * leading;
+        fetch(at, out + u * per_unit * row_step + k * k_step, row_step);
+      }
+    }
   }
+}
+static void read_tile(const Step& s, u64 descriptor, int row0, int rows, int depth, bool mn_major, double* out,
+                      size_t row_step, size_t k_step) {
+  auto read = s.I.type == T_tf32 ? read_tile_of<T_tf32> : s.I.type == T_bf16 ? read_tile_of<T_bf16> : read_tile_of<T_f16>;
+  read(s, descriptor, row0, rows, depth, mn_major, out, row_step, k_step);
 }
 static u64 descriptor_operand(const Step& s, int i) {
   const u64* x = s.in<u64>(i);

@@ -103,8 +103,6 @@ def library() -> ctypes.CDLL:
     lib = ctypes.CDLL(str(build()))
     pointer, i32, u32, i64, u64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_uint32, ctypes.c_int64, ctypes.c_uint64
     for name, result, *arguments in (
-        ("emu_shared_base", u32),
-        ("emu_param_base", u64),
         ("emu_address", u64, i32, u64),
         ("emu_locate", i32, u64, pointer),
         ("emu_new", pointer, pointer, i32, pointer, pointer, i32, i32, i32, u32, i32, i32),

@@ -8,13 +8,13 @@ import struct
 import numpy as np
 
 from vitkernels.emulator import instructions
-from vitkernels.emulator.lists import BITS, FLAGS, OPS, SPECIALS, TYPES
+from vitkernels.emulator.lists import BITS, FLAGS, NUMBERS, OPS, SPECIALS, TYPES
 
 NO_OPERAND = -1
 FALSE, TRUE = -2, -3  # constants as predicates
-NEGATED = 1 << 20
-SHARED_BASE = 1024  # as in engine/machine.h
-PARAM_BASE = 1 << 36
+NEGATED = 1 << NUMBERS["NEGATED_BIT"]
+SHARED_BASE = NUMBERS["SHARED_BASE"]
+PARAM_BASE = 1 << NUMBERS["PARAM_BASE_BITS"]
 # What PTX calls a modifier, by the name of its flag.
 MODIFIERS = {name: name for name in FLAGS} | {
     "satfinite": "sat", "NaN": "nan", "rzi": "rz", "rmi": "rm", "rpi": "rp",

@@ -22,6 +22,11 @@ from vitkernels.emulator.lists import DESCRIPTIONS, NOTES, Kind
 __all__ = ["Finding", "Kind", "Run", "execute", "random_programs"]
 
 
+# Bytes of shared memory that a program may have (CUDA C++ Programming Guide, "Technical Specifications per Compute
+# Capability").
+SHARED_LIMITS = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+
+
 @dataclasses.dataclass
 class Finding:
     """Something a GPU would not report, at its first occurrence.
@@ -282,7 +287,10 @@ def execute(
     Raises:
         Unsupported: An instruction that the engine does not know; the message names its line.
         NoCompiler: The engine could not be compiled.
+        ValueError: More shared memory than a program may have, or arguments that do not fit the parameters.
     """
+    if shared > SHARED_LIMITS.get(arch, shared):
+        raise ValueError(f"{shared} bytes of shared memory: sm_{arch} has {SHARED_LIMITS[arch]} for a program")
     started = time.perf_counter()
     prog = ptx.program(text)
     programs = range(grid[0] * grid[1] * grid[2]) if ctas is None else ctas

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from vitkernels.emulator.lists import BITS, COMPARISONS, FLAGS, SPECIALS
+from vitkernels.emulator.lists import ATOMICS, BITS, COMPARISONS, FLAGS, MAP_FIELDS, SPECIALS
 
 ENCODERS: dict[str, Callable] = {}
 NONE = -1
@@ -244,9 +244,6 @@ def _st(e, parts, ops):
     raise e.unsupported(f"space {space}")
 
 
-ATOMICS = ("add", "min", "max", "and", "or", "xor", "exch", "cas")  # enum Atomic of engine/atomics.h
-
-
 @_encodes("atom", "red")
 def _atom(e, parts, ops):
     what = [p for p in parts if p in ATOMICS]
@@ -374,13 +371,6 @@ def _mbarrier(e, parts, ops):
     return e.emit("mbarrive", "b64", operands, imm2=1 if what == "arrive" else 2, cls="mbarrier")
 
 
-# Fields of a tensor map, in the order of MapField in engine/bulk.h
-FIELDS = (
-    "global_address", "rank", "box_dim", "global_dim", "global_stride", "element_stride", "elemtype",
-    "interleave_layout", "swizzle_mode", "fill_mode",
-)  # fmt: skip
-
-
 @_encodes("tensormap")
 def _tensormap(e, parts, ops):
     if parts[1] == "cp_fenceproxy":  # [to], [from], 128
@@ -388,7 +378,7 @@ def _tensormap(e, parts, ops):
         return e.emit("mappublish", "b64", [to, source], imm=to_offset, imm2=source_offset, cls="bulk")
     if parts[1:3] != ["replace", "tile"] or "b1024" not in parts:
         raise e.unsupported("tensor map operation")
-    field = FIELDS.index(parts[3])
+    field = MAP_FIELDS.index(parts[3])
     shared = parts[4].startswith("shared")
     base, offset = e.address(ops[0], 64)
     ordinal = int(ops[1], 0) if len(ops) > 2 else 0

@@ -12,7 +12,7 @@ ENGINE = Path(__file__).parent / "engine"
 def _entries(name: str) -> list[tuple[str, ...]]:
     """The arguments of each ``X(...)`` of a list."""
     text = (ENGINE / "lists.h").read_text()
-    body = re.search(rf"#define {name}\(X\) \\\n((?:.*\\\n)*.*\n)", text).group(1)
+    body = re.search(rf"#define {name}\(X\)((?:.*\\\n)*.*\n)", text).group(1)
     found = re.findall(r'X\((\w+)(?:, (\d+))?(?:, "([^"]*)", (\w+))?\)', body)
     return [tuple(filter(None, entry)) for entry in found]
 
@@ -23,6 +23,9 @@ FLAGS = {name: 1 << i for i, (name,) in enumerate(_entries("PTX_FLAGS"))}
 SPECIALS = {name: i for i, (name,) in enumerate(_entries("PTX_SPECIALS"))}
 COMPARISONS = {name: i for i, (name,) in enumerate(_entries("PTX_COMPARISONS"))}
 COMPARISONS |= {"lo": COMPARISONS["lt"], "ls": COMPARISONS["le"], "hi": COMPARISONS["gt"], "hs": COMPARISONS["ge"]}
+ATOMICS = [name for (name,) in _entries("PTX_ATOMICS")]
+MAP_FIELDS = [name for (name,) in _entries("PTX_MAP_FIELDS")]
+NUMBERS = {name: int(value) for name, value in _entries("PTX_NUMBERS")}
 OPS = {name: i for i, (name,) in enumerate(_entries("PTX_OPS"))}
 
 Kind = enum.Enum("Kind", [(name, i) for i, (name, _, _) in enumerate(_entries("PTX_FINDINGS"))], module=__name__)

@@ -3,7 +3,11 @@
 #include "floats.h"
 #include "memory.h"
 
-enum Atomic { ATOM_add, ATOM_min, ATOM_max, ATOM_and, ATOM_or, ATOM_xor, ATOM_exch, ATOM_cas };
+enum Atomic {
+#define X(name) ATOM_##name,
+  PTX_ATOMICS(X)
+#undef X
+};
 
 template <class T> static T combined(int op, T old, T b) {
   switch (op) {
@@ -56,7 +60,8 @@ static void atomic(const Step& s) {
     u64 old = 0;
     if (p) memcpy(&old, p, bits / 8);
     u64 b = operand(2, l);
-    u64 now = op == ATOM_cas ? combined_bits(op, s.I.type, old, operand(3, l), b) : combined_bits(op, s.I.type, old, b, 0);
+    bool cas = op == ATOM_cas;  // its operands are what it compares with, and the new value
+    u64 now = combined_bits(op, s.I.type, old, cas ? operand(3, l) : b, cas ? b : 0);
     if (p) memcpy(p, &now, bits / 8);
     if (s.o[0] == -1) continue;
     if (bits == 64) s.out<u64>(0)[l] = old;

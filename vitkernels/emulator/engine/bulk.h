@@ -4,6 +4,8 @@
 // detector's to tell. A load belongs to its mbarrier, as an actor of its own; what a store reads is held until the
 // issuing lane's cp.async.bulk.wait_group.
 #pragma once
+#include <cstddef>
+
 #include "mbarriers.h"
 
 // The 128 bytes of a tensor map, which PTX leaves opaque. Python writes the same (vitkernels/emulator/descriptors.py).
@@ -220,21 +222,24 @@ static void bulk_wait(const Step& s) {  // all but the newest imm groups
   all.erase(std::remove_if(all.begin(), all.end(), through), all.end());
 }
 
-// ------------------------------------------------------------------------------------------------ maps made on the device
+// ------------------------------------------------------------------------------------------------ tensormap
 
-enum MapField { MAP_ADDRESS, MAP_RANK, MAP_BOX, MAP_DIM, MAP_STRIDE, MAP_ELEMENT_STRIDE, MAP_TYPE, MAP_INTERLEAVE,
-                MAP_SWIZZLE, MAP_FILL };
+enum MapField {
+#define X(name) MAP_##name,
+  PTX_MAP_FIELDS(X)
+#undef X
+};
 
-// tensormap.replace. o: map (64-bit address, of shared memory or global), new value; imm: field | ordinal << 8 | 1 << 16
-// for shared memory, imm2: offset
+// tensormap.replace. o: map (64-bit address, of shared memory or global), new value; imm: field | ordinal << 8 | 1 <<
+// 16 for shared memory, imm2: offset
 static void replace_in_map(const Step& s) {
   int field = (int)s.I.imm & 0xFF, ordinal = (int)(s.I.imm >> 8) & 0xFF;
-  bool shared = s.I.imm >> 16 & 1, wide = field == MAP_ADDRESS || field == MAP_STRIDE;
+  bool shared = s.I.imm >> 16 & 1, wide = field == MAP_global_address || field == MAP_global_stride;
   static const u32 offsets[] = {
       offsetof(TensorMap, address), offsetof(TensorMap, rank_less_one), offsetof(TensorMap, box),
       offsetof(TensorMap, dims), offsetof(TensorMap, strides), offsetof(TensorMap, element_strides),
       offsetof(TensorMap, element), offsetof(TensorMap, interleave), offsetof(TensorMap, swizzle),
-      offsetof(TensorMap, fill)};
+      offsetof(TensorMap, fill)};  // in the order of PTX_MAP_FIELDS
   u32 n = wide ? 8 : 4, offset = offsets[field] + ordinal * n;
   for (u32 r = s.m; r; r &= r - 1) {
     int l = lowest(r);

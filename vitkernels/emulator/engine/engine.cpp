@@ -21,8 +21,8 @@
 static void watch_registers(const Step& s) {
   const Instruction& I = s.I;
   switch (I.op) {
-    case OP_wgmma: case OP_mma: case OP_wgwait: case OP_wgfence: case OP_wgcommit: case OP_movp: case OP_andp: case OP_orp:
-    case OP_xorp: case OP_notp: case OP_vote: return;
+    case OP_wgmma: case OP_mma: case OP_wgwait: case OP_wgfence: case OP_wgcommit: case OP_movp: case OP_andp:
+    case OP_orp: case OP_xorp: case OP_notp: case OP_vote: return;
     default: break;
   }
   size_t mine = (size_t)s.w * s.M.slots;
@@ -32,9 +32,12 @@ static void watch_registers(const Step& s) {
       s.report(K_accumulator_in_flight, 0, 0, s.o[i]);
   bool writes = I.op != OP_setp && I.op != OP_testp && I.op != OP_sts && I.op != OP_stg && I.op != OP_stmatrix;
   if (!writes || !I.count) return;
-  bool several = I.op == OP_lds || I.op == OP_ldg || I.op == OP_ldmatrix || I.op == OP_ldmatrix8 || I.op == OP_ldparam || I.op == OP_unpack;
+  int written = 1;
+  if (I.op == OP_ldparam) written = I.count;
+  if (I.op == OP_lds || I.op == OP_ldg || I.op == OP_ldmatrix || I.op == OP_ldmatrix8 || I.op == OP_unpack)
+    written = I.count - 1;
   ++s.W.steps;
-  for (int i = 0; i < (several ? I.count - (I.op != OP_ldparam) : 1); i++)
+  for (int i = 0; i < written; i++)
     if (s.o[i] >= 0) s.M.written_at[mine + s.o[i]] = s.W.steps;
 }
 
@@ -71,8 +74,8 @@ static void execute(const Step& s) {
     case OP_shf: return funnel(s);
     case OP_popc: case OP_clz: return count_bits(s);
     case OP_brev: return reverse_bits(s);
-    case OP_fma: case OP_sqrt: case OP_rsqrt: case OP_rcp: case OP_ex2: case OP_lg2: case OP_tanh: case OP_sin: case OP_cos:
-    case OP_copysign: return floating(s);
+    case OP_fma: case OP_sqrt: case OP_rsqrt: case OP_rcp: case OP_ex2: case OP_lg2: case OP_tanh: case OP_sin:
+    case OP_cos: case OP_copysign: return floating(s);
     case OP_cvt: return convert_one(s);
     case OP_cvt2: return convert_two(s);
     case OP_setp: return set_predicate(s);
@@ -171,7 +174,8 @@ static u32 uniform_operand(const Step& s, int i) {
 }
 static Outcome at_barrier(const Step& s, u32 mask, bool diverged) {
   if (diverged || (mask | s.W.exited) != s.W.full || s.m != mask) s.report(K_divergent_barrier, 0, 0, (i32)s.m);
-  u32 id = s.I.count > 0 ? uniform_operand(s, 0) : (u32)s.I.imm, threads = s.I.count > 1 ? uniform_operand(s, 1) : (u32)s.I.imm2;
+  u32 id = s.I.count > 0 ? uniform_operand(s, 0) : (u32)s.I.imm;
+  u32 threads = s.I.count > 1 ? uniform_operand(s, 1) : (u32)s.I.imm2;
   if (id > 16) throw Unsupported{s.pc, "a barrier's number above 15"};
   barrier_arrive(s, id, threads);
   if (s.I.op == OP_barsync) add_split(s.W, s.pc + 1, mask, AT_BARRIER, id);
@@ -349,10 +353,6 @@ static void run_program(Machine& M, u64& random, bool shuffled) {
 // ------------------------------------------------------------------------------------------------ for Python
 
 extern "C" {
-int emu_op_count() { return OP_COUNT; }
-const char* emu_op_name(int i) { return OP_NAMES[i]; }
-u32 emu_shared_base() { return SHARED_BASE; }
-u64 emu_param_base() { return PARAM_BASE; }
 u64 emu_address(i32 buffer, u64 offset) { return GLOBAL_BASE + ((u64)buffer << WINDOW_BITS) + WINDOW_MIDDLE + offset; }
 // Which buffer an address is nearest to, and at what offset; -1: none.
 i32 emu_locate(u64 address, i64* offset) {
@@ -361,8 +361,8 @@ i32 emu_locate(u64 address, i64* offset) {
   return (i32)((address - GLOBAL_BASE) >> WINDOW_BITS);
 }
 
-Machine* emu_new(const i64* code, i32 length, const i32* operands, const u32* constants, i32 slots, i32 preds, i32 threads,
-                 u32 shared_bytes, i32 granule, i32 arch) {
+Machine* emu_new(const i64* code, i32 length, const i32* operands, const u32* constants, i32 slots, i32 preds,
+                 i32 threads, u32 shared_bytes, i32 granule, i32 arch) {
   Machine* M = new (std::nothrow) Machine();
   if (!M) return nullptr;
   M->code = (Instruction*)malloc(sizeof(Instruction) * (length + 1));

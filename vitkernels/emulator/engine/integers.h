@@ -188,8 +188,10 @@ static void multiply_wide(const Step& s) {
 static void multiply_add(const Step& s) {
   int bits = TYPE_BITS[s.I.type];
   if (s.I.op == OP_madhi) {
-    if (s.I.type == T_u32) ternary<u32>(s, [](u32 a, u32 b, u32 c) { return (u32)((u64)a * b >> 32) + c; });
-    else if (s.I.type == T_s32) ternary<u32>(s, [](u32 a, u32 b, u32 c) { return (u32)((i64)(i32)a * (i32)b >> 32) + c; });
+    auto unsigned_ = [](u32 a, u32 b, u32 c) { return (u32)((u64)a * b >> 32) + c; };
+    auto signed_ = [](u32 a, u32 b, u32 c) { return (u32)((i64)(i32)a * (i32)b >> 32) + c; };
+    if (s.I.type == T_u32) ternary<u32>(s, unsigned_);
+    else if (s.I.type == T_s32) ternary<u32>(s, signed_);
     else s.unsupported();
   } else if (bits == 64) ternary<u64>(s, [](u64 a, u64 b, u64 c) { return a * b + c; });
   else if (bits == 32) ternary<u32>(s, [](u32 a, u32 b, u32 c) { return a * b + c; });

@@ -25,13 +25,26 @@
 #define PTX_COMPARISONS(X) \
   X(eq) X(ne) X(lt) X(le) X(gt) X(ge) X(equ) X(neu) X(ltu) X(leu) X(gtu) X(geu) X(num) X(nan)
 
+// Operations of atom, red and redux.
+#define PTX_ATOMICS(X) X(add) X(min) X(max) X(and) X(or) X(xor) X(exch) X(cas)
+
+// Fields of a tensor map, as tensormap.replace names them.
+#define PTX_MAP_FIELDS(X) \
+  X(global_address) X(rank) X(box_dim) X(global_dim) X(global_stride) X(element_stride) X(elemtype) \
+  X(interleave_layout) X(swizzle_mode) X(fill_mode)
+
+// Where dynamic shared memory starts, as on sm_90; log2 of the generic address of the parameters; the bit of a
+// predicate operand that negates it.
+#define PTX_NUMBERS(X) X(SHARED_BASE, 1024) X(PARAM_BASE_BITS, 36) X(NEGATED_BIT, 20)
+
 #define PTX_OPS(X) \
   X(nop) X(mov) X(movp) X(pack) X(unpack) X(special) \
   X(add) X(sub) X(mul) X(mulhi) X(mulwide) X(mad) X(madwide) X(madhi) X(div) X(rem) X(min) X(max) X(neg) X(abs) \
   X(lop3) X(not) X(shl) X(shr) X(bfe) X(bfi) X(prmt) X(shf) X(popc) X(clz) X(brev) \
   X(fma) X(sqrt) X(rsqrt) X(rcp) X(ex2) X(lg2) X(tanh) X(sin) X(cos) X(copysign) \
   X(cvt) X(cvt2) X(setp) X(selp) X(andp) X(orp) X(xorp) X(notp) X(testp) \
-  X(ldparam) X(ldg) X(stg) X(lds) X(sts) X(ldmatrix) X(ldmatrix8) X(stmatrix) X(atom) X(redux) X(cpasync) X(cpcommit) X(cpwait) \
+  X(ldparam) X(ldg) X(stg) X(lds) X(sts) X(ldmatrix) X(ldmatrix8) X(stmatrix) X(atom) X(redux) \
+  X(cpasync) X(cpcommit) X(cpwait) \
   X(shfl) X(vote) X(activemask) X(elect) X(barsync) X(bararrive) X(warpsync) X(bra) X(ret) X(trap) \
   X(mbinit) X(mbinval) X(mbarrive) X(mbtest) X(cparrive) \
   X(cptensor) X(cpbulk) X(bulkcommit) X(bulkwait) X(mapreplace) X(mappublish) X(brx) \

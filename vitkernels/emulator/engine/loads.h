@@ -153,8 +153,8 @@ static void store_shared(const Step& s) {
   }
 }
 
-// ldmatrix and stmatrix: o: registers, address. Row r of matrix i is at the address of lane 8 i + r; lane l has elements
-// 2 (l % 4) and 2 (l % 4) + 1 of row l / 4 (of column l / 4 under trans).
+// ldmatrix and stmatrix: o: registers, address. Row r of matrix i is at the address of lane 8 i + r; lane l has
+// elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4 (of column l / 4 under trans).
 static u32 matrix_addresses(const Step& s, u32* address) {
   int n = s.I.count - 1;
   if (s.m != FULL) s.report(K_divergent_collective, 0, 0, (i32)s.m);
@@ -269,7 +269,8 @@ static void copy_async(const Step& s) {
     }
     if (!shared_address(s, address[l], n, l, c.to)) continue;
     check_overwrite(s, c.to, n, l, nullptr);
-    for (u32 cell = c.to >> s.M.granule; cell <= (c.to + n - 1) >> s.M.granule; cell++) s.M.cells[cell].pending = s.w + 1;
+    u32 last = (c.to + n - 1) >> s.M.granule;
+    for (u32 cell = c.to >> s.M.granule; cell <= last; cell++) s.M.cells[cell].pending = s.w + 1;
     s.W.copies.push_back(c);
   }
 }

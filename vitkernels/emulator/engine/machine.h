@@ -2,13 +2,13 @@
 //
 // A register is 32 lanes: 32 x u32 for types up to 32 bits, 32 x u64 (two slots) for 64 bits; a predicate is one u32.
 // Each byte of a register has a plane of 32 bits, one a lane, that tells whether it is defined; so has each byte of
-// shared memory, as in valgrind's memcheck. What is undefined may be moved about; it is reported where it would show: in
-// an address, a branch, a guard, a store to global memory or an operand of a matrix product.
+// shared memory, as in valgrind's memcheck. What is undefined may be moved about; it is reported where it would show:
+// in an address, a branch, a guard, a store to global memory or an operand of a matrix product.
 //
-// Order is by vector clocks: a warp's accesses bear its time, which ends with each barrier or arrival (a release), and a
-// warp has seen another's accesses up to a time once a barrier joined their clocks. The asynchronous copies that complete
-// on an mbarrier are actors of their own, one an mbarrier, whose time is the mbarrier's phase. A second clock, `fenced`,
-// is what fence.proxy.async has made visible to the asynchronous proxy (wgmma and bulk copies).
+// Order is by vector clocks: a warp's accesses bear its time, which ends with each barrier or arrival (a release), and
+// a warp has seen another's accesses up to a time once a barrier joined their clocks. The asynchronous copies that
+// complete on an mbarrier are actors of their own, one an mbarrier, whose time is the mbarrier's phase. A second clock,
+// `fenced`, is what fence.proxy.async has made visible to the asynchronous proxy (wgmma and bulk copies).
 #pragma once
 #include <deque>
 #include <string>
@@ -18,8 +18,10 @@
 #include "numbers.h"
 
 static const u32 FULL = 0xFFFFFFFFu;
-static const u32 SHARED_BASE = 1024;              // where dynamic shared memory starts, as on sm_90
-static const u64 PARAM_BASE = 1ull << 36;         // generic addresses of the kernel's parameters
+#define X(name, value) static const u32 name = value;
+PTX_NUMBERS(X)
+#undef X
+static const u64 PARAM_BASE = 1ull << PARAM_BASE_BITS;  // generic addresses of the kernel's parameters
 static const u64 GLOBAL_BASE = 1ull << 40;        // window of the first buffer
 static const int WINDOW_BITS = 36;                // windows are 64 GiB apart,
 static const i64 WINDOW_MIDDLE = 1ll << 35;       // and a buffer starts in the middle, so that what is below it shows
@@ -55,14 +57,14 @@ enum Kind : i32 {
 #define LANES(l) for (int l = 0; l < 32; l++)
 static ALWAYS_INLINE int lowest(u32 mask) { return __builtin_ctz(mask); }
 
-// An operand is a slot of the register file (>= 0), -1 for none, or -2 - row of the constants. A predicate is its number,
-// plus NEGATED, or one of two constants.
+// An operand is a slot of the register file (>= 0), -1 for none, or -2 - row of the constants. A predicate is its
+// number, plus NEGATED, or one of two constants.
 struct Instruction {
   i32 op, type, type2, flags, guard, count, first;
   i64 imm, imm2;
 };
 static const int ROW = 9;  // integers of an encoded instruction
-static const i32 NEGATED = 1 << 20, PRED_INDEX = NEGATED - 1, PRED_FALSE = -2, PRED_TRUE = -3;
+static const i32 NEGATED = 1 << NEGATED_BIT, PRED_INDEX = NEGATED - 1, PRED_FALSE = -2, PRED_TRUE = -3;
 
 // byte[k], bit l: byte k of lane l is defined.
 struct Planes {

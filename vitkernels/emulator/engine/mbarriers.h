@@ -107,8 +107,8 @@ static void mbarrier_arrive(const Step& s) {
 }
 
 // Whether a warp that asks is told of the phase that completed. The first time it asks it is not, unless something else
-// already ordered it after: on a GPU the phase might complete a little later, and a kernel that does not ask again would
-// go on too early.
+// already ordered it after: on a GPU the phase might complete a little later, and a kernel that does not ask again
+// would go on too early.
 static bool told(const Step& s, const Mbarrier& b) {
   if (b.phase == 0) return true;  // what comes before the first phase
   u32 time = b.time - 1;

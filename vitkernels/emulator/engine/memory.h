@@ -36,7 +36,8 @@ static u8* global_access(const Step& s, u64 address, u32 n, int lane, bool write
   for (u64 g = (u64)at >> b->granule; g <= last; g++) {
     u64 wrote = b->writes[g], read = b->reads[g];
     if (wrote && wrote != me && !(atomic && (wrote & BY_ATOMIC))) {
-      if (wrote >> 32 != program) s.report(write ? K_global_write_race : K_global_read_race, lane, address, (i32)(wrote >> 32) - 1);
+      int kind = write ? K_global_write_race : K_global_read_race;
+      if (wrote >> 32 != program) s.report(kind, lane, address, (i32)(wrote >> 32) - 1);
       else if (!ordered(s, wrote)) s.report(K_global_race_in_program, lane, address, wrote >> 26 & 31);
     }
     if (write) {
@@ -59,16 +60,21 @@ static void count_global(const Step& s, const u64* a, u32 m, i64 offset, u32 n) 
   if (!m) return;
   u64 sectors[96], different[32];
   int touched = 0, addresses = 0;
+  u64 highest = 0, highest_sector = 0;  // most accesses go upwards: what is above all so far is new
   for (u32 r = m; r; r &= r - 1) {
     u64 x = a[lowest(r)] + offset;
-    bool seen = addresses && different[addresses - 1] == x;
-    for (int i = 0; i < addresses && !seen; i++) seen = different[i] == x;
+    bool seen = false;
+    if (addresses && x <= highest)
+      for (int i = addresses - 1; i >= 0 && !seen; i--) seen = different[i] == x;
     if (seen) continue;
     different[addresses++] = x;
+    highest = std::max(highest, x);
     for (u64 sector = x >> 5; sector <= (x + n - 1) >> 5; sector++) {
-      bool in = touched && sectors[touched - 1] == sector;
-      for (int i = 0; i < touched && !in; i++) in = sectors[i] == sector;
+      bool in = false;
+      if (touched && sector <= highest_sector)
+        for (int i = touched - 1; i >= 0 && !in; i--) in = sectors[i] == sector;
       if (!in) sectors[touched++] = sector;
+      highest_sector = std::max(highest_sector, sector);
     }
   }
   Counts& t = s.M.counts[s.pc];
@@ -209,8 +215,8 @@ static void deliver(const Step& s, std::vector<Copy>& copies) {
   copies.clear();
 }
 
-// Checks a read of 16 bytes by the asynchronous proxy (wgmma, bulk store) that goes on until a later wait; returns which
-// of them are defined.
+// Checks a read of 16 bytes by the asynchronous proxy (wgmma, bulk store) that goes on until a later wait; returns
+// which of them are defined.
 static ALWAYS_INLINE u32 async_read(const Step& s, u32 a) {
   Machine& M = s.M;
   const u32 *seen = s.W.seen.data(), *fenced = s.W.fenced.data();
@@ -219,7 +225,8 @@ static ALWAYS_INLINE u32 async_read(const Step& s, u32 a) {
   for (int i = 0, n = 16 >> M.granule; i < n; i++) {
     Cell& c = cells[i];
     c.reading++;
-    wrong |= c.pending || c.time > seen[c.writer] || ((c.proxy == BY_STORE || c.proxy == BY_COPY) && c.time > fenced[c.writer]);
+    bool generic = c.proxy == BY_STORE || c.proxy == BY_COPY;
+    wrong |= c.pending || c.time > seen[c.writer] || (generic && c.time > fenced[c.writer]);
   }
   u32 known = defined_bytes(M, a, 16);
   if (!wrong && known == 0xFFFF) return known;

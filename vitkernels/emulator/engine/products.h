@@ -1,5 +1,5 @@
-// Matrix products: mma.sync and wgmma. Products of 16-bit and tf32 operands are exact in fp64, in which they are summed;
-// the result is rounded to fp32 once, where the hardware rounds (downwards) within the sum.
+// Matrix products: mma.sync and wgmma. Products of 16-bit and tf32 operands are exact in fp64, in which they are
+// summed; the result is rounded to fp32 once, where the hardware rounds (downwards) within the sum.
 #pragma once
 #include "memory.h"
 
@@ -142,11 +142,18 @@ static inline u32 swizzled(u32 a, int mode) {  // 1: 128 bytes, 2: 64, 3: 32, 0:
 }
 
 template <int TYPE> static ALWAYS_INLINE void unit_values(const u8* p, double* out, size_t step) {
-  for (int j = 0; j < (TYPE == T_tf32 ? 4 : 8); j++) {
-    u32 x = 0;
-    memcpy(&x, p + j * (TYPE == T_tf32 ? 4 : 2), TYPE == T_tf32 ? 4 : 2);
-    out[j * step] = TYPE == T_tf32 ? tf32(x) : half_value(TYPE, x);
+  const int n = TYPE == T_tf32 ? 4 : 8;
+  float value[n];
+  if (TYPE == T_tf32) {
+    u32 x[n];
+    memcpy(x, p, 16);
+    for (int j = 0; j < n; j++) value[j] = tf32(x[j]);
+  } else {
+    u16 x[8];
+    memcpy(x, p, 16);
+    for (int j = 0; j < n; j++) value[j] = TYPE == T_bf16 ? b2f(x[j]) : h2f(x[j]);
   }
+  for (int j = 0; j < n; j++) out[j * step] = value[j];
 }
 
 // Reads `rows` (of M or of N, from row0) by depth out of shared memory as a descriptor tells (PTX ISA, "Asynchronous
@@ -190,7 +197,8 @@ static void read_tile_of(const Step& s, u64 descriptor, int row0, int rows, int 
 }
 static void read_tile(const Step& s, u64 descriptor, int row0, int rows, int depth, bool mn_major, double* out,
                       size_t row_step, size_t k_step) {
-  auto read = s.I.type == T_tf32 ? read_tile_of<T_tf32> : s.I.type == T_bf16 ? read_tile_of<T_bf16> : read_tile_of<T_f16>;
+  int type = s.I.type;
+  auto read = type == T_tf32 ? read_tile_of<T_tf32> : type == T_bf16 ? read_tile_of<T_bf16> : read_tile_of<T_f16>;
   read(s, descriptor, row0, rows, depth, mn_major, out, row_step, k_step);
 }
 static u64 descriptor_operand(const Step& s, int i) {

@@ -471,6 +471,20 @@ def test_smaller_and_larger(op, ty, rng):
     check_floats(got, expected, ty, op)
 
 
+@pytest.mark.parametrize("op", ["min", "max", "min.NaN", "max.NaN"])
+def test_smallest_and_largest_of_three(op, rng):
+    values = [operand("f32", rng) for _ in range(3)]
+    got = run(f"{op}.f32 {{d}}, {{a}}, {{b}}, {{c}}", "f32", ["f32"] * 3, values, arch=120)
+    expected = []
+    for lane in zip(*(floats(v, "f32") for v in values), strict=True):
+        numbers = [v for v in lane if not (isinstance(v, float) and math.isnan(v))]
+        if not numbers or ("NaN" in op and len(numbers) < 3):
+            expected.append(math.nan)
+        else:
+            expected.append(min(numbers) if op[:3] == "min" else max(numbers))
+    check_floats(got, expected, "f32", op)
+
+
 @pytest.mark.parametrize("ty", ["f32", "f64"])
 @pytest.mark.parametrize("op", ["div.rn", "sqrt.rn", "rcp.rn"])
 def test_rounded_functions(op, ty, rng):

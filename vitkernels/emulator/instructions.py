@@ -24,9 +24,20 @@ def _class_of(ty: str) -> str:
     return {"f32": "fp32", "f64": "fp64", "f32x2": "fp32"}.get(ty, "half") if ty.startswith(("f", "bf")) else "alu"
 
 
+# Operands of an instruction, the destination among them; two where it is not listed. One more would be left unread.
+OPERANDS = {
+    **dict.fromkeys(("add", "sub", "mul", "mulhi", "div", "rem", "min", "max", "copysign"), 3),
+    **dict.fromkeys(("fma", "mad", "madhi", "prmt"), 4),
+    "bfi": 5,
+}
+
+
 def _plain(e, op, parts, ops, cls=None, **more):
     """An operation whose operands all have the mnemonic's last type."""
     ty = parts[-1]
+    expected = 3 if op == "lop3" else OPERANDS.get(op, 2)
+    if len(ops) != expected:
+        raise e.unsupported(f"{len(ops)} operands")
     operands = [e.register(ops[0])] + [e.source(o, ty) for o in ops[1:]]
     e.emit(op, ty, operands, flags=e.flags(parts[1:-1]), cls=cls or _class_of(ty), **more)
 
@@ -90,6 +101,9 @@ def _arithmetic(e, parts, ops):
             e.emit("cvt", "f32", [operands[-1], e.source(operand, narrow)], ty2=narrow, cls="cvt")
         operands.append(e.source(ops[-1], "f32"))
         return e.emit(parts[0], "f32", operands, flags=e.flags(parts), cls="fp32")
+    if parts[0] in ("min", "max") and narrow == "f32" and len(ops) == 4:  # of three, from sm_100 on
+        operands = [e.register(ops[0])] + [e.source(o, "f32") for o in ops[1:]]
+        return e.emit(f"{parts[0]}3", "f32", operands, flags=e.flags(parts), cls="fp32")
     return _plain(e, parts[0], parts, ops)
 
 

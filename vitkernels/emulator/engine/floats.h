@@ -33,6 +33,12 @@ static void fp32(const Step& s) {
     case OP_fma: single(s, [](float a, float b, float c) { return __builtin_fmaf(a, b, c); }); break;
     case OP_min: single(s, [nan](float a, float b, float) { return minimum(a, b, nan); }); break;
     case OP_max: single(s, [nan](float a, float b, float) { return maximum(a, b, nan); }); break;
+    case OP_min3:
+      single(s, [nan](float a, float b, float c) { return minimum(minimum(a, b, nan), c, nan); });
+      break;
+    case OP_max3:
+      single(s, [nan](float a, float b, float c) { return maximum(maximum(a, b, nan), c, nan); });
+      break;
     case OP_sqrt: single(s, [](float a, float, float) { return std::sqrt(a); }); break;
     case OP_rsqrt: single(s, [](float a, float, float) { return (float)(1.0 / std::sqrt((double)a)); }); break;
     case OP_rcp: single(s, [](float a, float, float) { return 1.0f / a; }); break;

@@ -138,6 +138,23 @@ def test_unsupported_is_an_exception():
         execute(text.replace("st.shared.b32 [%r5], %r2", "sin.f64 %rd5, %rd3"), [x], (1, 1, 1), shared=8192, arch=80)
 
 
+@pytest.mark.parametrize(
+    ("instruction", "reason"),
+    [
+        ("add.rz.f32 %r5, %r2, %r2", "add of this type or mode"),  # would be rounded to nearest
+        ("add.sat.s32 %r5, %r2, %r2", "add of this type or mode"),
+        ("add.f32 %r5, %r2, %r2, %r2", "4 operands"),
+        ("cvt.rn.satfinite.e4m3x2.f32 %r5, %r2, %r2", "e4m3x2"),
+        ("ld.b32 %r5, [%rd3]", "space generic"),
+        ("mul.f32 %r5, %r99, %r2", "operand %r99"),
+    ],
+)
+def test_nothing_is_ignored(instruction, reason):
+    text = COUNTED.replace("STRIDE", "4").replace("SHARED", "4").replace("st.shared.b32 [%r5], %r2", instruction)
+    with pytest.raises(Unsupported, match=reason):
+        execute(text, [torch.zeros(1 << 12)], (1, 1, 1), shared=8192, arch=80)
+
+
 # ------------------------------------------------------------------------------------------------ more defects
 
 

@@ -205,7 +205,9 @@ class _Machine:
             if pc < 0:
                 raise MemoryError(f"the emulator stopped: {what}")
             line, text = self.prog.lines[pc], self.prog.texts[pc]
-            raise ptx.Unsupported(f"{self.prog.name}, PTX line {line}: {text}: {what} of this type is not implemented")
+            raise ptx.Unsupported(
+                f"{self.prog.name}, PTX line {line}: {text}: {what} of this type or mode is not implemented"
+            )
         return count
 
     def findings(self, count: int) -> list[Finding]:

@@ -307,6 +307,8 @@ def _cp(e, parts, ops):
         return e.emit("cpwait", imm=int(ops[0], 0), cls="async")
     if "wait_all" in parts:
         return e.emit("cpwait", imm=-1, cls="async")
+    if "L2::cache_hint" in parts:
+        ops = ops[:-1]
     shared, shared_offset = e.address(ops[0], 32)
     source, offset = e.address(ops[1], 64)
     size = int(ops[2], 0)

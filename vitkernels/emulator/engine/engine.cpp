@@ -74,8 +74,8 @@ static void execute(const Step& s) {
     case OP_shf: return funnel(s);
     case OP_popc: case OP_clz: return count_bits(s);
     case OP_brev: return reverse_bits(s);
-    case OP_min3: case OP_max3: case OP_fma: case OP_sqrt: case OP_rsqrt: case OP_rcp: case OP_ex2: case OP_lg2: case OP_tanh: case OP_sin:
-    case OP_cos: case OP_copysign: return floating(s);
+    case OP_min3: case OP_max3: case OP_fma: case OP_sqrt: case OP_rsqrt: case OP_rcp: case OP_ex2: case OP_lg2:
+    case OP_tanh: case OP_sin: case OP_cos: case OP_copysign: return floating(s);
     case OP_cvt: return convert_one(s);
     case OP_cvt2: return convert_two(s);
     case OP_setp: return set_predicate(s);

@@ -148,6 +148,8 @@ static void fp16(const Step& s) {  // fp16 and bf16, one or a pair
   s.set_bytes(0, 32, known);
 }
 static void floating(const Step& s) {
+  // only rounding to nearest
+  if (s.I.flags & (F_rz | F_rm | F_rp | F_xorsign | F_abs)) s.unsupported();
   switch (s.I.type) {
     case T_f32: return fp32(s);
     case T_f64: return fp64(s);

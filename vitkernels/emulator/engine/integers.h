@@ -69,6 +69,7 @@ template <class T, class F> static ALWAYS_INLINE void ternary(const Step& s, F f
 }
 // f of two integers of the instruction's type
 template <class F> static ALWAYS_INLINE void integers(const Step& s, F f) {
+  if (s.I.flags) s.unsupported();  // saturation
   switch (s.I.type) {
     case T_u16: case T_b16: binary<u32>(s, [f](u32 a, u32 b) { return (u16)f((u16)a, (u16)b); }); break;
     case T_s16: binary<u32>(s, [f](u32 a, u32 b) { return (u16)f((i16)a, (i16)b); }); break;

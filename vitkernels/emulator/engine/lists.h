@@ -39,7 +39,8 @@
 
 #define PTX_OPS(X) \
   X(nop) X(mov) X(movp) X(pack) X(unpack) X(special) \
-  X(add) X(sub) X(mul) X(mulhi) X(mulwide) X(mad) X(madwide) X(madhi) X(div) X(rem) X(min) X(max) X(min3) X(max3) X(neg) X(abs) \
+  X(add) X(sub) X(mul) X(mulhi) X(mulwide) X(mad) X(madwide) X(madhi) X(div) X(rem) \
+  X(min) X(max) X(min3) X(max3) X(neg) X(abs) \
   X(lop3) X(not) X(shl) X(shr) X(bfe) X(bfi) X(prmt) X(shf) X(popc) X(clz) X(brev) \
   X(fma) X(sqrt) X(rsqrt) X(rcp) X(ex2) X(lg2) X(tanh) X(sin) X(cos) X(copysign) \
   X(cvt) X(cvt2) X(setp) X(selp) X(andp) X(orp) X(xorp) X(notp) X(testp) \

@@ -371,6 +371,33 @@ def test_plain_bulk_copies():
     assert Kind.copy_at_exit in run(BULK.replace("cp.async.bulk.wait_group 0;", ""))[2]
 
 
+def test_lanes_meet_where_their_paths_do():
+    # the join stands in the text before one of the ways to it, as LLVM lays out a loop with a branch in it
+    text = """
+      mov.b32 %r6, 0;
+      mov.b32 %r7, 0;
+      and.b32 %r5, %r1, 1;
+      setp.eq.u32 %p3, %r5, 0;
+      bra.uni $LOOP;
+    $JOIN:
+      bar.sync 0;
+      add.s32 %r7, %r7, 1;
+      setp.lt.u32 %p4, %r7, 3;
+      @%p4 bra $LOOP;
+      bra.uni $DONE;
+    $LOOP:
+      @%p3 bra $JOIN;
+      add.s32 %r6, %r6, 1;
+      bra.uni $JOIN;
+    $DONE:
+      st.global.b32 [%rd3], %r6;
+    """
+    x, result, errors = run(text)
+    assert not errors
+    assert x[:6].tolist() == [0, 3] * 3
+    assert result.counts["stg"] == 2
+
+
 def test_a_jump_table():
     text = """
       and.b32 %r5, %r1, 3;

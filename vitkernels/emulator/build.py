@@ -105,7 +105,7 @@ def library() -> ctypes.CDLL:
     for name, result, *arguments in (
         ("emu_address", u64, i32, u64),
         ("emu_locate", i32, u64, pointer),
-        ("emu_new", pointer, pointer, i32, pointer, pointer, i32, i32, i32, u32, i32, i32),
+        ("emu_new", pointer, pointer, i32, pointer, pointer, pointer, i32, i32, i32, u32, i32, i32),
         ("emu_params", None, pointer, pointer, i32),
         ("emu_buffer", None, pointer, pointer, u64, i32, u64, u64),
         ("emu_run", i64, pointer, pointer, i32, pointer, i32, u64, u64),

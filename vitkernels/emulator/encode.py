@@ -8,6 +8,7 @@ import struct
 import numpy as np
 
 from vitkernels.emulator import instructions
+from vitkernels.emulator.flow import order_of
 from vitkernels.emulator.lists import BITS, FLAGS, NUMBERS, OPS, SPECIALS, TYPES
 
 NO_OPERAND = -1
@@ -151,6 +152,16 @@ class Encoder:
             self.operands[operand] = self.labels[label]
         self._now, self._guard = (0, "ret", ""), NO_OPERAND
         self.emit("ret", cls="branch")
+        targets, ends = {}, set()
+        for i, (op, _, _, _, guard, count, first, imm, _) in enumerate(self.rows):
+            follows = [i + 1] if guard != NO_OPERAND else []
+            if op == OPS["bra"]:
+                targets[i] = [imm, *follows]
+            elif op == OPS["brx"]:
+                targets[i] = [*self.operands[first + 1 : first + count], *follows]
+            elif op in (OPS["ret"], OPS["trap"]) and not follows:
+                ends.add(i)
+        self.order = order_of(len(self.rows), targets, ends)
 
     def granule(self) -> int:
         smallest = min(self.accesses, default=4)

@@ -146,8 +146,8 @@ class _Machine:
         self.lib = library()
         self.prog = prog
         self.handle = self.lib.emu_new(
-            prog.code.ctypes.data, len(prog.code), prog.operands.ctypes.data, prog.constants.ctypes.data,
-            prog.slots, prog.predicates, prog.threads, shared, prog.granule, arch,
+            prog.code.ctypes.data, len(prog.code), prog.order.ctypes.data, prog.operands.ctypes.data,
+            prog.constants.ctypes.data, prog.slots, prog.predicates, prog.threads, shared, prog.granule, arch,
         )  # fmt: skip
         if not self.handle:
             raise MemoryError("no memory for the emulator")

@@ -29,6 +29,7 @@ class Program:
 
     Attributes:
         code: (n, 9) int64, a row an instruction: ``Instruction`` of ``engine/machine.h``.
+        order: int32, the place of each instruction in the control flow (:mod:`vitkernels.emulator.flow`).
         operands: int32; rows index into it.
         constants: (rows, 32) uint32, one value for all lanes; 64-bit ones take two rows.
         slots: Registers of 32 x 32 bits; 64-bit registers take two.
@@ -41,6 +42,7 @@ class Program:
     threads: int
     parameters: list[Parameter]
     code: np.ndarray
+    order: np.ndarray
     operands: np.ndarray
     constants: np.ndarray
     slots: int
@@ -130,6 +132,7 @@ def parse(text: str) -> Program:
         threads=int(threads.group(1)),
         parameters=list(parameters.values()),
         code=np.array(encoder.rows, np.int64),
+        order=np.array(encoder.order, np.int32),
         operands=np.array([*encoder.operands, 0], np.int32),
         constants=encoder.constants.table(),
         slots=encoder.slots + 2,

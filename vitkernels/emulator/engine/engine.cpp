@@ -119,7 +119,10 @@ static void execute(const Step& s) {
     case OP_mappublish: return publish_map(s);
     case OP_mma: return mma(s);
     case OP_wgmma: return wgmma(s);
-    case OP_wgfence: s.W.fenced_registers = s.W.steps; return;
+    case OP_wgfence:
+      s.W.fenced_registers = s.W.steps;
+      s.W.fenced_stage = true;
+      return;
     case OP_wgcommit: return wgmma_commit(s);
     case OP_wgwait: return wgmma_wait(s);
     case OP_fenceproxy: return fence_proxy(s);
@@ -129,14 +132,16 @@ static void execute(const Step& s) {
 
 // ------------------------------------------------------------------------------------------------ one warp
 
-static void add_split(Warp& W, i32 pc, u32 mask, Wait wait = RUNNING, u32 on = 0) {
+static void add_split(const Machine& M, Warp& W, i32 pc, u32 mask, Wait wait = RUNNING, u32 on = 0) {
   if (!mask) return;
   for (Split& s : W.splits)
     if (s.pc == pc && s.wait == wait && s.on == on && wait != AT_BARRIER) {
       s.mask |= mask;
       return;
     }
-  auto after = std::find_if(W.splits.begin(), W.splits.end(), [pc](const Split& s) { return s.pc > pc; });
+  auto after = std::find_if(W.splits.begin(), W.splits.end(), [&](const Split& s) {
+    return M.order[s.pc] > M.order[pc];
+  });
   W.splits.insert(after, {pc, mask, wait, on});
 }
 static size_t first_running(const Warp& W) {
@@ -163,9 +168,9 @@ static void branch_indexed(const Step& s, u32 mask) {  // o: index, targets..
   for (u32 r = s.m; r; r &= r - 1) {
     int l = lowest(r);
     if (index[l] + 1 >= (u32)s.I.count) throw Unsupported{s.pc, "an index beyond the targets"};
-    add_split(s.W, s.o[1 + index[l]], 1u << l);
+    add_split(s.M, s.W, s.o[1 + index[l]], 1u << l);
   }
-  add_split(s.W, s.pc + 1, mask & ~s.m);
+  add_split(s.M, s.W, s.pc + 1, mask & ~s.m);
 }
 static u32 uniform_operand(const Step& s, int i) {
   u32 value = 0;
@@ -178,7 +183,7 @@ static Outcome at_barrier(const Step& s, u32 mask, bool diverged) {
   u32 threads = s.I.count > 1 ? uniform_operand(s, 1) : (u32)s.I.imm2;
   if (id > 16) throw Unsupported{s.pc, "a barrier's number above 15"};
   barrier_arrive(s, id, threads);
-  if (s.I.op == OP_barsync) add_split(s.W, s.pc + 1, mask, AT_BARRIER, id);
+  if (s.I.op == OP_barsync) add_split(s.M, s.W, s.pc + 1, mask, AT_BARRIER, id);
   if (threads && barrier_full(s.M, id)) open_barrier(s.M, id);
   return s.I.op == OP_barsync ? LEFT : ADVANCE;
 }
@@ -187,7 +192,7 @@ static Outcome at_mbarrier(const Step& s, u32 mask) {
   u32 waits_for = 0, ready = mbarrier_test(s, &waits_for);
   s.set_pred(s.o[0], ready, FULL);
   if (ready == s.m) return ADVANCE;
-  add_split(s.W, s.pc + 1, mask, YIELDED, waits_for);
+  add_split(s.M, s.W, s.pc + 1, mask, YIELDED, waits_for);
   return LEFT;
 }
 
@@ -199,8 +204,8 @@ static Outcome dispatch(const Step& s, i32& pc, u32& mask, bool diverged) {
         pc = (i32)s.I.imm;
         return JUMPED;
       }
-      add_split(s.W, (i32)s.I.imm, s.m);
-      add_split(s.W, pc + 1, mask & ~s.m);
+      add_split(s.M, s.W, (i32)s.I.imm, s.m);
+      add_split(s.M, s.W, pc + 1, mask & ~s.m);
       return LEFT;
     case OP_brx: branch_indexed(s, mask); return LEFT;
     case OP_ret:
@@ -217,8 +222,8 @@ static Outcome dispatch(const Step& s, i32& pc, u32& mask, bool diverged) {
   }
 }
 
-// Runs a warp until all its lanes have left or wait, or for a long time. Lanes that diverged run from the lowest
-// instruction on, so that they meet again where their paths do.
+// Runs a warp until all its lanes have left or wait, or for a long time. Of lanes that diverged, those furthest
+// behind run first, so that they meet again where their paths do.
 static void run_warp(Machine& M, int w) {
   static const u64 LONG = 1 << 22;
   Warp& W = M.warps[w];
@@ -232,10 +237,11 @@ static void run_warp(Machine& M, int w) {
     W.splits.erase(W.splits.begin() + first);
     const bool diverged = !W.splits.empty();
     size_t second = first_running(W);
-    const i32 next = second < W.splits.size() ? W.splits[second].pc : 0x7FFFFFFF;
+    const bool others = second < W.splits.size();
+    const i32 next = others ? M.order[W.splits[second].pc] : 0;
     for (;;) {
-      if (pc >= next) {
-        add_split(W, pc, mask);
+      if (others && M.order[pc] >= next) {
+        add_split(M, W, pc, mask);
         break;
       }
       const Instruction& I = M.code[pc];
@@ -264,7 +270,7 @@ static void run_warp(Machine& M, int w) {
       if (outcome == ADVANCE) {
         pc++;
       } else if (M.total - started > LONG) {  // others may have to write what it waits for
-        add_split(W, pc, mask);
+        add_split(M, W, pc, mask);
         M.progress++;
         return;
       }
@@ -361,8 +367,8 @@ i32 emu_locate(u64 address, i64* offset) {
   return (i32)((address - GLOBAL_BASE) >> WINDOW_BITS);
 }
 
-Machine* emu_new(const i64* code, i32 length, const i32* operands, const u32* constants, i32 slots, i32 preds,
-                 i32 threads, u32 shared_bytes, i32 granule, i32 arch) {
+Machine* emu_new(const i64* code, i32 length, const i32* order, const i32* operands, const u32* constants, i32 slots,
+                 i32 preds, i32 threads, u32 shared_bytes, i32 granule, i32 arch) {
   Machine* M = new (std::nothrow) Machine();
   if (!M) return nullptr;
   M->code = (Instruction*)malloc(sizeof(Instruction) * (length + 1));
@@ -376,6 +382,7 @@ Machine* emu_new(const i64* code, i32 length, const i32* operands, const u32* co
     M->uses_wgmma |= M->code[i].op == OP_wgmma;
   }
   M->length = length;
+  M->order = order;
   M->operands = operands;
   M->constants = constants;
   M->slots = slots;

@@ -148,7 +148,8 @@ struct Warp {
   std::deque<std::vector<i32>> accumulator_groups;
   std::vector<BulkStore> bulk_stores;
   i64 bulk_groups[32];  // committed, by lane
-  u64 steps, fenced_registers;
+  u64 steps, fenced_registers;  // step of the last wgmma.fence
+  bool fenced_stage;            // there was one since the last commit
   Clock seen, fenced;
   Clock asked;  // by mbarrier: the phase that it asked for in vain
 };
@@ -170,6 +171,7 @@ struct Mbarrier {
 struct Machine {
   Instruction* code;
   i32 length;
+  const i32* order;  // place of each instruction in the control flow: who is behind runs first
   const i32* operands;
   const u32* constants;
   const u8* params;

@@ -236,8 +236,10 @@ static void wgmma(const Step& s) {
   auto since_fence = [&](i32 slot) { return M.written_at[mine + slot] > W.fenced_registers; };
   if (in_registers) {
     bad = undefined_operands(s, nd, 4, 32);
+    // LLVM moves the arithmetic that makes the operand below the fence that Triton puts; ptxas then serialises
+    int kind = W.fenced_stage ? K_unfenced_operand : K_unfenced_register;
     for (int i = nd; i < nd + 4; i++)
-      if (s.o[i] >= 0 && since_fence(s.o[i])) s.report(K_unfenced_register, 0, 0, s.o[i]);
+      if (s.o[i] >= 0 && since_fence(s.o[i])) s.report(kind, 0, 0, s.o[i]);
     left_registers(s, nd, 4, type, depth, a.data());
   } else {
     read_tile(s, descriptor_operand(s, nd), (s.w & 3) * 16, 16, depth, imm >> 22 & 1, a.data(), depth, 1);
@@ -271,6 +273,7 @@ static void wgmma_commit(const Step& s) {
   s.W.sources.clear();
   s.W.accumulator_groups.push_back(std::move(s.W.accumulators));
   s.W.accumulators.clear();
+  s.W.fenced_stage = false;
 }
 static void wgmma_wait(const Step& s) {  // all but the newest imm groups
   Warp& W = s.W;

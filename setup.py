@@ -17,6 +17,7 @@ DEMO = [*TRITON, "matplotlib", "pillow>=10.1", "rich", "safetensors", "scikit-le
 BENCH = [*TRITON, *TIMM, "matplotlib", "pytest-benchmark", "rich"]  # benchmarks/ runs from a checkout
 TEST = [
     *DEMO,
+    "ziglang; platform_system == 'Linux'",  # compiles the emulator's engine where a machine has no C++ compiler
     *TIMM,
     *HF,
     "bitsandbytes",
@@ -39,7 +40,11 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.10",
     packages=find_packages(include=["vitkernels", "vitkernels.*"]),
-    package_data={"vitkernels": ["py.typed", "tuning/tables/*.json", "aot/contract/*.json", "demo/*.safetensors"]},
+    package_data={
+        "vitkernels": [
+            *("py.typed", "tuning/tables/*.json", "aot/contract/*.json", "demo/*.safetensors", "emulator/engine/*"),
+        ]
+    },
     install_requires=["torch>=2.11"],
     extras_require={
         "triton": TRITON,

@@ -25,6 +25,9 @@ import pytest  # noqa: E402
 prepare_torchvision()  # tests import timm themselves, on a CPU build of PyTorch too
 
 
+collect_ignore = ["emulator"]  # compiled kernels: test_emulator.py runs it
+
+
 def pytest_addoption(parser):
     parser.addoption("--mutant", help="run with this defect of vitkernels.verify.mutants inside")
 

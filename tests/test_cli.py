@@ -94,7 +94,7 @@ def test_demo_errors(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("VITKERNELS_BACKEND", "torch")
     assert "cannot write" in failure(capsys, "demo", "--out", tmp_path / "missing" / "demo.png")
     monkeypatch.setenv("VITKERNELS_BACKEND", "cuda")
-    assert "'cuda'; expected one of auto, triton, torch" in failure(capsys, "demo", "--out", tmp_path / "demo.png")
+    assert "'cuda'; expected one of auto, triton, emulated, " in failure(capsys, "demo", "--out", tmp_path / "demo.png")
     monkeypatch.setenv("VITKERNELS_BACKEND", "triton")
     monkeypatch.setattr(_triton, "HAS_TRITON", False)
     monkeypatch.setattr(_triton, "MISSING", ModuleNotFoundError("No module named 'triton'", name="triton"))

@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch.compiler import is_compiling
 
-BACKENDS = ("auto", "triton", "torch")
+from vitkernels.emulator.devices import DEVICES
+
+BACKENDS = ("auto", "triton", "emulated", *(f"emulated:{arch}" for arch in DEVICES), "torch")
 _VARIABLE = "VITKERNELS_BACKEND"
 _ENCODED = os.fsencode(_VARIABLE) if os.name == "posix" else _VARIABLE  # as os.environ spells it inside
 
@@ -28,15 +30,16 @@ _override.backend = None  # in the thread that imports; without the attribute ge
 
 
 def backend() -> str:
-    """Return the backend that is asked for: ``"auto"``, ``"triton"`` or ``"torch"``.
+    """Return the backend that is asked for: ``"auto"``, ``"triton"``, ``"emulated"`` or ``"torch"``.
 
-    ``auto`` runs the kernels on GPUs (and on the CPU where Triton's interpreter is on) and
-    PyTorch elsewhere; ``triton`` insists on the kernels; ``torch`` runs PyTorch everywhere.
+    ``auto`` runs the kernels on GPUs (and on the CPU where Triton's interpreter is on) and PyTorch elsewhere;
+    ``triton`` insists on the kernels; ``emulated`` runs them for tensors of the CPU, too, compiled for a GPU that is
+    emulated: an H100, or as ``emulated:sm_80`` and ``emulated:sm_120`` say; ``torch`` runs PyTorch everywhere.
     Taken from :func:`use_backend`, else from the variable ``VITKERNELS_BACKEND``; where activation checkpointing
     computes a forward again, from what was in effect in that forward.
 
     Raises:
-        ValueError: ``VITKERNELS_BACKEND`` names none of the three.
+        ValueError: ``VITKERNELS_BACKEND`` names none of these.
         RuntimeError: A backend is chosen, and which it was in a checkpoint's forward cannot be told.
     """
     chosen = getattr(_override, "backend", None)
@@ -60,6 +63,20 @@ def _environment_backend() -> str:
     return os.environ.get(_VARIABLE, "auto")
 
 
+def emulated_arch() -> str | None:
+    """Return the architecture that is emulated for this thread's tensors on the CPU, or None."""
+    chosen = getattr(_override, "backend", None)
+    name, _, arch = (_environment_backend() if chosen is None else chosen).partition(":")
+    return (arch or "sm_90") if name == "emulated" else None
+
+
+def emulating(arch: str | None) -> contextlib.AbstractContextManager:
+    """Emulate ``arch`` again within a ``with`` block, as :func:`emulated_arch` gave it before; None changes nothing."""
+    if arch is None or arch == emulated_arch():
+        return _NO_SWITCH
+    return use_backend(f"emulated:{arch}")
+
+
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Choose the backend for this thread within a ``with`` block.
@@ -69,10 +86,10 @@ def use_backend(name: str) -> Iterator[None]:
     is checkpointed from outside chooses anew: compile what holds the checkpoint, or set ``VITKERNELS_BACKEND``.
 
     Args:
-        name: ``"auto"``, ``"triton"`` or ``"torch"``, as for :func:`backend`.
+        name: ``"auto"``, ``"triton"``, ``"emulated"`` (or ``"emulated:sm_80"``) or ``"torch"``, as for :func:`backend`.
 
     Raises:
-        ValueError: ``name`` is none of the three.
+        ValueError: ``name`` is none of these.
     """
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; expected one of {', '.join(BACKENDS)}")
@@ -192,15 +209,24 @@ class DeviceFacts:
 
 
 INTERPRETER = DeviceFacts("interpreter", "interpreter", 2, 1 << 20)
+_EMULATED = {
+    arch: DeviceFacts(f"emulated {device.name}", arch, device.num_sms, device.shared_memory)
+    for arch, device in DEVICES.items()
+}
 
 
 def device_facts(device: torch.device) -> DeviceFacts:
-    """Return the facts of ``device``; the first call for a GPU asks the driver, later ones a cache."""
+    """Return the facts of ``device``, of the CPU those of the GPU that it emulates, else the interpreter's.
+
+    The first call for a GPU asks the driver, later ones a cache.
+    """
     if device.type == "cuda":
         index = device.index if device.index is not None else torch.cuda.current_device()
         return _cuda_facts(index)
     if device.type == "xpu":
         return _xpu_facts(device.index if device.index is not None else torch.xpu.current_device())
+    if device.type == "cpu" and (arch := emulated_arch()) is not None:
+        return _EMULATED[arch]
     return INTERPRETER
 
 

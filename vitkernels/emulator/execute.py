@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import random
 import struct
 import time
 from collections.abc import Iterable, Sequence
@@ -16,15 +15,13 @@ from vitkernels.emulator import ptx
 from vitkernels.emulator.build import library
 from vitkernels.emulator.descriptors import SIZE as TENSOR_MAP_BYTES
 from vitkernels.emulator.descriptors import expanded, is_descriptor
+from vitkernels.emulator.devices import DEVICES
 from vitkernels.emulator.encode import SHARED_BASE
 from vitkernels.emulator.lists import DESCRIPTIONS, NOTES, Kind
 
-__all__ = ["Finding", "Kind", "Run", "execute", "random_programs"]
+__all__ = ["Finding", "Kind", "Run", "execute"]
 
-
-# Bytes of shared memory that a program may have (CUDA C++ Programming Guide, "Technical Specifications per Compute
-# Capability").
-SHARED_LIMITS = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+SHARED_LIMITS = {device.capability: device.shared_memory for device in DEVICES.values()}
 
 
 @dataclasses.dataclass
@@ -42,6 +39,7 @@ class Finding:
         argument: Which tensor argument a global address belongs to, or is nearest to.
         offset: Bytes from that tensor's first element.
         count: How often the instruction did so.
+        tensor: That argument's name, where it is known.
     """
 
     kernel: str
@@ -57,6 +55,7 @@ class Finding:
     argument: int | None
     offset: int | None
     count: int
+    tensor: str | None = None
 
     @property
     def what(self) -> str:
@@ -65,7 +64,7 @@ class Finding:
     def __str__(self) -> str:
         at = f"address {self.address:#x}"
         if self.argument is not None:
-            at = f"argument {self.argument}, byte {self.offset}"
+            at = f"{self.tensor or f'argument {self.argument}'}, byte {self.offset}"
         return (
             f"{self.kernel}: {self.what} ×{self.count} at {self.place or 'no source line'}, {at}, program "
             f"{self.program}, warp {self.warp}, lane {self.lane}, other {self.other}; PTX line {self.line}: "
@@ -267,7 +266,7 @@ class _Machine:
 def execute(
     text: str, arguments: list, grid: tuple[int, int, int], *, shared: int, arch: int, ctas: list[int] | None = None,
     order_seed: int = 0, check_warp: bool = False, limit: int = 1 << 62, constants: dict | None = None,
-    scratch: int = 0, descriptors: Sequence[dict] | None = None,
+    scratch: int = 0, descriptors: Sequence[dict] | None = None, names: Sequence[str] | None = None,
 ) -> Run:  # fmt: skip
     """Run the kernel of ``text``.
 
@@ -286,6 +285,8 @@ def execute(
         scratch: Bytes of global memory that each program wants (``kernel.metadata.global_scratch_size``).
         descriptors: ``kernel.metadata.tensordesc_meta``; without it, tensor descriptors are tiled by their own layout.
 
+        names: Of the arguments, for what is found.
+
     Raises:
         Unsupported: An instruction that the engine does not know; the message names its line.
         NoCompiler: The engine could not be compiled.
@@ -301,6 +302,9 @@ def execute(
         machine.give(arguments, memory, descriptors)
         found = machine.run(programs, grid, check_warp, limit, order_seed)
         findings = machine.findings(found)
+        for finding in findings:
+            if names is not None and finding.argument is not None:
+                finding.tensor = names[finding.argument]
         counts, lines = machine.counts()
         instructions = machine.lib.emu_total(machine.handle)
     seconds = time.perf_counter() - started
@@ -308,14 +312,3 @@ def execute(
         prog.name, arch, tuple(grid), len(programs), prog.threads // 32, findings, counts, lines, seconds, instructions,
         shared, constants or {},
     )  # fmt: skip
-
-
-def random_programs(total: int, most: int, seed: int = 0) -> list[int]:
-    """``most`` programs of ``total`` in random order, the first and last among them."""
-    rng = random.Random(seed)
-    if total <= most:
-        chosen = list(range(total))
-    else:
-        chosen = list({0, total - 1, *rng.sample(range(total), most)})[: max(most, 2)]
-    rng.shuffle(chosen)
-    return chosen

@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import torch
 
+from vitkernels import runtime
+
 
 def once_differentiable(backward: Callable) -> Callable:
     """Make the backward of an ``autograd.Function`` out of ``backward(ctx, saved, *upstream)``, a tuple of gradients.
@@ -18,13 +20,15 @@ def once_differentiable(backward: Callable) -> Callable:
     Where its own graph is asked for, the gradients are joined to a node that raises when it is differentiated. What
     leads to it is all that they hang on: the upstream gradients, the saved tensors, and ``ctx.unsaved``, a tuple of
     those inputs that are in none of these. A derivative by an input that is missing there would pass the node by.
+
+    It runs on the GPU that its forward emulated, ``ctx.emulated``, also where ``use_backend`` was left in between.
     """
     name = backward.__qualname__.partition(".")[0]
 
     @functools.wraps(backward)
     def run(ctx, *upstream):
         saved = ctx.saved_tensors  # once, as a checkpoint gives them out once
-        with torch.no_grad():
+        with torch.no_grad(), runtime.emulating(ctx.emulated):
             grads = backward(ctx, saved, *upstream)
         if not torch.is_grad_enabled():
             return grads

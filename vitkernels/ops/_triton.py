@@ -145,6 +145,13 @@ if INTERPRETED:
 HAS_TRITON = MISSING is None
 
 
+def emulating(arch: str) -> contextlib.AbstractContextManager:
+    """Have this thread's launches run on an emulated GPU of ``arch``, on tensors of the CPU."""
+    from vitkernels.emulator.launch import emulating  # Triton is there, and the engine is built at the first launch
+
+    return emulating(arch)
+
+
 def why_not_interpreted() -> str | None:
     """Return why no kernel runs in Triton's interpreter as it is installed here, or None where nothing is known."""
     import numpy

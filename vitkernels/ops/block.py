@@ -37,6 +37,7 @@ class BlockFunction(torch.autograd.Function):
         tensors = (x, n1_w, n1_b, qkv_w, qkv_b, proj_w, proj_b, gamma1, n2_w, n2_b, w1, b1, w2, b2, gamma2)
         y, saved = _forward(tensors, options, save=True)
         ctx.save_for_backward(*saved)
+        ctx.emulated = runtime.emulated_arch()
         ctx.unsaved = (n1_b, qkv_b, n2_b, b1)  # in h1, qkv, h2 and z
         ctx.options = options
         ctx.dtypes = [None if t is None else t.dtype for t in tensors]

@@ -258,6 +258,7 @@ class LinearFunction(torch.autograd.Function):
         save_z = activation is not None and any(ctx.needs_input_grad[:4])
         y, z = linear_fwd(x, weight, bias, gamma, residual, activation, None, save_z)
         ctx.save_for_backward(x, weight, bias, z if save_z else None, gamma)
+        ctx.emulated = runtime.emulated_arch()
         ctx.activation = activation
         ctx.gamma_dtype = None if gamma is None else gamma.dtype
         ctx.residual_dtype = None if residual is None else residual.dtype

@@ -124,6 +124,7 @@ class MlpFunction(torch.autograd.Function):
         save_act = (ctx.needs_input_grad[3] or ctx.needs_input_grad[5]) and not recompute
         y, z, act = mlp_fwd(x, w1, b1, w2, b2, gamma, residual, activation, None, save_z, save_act)
         ctx.save_for_backward(x, w1, w2, b2, gamma, z, act if save_act else None)
+        ctx.emulated = runtime.emulated_arch()
         ctx.unsaved = (b1,)  # in z
         ctx.activation = activation
         ctx.gamma_dtype = None if gamma is None else gamma.dtype

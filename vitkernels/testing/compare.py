@@ -4,7 +4,8 @@ fp32 and fp64: max error ≤ 2 × PyTorch's + 2 · max(|truth + 0.3 − 0.3 − 
 the tensor. fp16 and bf16: RMS error ≤ 1.5 ×, worst row ≤ 10 ×, and gain |⟨err, truth⟩ / ⟨truth, truth⟩| ≤
 max(eps / 32, 1e-6, noise), the last because bf16 alone hides a result that is off by a constant factor. In RMS and
 worst row "PyTorch's error" is never taken to be less than the error of rounding the truth to the dtype, which
-nobody can beat. In fp64, where the truth is PyTorch's own result, "PyTorch's error" is that of fp32, scaled by eps.
+nobody can beat. In fp64, where the truth is PyTorch's own result, "PyTorch's error" is that of fp32, scaled by eps. On
+a CPU that emulates a GPU PyTorch's fp32 products are summed as a GPU sums them (:mod:`vitkernels.testing.sums`).
 
 Where a gradient's terms all cancel, as dq's of one token do, PyTorch may happen to get 0, and does on some CPUs alone.
 There "PyTorch's error" is at least what rounding the saved tensors leaves of those terms: the size of what cancels.
@@ -20,11 +21,15 @@ eps / 32 is 2.4e-4; over 12 of attention with a learned bias, which PyTorch comp
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
+
+from vitkernels import runtime
+from vitkernels.testing.sums import summed_in_a_chain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +169,8 @@ def judge_op(
     before = {name: t.detach().clone() for name, t in tensors.items() if t is not None}
     outputs, grads, upstreams = _run(function, tensors, options, None, upstream)
     changed = [name for name, t in before.items() if not _same(tensors[name].detach(), t)]
-    torch_outputs, torch_grads, _ = _run(reference, tensors, options, upstreams, None)
+    with _summed_alike(tensors):
+        torch_outputs, torch_grads, _ = _run(reference, tensors, options, upstreams, None)
     truth_outputs, truth_grads = _truth(reference, tensors, options, upstreams)
     if any(t.dtype == torch.float64 for t in (*torch_outputs, *torch_grads.values())):
         torch_outputs, torch_grads = _yardstick_in_fp64(
@@ -238,7 +244,8 @@ def _yardstick_in_fp64(reference, tensors, options, upstreams, results, truths):
         for name, t in tensors.items()
     }
     narrow_upstreams = [u.float() if u.dtype == torch.float64 else u for u in upstreams]
-    outputs, grads, _ = _run(reference, narrow, options, narrow_upstreams, None)
+    with _summed_alike(narrow):
+        outputs, grads, _ = _run(reference, narrow, options, narrow_upstreams, None)
     narrow_truth_outputs, narrow_truth_grads = _truth(reference, narrow, options, narrow_upstreams)
     scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
 
@@ -252,6 +259,13 @@ def _yardstick_in_fp64(reference, tensors, options, upstreams, results, truths):
         tuple(map(yardstick, torch_outputs, truth_outputs, outputs, narrow_truth_outputs)),
         {n: yardstick(g, truth_grads[n], grads[n], narrow_truth_grads[n]) for n, g in torch_grads.items()},
     )
+
+
+def _summed_alike(tensors: Mapping[str, Tensor | None]) -> contextlib.AbstractContextManager:
+    """Have PyTorch, on a CPU that emulates a GPU, sum fp32 products in the GPU's order."""
+    given = [t for t in tensors.values() if t is not None and t.is_floating_point()]
+    alike = runtime.emulated_arch() is not None and all(t.is_cpu and t.dtype == torch.float32 for t in given)
+    return summed_in_a_chain() if alike else contextlib.nullcontext()
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

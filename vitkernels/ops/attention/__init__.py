@@ -275,6 +275,7 @@ class AttentionFunction(torch.autograd.Function):
     def forward(ctx, q, k, v, mask, seed, starts, scale, is_causal, dropout_p, max_seqlen):
         o, lse = attention_fwd(q, k, v, scale, starts is None, mask, seed, is_causal, dropout_p, starts, max_seqlen)
         ctx.save_for_backward(q, k, v, o, lse, mask, seed, starts)
+        ctx.emulated = runtime.emulated_arch()
         ctx.options = (scale, is_causal, dropout_p, max_seqlen)
         return o
 
@@ -318,6 +319,7 @@ class AttentionQkvpackedFunction(torch.autograd.Function):
             q = k = None
             o, lse = attention_qkvpacked_fwd(qkv, scale, mask, seed, is_causal, dropout_p)
         ctx.save_for_backward(qkv, q, k, o, lse, mask, seed, q_weight, q_bias, k_weight, k_bias, cos, sin)
+        ctx.emulated = runtime.emulated_arch()
         ctx.options = (options, norms, interleaved, prefix)
         return o
 

@@ -426,6 +426,7 @@ class PrepareFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, cos, sin, norm, eps, interleaved, prefix):
         ctx.save_for_backward(x, weight, bias, cos, sin)
+        ctx.emulated = runtime.emulated_arch()
         ctx.spec = (norm, eps, interleaved, prefix)
         return prepare_fwd(x, weight, bias, cos, sin, norm, eps, interleaved, prefix)
 

@@ -124,6 +124,7 @@ class LayerNormFunction(torch.autograd.Function):
         plain = residual is None
         branch = x if gamma is not None and ctx.needs_input_grad[4] else None
         ctx.save_for_backward(x if plain else r, branch, weight, gamma, path, mean, rstd)
+        ctx.emulated = runtime.emulated_arch()
         ctx.eps, ctx.x_dtype, ctx.plain, ctx.rms = eps, x.dtype, plain, rms
         ctx.parameter_dtypes = [None if p is None else p.dtype for p in (weight, bias, gamma)]
         ctx.residual_dtype = None if plain else residual.dtype

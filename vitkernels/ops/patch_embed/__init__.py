@@ -98,6 +98,7 @@ class PatchEmbedFunction(torch.autograd.Function):
         ctx.parameters = [None if p is None else (p.shape, p.dtype) for p in (weight, bias, pos_embed, prefix_tokens)]
         ctx.unsaved = (weight,)
         weight, bias = _cast(dtype, weight, bias)
+        ctx.emulated = runtime.emulated_arch()
         if any(ctx.needs_input_grad[:2]):
             ctx.save_for_backward(images, weight)
         ctx.pos_embed_prefix = pos_embed_prefix

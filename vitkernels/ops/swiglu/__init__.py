@@ -141,6 +141,7 @@ class SwigluMlpFunction(torch.autograd.Function):
         y, saved = _forward(x, w1, b1, w2, b2, w3, b3, norm_w, norm_b, gamma, residual, options,
                             save=any(ctx.needs_input_grad[:10]))  # fmt: skip
         ctx.save_for_backward(*saved)
+        ctx.emulated = runtime.emulated_arch()
         ctx.unsaved = (b1, b2)  # in z
         ctx.options = options
         ctx.dtypes = [None if t is None else t.dtype for t in (x, w1, b1, w2, b2, w3, b3, norm_w, norm_b, gamma,

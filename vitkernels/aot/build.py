@@ -98,11 +98,18 @@ def trace(launcher: Callable[[], object], target: str) -> list[Launch]:
         found.append(Launch(target, f"{fn.module}.{fn.name}", compile["specialization_data"]))
         return True  # neither compiled nor launched
 
-    facts, cuda = TARGETS[target].facts, TARGETS[target].triton.backend == "cuda"
+    with _named_driver(target, "trace"), knobs.runtime.scope(), on_fake_tensors(TARGETS[target]):
+        knobs.runtime.jit_cache_hook = record
+        launcher()
+    return found
+
+
+@contextlib.contextmanager
+def on_fake_tensors(target: Target) -> Iterator[None]:
+    """Have launchers choose for ``target``, on CUDA tensors without memory, within a ``with`` block."""
+    cuda = target.triton.backend == "cuda"
     with (
-        _named_driver(target, "trace"),
-        knobs.runtime.scope(),
-        unittest.mock.patch.object(runtime, "device_facts", return_value=facts),
+        unittest.mock.patch.object(runtime, "device_facts", return_value=target.facts),
         # What PyTorch computes and what a kernel may depend on PyTorch's build.
         unittest.mock.patch.object(torch.version, "cuda", "12.8" if cuda else None),
         unittest.mock.patch.object(torch.version, "hip", None if cuda else "6.4"),
@@ -110,9 +117,7 @@ def trace(launcher: Callable[[], object], target: str) -> list[Launch]:
         unittest.mock.patch.object(FakeTensor, "data_ptr", lambda t: t.storage_offset() * t.element_size()),
         FakeTensorMode(),
     ):
-        knobs.runtime.jit_cache_hook = record
-        launcher()
-    return found
+        yield
 
 
 def compile_launch(launch: Launch):

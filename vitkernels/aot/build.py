@@ -20,6 +20,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 
 from vitkernels import runtime
+from vitkernels.emulator.devices import GPUS
 from vitkernels.ops._triton import INTERPRETED
 from vitkernels.runtime import DeviceFacts
 
@@ -43,20 +44,20 @@ class Target:
     max_blocks: int
 
 
-def _cuda(capability: int, num_sms: int, shared_kib: int, max_warps: int, max_blocks: int) -> Target:
-    arch = f"sm_{capability}"
+def _cuda(arch: str, max_warps: int, max_blocks: int) -> Target:
+    gpu = GPUS[arch]
+    facts = DeviceFacts(arch, arch, gpu.num_sms, gpu.shared_memory)
     # One KiB of each program's shared memory is the system's.
-    facts = DeviceFacts(arch, arch, num_sms, (shared_kib - 1) << 10)
-    return Target(GPUTarget("cuda", capability, 32), facts, shared_kib << 10, max_warps, max_blocks)
+    return Target(GPUTarget("cuda", gpu.capability, 32), facts, gpu.shared_memory + (1 << 10), max_warps, max_blocks)
 
 
-# Multiprocessors of the A100, H100, B200, RTX 5090 and MI300X; limits from the CUDA C++ Programming Guide ("Technical
-# Specifications per Compute Capability") and from LLVM's AMDGPUBaseInfo.cpp.
+# Warps and programs that a multiprocessor holds: CUDA C++ Programming Guide, "Technical Specifications per Compute
+# Capability". The MI300X: LLVM's AMDGPUBaseInfo.cpp.
 TARGETS = {
-    "sm_80": _cuda(80, 108, 164, 64, 32),
-    "sm_90": _cuda(90, 132, 228, 64, 32),
-    "sm_100": _cuda(100, 148, 228, 64, 32),
-    "sm_120": _cuda(120, 170, 100, 48, 24),
+    "sm_80": _cuda("sm_80", 64, 32),
+    "sm_90": _cuda("sm_90", 64, 32),
+    "sm_100": _cuda("sm_100", 64, 32),
+    "sm_120": _cuda("sm_120", 48, 24),
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), DeviceFacts("gfx942", "gfx942", 304, 64 << 10), 64 << 10, 32, 16),
 }
 

@@ -1,4 +1,4 @@
-"""The GPUs that are emulated. No Triton and no engine is imported here."""
+"""NVIDIA's GPUs, and those of them that are emulated. No Triton and no engine is imported here."""
 
 from __future__ import annotations
 
@@ -24,11 +24,14 @@ class Device:
     shared_memory: int
 
 
-DEVICES = {
+# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+GPUS = {
     device.arch: device
     for device in (
         Device("sm_80", "A100", 80, 108, 163 << 10),
         Device("sm_90", "H100", 90, 132, 227 << 10),
+        Device("sm_100", "B200", 100, 148, 227 << 10),
         Device("sm_120", "RTX 5090", 120, 170, 99 << 10),
     )
 }
+DEVICES = {arch: GPUS[arch] for arch in ("sm_80", "sm_90", "sm_120")}  # the engine knows no tcgen05

@@ -15,13 +15,13 @@ from vitkernels.emulator import ptx
 from vitkernels.emulator.build import library
 from vitkernels.emulator.descriptors import SIZE as TENSOR_MAP_BYTES
 from vitkernels.emulator.descriptors import expanded, is_descriptor
-from vitkernels.emulator.devices import DEVICES
+from vitkernels.emulator.devices import GPUS
 from vitkernels.emulator.encode import SHARED_BASE
 from vitkernels.emulator.lists import DESCRIPTIONS, NOTES, Kind
 
 __all__ = ["Finding", "Kind", "Run", "execute"]
 
-SHARED_LIMITS = {device.capability: device.shared_memory for device in DEVICES.values()}
+SHARED_LIMITS = {device.capability: device.shared_memory for device in GPUS.values()}
 
 
 @dataclasses.dataclass

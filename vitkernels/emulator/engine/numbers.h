@@ -42,26 +42,16 @@ enum Flag : i32 {
 #undef X
 };
 
-static ALWAYS_INLINE float bits_f(u32 x) {
-  float f;
-  memcpy(&f, &x, 4);
-  return f;
+template <class To, class From> static ALWAYS_INLINE To same_bits(From from) {
+  static_assert(sizeof(To) == sizeof(From), "as many bits");
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
 }
-static ALWAYS_INLINE u32 f_bits(float f) {
-  u32 x;
-  memcpy(&x, &f, 4);
-  return x;
-}
-static ALWAYS_INLINE double bits_d(u64 x) {
-  double f;
-  memcpy(&f, &x, 8);
-  return f;
-}
-static ALWAYS_INLINE u64 d_bits(double f) {
-  u64 x;
-  memcpy(&x, &f, 8);
-  return x;
-}
+static ALWAYS_INLINE float bits_f(u32 x) { return same_bits<float>(x); }
+static ALWAYS_INLINE u32 f_bits(float f) { return same_bits<u32>(f); }
+static ALWAYS_INLINE double bits_d(u64 x) { return same_bits<double>(x); }
+static ALWAYS_INLINE u64 d_bits(double f) { return same_bits<u64>(f); }
 
 // fp16 to fp32: the exponent's bias differs by 112; the multiplication puts it right, of subnormals too.
 static ALWAYS_INLINE float h2f(u32 h) {

@@ -12,6 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from vitkernels.emulator.execute import Kind, execute
+from vitkernels.testing.compare import check
 
 
 def descriptor(tensor, block, swizzle=128, padding="zero"):
@@ -116,7 +117,7 @@ def gemm_launch(first=0, stages=2):
             descriptor(a, (64, 64)), descriptor(b, (128, 64)), descriptor(c, (64, 128)), K, 64, 128, 64, stages, first,
             num_warps=4,
         )  # fmt: skip
-    return recorder, c, a.float() @ b.float().t()
+    return recorder, c, a.double() @ b.double().t()
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +131,9 @@ def gemm():
 def test_gemm(stages):
     recorder, c, truth = gemm_launch(stages=stages)
     recorder.clean()
-    assert (c.float() - truth).abs().max() < 0.01 * truth.abs().max()
+    assert (c.double() - truth).abs().max() < 0.01 * truth.abs().max()
+    verdict = check("c", c, truth.bfloat16(), truth)
+    assert verdict.passed, verdict.detail
     assert recorder.runs[0].counts["wgmma"] > 0
 
 

@@ -271,8 +271,7 @@ def _prepare_bwd_kernel(
                 # Of what is left the mean is that of g: that of x_hat is zero.
                 g -= tl.sum(g, axis=1)[:, None] / D
             g *= rstd
-        if ROPE != "":
-            tl.debug_barrier()  # dx may be dy, whose rows other threads have then read
+        tl.debug_barrier()  # dx may be dy, which other threads read: for RoPE, or all of a small tile
         dx_head = head_ptr(dx_ptr, b, h, 0, stride_dx_b, stride_dx_n, stride_dx_h, ALIGN)
         dx_rows = dx_head + tl.multiple_of(n * stride_dx_n, ALIGN // item_bytes)[:, None]
         tl.store(dx_rows + cols[None, :], _tile.cast(g, dx_ptr.dtype.element_ty), mask=mask)

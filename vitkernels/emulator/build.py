@@ -115,6 +115,8 @@ def library() -> ctypes.CDLL:
         ("emu_found", None, pointer, pointer),
         ("emu_counts", None, pointer, pointer),
         ("emu_touched", None, pointer, i32, pointer),
+        ("emu_sectors", pointer, pointer, i32),
+        ("emu_granules", pointer, pointer, i32, i32),
         ("emu_free", None, pointer),
     ):
         function = getattr(lib, name)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import ctypes
 import dataclasses
+import math
 import struct
 import time
 from collections.abc import Iterable, Sequence
@@ -18,8 +20,9 @@ from vitkernels.emulator.descriptors import expanded, is_descriptor
 from vitkernels.emulator.devices import GPUS
 from vitkernels.emulator.encode import SHARED_BASE
 from vitkernels.emulator.lists import DESCRIPTIONS, NOTES, Kind
+from vitkernels.emulator.pipes import flops_of, pipe_of
 
-__all__ = ["Finding", "Kind", "Run", "execute"]
+__all__ = ["Finding", "Kind", "Run", "View", "execute"]
 
 SHARED_LIMITS = {device.capability: device.shared_memory for device in GPUS.values()}
 
@@ -72,6 +75,45 @@ class Finding:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class View:
+    """What a tensor argument covers of its storage: equal for arguments that cover the same.
+
+    Attributes:
+        storage: Its number among the launch's.
+        capacity: Bytes of the storage.
+        offset: Bytes from its start to the first element.
+        itemsize: Bytes of an element.
+        axes: (elements, bytes from one to the next) of each axis that has several, the widest step first. Axes whose
+            elements are all the same one (an expanded tensor's) are left out.
+    """
+
+    storage: int
+    capacity: int
+    offset: int
+    itemsize: int
+    axes: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, t: torch.Tensor, storage: int) -> View:
+        size = t.element_size()
+        axes = ((n, step * size) for n, step in zip(t.shape, t.stride(), strict=True) if n > 1 and step)
+        nested = tuple(sorted(axes, key=lambda axis: -axis[1]))
+        return cls(storage, t.untyped_storage().nbytes(), t.storage_offset() * size, size, nested)
+
+    @property
+    def bytes(self) -> int:
+        """Different bytes that it covers, where no two elements overlap."""
+        return math.prod(n for n, _ in self.axes) * self.itemsize
+
+    def covers(self, at: np.ndarray) -> bool:
+        """Whether some byte of ``at``, offsets in the storage, is of an element."""
+        rest = at - self.offset
+        for n, step in self.axes:
+            rest = rest - np.clip(rest // step, 0, n - 1) * step
+        return bool(((rest >= 0) & (rest < self.itemsize)).any())
+
+
 @dataclasses.dataclass
 class Run:
     """One launch.
@@ -80,6 +122,9 @@ class Run:
         programs: How many of the grid's programs ran.
         counts: Warp instructions by class; sectors, wavefronts and phases of the memory classes; bytes read and written
             (different 32-byte sectors of global memory).
+        pipes: Warp instructions by the pipe that executes them (:mod:`vitkernels.emulator.pipes`).
+        flops: Multiplications and additions of the tensor cores, by instruction and type of the operands.
+        reads, writes: The views among the arguments of which some byte was read, or written, where they were asked for.
         lines: Figures of each memory instruction.
         shared: Bytes of dynamic shared memory.
     """
@@ -97,6 +142,10 @@ class Run:
     shared: int
     constants: dict
     label: str = ""
+    pipes: dict[str, int] = dataclasses.field(default_factory=dict)
+    flops: dict[str, int] = dataclasses.field(default_factory=dict)
+    reads: frozenset[View] = frozenset()
+    writes: frozenset[View] = frozenset()
 
     @property
     def errors(self) -> list[Finding]:
@@ -121,6 +170,11 @@ class _Storage:
     first: int
     end: int
     views: list[tuple[int, int, int]]  # argument, first byte, end
+
+    @property
+    def granule(self) -> int:
+        """log2 of the bytes that are told apart."""
+        return min(self.element.bit_length() - 1, 2)
 
 
 def _storages(arguments: Iterable) -> dict[int, _Storage]:
@@ -150,6 +204,7 @@ class _Machine:
         )  # fmt: skip
         if not self.handle:
             raise MemoryError("no memory for the emulator")
+        self.tensors: list = []  # by argument; what is none stays what it is
         self.storages: list[_Storage] = []
 
     def __enter__(self):
@@ -160,14 +215,14 @@ class _Machine:
 
     def give(self, arguments: Sequence, scratch: torch.Tensor | None, descriptors: Sequence[dict] | None) -> None:
         """Hand over the tensors, and pack the parameters."""
-        tensors = [a.base if is_descriptor(a) else a for a in arguments]
-        self.storages = list(_storages([*tensors, scratch]).values())
+        self.tensors = [a.base if is_descriptor(a) else a for a in arguments]
+        self.storages = list(_storages([*self.tensors, scratch]).values())
         tma = any(p.size == TENSOR_MAP_BYTES for p in self.prog.parameters)
         arguments = expanded(arguments, descriptors, tma, self.address)
         if scratch is not None:
             arguments.append(scratch)
         for s in self.storages:
-            self.lib.emu_buffer(self.handle, s.address, s.size, min(s.element.bit_length() - 1, 2), s.first, s.end)
+            self.lib.emu_buffer(self.handle, s.address, s.size, s.granule, s.first, s.end)
         data = bytearray(self.prog.parameter_bytes + 16)
         extra = len(self.prog.parameters) - len(arguments)
         if extra < 0:
@@ -232,17 +287,23 @@ class _Machine:
             address, argument, offset, count,
         )  # fmt: skip
 
-    def counts(self) -> tuple[dict[str, float], list[dict]]:
+    def counts(self) -> tuple[dict[str, float], dict[str, int], dict[str, int], list[dict]]:
         table = np.zeros((len(self.prog.code), 8), np.uint64)
         self.lib.emu_counts(self.handle, table.ctypes.data)
         counts: dict[str, float] = {}
+        pipes: dict[str, int] = collections.defaultdict(int)
+        flops: dict[str, int] = collections.defaultdict(int)
         lines = []
         for pc, row in enumerate(table.astype(np.int64).tolist()):
             executed, _, requests, sectors, ideal, waves, _, phases = row
             if not executed:
                 continue
-            cls = self.prog.classes[pc]
+            cls, code = self.prog.classes[pc], self.prog.code[pc]
             counts[cls] = counts.get(cls, 0) + executed
+            pipes[pipe_of(code, cls)] += executed
+            if cls in ("mma", "wgmma"):
+                kind, each = flops_of(code)
+                flops[kind] += each * executed
             if requests:
                 lines.append({
                     "line": self.prog.lines[pc], "text": self.prog.texts[pc], "place": self.prog.places[pc],
@@ -256,17 +317,48 @@ class _Machine:
             for cls in classes:
                 for figure in figures:
                     counts[f"{cls}.{figure}"] = sum(x[figure] for x in lines if x["class"] == cls)
-        touched = np.zeros((len(self.storages), 2), np.uint64)
+        return counts, dict(pipes), dict(flops), lines
+
+    def touched(self) -> tuple[int, int]:
+        """Bytes read and written, in different sectors of 32."""
+        sectors = np.zeros((len(self.storages), 2), np.uint64)
         for i in range(len(self.storages)):
-            self.lib.emu_touched(self.handle, i, touched[i].ctypes.data)
-        counts["bytes read"], counts["bytes written"] = (int(x) * 32 for x in touched.sum(0))
-        return counts, lines
+            self.lib.emu_touched(self.handle, i, sectors[i].ctypes.data)
+        read, written = sectors.sum(0).tolist()
+        return int(read) * 32, int(written) * 32
+
+    def views(self) -> list[frozenset[View]]:
+        """Of the arguments, those that were read, and those that were written."""
+        views = [set(), set()]
+        for i, s in enumerate(self.storages):
+            sectors = self._marks(self.lib.emu_sectors(self.handle, i), np.uint8, (s.size >> 5) + 1)
+            known = {View.of(self.tensors[argument], i) for argument, _, _ in s.views if argument < len(self.tensors)}
+            for written in (0, 1):
+                marked = np.flatnonzero(sectors & 1 << written)
+                if len(known) > 1:  # their elements may lie in turn, within a sector too
+                    granule = s.granule
+                    marks = self._marks(
+                        self.lib.emu_granules(self.handle, i, written), np.uint64, (s.size >> granule) + 1
+                    )
+                    at = ((marked << 5 - granule)[:, None] + np.arange(32 >> granule)).ravel()
+                    at = at[at < len(marks)]
+                    at = at[marks[at] != 0] << granule
+                    views[written] |= {view for view in known if view.covers(at)}
+                elif len(marked):
+                    views[written] |= known
+        return [frozenset(v) for v in views]
+
+    @staticmethod
+    def _marks(address: int, dtype, n: int) -> np.ndarray:
+        bytes_ = (ctypes.c_uint8 * (n * np.dtype(dtype).itemsize)).from_address(address)
+        return np.frombuffer(bytes_, dtype)
 
 
 def execute(
     text: str, arguments: list, grid: tuple[int, int, int], *, shared: int, arch: int, ctas: list[int] | None = None,
     order_seed: int = 0, check_warp: bool = False, limit: int = 1 << 62, constants: dict | None = None,
     scratch: int = 0, descriptors: Sequence[dict] | None = None, names: Sequence[str] | None = None,
+    counted: bool = True, views: bool = False,
 ) -> Run:  # fmt: skip
     """Run the kernel of ``text``.
 
@@ -286,6 +378,8 @@ def execute(
         descriptors: ``kernel.metadata.tensordesc_meta``; without it, tensor descriptors are tiled by their own layout.
 
         names: Of the arguments, for what is found.
+        counted: Add up what was executed; without, ``counts``, ``pipes``, ``flops`` and ``lines`` stay empty.
+        views: Also tell which views were read and written, for which all of what they cover is looked through.
 
     Raises:
         Unsupported: An instruction that the engine does not know; the message names its line.
@@ -305,10 +399,13 @@ def execute(
         for finding in findings:
             if names is not None and finding.argument is not None:
                 finding.tensor = names[finding.argument]
-        counts, lines = machine.counts()
+        counts, pipes, flops, lines = machine.counts() if counted else ({}, {}, {}, [])
+        if counted:
+            counts["bytes read"], counts["bytes written"] = machine.touched()
+        reads, writes = machine.views() if views else (frozenset(), frozenset())
         instructions = machine.lib.emu_total(machine.handle)
     seconds = time.perf_counter() - started
     return Run(
         prog.name, arch, tuple(grid), len(programs), prog.threads // 32, findings, counts, lines, seconds, instructions,
-        shared, constants or {},
+        shared, constants or {}, pipes=pipes, flops=flops, reads=reads, writes=writes,
     )  # fmt: skip

@@ -51,6 +51,7 @@ class Emulation:
         strict: Whether those do, too, that ptxas mends, at the cost of speed.
         memory: Fills the memory that an argument without any, a fake tensor, gets for one launch: takes each as a flat
             tensor of zeros in its dtype. None for zeros.
+        edit: Gives the PTX that runs for a kernel: one with a defect put in.
     """
 
     device: Device
@@ -60,6 +61,7 @@ class Emulation:
     raises: bool = True
     strict: bool = False
     memory: Callable[[torch.Tensor], object] | None = None
+    edit: Callable[[Kernel], str] | None = None
 
     def launch(self, kernel: Kernel, arguments: list[Any], grid: tuple[int, int, int], **options) -> None:
         """Run ``kernel`` over ``grid``; ``options`` as :func:`execute` takes them.
@@ -69,13 +71,14 @@ class Emulation:
         """
         seed = None if self.seed is None else next(self._seeds)
         run = execute(
-            kernel.ptx,
+            kernel.ptx if self.edit is None else self.edit(kernel),
             self._with_memory(arguments),
             grid,
             shared=kernel.shared,
             arch=self.device.capability,
             ctas=chosen_programs(grid, self.programs, seed),
             order_seed=seed or 0,
+            counted=self.runs is not None,
             **options,
         )
         if self.runs is not None:

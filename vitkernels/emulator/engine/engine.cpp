@@ -1,6 +1,9 @@
 // Executes PTX on a CPU, warp by warp, and reports what a GPU would not. See machine.h for what is modelled.
+#include <sys/mman.h>
+
 #include <cstdlib>
 #include <exception>
+#include <stdexcept>
 #include <type_traits>
 
 #include "machine.h"
@@ -358,6 +361,19 @@ static void run_program(Machine& M, u64& random, bool shuffled) {
 
 // ------------------------------------------------------------------------------------------------ for Python
 
+// Zeros to note accesses in, or null. Of a view with holes, whose notes may exceed the memory, only what is touched is
+// taken: calloc asks for all of it, and is refused.
+const size_t LARGE = 1 << 24;
+static void* notes(size_t bytes) {
+  if (bytes < LARGE) return calloc(bytes, 1);
+  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  return p == MAP_FAILED ? nullptr : p;
+}
+static void free_notes(void* p, size_t bytes) {
+  if (bytes < LARGE) free(p);
+  else if (p) munmap(p, bytes);
+}
+
 extern "C" {
 u64 emu_address(i32 buffer, u64 offset) { return GLOBAL_BASE + ((u64)buffer << WINDOW_BITS) + WINDOW_MIDDLE + offset; }
 // Which buffer an address is nearest to, and at what offset; -1: none.
@@ -401,16 +417,18 @@ void emu_params(Machine* M, const u8* params, i32 bytes) {
 }
 void emu_buffer(Machine* M, u8* host, u64 size, i32 granule, u64 view_from, u64 view_to) {
   size_t n = (size >> granule) + 2;
-  M->buffers.push_back({host, size, granule, view_from, view_to, (u64*)calloc(n, 8), (u64*)calloc(n, 8),
-                        (u8*)calloc((size >> 5) + 2, 1)});
+  M->buffers.push_back({host, size, granule, view_from, view_to, (u64*)notes(n * 8), (u64*)notes(n * 8),
+                        (u8*)notes((size >> 5) + 2)});
 }
 
 // Runs the listed programs in this order. Returns the number of findings, or -1: emu_error tells.
 i64 emu_run(Machine* machine, const i32* programs, i32 count, const i32* grid, i32 check_warp, u64 limit, u64 seed) {
   Machine& M = *machine;
   try {
-    for (const Buffer& b : M.buffers)
+    for (const Buffer& b : M.buffers) {
+      if (b.size > (u64)WINDOW_MIDDLE) throw std::length_error("a tensor spans more than 32 GiB");
       if (!b.writes || !b.reads || !b.sectors) throw std::bad_alloc();
+    }
     M.limit = limit;
     M.check_warp = check_warp;
     for (int i = 0; i < 3; i++) M.grid[i] = grid[i];
@@ -453,18 +471,20 @@ void emu_found(Machine* M, i64* out) {
 void emu_counts(Machine* M, u64* out) { memcpy(out, M->counts.data(), sizeof(Counts) * M->length); }
 // Different 32-byte sectors of a buffer that were read, and written.
 void emu_touched(Machine* M, i32 buffer, u64* out) {
+  for (int i = 0; i < 2; i++) out[i] = M->buffers[buffer].touched[i];
+}
+// Where a buffer's marks lie: of its (size >> 5) + 1 sectors, or of what read or wrote its (size >> granule) + 1 granules.
+const void* emu_sectors(Machine* M, i32 buffer) { return M->buffers[buffer].sectors; }
+const void* emu_granules(Machine* M, i32 buffer, i32 written) {
   const Buffer& b = M->buffers[buffer];
-  out[0] = out[1] = 0;
-  for (u64 i = 0; i <= b.size >> 5; i++) {
-    out[0] += b.sectors[i] & 1;
-    out[1] += b.sectors[i] >> 1 & 1;
-  }
+  return written ? b.writes : b.reads;
 }
 void emu_free(Machine* M) {
   for (Buffer& b : M->buffers) {
-    free(b.writes);
-    free(b.reads);
-    free(b.sectors);
+    size_t n = (b.size >> b.granule) + 2;
+    free_notes(b.writes, n * 8);
+    free_notes(b.reads, n * 8);
+    free_notes(b.sectors, (b.size >> 5) + 2);
   }
   free(M->code);
   delete M;

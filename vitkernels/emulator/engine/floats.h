@@ -2,14 +2,15 @@
 #pragma once
 #include "integers.h"
 
-static ALWAYS_INLINE float minimum(float a, float b, bool nan) {
+// Of a number and a NaN, a signaling one too, which std::fmin answers with NaN, the number.
+template <class T> static ALWAYS_INLINE T minimum(T a, T b, bool nan) {
   if (nan && (a != a || b != b)) return bits_f(0x7FFFFFFF);
   if (a != a) return b;
   if (b != b) return a;
   if (a == b) return std::signbit(a) ? a : b;
   return a < b ? a : b;
 }
-static ALWAYS_INLINE float maximum(float a, float b, bool nan) {
+template <class T> static ALWAYS_INLINE T maximum(T a, T b, bool nan) {
   if (nan && (a != a || b != b)) return bits_f(0x7FFFFFFF);
   if (a != a) return b;
   if (b != b) return a;
@@ -96,8 +97,8 @@ static void fp64(const Step& s) {
     case OP_mul: twice(s, [](double a, double b, double) { return a * b; }); break;
     case OP_div: twice(s, [](double a, double b, double) { return a / b; }); break;
     case OP_fma: twice(s, [](double a, double b, double c) { return std::fma(a, b, c); }); break;
-    case OP_min: twice(s, [](double a, double b, double) { return std::fmin(a, b); }); break;
-    case OP_max: twice(s, [](double a, double b, double) { return std::fmax(a, b); }); break;
+    case OP_min: twice(s, [](double a, double b, double) { return minimum(a, b, false); }); break;
+    case OP_max: twice(s, [](double a, double b, double) { return maximum(a, b, false); }); break;
     case OP_sqrt: twice(s, [](double a, double, double) { return std::sqrt(a); }); break;
     case OP_rsqrt: twice(s, [](double a, double, double) { return 1.0 / std::sqrt(a); }); break;
     case OP_rcp: twice(s, [](double a, double, double) { return 1.0 / a; }); break;

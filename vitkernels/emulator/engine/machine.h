@@ -90,6 +90,7 @@ struct Buffer {
   u64 view_from, view_to;
   u64 *writes, *reads;  // by granule: program + 1 << 32 | warp << 26 | the warp's time
   u8* sectors;          // by 32 bytes: 1 read, 2 written
+  u64 touched[2] = {};  // how many of these were read, and written
 };
 struct Found {
   i32 kind, pc, cta, warp, lane, other;

@@ -51,7 +51,11 @@ static u8* global_access(const Step& s, u64 address, u32 n, int lane, bool write
       b->reads[g] = read && read >> 32 != program ? ~0ull << 32 : me;
     }
   }
-  for (u64 i = (u64)at >> 5; i <= ((u64)at + n - 1) >> 5; i++) b->sectors[i] |= write ? 2 : 1;
+  u8 how = write ? 2 : 1;
+  for (u64 i = (u64)at >> 5; i <= ((u64)at + n - 1) >> 5; i++) {
+    b->touched[write] += !(b->sectors[i] & how);
+    b->sectors[i] |= how;
+  }
   return b->host + at;
 }
 

@@ -1,0 +1,68 @@
+"""Which of a multiprocessor's pipes executes an instruction of PTX.
+
+As Nsight Compute's documentation tells the pipes apart ("Metrics Decoder", pipelines): FMA multiplies and adds,
+integers too; ALU does integer and bit operations, comparisons, minima and conversions; MUFU (XU there) is the special
+functions'; LSU takes loads, stores and shuffles. ptxas maps PTX to machine instructions, and not one to one: it drops
+moves, folds address arithmetic, and expands divisions and 64-bit integers. Tensor, MUFU and LSU instructions it cannot
+do without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vitkernels.emulator.lists import OPS, TYPES
+
+PIPES = ("tensor", "fma", "alu", "mufu", "lsu", "barrier", "move", "other")
+
+_OP = {number: name for name, number in OPS.items()}
+_TYPE = {number: name for name, number in TYPES.items()}
+_BY_CLASS = {
+    **dict.fromkeys(("mma", "wgmma"), "tensor"),
+    **dict.fromkeys(("ldg", "stg", "lds", "sts", "ldmatrix", "stmatrix", "cpasync", "atom", "shfl"), "lsu"),
+    "mufu": "mufu",
+    "cvt": "alu",
+    "intdiv": "alu",
+}
+_MULTIPLIES = ("mul", "mulhi", "mulwide", "mad", "madwide", "madhi")
+_ADDS = ("add", "sub", "fma")
+_MOVES = ("mov", "movp", "pack", "unpack", "special", "nop")
+
+
+def pipe_of(code: Sequence[int], cls: str) -> str:
+    """Return the pipe, of :data:`PIPES`, of an encoded instruction.
+
+    Those of no pipe that is told apart are ``barrier`` (where warps wait for each other), ``move`` (what ptxas mostly
+    drops) and ``other``.
+
+    Args:
+        code: The row of :class:`vitkernels.emulator.ptx.Program`.
+        cls: Its class.
+    """
+    op, ty = _OP[int(code[0])], _TYPE[int(code[1])]
+    if cls in _BY_CLASS:
+        return _BY_CLASS[cls]
+    if op in _MOVES or cls == "param":
+        return "move"
+    if op == "barsync":
+        return "barrier"
+    if ty == "f64":
+        return "other"
+    if cls == "div":
+        return "mufu"  # a reciprocal, with what refines it
+    if cls in ("fp32", "half"):
+        return "fma" if op in (*_ADDS, *_MULTIPLIES) else "alu"
+    if cls == "alu":
+        return "fma" if op in _MULTIPLIES else "alu"
+    return "other"
+
+
+def flops_of(code: Sequence[int]) -> tuple[str, int]:
+    """Return what kind of tensor product an encoded mma or wgmma is, and the operations of one warp's part of it.
+
+    Twice the product of rows, columns and depth; a warp of the four that share a wgmma has 16 of its 64 rows.
+    """
+    op, ty, imm = _OP[int(code[0])], _TYPE[int(code[1])], int(code[7])
+    if op == "wgmma":
+        return f"wgmma {ty}", 2 * 16 * (imm & 0xFFF) * (imm >> 12 & 0xFF)
+    return f"mma {ty}", 2 * (imm >> 8 & 0xFF) * (imm >> 16) * (imm & 0xFF)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import shlex
@@ -32,7 +31,7 @@ def _run(argv: Sequence[str] | None) -> int:
     if args.runs_kernels:
         if args.run is _verify:  # each of its workers
             give_blas_one_thread()
-        _turn_interpreter_on_without_gpu(even_with=getattr(args, "cpu", False))
+        _emulate_without_gpu(even_with=getattr(args, "cpu", False))
     try:
         _check_outputs(args)
         outcome = args.run(args)
@@ -66,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     classify.add_argument("--weights", type=Path, metavar="FILE", help="safetensors, or a state dict of torch.save")
     classify.add_argument("--out", type=Path, default=Path("vitkernels_classify.png"), help="the picture (%(default)s)")
-    classify.set_defaults(run=_classify, runs_kernels=True, extra="demo,timm")
+    classify.set_defaults(run=_classify, runs_kernels=False, extra="demo,timm")
 
     explain = commands.add_parser("explain", help="say what accelerate() would make of a model, without its weights")
     explain.add_argument(
@@ -87,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="every dtype and layout, ViTs' tokens and head dims, models by name, all targets",
     )
-    verify.add_argument("--cpu", action="store_true", help="Triton's interpreter and the compiler's report, no GPU")
+    verify.add_argument("--cpu", action="store_true", help="an emulated GPU and the compiler's report, no GPU")
     verify.add_argument(
         "--model", metavar="MODEL", help="this model as well, and the ops at its shapes: a name of timm, a "
         "folder with a config.json, or module:function, where the function returns the model, or it and its inputs",
@@ -110,7 +109,12 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--markdown", action="store_true", help="print the tables in Markdown")
     inspect.add_argument("--json", type=Path, metavar="FILE", help="write all that was read")
     inspect.add_argument("--dump", type=Path, metavar="DIR", help="write TTGIR, PTX, cubin, SASS and the like")
-    inspect.add_argument("--jobs", type=int, metavar="N", help="kernels compiled at a time (one a core)")
+    inspect.add_argument("--jobs", type=int, metavar="N", help="kernels compiled or run at a time (one a core)")
+    inspect.add_argument(
+        "--run", dest="count", action="store_true",
+        help="run some programs of each on an emulated GPU, too: instructions by pipe, bytes, bank conflicts, and the "
+        "least time they take (sm_80, sm_90, sm_120)",
+    )  # fmt: skip
     inspect.add_argument("--update", action="store_true", help="take what is new or better into the contract")
     inspect.add_argument("--accept-worse", action="store_true", help="with --update: and what is worse, but no breach")
     inspect.add_argument(
@@ -200,7 +204,7 @@ def _verify(args: argparse.Namespace) -> int:
     paths = {form: getattr(args, form) for form in ("json", "junit", "html") if getattr(args, form) is not None}
     gpu = torch.cuda.is_available()
     if torch.xpu.is_available() and not gpu and not args.cpu:
-        raise UserError("verify knows CUDA and ROCm, no XPU yet; --cpu checks the kernels in Triton's interpreter")
+        raise UserError("verify knows CUDA and ROCm, no XPU yet; --cpu checks the kernels on an emulated GPU")
     device = torch.device("cuda" if gpu and not args.cpu else "cpu")
     plan = Plan(
         full=args.full,
@@ -242,6 +246,7 @@ def _inspect(args: argparse.Namespace) -> bool:
         json_file=args.json,
         dump=args.dump,
         jobs=args.jobs,
+        run=args.count,
         update=args.update,
         accept_worse=args.accept_worse,
     )
@@ -262,10 +267,10 @@ def _traffic(args: argparse.Namespace) -> bool:
     return True
 
 
-def _turn_interpreter_on_without_gpu(*, even_with: bool) -> None:
-    """Let the kernels run on a CPU: fixed when they are decorated, so this must come before Triton is imported."""
+def _emulate_without_gpu(*, even_with: bool) -> None:
+    """Let the kernels run on a CPU, in this process and those that it starts, unless the user chose a backend."""
     import torch
 
     gpu = torch.cuda.is_available() or torch.xpu.is_available()
-    if (even_with or not gpu) and importlib.util.find_spec("triton") is not None:
-        os.environ.setdefault("TRITON_INTERPRET", "1")
+    if even_with or not gpu:
+        os.environ.setdefault("VITKERNELS_BACKEND", "emulated")

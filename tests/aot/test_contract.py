@@ -10,6 +10,8 @@ pytest.importorskip("triton", reason="a contract names its Triton version")
 import triton
 
 from vitkernels.aot import TARGETS, Report, contract
+from vitkernels.aot.counts import Counts
+from vitkernels.emulator.devices import DEVICES
 
 GOOD = Report("_kernel", "sm_90", num_warps=4, registers=64, spilled_bytes=0, shared_bytes=1024, blocks=8, narrow=2)
 KEY = ("_kernel", "vit op bf16")
@@ -142,6 +144,65 @@ def test_another_compiler():
     assert contract.check(known, {KEY: [change(spilled_bytes=4)]}, complete=True).broken
 
 
+COUNTS = Counts(
+    "_kernel", "sm_90", grid=8, programs=8, tensor=64, fma=500, alu=400, mufu=30, lsu=200, issue=1300,
+    flops={"wgmma bf16": 1 << 20}, requests=100, sectors=1600, excess_sectors=10, wavefronts=500, conflicts=20,
+    l2_bytes=51200, l2_least=25600, dram_bytes=40000, barriers=6,
+)  # fmt: skip
+WITH_COUNTS = contract.update(of(), {KEY: [GOOD]}, {KEY: [COUNTS]}, complete=True, accept_worse=False)
+
+
+def recount(**fields):
+    return {KEY: [dataclasses.replace(COUNTS, **fields)]}
+
+
+def test_counts_are_sums_over_launches():
+    """But a program's barriers: the most of any launch."""
+    assert WITH_COUNTS["figures"]["_kernel"][KEY[1]] == {
+        "registers": 64, "blocks": 8, "narrow": 2, "tensor": 64, "fma": 500, "alu": 400, "mufu": 30, "lsu": 200,
+        "excess_sectors": 10, "conflicts": 20, "l2_bytes": 51200, "dram_bytes": 40000, "barriers": 6,
+    }  # fmt: skip
+    twice = contract.counted_figures([COUNTS, dataclasses.replace(COUNTS, barriers=9)])
+    assert (twice["fma"], twice["conflicts"], twice["barriers"]) == (1000, 40, 9)
+
+
+@pytest.mark.parametrize("figure", contract.COUNTED)
+def test_more_counts_are_worse(figure):
+    before = getattr(COUNTS, figure)
+    more, less = recount(**{figure: before + 1}), recount(**{figure: before - 1})
+    verdict = contract.check(WITH_COUNTS, {KEY: [GOOD]}, more, complete=True)
+    assert verdict.broken == [f"_kernel vit op bf16: {figure} {before} → {before + 1}"]
+    assert contract.update(WITH_COUNTS, {KEY: [GOOD]}, more, complete=True, accept_worse=False) == WITH_COUNTS
+    after = contract.update(WITH_COUNTS, {KEY: [GOOD]}, more, complete=True, accept_worse=True)
+    assert contract.check(after, {KEY: [GOOD]}, more, complete=True) == contract.Verdict([], [], [])
+    verdict = contract.check(WITH_COUNTS, {KEY: [GOOD]}, less, complete=True)
+    assert (verdict.broken, len(verdict.better)) == ([], 1)
+    after = contract.update(WITH_COUNTS, {KEY: [GOOD]}, less, complete=True, accept_worse=False)
+    assert after["figures"]["_kernel"][KEY[1]][figure] == before - 1
+
+
+def test_without_a_run():
+    """Counts in the contract are neither demanded nor dropped, and those of a run must be in it."""
+    assert contract.check(WITH_COUNTS, {KEY: [GOOD]}, complete=True) == contract.Verdict([], [], [])
+    for worse in (False, True):
+        after = contract.update(WITH_COUNTS, {KEY: [change(registers=60)]}, complete=True, accept_worse=worse)
+        assert after["figures"]["_kernel"][KEY[1]] == WITH_COUNTS["figures"]["_kernel"][KEY[1]] | {"registers": 60}
+    (missing,) = contract.check(KNOWN, {KEY: [GOOD]}, recount(), complete=True).broken
+    assert missing == (
+        "_kernel vit op bf16 has no counts in the contract: `vitkernels inspect --run --update` takes them in"
+    )
+    assert contract.update(KNOWN, {KEY: [GOOD]}, recount(), complete=True, accept_worse=False) == WITH_COUNTS
+    # Another kernel's counts are its own affair.
+    other = {KEY: [GOOD], ("_other", KEY[1]): [GOOD]}
+    after = contract.update(WITH_COUNTS, other, recount(), complete=True, accept_worse=False)
+    assert contract.check(after, other, recount(), complete=True) == contract.Verdict([], [], [])
+
+
+def test_counts_of_another_compiler():
+    known = WITH_COUNTS | {"triton": "0.0.0"}
+    assert contract.check(known, {KEY: [GOOD]}, recount(fma=1000), complete=True).broken == []
+
+
 def test_files(tmp_path):
     assert contract.load("sm_90", tmp_path) == of()
     known = of(KNOWN["figures"] | {"_another": {"b op": KNOWN["figures"]["_kernel"][KEY[1]]}}, [EXCEPTION])
@@ -149,12 +210,17 @@ def test_files(tmp_path):
     assert contract.load("sm_90", tmp_path) == known
     path = tmp_path / "sm_90.json"
     assert sum("registers" in line for line in path.read_text().splitlines()) == 2  # a case a line
+    contract.save("sm_90", WITH_COUNTS, tmp_path)
+    assert contract.load("sm_90", tmp_path) == WITH_COUNTS
+    assert sum("barriers" in line for line in path.read_text().splitlines()) == 1
     contract.save("sm_90", of(), tmp_path)
     assert contract.load("sm_90", tmp_path) == of()
     for bad in (
         [],
         {"triton": "3"},
         of({"_kernel": {"case": {"registers": 1}}}),
+        of({"_kernel": {"case": {"registers": 1, "blocks": 1, "narrow": 1, "fma": 1}}}),  # all counts, or none
+        of({"_kernel": {"case": WITH_COUNTS["figures"]["_kernel"][KEY[1]] | {"fma": 1.5}}}),
         of({"_kernel": {"case": {"registers": "1", "blocks": 1, "narrow": 1}}}),
         of(exceptions=[EXCEPTION | {"reason": " "}]),
         of(exceptions=[EXCEPTION | {"rule": "speed"}]),
@@ -176,3 +242,5 @@ def test_contracts_of_the_library(target):
     assert json.loads(before) == known
     for exception in known["exceptions"]:
         assert exception["limit"] > 0
+    counted = ["fma" in figures for cases in known["figures"].values() for figures in cases.values()]
+    assert all(counted) if target == "sm_90" else target in DEVICES or not any(counted)

@@ -1,113 +1,143 @@
-"""``vitkernels inspect`` as it is called: the contract at two real cases, what it writes, and what it exits with."""
+"""``vitkernels inspect`` as it is called: the contract at a real case, what it writes, and what it exits with."""
 
+import functools
 import json
-import os
 import re
-import subprocess
-import sys
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="nothing compiles without Triton")
 
-from vitkernels.aot import inspect
+from vitkernels.aot import compile_launch, inspect, trace
+from vitkernels.aot.inspect import find_launches
 from vitkernels.cli import main
 from vitkernels.console import UserError
+from vitkernels.ops._registry import OPS
+from vitkernels.testing.cases import CASES
 
 ROOT = Path(__file__).parents[2]
-CASES = (
-    "vit_tiny_patch16_224",  # attention in windows, and with frozen queries
-    "vit_base_patch16_224",  # in fp32 and fp64 too
-    "deit3_base_patch16_224",
-    "vit_so400m_patch14_siglip_378",
-    "eva02_large_patch14_448",  # separate SwiGLU with a norm
-    "aimv2_large_patch14_224",  # without
-)
-COMMAND = "import sys; from vitkernels.cli import main; sys.exit(main(sys.argv[1:]))"
-# The library's inspect on contracts that lie elsewhere.
-ELSEWHERE = """
-import json, sys
-from pathlib import Path
-from vitkernels.aot.inspect import inspect
-options = json.loads(sys.argv[2])
-sys.exit(0 if inspect(["sm_90"], kernel="_layer_norm_fwd", cases=["vit_tiny_patch16_224"], folder=Path(sys.argv[1]),
-                      **options) else 1)
-"""
+CASE = "vit_tiny_patch16_224"  # attention in windows, and with frozen queries
 
 
-def run(*arguments, interpreted=False):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
-    if interpreted:
-        environment["TRITON_INTERPRET"] = "1"
-    return subprocess.run(
-        [sys.executable, "-c", *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+@pytest.fixture
+def run(capsys):
+    """Calls the command, in this process and one kernel at a time."""
+
+    def call(*arguments):
+        code = main(["inspect", *map(str, arguments), "--jobs", "1"])
+        return types.SimpleNamespace(returncode=code, **capsys.readouterr()._asdict())
+
+    return call
 
 
-@pytest.mark.timeout(900)
-def test_the_contract_on_sm_90(tmp_path):
-    """Every kernel of the library is compiled, and holds the contract."""
-    options = [f for case in CASES for f in ("--case", case)]
-    found = run(COMMAND, "inspect", *options, "--json", tmp_path / "found.json")
-    assert found.returncode == 0, found.stdout[-5000:] + found.stderr[-5000:]
-    rows = json.loads((tmp_path / "found.json").read_text())
+def test_every_kernel_is_looked_at():
+    """In 16 bits, and, for gradients to be checked in, in fp64, but for those that are for 16 bits alone."""
     sources = "".join(file.read_text() for file in (ROOT / "vitkernels/ops").rglob("*.py"))
     kernels = set(re.findall(r"^def (_\w+_kernel)\(", sources, re.M))
-    assert {row["kernel"] for row in rows} == kernels
-    assert all(kernel in found.stdout for kernel in kernels)
-    assert {use.split()[0] for row in rows for use in row["uses"]} == {*CASES}
+    uses = find_launches(["sm_90"], CASES)
+    assert {launch.name for launch in uses} == kernels
+    in_fp64 = {launch.name for launch, of in uses.items() if of[0][2] == "fp64"}
+    sixteen_bits = r"glu_product|attention_(fwd|bwd)_(row|windows)|bwd_delta|activation_bwd"
+    assert in_fp64 >= {k for k in kernels if not re.search(sixteen_bits, k)}
+
+
+def test_the_contract_of_a_case(tmp_path, run):
+    found = run("--case", CASE, "--json", tmp_path / "found.json")
+    assert found.returncode == 0, found.out[-5000:] + found.err[-5000:]
+    rows = json.loads((tmp_path / "found.json").read_text())
+    assert all(row["kernel"] in found.out for row in rows)
     # A launch that several uses share is compiled once.
     assert sum(len(row["uses"]) for row in rows) > len(rows)
-    # In fp64, for gradients to be checked in, all compile but those that are for 16 bits alone.
-    in_fp64 = [row for row in rows if row["uses"][0].endswith(" fp64")]
-    sixteen_bits = r"glu_product|attention_(fwd|bwd)_(row|windows)|bwd_delta|activation_bwd"
-    assert {row["kernel"] for row in in_fp64} >= {k for k in kernels if not re.search(sixteen_bits, k)}
     assert not [row for row in rows if "error" in row]
-    rows = [row for row in rows if row not in in_fp64]
-    bf16_products = [row for row in rows if row["wgmma"]]
-    assert {row["kernel"] for row in bf16_products} == {k for k in kernels if re.search(
-        r"product|attention_(fwd|bwd_(dkv|dq|dmask|row|windows))|patch_embed", k)}  # fmt: skip
     assert all(row["spilled_bytes"] == row["slow_products"] == 0 < row["registers"] <= 255 for row in rows)
+    products = r"product|attention_(fwd|bwd_(dkv|dq|dmask|row|windows))|patch_embed"
+    assert all(bool(row["wgmma"]) == bool(re.search(products, row["kernel"])) for row in rows)
     # The 32 channels of a window's head are fewer rows than wgmma takes.
     assert {row["kernel"] for row in rows if row["mma_sync"]} == {"_attention_bwd_windows_kernel"}
 
 
-def test_exit_codes(tmp_path):
-    """1 for a figure that got worse, 0 once it is taken over; the contract is written on --update alone."""
+def test_a_contract_that_lies_elsewhere(tmp_path, capsys):
+    """Broken by a figure that got worse, held once it is taken over; it is written on --update alone."""
 
-    def inspect_elsewhere(**options):
-        return run(ELSEWHERE, tmp_path, json.dumps(options))
+    def holds(**options):
+        options |= {"kernel": "_layer_norm_fwd", "cases": [CASE], "folder": tmp_path, "jobs": 1}
+        return inspect.inspect(["sm_90"], **options), capsys.readouterr().out
 
-    missing = inspect_elsewhere()
-    assert missing.returncode == 1, missing.stderr
-    assert "Broken: sm_90 _layer_norm_fwd_kernel vit_tiny_patch16_224 layer_norm bf16 is not in the contract" in (
-        missing.stdout
-    )
+    held, said = holds()
+    assert not held
+    assert "Broken: sm_90 _layer_norm_fwd_kernel vit_tiny_patch16_224 layer_norm bf16 is not in the contract" in said
     assert not list(tmp_path.iterdir())
-    assert inspect_elsewhere(update=True).returncode == 0
+    assert holds(update=True)[0]
     path = tmp_path / "sm_90.json"
     known = path.read_text()
-    assert inspect_elsewhere().returncode == 0
+    assert holds()[0]
     registers = re.search(r'"registers": (\d+)', known)[1]
     path.write_text(known.replace(f'"registers": {registers}', '"registers": 8'))
-    worse = inspect_elsewhere()
-    assert worse.returncode == 1
-    assert f"registers 8 → {registers}" in worse.stdout
-    assert inspect_elsewhere(update=True).returncode == 1
+    held, said = holds()
+    assert not held
+    assert f"registers 8 → {registers}" in said
+    assert not holds(update=True)[0]
     path.write_text(known.replace(f'"registers": {registers}', '"registers": 200'))
-    better = inspect_elsewhere()
-    assert better.returncode == 0
-    assert "Better (`vitkernels inspect --update` takes it over): sm_90" in better.stdout
-    assert f"registers 200 → {registers}" in better.stdout
-    assert inspect_elsewhere(update=True).returncode == 0
+    held, said = holds()
+    assert held
+    assert "Better (`vitkernels inspect --update` takes it over): sm_90" in said
+    assert f"registers 200 → {registers}" in said
+    assert holds(update=True)[0]
     assert path.read_text() == known
 
 
-def test_dump_and_markdown(tmp_path):
-    options = ("--kernel", "delta", "--case", "vit_tiny_patch16_224", "--dump", tmp_path, "--markdown")
-    done = run(COMMAND, "inspect", "--target", "sm_90", "--target", "gfx942", *options)
-    assert done.returncode == 0, done.stdout + done.stderr
+@pytest.mark.parametrize(("held", "code"), [(True, 0), (False, 1)])
+def test_exit_codes(held, code, run, monkeypatch):
+    monkeypatch.setattr(inspect, "inspect", lambda *args, **kwargs: held)
+    assert run().returncode == code
+
+
+def test_run(tmp_path, capsys):
+    """Counts go into the contract with --run --update, stay there without, and fail where they are worse."""
+
+    def holds(**options):
+        options |= {"kernel": "_layer_norm_fwd", "cases": [CASE], "folder": tmp_path, "jobs": 1}
+        return inspect.inspect(["sm_90"], **options), capsys.readouterr().out
+
+    assert holds(update=True)[0]
+    path = tmp_path / "sm_90.json"
+    assert "fma" not in path.read_text()
+    held, said = holds(run=True)
+    assert not held
+    assert "has no counts in the contract: `vitkernels inspect --run --update` takes them in" in said
+    assert holds(run=True, update=True)[0]
+    known = path.read_text()
+    (fma, barriers) = (re.search(rf'"{figure}": (\d+)', known)[1] for figure in ("fma", "barriers"))
+    assert int(fma) > 0 < int(barriers)
+    path.write_text(known.replace(f'"fma": {fma}', '"fma": 7'))
+    assert holds(update=True)[0]
+    assert '"fma": 7' in path.read_text()
+    held, said = holds(run=True)
+    assert not held
+    assert f"fma 7 → {fma}" in said
+    path.write_text(known)
+    held, said = holds(run=True, markdown=True, json_file=tmp_path / "found.json")
+    assert held
+    assert "Microseconds on one H100 at the least" in said
+    assert said.count("\n| _layer_norm_fwd_kernel | ") == 3  # what it compiles to, executes, and takes
+    rows = [row for row in json.loads((tmp_path / "found.json").read_text()) if "run" in row]
+    first = [row["run"] for row in rows if row["uses"] == ["vit_tiny_patch16_224 add_layer_norm bf16"]]
+    assert sum(each["fma"] for each in first) == int(fma)
+    assert all(row["run"]["bound_us"] >= row["run"]["times_us"]["dram"] > 0 for row in rows)
+
+
+def test_targets_that_cannot_run():
+    with pytest.raises(UserError, match=r"cannot run sm_100, gfx942: .* emulated are sm_80, sm_90, sm_120$"):
+        inspect.inspect(["sm_90", "sm_100", "gfx942"], run=True)
+
+
+def test_dump_and_markdown(tmp_path, run):
+    options = ("--kernel", "delta", "--case", CASE, "--dump", tmp_path, "--markdown")
+    done = run("--target", "sm_90", "--target", "gfx942", *options)
+    assert done.returncode == 0, done.out + done.err
     for target, stages in {"sm_90": ("ttir", "ttgir", "ptx", "cubin", "sass"), "gfx942": ("ttgir", "amdgcn")}.items():
         folder = tmp_path / target / "_attention_bwd_delta_kernel"
         assert all(
@@ -115,41 +145,27 @@ def test_dump_and_markdown(tmp_path):
         )
         for stage in stages:
             assert next(iter(folder.glob(f"*/*.{stage}"))).stat().st_size > 500
-    assert done.stdout.count("| _attention_bwd_delta_kernel | ") == 2
-    assert done.stdout.count("| kernel | launches | registers |") == 2
+    assert done.out.count("| _attention_bwd_delta_kernel | ") == 2
+    assert done.out.count("| kernel | launches | registers |") == 2
 
 
-def test_what_the_user_can_put_right(monkeypatch, tmp_path, capsys):
+def test_what_the_user_can_put_right(tmp_path, run, capsys):
     for argv in (["inspect", "--target", "sm_70"], ["inspect", "--nothing"]):
         with pytest.raises(SystemExit) as stopped:
             main(argv)
         assert stopped.value.code == 2
     assert main(["inspect", "--accept-worse"]) == 2
     assert "--accept-worse is for --update" in capsys.readouterr().err
-    interpreted = run(COMMAND, "inspect", interpreted=True)
-    assert interpreted.returncode == 2
-    assert "unset TRITON_INTERPRET" in interpreted.stderr
-    monkeypatch.setattr(inspect, "INTERPRETED", False)
     with pytest.raises(UserError, match="--jobs is 0; expected 1 or more"):
         inspect.inspect(["sm_90"], jobs=0)
     with pytest.raises(UserError, match="no case vit_nothing; there are vit_tiny_patch16_224"):
         inspect.inspect(["sm_90"], cases=["vit_nothing"])
-    no_kernel = run(COMMAND, "inspect", "--kernel", "nothing", "--case", "vit_tiny_patch16_224")
+    no_kernel = run("--kernel", "nothing", "--case", CASE)
     assert no_kernel.returncode == 2
-    assert "no kernel's name holds 'nothing'" in no_kernel.stderr
-    unwritable = run(COMMAND, "inspect", "--kernel", "delta", "--case", "vit_tiny_patch16_224",
-                     "--json", tmp_path / "missing" / "found.json")  # fmt: skip
+    assert "no kernel's name holds 'nothing'" in no_kernel.err
+    unwritable = run("--kernel", "delta", "--case", CASE, "--json", tmp_path / "missing" / "found.json")
     assert unwritable.returncode == 2
-    assert "cannot write" in unwritable.stderr
-
-
-# Every dtype that an op takes beside the one that it multiplies in.
-MIXED = """
-import sys
-import torch
-from vitkernels import ops
-from vitkernels.aot.build import compile_launch, trace
-from vitkernels.ops._registry import OPS
+    assert "cannot write" in unwritable.err
 
 
 def new(*shape, dtype):
@@ -169,19 +185,13 @@ def attend(mask, dtype, *shape):
     OPS["attention_qkvpacked_bwd"].launcher(o, qkv, o, lse, 0.2, False, mask.is_floating_point(), mask)
 
 
-half, single, double = torch.bfloat16, torch.float32, torch.float64
-embeddings = [(torch.uint8, double), (half, double), (half, single), (double, half)]
-masks = [(torch.bool, double), (half, double), (double, half), (single, half)]
-cases = [lambda i=i, w=w: embed(i, w) for i, w in embeddings]
-cases += [lambda m=m, d=d: attend(m, d, 1, 2, 300, 300) for m, d in masks]
-cases += [lambda: attend(half, double, 2, 1, 1, 300)]
-for launch in dict.fromkeys(launch for case in cases for launch in trace(case, sys.argv[1])):
-    compile_launch(launch)
-print("compiled")
-"""
-
-
-@pytest.mark.timeout(900)
 def test_other_dtypes_beside_those_of_products_compile():
-    found = run(MIXED, "sm_80")
-    assert found.stdout == "compiled\n", found.stderr[-5000:]
+    """Every dtype that an op takes beside the one that it multiplies in."""
+    half, single, double = torch.bfloat16, torch.float32, torch.float64
+    cases = [functools.partial(embed, *dtypes) for dtypes in ((torch.uint8, double), (half, single), (double, half))]
+    cases += [
+        functools.partial(attend, mask, dtype, 1, 2, 300, 300)
+        for mask, dtype in ((torch.bool, double), (half, double), (double, half), (single, half))
+    ]
+    for launch in dict.fromkeys(launch for case in cases for launch in trace(case, "sm_80")):
+        compile_launch(launch)

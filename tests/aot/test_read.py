@@ -11,7 +11,6 @@ import pytest
 pytest.importorskip("triton", reason="nothing compiles without Triton")
 
 from vitkernels.aot import TARGETS, read
-from vitkernels.ops._triton import INTERPRETED
 
 ROOT = Path(__file__).parents[2]
 
@@ -171,21 +170,24 @@ def test_blocks(target, limits, blocks):
     assert read.blocks(TARGETS[target], *limits) == blocks
 
 
-def run_without_interpreter(*arguments) -> str:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+def run_python(*arguments) -> str:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     run = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     return run.stdout
 
 
+UNITS = {"sm_80": "mma_sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}  # sm_120's is sm_80's
+
+
 @pytest.fixture(scope="module")
 def bad_kernels():
     """What was read of each launch of bad_kernels.py, by target."""
-    rows = json.loads(run_without_interpreter(ROOT / "tests/aot/bad_kernels.py", *TARGETS))
-    return {target: [row for row in rows if row["target"] == target] for target in TARGETS}
+    rows = json.loads(run_python(ROOT / "tests/aot/bad_kernels.py", *UNITS))
+    return {target: [row for row in rows if row["target"] == target] for target in UNITS}
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", UNITS)
 def test_bad_kernels(bad_kernels, target):
     """Each of them is caught by its rule, and by no other."""
     rows = bad_kernels[target]
@@ -201,20 +203,10 @@ def test_bad_kernels(bad_kernels, target):
     assert set(atomic["broken"]) == {"atomics"}
     assert atomic["atomics"] == 1
     assert product["broken"] == small["broken"] == {}
-    unit = {"sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}.get(target, "mma_sync")
-    assert {kind for kind in ("wgmma", "mma_sync", "tcgen05", "mfma") if product[kind]} == {unit}
+    assert {kind for kind in UNITS.values() if product[kind]} == {UNITS[target]}
     assert two_warps["broken"] == ({"slow_products": 1} if target in ("sm_90", "sm_100") else {})
     assert set(tf32["broken"]) == {"tf32"}
     assert short["broken"] == {"address_bits": 32}
-
-
-def test_the_interpreter_cannot_compile():
-    from vitkernels.aot import trace
-
-    if not INTERPRETED:
-        pytest.skip("kernels are compiled in this process")
-    with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
-        trace(lambda: None, "sm_90")
 
 
 # Launches of the library on real CPU tensors and on fake ones. A view that starts one element late has an address that
@@ -293,7 +285,7 @@ print(json.dumps(found))
 
 def test_launches_are_the_jits():
     """Fake tensors are specialised as real ones are, and compiling from a record gives the JIT's own kernel."""
-    found = json.loads(run_without_interpreter("-c", FAITHFUL))
+    found = json.loads(run_python("-c", FAITHFUL))
     by_view = {}
     for case, op, target, view, want, got in found:
         assert want == got, (case, op, target, view)
@@ -319,7 +311,7 @@ print(json.dumps([[r.kernel, r.address_bits, r.reach_checked] for r in found.val
 
 def test_addresses_of_huge_tensors():
     """Where tensors hold more than 2³¹ elements, so does each head, those that check the reach go over to 64 bits."""
-    rows = json.loads(run_without_interpreter("-c", HUGE))
+    rows = json.loads(run_python("-c", HUGE))
     assert {bits for _, bits, _ in rows} == {64}, rows
     assert sum(checked for *_, checked in rows) >= 6
 

@@ -1,7 +1,6 @@
 """The counter of passes over the activations, held against arithmetic done by hand."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,6 @@ import torch
 import torch.nn.functional as F
 
 from vitkernels.aot.traffic import count
-from vitkernels.ops._triton import INTERPRETED
 
 B, N, C = 3, 5, 8
 EXACT = 1e-9
@@ -122,17 +120,7 @@ def test_other_ops_at_another_batch():
         count(lambda x: x + 1 if x.shape[0] == B else x * 2, (B, N, C))
 
 
-def test_a_kernel_that_is_interpreted():
-    if not INTERPRETED:
-        pytest.skip("kernels are compiled in this process")
-    from vitkernels import ops
-
-    with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
-        count(lambda x: ops.layer_norm(x, weights(C), weights(C)), (B, N, C))
-
-
-# Looking into kernels needs a process without the interpreter. The kernels are imported before conftest, which would
-# turn it on, and whose part it is to make torchvision importable for timm.
+# In a process of its own, as it replaces PyTorch's functions. conftest makes torchvision importable for timm.
 SCRIPT = """
 import json, sys
 from pathlib import Path
@@ -181,12 +169,10 @@ WIDTH, HEADS = 768, 12
 def counted(tmp_path_factory):
     pytest.importorskip("timm")
     out = tmp_path_factory.mktemp("traffic") / "counted.json"
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(
         [sys.executable, "-c", SCRIPT, out, Path(__file__).parents[1], *MODELS],
         capture_output=True,
         text=True,
-        env=environment,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(out.read_text()) | {"printed": run.stdout}

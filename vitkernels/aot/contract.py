@@ -2,7 +2,8 @@
 
 One JSON file an architecture, ``contract/<target>.json``: the Triton version that its figures are of, the figures by
 kernel and case, and exceptions from the rules, each with its reason. Figures are those of one compiler: under another
-version of Triton the rules are checked, the figures are not.
+version of Triton the rules are checked, the figures are not. A case has the compiler's figures, and may have what was
+counted on an emulated GPU: that is checked, and taken in, only where it was counted anew.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import triton
 
 from vitkernels import _interrupt
 from vitkernels.aot.build import TARGETS
+from vitkernels.aot.counts import Counts
 from vitkernels.aot.read import Report
 
 FOLDER = Path(__file__).parent / "contract"
@@ -34,6 +36,11 @@ RULES = {
 }
 # The figures that a file keeps, and which way is worse.
 HIGHER_IS_WORSE = {"registers": True, "blocks": False, "narrow": True}
+# And those of :class:`Counts`, of all launches of the kernel together, of which more is worse. No sectors a request:
+# wider accesses have more of them, and are better.
+COUNTED = (
+    "tensor", "fma", "alu", "mufu", "lsu", "excess_sectors", "conflicts", "l2_bytes", "dram_bytes", "barriers",
+)  # fmt: skip
 
 Key = tuple[str, str]  # kernel; case, op and dtype
 Figures = dict[str, int]
@@ -78,6 +85,12 @@ def figures_of(reports: Iterable[Report]) -> Figures:
     }
 
 
+def counted_figures(counts: Sequence[Counts]) -> Figures:
+    """Return the kept figures of one kernel's launches: their sums, but the most barriers of a program."""
+    totals = {name: sum(getattr(c, name) for c in counts) for name in COUNTED}
+    return totals | {"barriers": max(c.barriers for c in counts)}
+
+
 def load(target: str, folder: Path = FOLDER) -> dict:
     """Return the contract of ``target``, empty where there is none yet.
 
@@ -102,8 +115,12 @@ def load(target: str, folder: Path = FOLDER) -> dict:
             raise ValueError(f"{path}: an exception names a rule of {', '.join(RULES)} and its reason; got {exception}")
     for cases in contract["figures"].values():
         for case, figures in cases.items():
-            if figures.keys() != HIGHER_IS_WORSE.keys() or any(type(v) is not int for v in figures.values()):
-                raise ValueError(f"{path}: {case} must hold the numbers {', '.join(HIGHER_IS_WORSE)}; got {figures}")
+            known = figures.keys() in (HIGHER_IS_WORSE.keys(), {*HIGHER_IS_WORSE, *COUNTED})
+            if not known or any(type(v) is not int for v in figures.values()):
+                raise ValueError(
+                    f"{path}: {case} must hold the numbers {', '.join(HIGHER_IS_WORSE)}, and all or none of "
+                    f"{', '.join(COUNTED)}; got {figures}"
+                )
     return contract
 
 
@@ -134,12 +151,19 @@ def save(target: str, contract: dict, folder: Path = FOLDER) -> None:
         (folder / f"{target}.json").write_text(text + "\n")
 
 
-def check(contract: dict, measured: Mapping[Key, list[Report]], *, complete: bool) -> Verdict:
-    """Hold ``measured`` to ``contract``.
+def check(
+    contract: dict,
+    measured: Mapping[Key, list[Report]],
+    counted: Mapping[Key, list[Counts]] | None = None,
+    *,
+    complete: bool,
+) -> Verdict:
+    """Hold ``measured`` and ``counted`` to ``contract``.
 
     Args:
         contract: As :func:`load` returns it.
         measured: The reports of one architecture.
+        counted: What was counted on it, where it was.
         complete: Whether these are all there are, so that a figure without a report is out of date.
     """
     broken, excepted, better = [], [], []
@@ -153,15 +177,17 @@ def check(contract: dict, measured: Mapping[Key, list[Report]], *, complete: boo
                 broken.append(says)
             else:
                 excepted.append(f"{says}: {exception['reason']}")
-        before, after = _figures(contract, key), figures_of(reports)
+        before, after = _figures(contract, key), _measured(key, reports, counted)
         if not same_compiler or (before is None and broken and broken[-1].startswith(f"{name} ")):
             continue
         if before is None:
             broken.append(f"{name} is not in the contract: `vitkernels inspect --update` takes it in")
             continue
-        for figure, higher in HIGHER_IS_WORSE.items():
+        if not after.keys() <= before.keys():
+            broken.append(f"{name} has no counts in the contract: `vitkernels inspect --run --update` takes them in")
+        for figure in (f for f in after if f in before):
             if after[figure] != before[figure]:
-                worse = (after[figure] > before[figure]) == higher
+                worse = (after[figure] > before[figure]) == HIGHER_IS_WORSE.get(figure, True)
                 (broken if worse else better).append(f"{name}: {figure} {before[figure]} → {after[figure]}")
     if complete and same_compiler:
         known = {(kernel, case) for kernel, cases in contract["figures"].items() for case in cases}
@@ -169,23 +195,33 @@ def check(contract: dict, measured: Mapping[Key, list[Report]], *, complete: boo
     return Verdict(broken, excepted, better)
 
 
-def update(contract: dict, measured: Mapping[Key, list[Report]], *, complete: bool, accept_worse: bool) -> dict:
-    """Return ``contract`` with what is new or better in ``measured``, and with ``accept_worse`` what is worse.
+def update(
+    contract: dict,
+    measured: Mapping[Key, list[Report]],
+    counted: Mapping[Key, list[Counts]] | None = None,
+    *,
+    complete: bool,
+    accept_worse: bool,
+) -> dict:
+    """Return ``contract`` with what is new or better, and with ``accept_worse`` what is worse; as :func:`check`.
 
-    Nothing that breaks a rule without an exception is taken in. What is launched no more is dropped where ``measured``
-    is ``complete``, as are exceptions that nothing needs, but for those of another Triton.
+    Nothing that breaks a rule without an exception is taken in, and what was not counted anew stays. What is launched
+    no more is dropped where ``measured`` is ``complete``, as are exceptions that nothing needs, but for those of
+    another Triton.
     """
     figures = {} if complete else {kernel: dict(cases) for kernel, cases in contract["figures"].items()}
     needed = []
     for key, reports in measured.items():
-        before, after = _figures(contract, key), figures_of(reports)
+        before, after = _figures(contract, key), _measured(key, reports, counted)
         exceptions = [_exception(contract, rule, key, figure) for rule, figure in _worst_breaches(reports).items()]
         if None in exceptions:
             after = before
-        elif before is not None and not accept_worse:
-            after = {
-                name: (min if higher else max)(before[name], after[name]) for name, higher in HIGHER_IS_WORSE.items()
-            }
+        elif before is not None:
+            if not accept_worse:
+                for name in after:
+                    best = min if HIGHER_IS_WORSE.get(name, True) else max
+                    after[name] = best(before.get(name, after[name]), after[name])
+            after = before | after
         needed += exceptions
         if after is not None:
             figures.setdefault(key[0], {})[key[1]] = after
@@ -199,6 +235,11 @@ def _worst_breaches(reports: Iterable[Report]) -> dict[str, int]:
         for rule, figure in broken_rules(report).items():
             worst[rule] = max(worst.get(rule, 0), figure)
     return worst
+
+
+def _measured(key: Key, reports: list[Report], counted: Mapping[Key, list[Counts]] | None) -> Figures:
+    counts = (counted or {}).get(key)
+    return figures_of(reports) | (counted_figures(counts) if counts else {})
 
 
 def _figures(contract: dict, key: Key) -> Figures | None:

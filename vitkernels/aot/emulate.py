@@ -13,7 +13,7 @@ import torch
 
 from vitkernels.aot.build import TARGETS, on_fake_tensors
 from vitkernels.emulator.execute import Run
-from vitkernels.emulator.launch import emulating
+from vitkernels.emulator.launch import Emulation, emulating
 
 LARGEST_FILL = 1 << 22  # bytes; more is left zero, for the time that it takes
 
@@ -25,6 +25,8 @@ def emulate(
     programs: int = 2,
     seed: int | None = None,
     fill: Callable[[torch.Tensor], object] | None = None,
+    kind: type[Emulation] | None = None,
+    **changes,
 ) -> list[Run]:
     """Call ``launcher()`` as :func:`vitkernels.aot.trace` does, and return what each launch did on ``target``.
 
@@ -34,6 +36,8 @@ def emulate(
         programs: How many programs of each launch run, the first and the last among them.
         seed: Of their order, and of that of their warps; None runs them in turn.
         fill: Gives a flat integer tensor its values, which are 0 otherwise; numbers are random where they are few.
+        kind: How launches are emulated, if in a way of its own.
+        **changes: Attributes of ``kind``.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -44,7 +48,9 @@ def emulate(
             fill(t)
 
     with (
-        emulating(target, programs=programs, seed=seed, runs=[], raises=False, memory=memory) as emulation,
+        emulating(
+            target, kind, programs=programs, seed=seed, runs=[], raises=False, memory=memory, **changes
+        ) as emulation,
         on_fake_tensors(TARGETS[target]),
     ):
         launcher()

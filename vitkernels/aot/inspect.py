@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,10 +17,12 @@ import triton
 from vitkernels import _interrupt
 from vitkernels.aot import contract
 from vitkernels.aot.build import TARGETS, Launch, compile_launch, trace
+from vitkernels.aot.counts import BOUNDS, ESTIMATES, Counts, count_op
 from vitkernels.aot.launches import launches
 from vitkernels.aot.read import Report, read_kernel
 from vitkernels.console import UserError, check_can_fill, one_line, print_table, track, write_file
-from vitkernels.ops._triton import INTERPRETED
+from vitkernels.emulator.build import NoCompiler, library
+from vitkernels.emulator.devices import DEVICES
 from vitkernels.ops.attention.config import choose_config, useful_share
 from vitkernels.testing.cases import CASES
 
@@ -38,6 +40,8 @@ FP64_OPS = {
     "aimv2_large_patch14_224": {"rms_norm"},
 }  # fmt: skip
 
+COUNTED = ("bf16", "fp32")  # what runs on an emulated GPU under --run
+
 Use = tuple[str, str, str]  # case, op, dtype
 
 
@@ -51,6 +55,7 @@ def inspect(
     json_file: Path | None = None,
     dump: Path | None = None,
     jobs: int | None = None,
+    run: bool = False,
     update: bool = False,
     accept_worse: bool = False,
     folder: Path = contract.FOLDER,
@@ -65,21 +70,22 @@ def inspect(
         markdown: Print the tables as README.md shows them.
         json_file: Where to write all reports.
         dump: Folder for the text of every stage, by target, kernel and case.
-        jobs: How many kernels to compile at a time; one a core unless given.
+        jobs: How many kernels to compile, or to run, at a time; one a core unless given.
+        run: Run some programs of each launch on an emulated GPU, too, and count what they execute.
         update: Take what is new or better into the contract.
         accept_worse: Take what is worse into it, too.
         folder: Where the contracts lie.
 
     Raises:
-        UserError: The interpreter is on, a name is unknown, ``jobs`` is less than 1, or a file cannot be written.
+        UserError: A name is unknown, ``jobs`` is less than 1, a file cannot be written, or a target not emulated.
     """
-    if INTERPRETED:
-        raise UserError("kernels are interpreted in this process; unset TRITON_INTERPRET to compile them")
     unknown = set(cases or ()) - set(CASES)
     if unknown:
         raise UserError(f"no case {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs is {jobs}; expected 1 or more")
+    if run:
+        _check_can_run(targets)
     for place in filter(None, (dump, folder if update else None)):
         check_can_fill(place)
     uses = find_launches(targets, cases or CASES, kernel)
@@ -87,8 +93,9 @@ def inspect(
         raise UserError(f"no kernel's name holds {kernel!r}")
     complete = kernel is None and cases is None
     results = compile_all(uses, dump, jobs)
+    counts = count_all(uses, kernel, jobs) if run else {}
     if json_file is not None:
-        _write_json(json_file, uses, results)
+        _write_json(json_file, uses, results, counts)
 
     holds = True
     for target in targets:
@@ -103,17 +110,29 @@ def inspect(
                     measured[launch.name, f"{case} {op} {dtype}"].append(report)
             if uses[launch][0][2] == "fp64":
                 broken += [f"{launch.name} {_named(uses[launch])} {what}" for what in contract.unfit(report)]
+        counted = collections.defaultdict(list)
+        for (where, case, op, dtype), found in counts.items():
+            if where != target:
+                continue
+            if isinstance(found, str):
+                broken.append(f"{case} {op} {dtype} cannot be run: {found}")
+                continue
+            for count in found:
+                broken += [f"{case} {op} {dtype}: {error}" for error in count.errors]
+                counted[count.kernel, f"{case} {op} {dtype}"].append(count)
         try:
             before = contract.load(target, folder)
             if update:
                 complete_now = complete and not broken
-                after = contract.update(before, measured, complete=complete_now, accept_worse=accept_worse)
+                after = contract.update(before, measured, counted, complete=complete_now, accept_worse=accept_worse)
                 contract.save(target, after, folder)
                 before = contract.load(target, folder)
         except (OSError, ValueError) as error:
             raise UserError(f"the contract of {target}: {one_line(error)}") from error
-        verdict = contract.check(before, measured, complete=complete)
+        verdict = contract.check(before, measured, counted, complete=complete)
         _show(target, reports, uses, every, markdown)
+        if counted:
+            _show_counts(target, counted, every, markdown)
         _show_useful_work(target, reports, uses)
         if before["triton"] != triton.__version__:
             print(
@@ -155,16 +174,30 @@ def compile_all(
 ) -> dict[Launch, Report | str]:
     """Compile and read each launch, ``jobs`` at a time; of one that does not compile, what the compiler said."""
     places = {launch: dump and _place(dump, launch, of) for launch, of in uses.items()}
-    text = f"Compiling {len(uses)} kernels"
-    workers = min(jobs or len(os.sched_getaffinity(0)), len(uses) // 4)  # starting one takes as long as four kernels
+    found = _each(_compile_and_read, places.items(), f"Compiling {len(uses)} kernels", jobs)
+    return dict(zip(uses, found, strict=True))
+
+
+def count_all(
+    uses: Mapping[Launch, list[Use]], kernel: str | None = None, jobs: int | None = None
+) -> dict[tuple[str, str, str, str], list[Counts] | str]:
+    """Count what ``uses`` execute, by target, case, op and dtype; of one that cannot be run, why."""
+    wanted = {(launch.target, *use): None for launch, of in uses.items() for use in of if use[2] in COUNTED}
+    found = _each(_count, [(*use, kernel) for use in wanted], f"Running {len(wanted)} ops", jobs)
+    return dict(zip(wanted, found, strict=True))
+
+
+def _each(function: Callable, items: Iterable[tuple], text: str, jobs: int | None) -> list:
+    """``function`` of each of ``items``, in order, ``jobs`` of them at a time."""
+    items = list(items)
+    workers = min(jobs or len(os.sched_getaffinity(0)), len(items) // 4)  # starting one takes as long as four kernels
     if workers < 2:
-        return {launch: _compile_and_read(launch, place) for launch, place in track(places.items(), text, len(uses))}
-    results: dict[Launch, Report | str] = {}
+        return [function(*item) for item in track(items, text)]
     with _interrupt.pool(workers, "spawn") as pool:
-        jobs = {pool.submit(_compile_and_read, launch, place): launch for launch, place in places.items()}
-        for job in track(concurrent.futures.as_completed(jobs), text, len(uses)):
-            results[jobs[job]] = job.result()
-    return {launch: results[launch] for launch in uses}
+        submitted = [pool.submit(function, *item) for item in items]
+        for _ in track(concurrent.futures.as_completed(submitted), text, len(items)):
+            pass
+    return [job.result() for job in submitted]
 
 
 def _compile_and_read(launch: Launch, place: Path | None) -> Report | str:
@@ -181,17 +214,44 @@ def _compile_and_read(launch: Launch, place: Path | None) -> Report | str:
     return report
 
 
+def _count(target: str, case: str, op: str, dtype: str, kernel: str | None) -> list[Counts] | str:
+    try:
+        return count_op(CASES[case], op, dtype, target, kernel)
+    except Exception as error:  # PTX that the emulator does not know, and whatever a launcher raises
+        return f"{type(error).__name__}: {one_line(error)}"
+
+
+def _check_can_run(targets: Iterable[str]) -> None:
+    """Raise UserError where kernels of a target, or any, cannot run here."""
+    others = [target for target in targets if target not in DEVICES]
+    if others:
+        raise UserError(f"--run cannot run {', '.join(others)}: the GPUs that are emulated are {', '.join(DEVICES)}")
+    try:
+        library()
+    except NoCompiler as error:
+        raise UserError(one_line(error)) from error
+
+
 def _place(dump: Path, launch: Launch, uses: list[Use]) -> Path:
     # Launches of one op and case may differ in their constants alone.
     number = hashlib.sha256(launch.specialization.encode()).hexdigest()[:8]
     return dump / launch.target / launch.name / "-".join([*uses[0], number])
 
 
-def _write_json(path: Path, uses: Mapping[Launch, list[Use]], results: Mapping[Launch, Report | str]) -> None:
+def _write_json(
+    path: Path,
+    uses: Mapping[Launch, list[Use]],
+    results: Mapping[Launch, Report | str],
+    counts: Mapping[tuple[str, str, str, str], list[Counts] | str],
+) -> None:
     rows = []
     for launch, result in results.items():
         row = {"target": launch.target, "kernel": launch.name, "uses": [" ".join(use) for use in uses[launch]]}
         rows.append(row | (dataclasses.asdict(result) if isinstance(result, Report) else {"error": result}))
+    for (target, *use), found in counts.items():
+        row = {"target": target, "uses": [" ".join(use)]}
+        each = [{"error": found}] if isinstance(found, str) else [{"run": count.to_dict()} for count in found]
+        rows += [row | {"kernel": count["run"]["kernel"]} | count if "run" in count else row | count for count in each]
     write_file(path, json.dumps(rows, indent=1) + "\n")
 
 
@@ -215,12 +275,80 @@ def _show(
             hidden += 1
     rows = [(name, str(len(group)), *_cells(group)) for name, group in sorted(groups.items())]
     print(f"\n{target}, Triton {triton.__version__}" + ("" if every else ", bf16; a range goes over the cases") + "\n")
-    if markdown:
-        for row in (HEADER, ["---", *["---:"] * (len(HEADER) - 1)], *rows):
-            print(f"| {' | '.join(row)} |")
-    else:
-        print_table(HEADER, rows)
+    _print(HEADER, rows, markdown)
     print(f"\nNot shown, but checked: {hidden} launches in fp32 and fp64.\n" if hidden else "", flush=True)
+
+
+COUNTS_HEADER = (
+    "kernel", "launches", "tensor GFLOP", "tensor", "FMA", "ALU", "MUFU", "LSU", "sectors a request", "needless %",
+    "conflicts %", "barriers", "L2 MB", "DRAM MB",
+)  # fmt: skip
+TIMES_HEADER = ("kernel", "tensor", "MUFU", "LSU", "L2", "DRAM", "at least", "by", "roofline %", "FMA", "ALU", "issue")
+
+
+def _show_counts(target: str, counted: Mapping[contract.Key, list[Counts]], every: bool, markdown: bool) -> None:
+    """Print what launches execute, and how long they take at the least."""
+    groups: dict[str, list[Counts]] = collections.defaultdict(list)
+    for (name, use), counts in counted.items():
+        if every or use.endswith(" bf16"):
+            groups[f"{name} {use}" if every else name] += counts
+    groups = dict(sorted(groups.items()))
+    if not groups:  # all in fp32
+        return
+
+    def cells(group: list[Counts]) -> list[str]:
+        return [
+            _span(sum(c.flops.values()) / 1e9 for c in group),
+            *(_span(getattr(c, pipe) / 1e6 for c in group) for pipe in ("tensor", "fma", "alu", "mufu", "lsu")),
+            _span(c.sectors_per_request for c in group),
+            _span(100 * c.excess_sectors / c.sectors if c.sectors else 0 for c in group),
+            _span(100 * c.conflicts / c.wavefronts if c.wavefronts else 0 for c in group),
+            _span(c.barriers for c in group),
+            _span(c.l2_bytes / 1e6 for c in group),
+            _span(c.dram_bytes / 1e6 for c in group),
+        ]
+
+    ran = _span(c.programs for group in groups.values() for c in group)
+    print(f"What a launch executes on {target}: counts of {ran} of its programs times the grid.")
+    print(
+        "Tensor to LSU: millions of PTX's warp instructions. Needless: sectors beyond those that the bytes asked for "
+        "fill.\nConflicts: of the clocks of shared memory and L1, those that bank conflicts cost.\n"
+    )
+    _print(COUNTS_HEADER, [(name, str(len(group)), *cells(group)) for name, group in groups.items()], markdown)
+
+    def times(group: list[Counts]) -> list[str]:
+        each = [c.times_us for c in group]
+        return [
+            *(_span(t[pipe] for t in each) for pipe in BOUNDS),
+            _span(c.bound_us for c in group),
+            ", ".join(_PIPES[pipe] for pipe in BOUNDS if any(c.bound_by == pipe for c in group)),
+            _span(100 * c.roofline_share for c in group),
+            *(_span(t[pipe] for t in each) for pipe in ESTIMATES),
+        ]
+
+    print(
+        f"\nMicroseconds on one {DEVICES[target].name} at the least; FMA, ALU and issue slots are PTX's, estimates:\n"
+    )
+    _print(TIMES_HEADER, [(name, *times(group)) for name, group in groups.items()], markdown)
+    print(flush=True)
+
+
+_PIPES = {"tensor": "tensor", "mufu": "MUFU", "lsu": "LSU", "l2": "L2", "dram": "DRAM"}
+
+
+def _span(values: Iterable[float]) -> str:
+    """The least and the largest of ``values``, or the one that they are."""
+    values = list(values)
+    low, high = (f"{v:.3g}" if v < 1000 else f"{v:.0f}" for v in (min(values), max(values)))
+    return low if low == high else f"{low}–{high}"
+
+
+def _print(header: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool) -> None:
+    if not markdown:
+        print_table(header, rows)
+        return
+    for row in (header, ["---", *["---:"] * (len(header) - 1)], *rows):
+        print(f"| {' | '.join(row)} |")
 
 
 def _show_useful_work(target: str, reports: Iterable[Launch], uses: Mapping[Launch, list[Use]]) -> None:
@@ -243,9 +371,7 @@ def _show_useful_work(target: str, reports: Iterable[Launch], uses: Mapping[Laun
 
 def _cells(reports: Sequence[Report]) -> list[str]:
     def span(name: str, unit: int = 1) -> str:
-        values = [getattr(r, name) for r in reports]
-        low, high = (f"{v / unit:.3g}" for v in (min(values), max(values)))
-        return low if low == high else f"{low}–{high}"
+        return _span(getattr(r, name) / unit for r in reports)
 
     matrix = {"wgmma": "wgmma", "mma_sync": "mma.sync", "tcgen05": "tcgen05", "mfma": "mfma"}
     widths = {"64" if r.address_bits == 64 else "32, reach checked" if r.reach_checked else "32" for r in reports}

@@ -71,7 +71,7 @@ def test_in_fp64_another_order_of_the_sum_passes_and_a_wrong_digit_fails(error, 
 
     verdicts = judge_op(backwards, lambda x, weight: x @ weight.T, tensors)
     assert [v.passed for v in verdicts] == [passed] * 3
-    assert all(v.ratio < 1e3 for v in verdicts[:1]) is passed
+    assert (verdicts[0].ratio < 100) is passed  # a few where sums are rounded alone
 
 
 class OneToken(torch.autograd.Function):
@@ -90,9 +90,21 @@ class OneToken(torch.autograd.Function):
         return ds * k, ds * q, do, None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("size", [0.1, 1.0, 10.0])
-@pytest.mark.parametrize(("error", "passed"), [(0.25, True), (64.0, False), ("wrong", False)])
+@pytest.mark.parametrize(
+    ("error", "passed", "size", "dtype"),
+    [
+        (0.25, True, 0.1, torch.float32),
+        (0.25, True, 1.0, torch.bfloat16),
+        (0.25, True, 10.0, torch.float64),
+        (64.0, False, 0.1, torch.bfloat16),
+        (64.0, False, 1.0, torch.float64),
+        (64.0, False, 10.0, torch.float32),
+        ("wrong", False, 0.1, torch.float64),
+        ("wrong", False, 1.0, torch.float32),
+        ("wrong", False, 10.0, torch.bfloat16),
+    ],
+    ids=str,
+)
 def test_what_is_left_where_terms_cancel(error, passed, size, dtype):
     """The truth is 0, and PyTorch may get it: how much of a rounding is right hangs on what cancels."""
     tensors = {n: (size * torch.randn(2, 3, 1, 64)).to(dtype).requires_grad_() for n in "qkv"}

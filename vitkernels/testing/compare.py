@@ -7,6 +7,9 @@ worst row "PyTorch's error" is never taken to be less than the error of rounding
 nobody can beat. In fp64, where the truth is PyTorch's own result, "PyTorch's error" is that of fp32, scaled by eps. On
 a CPU that emulates a GPU PyTorch's fp32 products are summed as a GPU sums them (:mod:`vitkernels.testing.sums`).
 
+There the largest of a few errors is much a matter of luck: of attention's tensors of 150 tokens and 24 channels one in
+30 failed. A result that does is judged by the largest error of PyTorch's over :data:`ORDERS` orders of its sums.
+
 Where a gradient's terms all cancel, as dq's of one token do, PyTorch may happen to get 0, and does on some CPUs alone.
 There "PyTorch's error" is at least what rounding the saved tensors leaves of those terms: the size of what cancels.
 
@@ -21,15 +24,15 @@ eps / 32 is 2.4e-4; over 12 of attention with a learned bias, which PyTorch comp
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from vitkernels import runtime
-from vitkernels.testing.sums import summed_in_a_chain
+from vitkernels.testing.sums import summed_alike, sums_alike
+
+ORDERS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,33 +172,28 @@ def judge_op(
     before = {name: t.detach().clone() for name, t in tensors.items() if t is not None}
     outputs, grads, upstreams = _run(function, tensors, options, None, upstream)
     changed = [name for name, t in before.items() if not _same(tensors[name].detach(), t)]
-    with _summed_alike(tensors):
-        torch_outputs, torch_grads, _ = _run(reference, tensors, options, upstreams, None)
-    truth_outputs, truth_grads = _truth(reference, tensors, options, upstreams)
-    if any(t.dtype == torch.float64 for t in (*torch_outputs, *torch_grads.values())):
-        torch_outputs, torch_grads = _yardstick_in_fp64(
-            reference, tensors, options, upstreams, (torch_outputs, torch_grads), (truth_outputs, truth_grads)
-        )
-    verdicts = [
-        check(f"output {i}", *triple, gain_counts=gain_counts)
-        for i, triple in enumerate(zip(outputs, torch_outputs, truth_outputs, strict=True))
-    ]
-    verdicts += [
-        check(f"d{name}", grads[name], torch_grads[name], truth_grads[name], gain_counts=gain_counts) for name in grads
-    ]
-    if not all(v.passed for v in verdicts):
-        noise = _cancellation(reference, tensors, options, upstreams, truth_grads)
-        verdicts[len(outputs) :] = [
-            check(
-                f"d{name}",
-                grads[name],
-                torch_grads[name],
-                truth_grads[name],
-                gain_counts=gain_counts,
-                noise=noise[name],
-            )
-            for name in grads
+    results = _named(outputs, grads)
+    truth = _truth(reference, tensors, options, upstreams)
+    yardstick = _yardstick(reference, tensors, options, upstreams, truth)
+
+    def judged(noise: Mapping[str, Tensor]) -> list[Verdict]:
+        return [
+            check(name, result, yardstick[name], truth[name], gain_counts=gain_counts, noise=noise.get(name))
+            for name, result in results.items()
         ]
+
+    verdicts = judged({})
+    if not all(v.passed for v in verdicts):
+        verdicts = judged(_cancellation(reference, tensors, options, upstreams, truth))
+    # By the order of the sums alone PyTorch may err a few times as much, or as little.
+    if not all(v.passed for v in verdicts) and _sums_in_any_order(tensors):
+        for order in range(1, ORDERS):
+            other = _yardstick(reference, tensors, options, upstreams, truth, order)
+            yardstick = {
+                name: max(one, other[name], key=lambda y, name=name: _largest(y.double() - truth[name]))
+                for name, one in yardstick.items()
+            }
+        verdicts = judged(_cancellation(reference, tensors, options, upstreams, truth))
     return verdicts + [Verdict(name, False, float("inf"), f"the input {name} was changed") for name in changed]
 
 
@@ -207,17 +205,22 @@ def widened(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
     }
 
 
-def _truth(reference, tensors, options, upstreams):
+def _named(outputs, grads):
+    return {f"output {i}": o for i, o in enumerate(outputs)} | {f"d{name}": g for name, g in grads.items()}
+
+
+def _truth(reference, tensors, options, upstreams) -> dict[str, Tensor]:
     """Outputs and gradients of ``reference`` in fp64."""
     outputs, grads, _ = _run(reference, widened(tensors), options, [u.double() for u in upstreams], None)
-    return outputs, grads
+    return _named(outputs, grads)
 
 
-def _cancellation(reference, tensors, options, upstreams, truth_grads):
+def _cancellation(reference, tensors, options, upstreams, truth) -> dict[str, Tensor]:
     """What is left of each gradient's terms, where they cancel in fp64, if saved tensors are off by the dtype's eps."""
     generator = torch.Generator().manual_seed(0)
+    trained = [name for name in tensors if f"d{name}" in truth]
     left = {}
-    for eps in {torch.finfo(tensors[name].dtype).eps for name in truth_grads}:
+    for eps in {torch.finfo(tensors[name].dtype).eps for name in trained}:
 
         def rounded(t, eps=eps):
             if not t.is_floating_point():
@@ -226,46 +229,62 @@ def _cancellation(reference, tensors, options, upstreams, truth_grads):
             return t * (1 + eps * signs)
 
         with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, rounded):
-            _, grads = _truth(reference, tensors, options, upstreams)
-        for name, grad in grads.items():
+            moved = _truth(reference, tensors, options, upstreams)
+        for name in trained:
             if torch.finfo(tensors[name].dtype).eps == eps:
-                left[name] = (grad - truth_grads[name]).abs()
+                left[f"d{name}"] = (moved[f"d{name}"] - truth[f"d{name}"]).abs()
     return left
 
 
-def _yardstick_in_fp64(reference, tensors, options, upstreams, results, truths):
+def _yardstick(reference, tensors, options, upstreams, truth, order: int = 0) -> dict[str, Tensor]:
+    """PyTorch's outputs and gradients, its sums in this order; those in fp64 as :func:`_yardstick_in_fp64` has them."""
+    with summed_alike(*_floating(tensors), order=order):
+        outputs, grads, _ = _run(reference, tensors, options, upstreams, None)
+    results = _named(outputs, grads)
+    if any(t.dtype == torch.float64 for t in results.values()):
+        results = _yardstick_in_fp64(reference, tensors, options, upstreams, results, truth, order)
+    return results
+
+
+def _yardstick_in_fp64(reference, tensors, options, upstreams, results, truth, order) -> dict[str, Tensor]:
     """``results`` of PyTorch, those in fp64 replaced by the truth and an error as large as PyTorch's can be there.
 
     In fp64 the truth is PyTorch's own result, which would show no error. Its error in fp32, on inputs that fp32 holds
     exactly, is taken instead, scaled by the ratio of the two dtypes' eps.
     """
-    narrow = {
+    narrow = _narrowed(tensors)
+    narrow_upstreams = [u.float() if u.dtype == torch.float64 else u for u in upstreams]
+    with summed_alike(*_floating(narrow), order=order):
+        outputs, grads, _ = _run(reference, narrow, options, narrow_upstreams, None)
+    narrow_results = _named(outputs, grads)
+    narrow_truth = _truth(reference, narrow, options, narrow_upstreams)
+    scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    return {
+        name: truth[name] + scale * (narrow_results[name].double() - narrow_truth[name])
+        if result.dtype == torch.float64
+        else result
+        for name, result in results.items()
+    }
+
+
+def _narrowed(tensors):
+    return {
         name: t.detach().float().requires_grad_(t.requires_grad) if t is not None and t.dtype == torch.float64 else t
         for name, t in tensors.items()
     }
-    narrow_upstreams = [u.float() if u.dtype == torch.float64 else u for u in upstreams]
-    with _summed_alike(narrow):
-        outputs, grads, _ = _run(reference, narrow, options, narrow_upstreams, None)
-    narrow_truth_outputs, narrow_truth_grads = _truth(reference, narrow, options, narrow_upstreams)
-    scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-
-    def yardstick(result, truth, narrow_result, narrow_truth):
-        if result.dtype != torch.float64:
-            return result
-        return truth + scale * (narrow_result.double() - narrow_truth)
-
-    (torch_outputs, torch_grads), (truth_outputs, truth_grads) = results, truths
-    return (
-        tuple(map(yardstick, torch_outputs, truth_outputs, outputs, narrow_truth_outputs)),
-        {n: yardstick(g, truth_grads[n], grads[n], narrow_truth_grads[n]) for n, g in torch_grads.items()},
-    )
 
 
-def _summed_alike(tensors: Mapping[str, Tensor | None]) -> contextlib.AbstractContextManager:
-    """Have PyTorch, on a CPU that emulates a GPU, sum fp32 products in the GPU's order."""
-    given = [t for t in tensors.values() if t is not None and t.is_floating_point()]
-    alike = runtime.emulated_arch() is not None and all(t.is_cpu and t.dtype == torch.float32 for t in given)
-    return summed_in_a_chain() if alike else contextlib.nullcontext()
+def _sums_in_any_order(tensors) -> bool:
+    return sums_alike(*_floating(_narrowed(tensors)))
+
+
+def _largest(error: Tensor) -> float:
+    error = error.detach().abs()
+    return error.where(error.isfinite(), 0.0).max().item() if error.numel() else 0.0
+
+
+def _floating(tensors: Mapping[str, Tensor | None]) -> list[Tensor]:
+    return [t for t in tensors.values() if t is not None and t.is_floating_point()]
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -10,43 +10,99 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vitkernels import runtime
+
 aten = torch.ops.aten
 
 
+def sums_alike(*tensors: Tensor) -> bool:
+    """Tell whether :func:`summed_alike` has an effect."""
+    return runtime.emulated_arch() is not None and all(t.is_cpu and t.dtype == torch.float32 for t in tensors)
+
+
+def summed_alike(*tensors: Tensor, order: int = 0) -> contextlib.AbstractContextManager:
+    """Have PyTorch sum fp32 products in the GPU's order, where these are tensors of a CPU that emulates one.
+
+    ``order`` as for :func:`summed_in_a_chain`.
+    """
+    return summed_in_a_chain(order) if sums_alike(*tensors) else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
-def summed_in_a_chain() -> Iterator[None]:
+def summed_in_a_chain(order: int = 0) -> Iterator[None]:
     """Compute PyTorch's fp32 products within as a GPU does without tensor cores: by one chain of FMAs an element.
 
     CUTLASS documents its SIMT kernels so ("Efficient GEMM in CUDA": each thread accumulates its elements over the whole
     of k), Triton's compile to it; how cuBLAS sums is not published. A CPU's BLAS adds several chains, a lane of its
     vectors each, in blocks of k: over 5,632 terms it errs a fifth as much, and no kernel that sums in one chain is as
     exact as twice that.
+
+    Args:
+        order: Of the terms: 0 as they lie, else drawn by this seed.
     """
-    with sdpa_kernel(SDPBackend.MATH), _Chains():
+    with sdpa_kernel(SDPBackend.MATH), _Chains(order):
         yield
 
 
 class _Chains(TorchDispatchMode):
+    """Computes products of matrices, and convolutions that cut an image into patches, in fp32."""
+
+    def __init__(self, order: int):
+        super().__init__()
+        self.order = order
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        product = _PRODUCTS.get(func)
-        if product is None or args[-1].dtype != torch.float32 or kwargs:
-            return func(*args, **(kwargs or {}))
-        return product(*args)
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if not kwargs and tensors and all(t.dtype == torch.float32 for t in tensors):
+            if func in (aten.mm.default, aten.bmm.default):
+                return self._chain(*args)
+            if func in (aten.addmm.default, aten.baddbmm.default):
+                return self._chain(*args[1:]) + args[0]
+            if func is aten.convolution.default and _cuts_patches(*args[1:2], *args[3:9]):
+                return self._embed(*args[:3])
+            if func is aten.convolution_backward.default and _cuts_patches(*args[2:3], *args[4:10]):
+                return self._embed_backward(*args[:3], args[10])
+        return func(*args, **(kwargs or {}))
+
+    def _chain(self, a: Tensor, b: Tensor) -> Tensor:
+        """``a @ b`` of (..., M, K) and (..., K, N)."""
+        if self.order:
+            terms = torch.randperm(b.shape[-2], generator=torch.Generator().manual_seed(self.order))
+            a, b = a[..., terms], b[..., terms, :]
+        total = torch.zeros(*a.shape[:-1], b.shape[-1])
+        a, b = a.double(), b.double()  # exact: the product of two fp32 numbers fits in fp64
+        for k in range(a.shape[-1]):
+            total = torch.addcmul(total.double(), a[..., k, None], b[..., k, None, :]).float()
+        return total
+
+    def _embed(self, images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        patches = _patches(images, weight)
+        out = self._chain(patches.flatten(0, 2).flatten(1), weight.flatten(1).t())
+        out = out if bias is None else out + bias
+        return out.view(*patches.shape[:3], -1).permute(0, 3, 1, 2)
+
+    def _embed_backward(self, dout: Tensor, images: Tensor, weight: Tensor, wanted: list[bool]) -> tuple:
+        patches = _patches(images, weight)
+        rows = dout.permute(0, 2, 3, 1).flatten(0, 2)
+        dimages = dweight = dbias = None
+        if wanted[0]:
+            dimages = torch.zeros_like(images)
+            _patches(dimages, weight).copy_(self._chain(rows, weight.flatten(1)).view(patches.shape))
+        if wanted[1]:
+            dweight = self._chain(rows.t(), patches.flatten(0, 2).flatten(1)).view_as(weight)
+        if wanted[2]:
+            dbias = rows.sum(0)
+        return dimages, dweight, dbias
 
 
-def _chain(a: Tensor, b: Tensor, start: Tensor | None = None) -> Tensor:
-    """``start + a @ b`` of (..., M, K) and (..., K, N)."""
-    shape = (*a.shape[:-1], b.shape[-1])
-    total = torch.zeros(shape) if start is None else start.expand(shape).clone()
-    a, b = a.double(), b.double()  # exact: the product of two fp32 numbers fits in fp64
-    for k in range(a.shape[-1]):
-        total = torch.addcmul(total.double(), a[..., k, None], b[..., k, None, :]).float()
-    return total
+def _cuts_patches(weight, stride, padding, dilation, transposed, output_padding, groups) -> bool:
+    return (
+        weight.ndim == 4 and [*stride] == [*weight.shape[2:]] and not any(padding) and not transposed and groups == 1
+        and all(d == 1 for d in dilation)
+    )  # fmt: skip
 
 
-_PRODUCTS = {
-    aten.mm.default: _chain,
-    aten.bmm.default: _chain,
-    aten.addmm.default: lambda bias, a, b: _chain(a, b) + bias,
-    aten.baddbmm.default: lambda start, a, b: _chain(a, b) + start,
-}
+def _patches(images: Tensor, weight: Tensor) -> Tensor:
+    """The (B, rows, columns, channels, height, width) patches of (B, channels, Y, X), in place."""
+    height, width = weight.shape[2:]
+    return images.unfold(2, height, height).unfold(3, width, width).permute(0, 2, 3, 1, 4, 5)

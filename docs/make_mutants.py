@@ -20,7 +20,7 @@ import time
 from multiprocessing import get_context
 from pathlib import Path
 
-os.environ["TRITON_INTERPRET"] = "1"  # fixed when a kernel is decorated
+os.environ["VITKERNELS_BACKEND"] = "emulated"
 
 import hypothesis  # noqa: F401  this and _dynamo because each run of pytest would import them
 import pytest
@@ -30,7 +30,7 @@ import triton
 
 import vitkernels
 from vitkernels.console import track
-from vitkernels.verify.mutants import MUTANTS, Mutant, catch
+from vitkernels.verify.mutants import MUTANTS, CompiledMutant, Mutant, catch
 
 PAGE = Path(__file__).with_name("mutants.md")
 ROOT = PAGE.parents[1]
@@ -38,10 +38,11 @@ HEAD = """\
 # Seeded defects
 
 A test suite that cannot fail proves nothing. Each line is a slip that a person makes in a kernel or in what launches
-it, one edit of the source, as `vitkernels/verify/mutants/defects.py` has it. Each run of `vitkernels verify` puts them
-in one by one, and is invalid unless its own checks catch 95 % of them; `pytest --mutant NAME` runs the project's tests
+it, one edit of the source, as `vitkernels/verify/mutants/defects.py` has it, or one edit of the PTX that comes of it,
+as `compiled.py` beside it has: a barrier, a wait or a fence dropped, say. Each run of `vitkernels verify` puts them in
+one by one, and is invalid unless its own checks catch 95 % of them; `pytest --mutant NAME` runs the project's tests
 with one inside. Written by `docs/make_mutants.py` on {date} with vitkernels {version}, torch {torch}, triton {triton},
-Python {python}, interpreted on a CPU, seed 0.
+Python {python}, on an emulated H100, seed 0.
 
 **{caught} of {all} are caught by `verify`'s checks. {killed} of the {tried} that the tests were run with make a test
 fail.**{rest}
@@ -64,7 +65,7 @@ def main() -> None:
         write(rows)
 
 
-def first_failure(mutant: Mutant, end: float) -> str | None:
+def first_failure(mutant: Mutant | CompiledMutant, end: float) -> str | None:
     """Return the first of the project's tests that fails with ``mutant`` inside, "" for none, None if not run."""
     file = mutant.tests.partition("::")[0]
     for tests in (f"tests/{mutant.tests}", f"tests/{file}", "tests"):

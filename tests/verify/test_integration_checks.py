@@ -36,14 +36,14 @@ def test_every_registered_op_is_called(device):
     assert calls.keys() == OPS.keys()
 
 
-@pytest.mark.parametrize("op", ["add_layer_norm", "mlp", "attention_varlen", "rms_norm"])
+@pytest.mark.parametrize("op", ["mlp", "attention_varlen"])
 def test_the_ops_pass(device, op):
     found = results(device, f"integration/*/{op}", f"integration/opcheck/{op}*")
     assert {r.check.split("/")[1] for r in found} >= WAYS - {"opcheck"}
     assert not [r for r in found if r.status in ("failed", "broken")]
     skipped = {r.check.split("/")[1]: r.detail for r in found if r.status == "skipped"}
     if device.type == "cpu":
-        assert skipped.keys() == {"cuda-graph", "side-stream", "second-device", "threads"}
+        assert skipped.keys() == {"cuda-graph", "side-stream", "second-device"}
         assert all(reason.startswith("no GPU") for reason in skipped.values())
     else:
         assert skipped.keys() <= {"second-device"}

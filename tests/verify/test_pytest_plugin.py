@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("timm")
 
 # A test run in this process forgets what it is the first to import, and an op can be registered once.
-for module in ("demo.measure", "swap.timm", "swap.torch_nn", "verify.model", "verify.mutants"):
+for module in ("demo.measure", "emulator.launch", "swap.timm", "swap.torch_nn", "verify.model", "verify.mutants"):
     importlib.import_module(f"vitkernels.{module}")
 
 pytest_plugins = ["pytester"]
@@ -98,7 +98,7 @@ def fresh(tmp_path, *options):
         "import os, sys\n"
         "def test_env(request):\n"
         "    heavy = [n for n in ('torch', 'triton') if n in sys.modules]\n"
-        "    print('interpret', os.environ.get('TRITON_INTERPRET'), 'imported', heavy)\n"
+        "    print('backend', os.environ.get('VITKERNELS_BACKEND'), 'imported', heavy)\n"
         "def test_kernels(vitkernels_verify):\n"
         "    import torch\n"
         "    vitkernels_verify(torch.nn.LayerNorm(8), torch.randn(2, 3, 8), steps=0)\n"
@@ -107,23 +107,16 @@ def fresh(tmp_path, *options):
 
 
 def pytest_of_its_own(folder, *options):
-    """Run pytest in a process whose environment chooses no interpreter, on a machine that shows no GPU."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTEST_ADDOPTS")}
+    """Run pytest in a process whose environment chooses no backend, on a machine that shows no GPU."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("VITKERNELS_BACKEND", "PYTEST_ADDOPTS")}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", *PLUGIN, *options]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_unused_it_imports_nothing_and_without_kernels_it_skips(tmp_path):
-    done = fresh(tmp_path)
-    assert "interpret None imported []" in done.stdout, done.stdout + done.stderr
-    assert "1 passed, 1 skipped" in done.stdout
-    assert "--vitkernels-interpret" in done.stdout
-
-
-def test_the_interpreter_is_turned_on_when_asked_for(tmp_path):
-    done = fresh(tmp_path, "--vitkernels-interpret", "--vitkernels-strict")
-    assert "interpret 1 imported ['torch'" in done.stdout, done.stdout + done.stderr
+def test_unused_it_imports_nothing_and_used_it_emulates(tmp_path):
+    done = fresh(tmp_path, "--vitkernels-strict")
+    assert "backend None imported []" in done.stdout, done.stdout + done.stderr
     assert "2 passed" in done.stdout
 
 
@@ -141,15 +134,20 @@ def readme_example() -> str:
 
 
 def test_the_readmes_example_runs_as_it_stands_and_says_what_it_is_at(tmp_path):
-    """In a process of its own, where timm is imported beside whatever torchvision is here."""
+    """In a process of its own."""
     (tmp_path / "test_example.py").write_text(readme_example())
     # Less time than a user's, which the plugin fills with more steps and more blocks on kernels.
-    (tmp_path / "conftest.py").write_text("import vitkernels.verify.pytest_plugin as plugin\nplugin.SECONDS = 2.0\n")
-    done = pytest_of_its_own(tmp_path, "--vitkernels-interpret", "--vitkernels-strict", "test_example.py")
+    (tmp_path / "conftest.py").write_text(
+        "import vitkernels.verify.pytest_plugin as plugin\n"
+        "from vitkernels.console import prepare_torchvision\n"
+        "plugin.SECONDS = 2.0\n"
+        "prepare_torchvision()\n"  # timm is imported beside whatever torchvision is here
+    )
+    done = pytest_of_its_own(tmp_path, "--vitkernels-strict", "test_example.py")
     assert "1 passed" in done.stdout, done.stdout + done.stderr
     begun = [line for line in done.stdout.splitlines() if line.endswith("…")]
     assert [line.strip(" …") for line in begun] == ["outputs", "gradients", "loss curve"]
-    assert "VisionTransformer in Triton's interpreter, about 2 s" in done.stdout
+    assert "VisionTransformer on an emulated GPU, about 2 s" in done.stdout
     assert re.search(r"loss curve: passed, \d+ s; .* in 3 steps", done.stdout)
     assert "kernels in the first 1 of 6 modules alike" in done.stdout
 

@@ -87,21 +87,22 @@ def test_guard_bands_see_a_byte_on_either_side(before, device):
 
 def test_memory_sees_what_is_left_unwritten_and_what_is_read_astray(device, monkeypatch):
     assert set(statuses(properties.check_memory, NORM, device).values()) == {"passed"}
-    launcher = OPS["layer_norm_fwd"]
+    op = OPS["layer_norm_fwd"]
+    launch = op.kernels[device.type]
 
     def forgets_a_row(*args):
-        y, *others = launcher.launcher(*args)
+        y, *others = launch(*args)
         return y.new_empty(y.shape).copy_(y).index_copy_(
             1, torch.tensor([3], device=y.device), y.new_empty(y.shape)[:, :1]
         ), *others
 
     def reads_astray(*args):
-        y, *others = launcher.launcher(*args)
+        y, *others = launch(*args)
         x = args[0]
         return y + 0 * x.as_strided((1,), (1,), x.storage_offset() - 1), *others
 
     for defect in (forgets_a_row, reads_astray):
-        monkeypatch.setitem(OPS, "layer_norm_fwd", dataclasses.replace(launcher, launcher=defect))
+        monkeypatch.setitem(OPS, "layer_norm_fwd", dataclasses.replace(op, kernels={device.type: defect}))
         found = statuses(properties.check_memory, NORM, device)
         assert found["poisoned memory"] == "failed", defect.__name__
         assert found["inputs unchanged"] == "passed"
@@ -126,6 +127,13 @@ def test_nonfinite_sees_a_nan_that_is_swallowed_or_spreads(device):
     assert statuses(properties.check_nonfinite, swallows, device, every=False)["nan in x"] == "failed"
     spreads = with_function(NORM, lambda **t: ops.layer_norm(**t) + 0 * t["x"].sum())
     assert statuses(properties.check_nonfinite, spreads, device, every=False)["nan in x"] == "failed"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs 8 GiB of a GPU's memory")
+def test_reach_sees_an_offset_that_wraps(device):
+    assert statuses(properties.check_reach, NORM, device) == {"rows far apart": "passed"}
+    wraps = with_function(NORM, lambda x, **t: ops.layer_norm(x if x.stride(0) < 2**26 else x[:1].expand_as(x), **t))
+    assert statuses(properties.check_reach, wraps, device) == {"rows far apart": "failed"}
 
 
 def test_layouts_see_a_kernel_that_takes_all_for_contiguous(device):

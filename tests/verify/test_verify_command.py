@@ -14,7 +14,7 @@ from vitkernels.verify import mutants, run
 from vitkernels.verify.results import Check, Result, Verification
 from vitkernels.verify.run import Plan, checks, compared
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="asks for the interpreter, which a GPU's run has off")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="asks for an emulated GPU")
 
 NORM = "accuracy/layer_norm/10 tokens of 40 channels/fp32"
 
@@ -49,7 +49,8 @@ def test_ids_are_distinct_and_both_levels_look_at_every_group():
     for ids in (quick, full):
         assert len(set(ids)) == len(ids)
         assert {id.partition("/")[0] for id in ids} == {
-            "compiled", "integration", "mutants", "accuracy", "layouts", "memory", "reruns", "nonfinite",
+            "compiled", "integration", "mutants", "accuracy", "layouts", "memory", "reach", "reruns",
+            "nonfinite",
         }  # fmt: skip
     # Beside the named models, at which the quick level compiles for one target.
     assert set(quick) <= set(full)
@@ -88,7 +89,7 @@ def test_a_defect_fails_the_command_and_is_reproduced_by_what_it_says(capsys):
 
 def test_a_self_test_that_sees_nothing_makes_the_run_invalid(monkeypatch, capsys):
     blind = [Check(f"mutants/{i}", lambda i=i: [Result(f"mutants/{i}", "caught", "skipped", "survived")]) for i in "ab"]
-    monkeypatch.setattr(mutants, "mutant_checks", lambda device, seed: iter(blind))
+    monkeypatch.setattr(mutants, "mutant_checks", lambda seed: iter(blind))
     assert cli.main(["verify", "--cpu", "--only", "mutants", "--only", NORM]) == 2
     assert "0 of 2" in capsys.readouterr().out
 
@@ -124,7 +125,7 @@ def test_mistakes_are_one_line(arguments, says, capsys):
 
 
 def test_numpy_multiplies_with_one_thread_in_each_worker():
-    """With a thread a core in each of as many workers, interpreted products take more than twice as long."""
+    """With a thread a core in each of as many workers, products take more than twice as long."""
     code = (
         "from vitkernels.cli import main; main(['verify', '--cpu', '--only', 'no such check']); import threadpoolctl; "
         "print([pool['num_threads'] for pool in threadpoolctl.threadpool_info() if 'openblas' in pool['filepath']])"

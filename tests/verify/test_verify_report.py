@@ -31,7 +31,7 @@ RESULTS = [
 
 
 def verification(results=RESULTS):
-    environment = {"vitkernels": "0.1", "torch": "2.13.0", "python": "3.11", "device": "CPU, Triton's interpreter",
+    environment = {"vitkernels": "0.1", "torch": "2.13.0", "python": "3.11", "device": "CPU, emulated H100",
                    "system": "Linux <x86_64>", "date": "2026-11-21T03:30:00+00:00"}  # fmt: skip
     return Verification(environment, "vitkernels verify --quick --cpu", list(results), 41.7)
 

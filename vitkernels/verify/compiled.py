@@ -1,9 +1,8 @@
-"""The compiler's word on the kernels: ``vitkernels inspect`` in a process of its own, as this one interprets them."""
+"""The compiler's word on the kernels: ``vitkernels inspect`` in a process of its own."""
 
 from __future__ import annotations
 
 import multiprocessing
-import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,6 @@ def check_compiled(id: str, target: str, cases: Sequence[str] = ()) -> Iterator[
     jobs = ["--jobs", "1"] if multiprocessing.parent_process() is not None else []
     run = subprocess.run(
         [sys.executable, "-c", COMMAND, *arguments, *jobs],
-        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -24,7 +24,7 @@ def describe(device: torch.device) -> dict[str, str]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
     if device.type == "cpu":
-        return facts | {"device": "CPU, Triton's interpreter"}
+        return facts | {"device": f"CPU, {runtime.device_facts(device).name}"}
     known = runtime.device_facts(device)
     return facts | {"device": f"{known.name} ({known.arch})", "CUDA": torch.version.cuda or torch.version.hip or "none"}
 

@@ -30,7 +30,7 @@ from vitkernels.verify.memory import differing, outputs_and_gradients
 from vitkernels.verify.problems import GATED, GATED_APART, WINDOW, Problem, problems
 from vitkernels.verify.results import Check, Result
 
-# It is not about sizes, and a plain call through the interpreter takes by them.
+# It is not about sizes, and on an emulated GPU a call takes by them.
 SMALL = {"name": "small", "batch": 2, "image": 16, "channels": 16, "heads": 1, "hidden": 24}
 CASES = tuple(dataclasses.replace(case, **SMALL) for case in (WINDOW, GATED, GATED_APART))
 DRAWS = 20
@@ -51,7 +51,7 @@ def integration_checks(device: torch.device, seed: int, *, quick: bool) -> Itera
     """Yield a check ``integration/<what>/<op>`` for each way of running each public op.
 
     Args:
-        device: Where the kernels run: a GPU, or the CPU under Triton's interpreter.
+        device: Where the kernels run: a GPU, or the CPU that emulates one.
         seed: Of the inputs.
         quick: One problem an op, no Inductor, no autocast to fp16, no ``opcheck`` under dynamic shapes; else all of it.
     """
@@ -283,15 +283,15 @@ def _second_device(problem: Problem, device: torch.device, seed: int) -> _Findin
 
 
 def _two_threads(problem: Problem, device: torch.device, seed: int) -> _Findings:
-    if device.type == "cpu":
-        raise _Impossible("no GPU, and Triton's interpreter is not for threads")
     if problem.variant == "dropout":
         raise _Impossible("threads share the generator, so who draws what is open")
     given = [_drawn(problem, device, seed + i) for i in range(2)]
     expected = [outputs_and_gradients(problem.function, tensors, torch.ones_like) for tensors in given]
     together = threading.Barrier(len(given))
+    workers = torch.get_num_threads()
 
     def run(i: int) -> str:
+        torch.set_num_threads(workers)  # a new thread has its own number, and PyTorch's products sum as it splits them
         together.wait()
         for _ in range(CALLS_PER_THREAD):
             got = outputs_and_gradients(problem.function, given[i], torch.ones_like)
@@ -333,7 +333,7 @@ class _Record(TorchDispatchMode):
         name = func.name().removeprefix("vitkernels::")
         held = tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in args)
         self.calls.setdefault(name, []).append(held)
-        # What comes next asks for the shapes alone, and an interpreted kernel takes its time.
+        # What comes next asks for the shapes alone, and an emulated kernel takes its time.
         return tree_map(lambda t: t.normal_() if t.is_floating_point() else t.zero_(), OPS[name].fake(*args))
 
 

@@ -24,13 +24,15 @@ class GuardedMemory(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self._buffers: list[tuple[Tensor, int]] = []
+        self.launched = False  # whether an op was called
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func.namespace == "vitkernels":
-            launcher = OPS[func.name().removeprefix("vitkernels::")].launcher
-            with runtime.device_guard(next(a for a in args if isinstance(a, Tensor))), self:
-                return launcher(*args)
+            self.launched = True
+            kernels = OPS[func.name().removeprefix("vitkernels::")].kernels
+            with self:
+                return kernels[runtime.device_type(next(a for a in args if isinstance(a, Tensor)))](*args)
         out = func(*args, **kwargs)
         if func not in _ALLOCATORS or not out.numel() or out.device.type == "meta":
             return out

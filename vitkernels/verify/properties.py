@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 
 import torch
@@ -59,8 +60,8 @@ def check_memory(id: str, problem: Problem, dtype: torch.dtype, device: torch.de
     before = {name: t.detach().clone() for name, t in surrounded.items()}
     with GuardedMemory() as memory:
         guarded = outputs_and_gradients(problem.function, surrounded, torch.ones_like)
-    if not memory.allocations:
-        yield Result(id, "guard bands", "broken", "no allocation was guarded: the op did not reach its launcher")
+    if not memory.launched:
+        yield Result(id, "guard bands", "broken", "nothing was guarded: the op did not reach its launcher")
         return
     trampled = memory.trampled()
     yield Result(
@@ -71,6 +72,39 @@ def check_memory(id: str, problem: Problem, dtype: torch.dtype, device: torch.de
     yield Result(id, "poisoned memory", "failed" if unlike else "passed", "; ".join(unlike))
     changed = list(differing({n: t.detach() for n, t in surrounded.items()}, before))
     yield Result(id, "inputs unchanged", "failed" if changed else "passed", "; ".join(changed))
+
+
+def check_reach(id: str, problem: Problem, dtype: torch.dtype, device: torch.device, seed: int) -> Iterator[Result]:
+    """Put 2³¹ elements between the first and the last of the first input's rows, images, or tokens of attention.
+
+    For a CPU. No bit of a result may change: an offset that wraps in 32 bits is the address of another tensor, or none.
+    """
+    with seeded(seed, device):
+        tensors = problem.draw(dtype, device)
+    name, x = next(iter(tensors.items()))
+    if x.ndim == 3:
+        # In rows, as which alone it can be viewed; of which the last is a program's first, whose offset is a product.
+        x = x.detach().flatten(0, 1)[:17].requires_grad_(x.requires_grad)
+    far = _spread(x, 2 if problem.op == "attention" else 0)
+    plain = outputs_and_gradients(problem.function, tensors | {name: x}, torch.ones_like)
+    try:
+        spread = outputs_and_gradients(problem.function, tensors | {name: far}, torch.ones_like)
+    except MemoryError as error:
+        yield Result(id, "rows far apart", "skipped", f"of address space this takes 40 GiB: {error}")
+        return
+    unlike = list(differing(plain, spread))
+    yield Result(id, "rows far apart", "failed" if unlike else "passed", "; ".join(unlike))
+
+
+def _spread(x: Tensor, dim: int) -> Tensor:
+    """Return ``x`` in a sparse file, 2³¹ elements long along ``dim``, that has pages only where ``x`` is."""
+    strides = list(x.contiguous().stride())
+    strides[dim] = 2**31 // (x.shape[dim] - 1) + 8
+    size = 1 + sum((n - 1) * s for n, s in zip(x.shape, strides, strict=True))
+    with tempfile.NamedTemporaryFile() as file:
+        file.truncate(size * x.element_size())
+        storage = torch.from_file(file.name, size=size, dtype=x.dtype)  # the mapping keeps it
+    return storage.as_strided(x.shape, strides).copy_(x.detach()).requires_grad_(x.requires_grad)
 
 
 def check_nonfinite(

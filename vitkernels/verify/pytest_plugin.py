@@ -4,17 +4,13 @@
         model = timm.create_model("test_vit")
         vitkernels_verify(model, torch.randn(1, 3, 160, 160))
 
-Nothing of torch is imported before the fixture is used, and the process is left as it is, but where
-``--vitkernels-interpret`` asks for Triton's interpreter. That is fixed when Triton is first imported, so it cannot
-wait for the fixture, and it is the user's to choose, as with it no kernel of the process is compiled. NumPy's products
-are kept to one thread then, and ``import timm`` works beside a torchvision that was built for another PyTorch.
+Nothing of torch is imported before the fixture is used, and the process is left as it is. Without a GPU the kernels
+run on an emulated one.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -28,7 +24,7 @@ if TYPE_CHECKING:
     from vitkernels.verify.results import Result
 
 STEPS = 5
-SECONDS = 30.0  # for a model in the interpreter; where that is too short, fewer of its blocks run on the kernels
+SECONDS = 30.0  # for a model on an emulated GPU; where that is too short, fewer of its blocks run on the kernels
 SHOWN = 10
 
 
@@ -40,30 +36,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="vitkernels_verify: fail where it would skip (no Triton, no GPU, nothing swapped), and where a module "
         "of a transformer was left out",
     )
-    group.addoption(
-        "--vitkernels-interpret",
-        action="store_true",
-        help="run Triton's kernels in its interpreter where there is no GPU; slow, for small models",
-    )
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
-    """Turn the interpreter on before any conftest can import Triton."""
-    if not early_config.known_args_namespace.vitkernels_interpret:
-        return
-    if "TRITON_INTERPRET" not in os.environ and "triton" in sys.modules:
-        raise pytest.UsageError(
-            "--vitkernels-interpret comes too late: another plugin has imported Triton; set TRITON_INTERPRET=1 instead"
-        )
-    from vitkernels.console import give_blas_one_thread, prepare_torchvision
-
-    give_blas_one_thread()
-    import torch
-
-    if not (torch.cuda.is_available() or torch.xpu.is_available()):
-        os.environ.setdefault("TRITON_INTERPRET", "1")
-        prepare_torchvision()
 
 
 @pytest.fixture
@@ -73,10 +45,11 @@ def vitkernels_verify(request: pytest.FixtureRequest) -> Callable[..., Report]:
     ``vitkernels_verify(model, *inputs, dtype=None, steps=5, seed=0, **named_inputs)`` judges the outputs, the gradient
     of every parameter and the losses of ``steps`` steps of AdamW (0 for none) in ``dtype``, or the model's own, by
     the error rule: fp64 is the truth, PyTorch's error in the same dtype the yardstick. The copy is on the model's
-    device, or on the GPU where the model is on the CPU and the interpreter is off. The model itself is not changed.
+    device, or on the GPU where the model is on the CPU and there is one. The model itself is not changed.
 
-    In the interpreter, which is slow, it says what it is at and how long that took, and aims at half a minute: PyTorch
-    runs on one thread, of modules alike the first few alone may run on the kernels, and the steps may be fewer.
+    Without a GPU the kernels run on an emulated one (``VITKERNELS_BACKEND=emulated:sm_80`` names another than the
+    H100). That is slow: it says what it is at and how long that took, and aims at half a minute: PyTorch runs on one
+    thread, of modules alike the first few alone may run on the kernels, and the steps may be fewer.
 
     Raises:
         AssertionError: The copy does not agree; the text names each tensor, its error and the worst index.
@@ -97,28 +70,34 @@ def vitkernels_verify(request: pytest.FixtureRequest) -> Callable[..., Report]:
         **named_inputs: Any,
     ) -> Report:
         __tracebackhide__ = True
-        from vitkernels import swap
-        from vitkernels.demo.measure import why_no_kernels
-        from vitkernels.verify.model import Inputs, Unreached, check_model
+        from vitkernels import runtime, swap
 
         report = swap.explain(model)
         device = _device(model)
+        emulated = device.type == "cpu" and runtime.backend() == "auto"
+        with runtime.use_backend("emulated") if emulated else contextlib.nullcontext():
+            on_kernels(model, (inputs, named_inputs), device, dtype, steps, seed, report)
+        return report
+
+    def on_kernels(model, given, device, dtype, steps, seed, report) -> None:
+        __tracebackhide__ = True
+        from vitkernels.demo.measure import why_no_kernels
+        from vitkernels.verify.model import Inputs, Unreached, check_model
+
         reason = why_no_kernels(device)
         if reason is not None:
-            hint = " `pytest --vitkernels-interpret` does so, too." if "TRITON_INTERPRET" in reason else ""
-            unverified(reason + hint)
+            unverified(reason)
         left = [f"  {k.module or '(the model)'} ({k.cls}): {k.reason}" for k in report.kept if k.known or k.part]
         if strict and left:
             unverified("\n".join([f"{len(left)} modules were left out:", *left]))
-        given = Inputs(inputs, named_inputs)
-        interpreted = device.type == "cpu"
-        tell = _teller(request.config) if interpreted else lambda line: None
-        tell(f"vitkernels_verify: {type(model).__name__} in Triton's interpreter, about {SECONDS:.0f} s or more")
+        slow = device.type == "cpu"
+        tell = _teller(request.config) if slow else lambda line: None
+        tell(f"vitkernels_verify: {type(model).__name__} on an emulated GPU, about {SECONDS:.0f} s or more")
         results, begun = [], time.perf_counter()
         try:
-            with _one_thread() if interpreted else contextlib.nullcontext():
+            with _one_thread() if slow else contextlib.nullcontext():
                 for result in check_model(
-                    "model", model, given, dtype, device, seed, steps=steps, seconds=SECONDS,
+                    "model", model, Inputs(*given), dtype, device, seed, steps=steps, seconds=SECONDS,
                     announce=lambda part: tell(f"  {part} …"),
                 ):  # fmt: skip
                     results.append(result)
@@ -131,7 +110,6 @@ def vitkernels_verify(request: pytest.FixtureRequest) -> Callable[..., Report]:
         failed = [r for r in results if r.status in ("failed", "broken")]
         if failed:
             raise AssertionError(_told(model, device, dtype, seed, failed, request.node.nodeid))
-        return report
 
     return verify
 
@@ -152,7 +130,7 @@ def _teller(config: pytest.Config) -> Callable[[str], None]:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Keep PyTorch to one thread: between the interpreter's small steps others only wait for work, and take a core."""
+    """Keep PyTorch to one thread: between the emulator's small steps others only wait for work, and take a core."""
     import torch
 
     threads = torch.get_num_threads()
@@ -167,10 +145,9 @@ def _device(model: torch.nn.Module) -> torch.device:
     import torch
 
     from vitkernels.demo.measure import pick_device
-    from vitkernels.ops import _triton
 
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return pick_device() if device.type == "cpu" and not _triton.INTERPRETED else device
+    return pick_device() if device.type == "cpu" else device
 
 
 def _told(

@@ -17,12 +17,11 @@ import torch
 from vitkernels import _interrupt
 from vitkernels.console import UserError, one_line, track
 from vitkernels.demo.measure import why_no_kernels
-from vitkernels.ops import _triton
 from vitkernels.testing.cases import CASES, DTYPES, Case
 from vitkernels.verify import accuracy, environment, mutants, properties
 from vitkernels.verify.compiled import check_compiled
 from vitkernels.verify.integration import integration_checks
-from vitkernels.verify.problems import BLOCKS, GATED, GATED_APART, QUICK, ROW, WINDOW, Problem, problems
+from vitkernels.verify.problems import BLOCKS, GATED, GATED_APART, MANY, QUICK, ROW, WINDOW, Problem, problems
 from vitkernels.verify.results import Check, Result, Verification
 
 TARGETS = ("sm_90", "sm_80", "sm_100", "sm_120", "gfx942")
@@ -37,7 +36,7 @@ class Plan:
 
     Attributes:
         full: Everything, not what fits in a minute.
-        device: What the kernels run on: a GPU, or the CPU under Triton's interpreter.
+        device: What the kernels run on: a GPU, or the CPU that emulates one.
         dtypes: Names in :data:`vitkernels.testing.cases.DTYPES`; none for the level's own choice.
         seed: Of all that is drawn.
         model: A model to verify as well, as :func:`vitkernels.verify.model.load` takes it.
@@ -87,7 +86,7 @@ def checks(plan: Plan) -> Iterator[Check]:
 
         yield from model_checks(plan.model, device, seed, full=plan.full, dtypes=plan.dtypes)
     yield from integration_checks(device, seed, quick=not plan.full)
-    yield from mutants.mutant_checks(device, seed)
+    yield from mutants.mutant_checks(seed)
     for problem, names in compared(plan):
         for name in plan.dtypes or names:
             yield _check("accuracy", problem, name, accuracy.check_accuracy, device, seed)
@@ -96,13 +95,15 @@ def checks(plan: Plan) -> Iterator[Check]:
 
 def compared(plan: Plan) -> Iterator[tuple[Problem, tuple[str, ...]]]:
     """Yield the problems whose outputs and gradients are compared, with the dtypes of the level."""
-    every, few_dtypes, on_gpu = tuple(DTYPES), ("fp32", "bf16"), plan.device.type != "cpu"
+    every, on_gpu = tuple(DTYPES), plan.device.type != "cpu"
     for case in (*QUICK, *SWEEP) if plan.full else QUICK:
-        few = not (on_gpu or plan.full)
         for problem in problems(case):
-            if not few or (problem.op, case) != ("block", BLOCKS):
-                quick = every if case is WINDOW else few_dtypes if on_gpu or case is GATED_APART else ("fp32",)
-                yield problem, every if plan.full else quick
+            if plan.full:
+                yield problem, every
+            elif on_gpu:
+                yield problem, every if case is WINDOW else ("fp32", "bf16")
+            elif names := _quick_dtypes(problem):
+                yield problem, names
     if plan.full:
         for case in CASES.values():
             if on_gpu:
@@ -111,8 +112,26 @@ def compared(plan: Plan) -> Iterator[tuple[Problem, tuple[str, ...]]]:
                 yield from ((problem, ("fp32",)) for problem in _small_enough(case))
 
 
+def _quick_dtypes(problem: Problem) -> tuple[str, ...]:
+    """The dtypes in which a minute of an emulated GPU has time for ``problem``.
+
+    Each costs the compilation of its kernels, and is taken where these are others: attention and gates have kernels
+    for half precision alone, and of sizes beyond the first case they and the products take another way.
+    """
+    if problem.case is WINDOW:
+        # The smallest numbers that fp16 has are in reach where LayerScale is folded into a weight.
+        return ("fp32", "bf16", "fp16") if (problem.op, problem.variant) == ("linear", "residual") else ("fp32", "bf16")
+    if problem.case is MANY:
+        return ("bf16",) if (problem.op, problem.variant) == ("attention", "") else ()
+    if problem.op == "attention":
+        return ("bf16",) if problem.case in (ROW, BLOCKS) else ()
+    if problem.op == "swiglu_mlp":
+        return ("fp32", "bf16")
+    return ("fp32",) if problem.op in ("layer_norm", "rms_norm", "add_rms_norm", "linear", "mlp") else ()
+
+
 def _small_enough(case: Case) -> Iterator[Problem]:
-    """Yield what the interpreter can do of ``case``: attention with one head, and the ops of a row with few rows."""
+    """Yield what an emulated GPU does of ``case``: attention with one head, and the ops of a row with few rows."""
     one_head = dataclasses.replace(case, batch=1, heads=1, channels=case.head_dim)
     few_tokens = dataclasses.replace(case, batch=1, image=5 * case.patch)
     yield from (p for p in problems(one_head) if p.op.startswith("attention"))
@@ -120,27 +139,39 @@ def _small_enough(case: Case) -> Iterator[Problem]:
 
 
 def _property_checks(plan: Plan) -> Iterator[Check]:
-    device, seed = plan.device, plan.seed
-    # Interpreted, a kernel walks memory alike in every dtype.
-    names = plan.dtypes or (tuple(DTYPES) if plan.full and device.type != "cpu" else ("fp32",))
-    cases = QUICK if plan.full else (WINDOW, GATED, GATED_APART)
-    times = (3 if plan.full else 2) if device.type == "cpu" else 250 if plan.full else 20
-    for case in cases:
+    device, seed, full = plan.device, plan.seed, plan.full
+    times = (3 if full else 2) if device.type == "cpu" else 250 if full else 20
+    for case in QUICK if full else (WINDOW, GATED, GATED_APART):
+        laid_out = set()
         for problem in problems(case):
-            if not plan.full and (problem.op == "block" or (case is not WINDOW and problem.op != "swiglu_mlp")):
+            if not full and (problem.op == "block" or (case is not WINDOW and problem.op != "swiglu_mlp")):
                 continue
-            for name in names:
-                if problem.op != "block":  # whose gradients vanish where all samples are one
-                    yield _check("layouts", problem, name, properties.check_layouts, device, seed, every=plan.full)
+            for name in plan.dtypes or _property_dtypes(plan, problem):
+                # In a block all samples alike make its gradients vanish.
+                if problem.op != "block" and (full or device.type != "cpu" or problem.op not in laid_out):
+                    yield _check("layouts", problem, name, properties.check_layouts, device, seed, every=full)
                 yield _check("memory", problem, name, properties.check_memory, device, seed)
                 yield _check("reruns", problem, name, properties.check_reruns, device, seed, times=times)
                 if (problem.op, problem.variant) not in NOT_POISONED:
-                    yield _check("nonfinite", problem, name, properties.check_nonfinite, device, seed, every=plan.full)
-    if not plan.full:
+                    yield _check("nonfinite", problem, name, properties.check_nonfinite, device, seed, every=full)
+            if (problem.op, problem.variant) != ("linear", ""):  # a product that is PyTorch's own
+                laid_out.add(problem.op)
+    if device.type == "cpu":  # where memory that nothing is written to takes none
+        for problem in problems(WINDOW):
+            if problem.op in ("layer_norm", "attention", "patch_embed") and not problem.variant:
+                yield _check("reach", problem, "bf16", properties.check_reach, device, seed)
+    if not full:
         for case in (ROW, BLOCKS):
             for problem in problems(case):
-                if problem.op.startswith("attention"):
-                    yield _check("memory", problem, "fp32", properties.check_memory, device, seed)
+                if problem.op == "attention":
+                    yield _check("memory", problem, "bf16", properties.check_memory, device, seed)
+
+
+def _property_dtypes(plan: Plan, problem: Problem) -> tuple[str, ...]:
+    if plan.full:
+        return ("fp32", "bf16") if plan.device.type == "cpu" else tuple(DTYPES)
+    # Attention and gates have kernels for half precision alone.
+    return ("bf16",) if problem.op.startswith(("attention", "swiglu")) else ("fp32",)
 
 
 def _check(group: str, problem: Problem, dtype: str, function, device: torch.device, seed: int, **options) -> Check:
@@ -197,7 +228,7 @@ def _run(check: Check) -> list[Result]:
     start = time.perf_counter()
     try:
         with warnings.catch_warnings():
-            # NaN and infinities are put in on purpose, and NumPy, under the interpreter, warns of what comes of them.
+            # NaN and infinities are put in on purpose.
             warnings.simplefilter("ignore", RuntimeWarning)
             results = list(check.run())
     except (UserError, ImportError, MemoryError, torch.OutOfMemoryError) as error:  # of the machine
@@ -214,8 +245,6 @@ def _require_kernels(device: torch.device) -> None:
     reason = why_no_kernels(device)
     if reason is not None:
         raise UserError(f"nothing to verify: {reason}")
-    if device.type != "cpu" and _triton.INTERPRETED:
-        raise UserError("TRITON_INTERPRET is set, so that kernels would not run on the GPU: unset it, or ask for --cpu")
 
 
 def _sweep() -> Iterator[Case]:

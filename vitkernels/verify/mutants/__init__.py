@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import functools
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
+from vitkernels import runtime
+from vitkernels.console import one_line
 from vitkernels.testing.cases import DTYPES
 from vitkernels.verify.accuracy import check_accuracy
-from vitkernels.verify.mutants.defects import MUTANTS
-from vitkernels.verify.mutants.seeding import Mutant, MutantError, seeded_defect
+from vitkernels.verify.mutants import defects, seeding
+from vitkernels.verify.mutants.compiled import COMPILED, CompiledMutant, seeded_in_ptx
+from vitkernels.verify.mutants.seeding import Mutant, MutantError
 from vitkernels.verify.problems import QUICK, Problem, problems
-from vitkernels.verify.properties import check_layouts, check_memory, check_nonfinite, check_reruns
+from vitkernels.verify.properties import check_layouts, check_memory, check_nonfinite, check_reach, check_reruns
 from vitkernels.verify.results import Check, Result
 
 __all__ = [
     "MUTANTS",
+    "CompiledMutant",
     "Mutant",
     "MutantError",
     "catch",
     "check_mutants",
-    "interpreted",
     "mutant_checks",
-    "print_caught",
     "seeded_defect",
     "shown_by",
     "total",
@@ -36,29 +34,30 @@ __all__ = [
 
 ENOUGH = 0.95  # of all mutants
 
+MUTANTS: tuple[Mutant | CompiledMutant, ...] = defects.MUTANTS + COMPILED
+
 _GROUPS = {
     "accuracy": check_accuracy,
     "layouts": functools.partial(check_layouts, every=False),
     "memory": check_memory,
     "nonfinite": functools.partial(check_nonfinite, every=False),
+    "reach": check_reach,
     "reruns": functools.partial(check_reruns, times=2),
 }
 
 
-def mutant_checks(device: torch.device, seed: int) -> Iterator[Check]:
+def mutant_checks(seed: int) -> Iterator[Check]:
     """Yield one check a mutant; :func:`total` judges what they found together.
 
-    On a GPU one check makes them all, in a process whose kernels are interpreted: which kernels run there hangs on the
-    GPU and the dtype, and each defect would have all of them compiled anew.
+    They are made on an emulated H100, whatever the others run on: which kernels run there hangs on the GPU.
     """
-    if device.type != "cpu":
-        yield Check("mutants/interpreted", functools.partial(interpreted, [m.name for m in MUTANTS], seed))
-        return
     for mutant in MUTANTS:
-        yield Check(f"mutants/{mutant.name}", functools.partial(_one, mutant, device, seed))
+        yield Check(f"mutants/{mutant.name}", functools.partial(_one, mutant, seed))
 
 
-def check_mutants(device: torch.device, seed: int, mutants: Iterable[Mutant] = MUTANTS) -> Iterator[Result]:
+def check_mutants(
+    device: torch.device, seed: int, mutants: Iterable[Mutant | CompiledMutant] = MUTANTS
+) -> Iterator[Result]:
     """Yield a result for each of ``mutants``, and last their total."""
     results = []
     for mutant in mutants:
@@ -76,8 +75,10 @@ def total(results: Iterable[Result]) -> Result:
     return Result("mutants", "caught", "passed" if enough else "broken", f"{caught} of {len(results)}{survivors}")
 
 
-def catch(mutant: Mutant, device: torch.device, seed: int) -> Result:
+def catch(mutant: Mutant | CompiledMutant, device: torch.device, seed: int) -> Result:
     """Run, with ``mutant``'s defect inside, the checks that should show it, the smallest first, until one fails.
+
+    What the emulator finds is a check's failure, too.
 
     Returns:
         ``passed``, with what caught it, or ``skipped``: it survived, it could not be made, or it could not run, which
@@ -97,34 +98,34 @@ def catch(mutant: Mutant, device: torch.device, seed: int) -> Result:
                         return result("passed", f"by {ran[-1]}: {found.name}: {found.detail}", found.ratio)
     except MutantError as error:
         return result("skipped", f"cannot be made: {error}")
+    except _emulation_error() as error:
+        return result("passed", f"by {ran[-1]}: the emulator: {one_line(error)}")
     except Exception as error:  # a kernel may raise anything
         return result("skipped", f"cannot run: {type(error).__name__}: {error}")
     return result("skipped", f"survived {', '.join(ran) or 'as no problem is of its op and variant'}")
 
 
-def print_caught(names: Collection[str], seed: int) -> None:
-    """Print the result of :func:`catch` for each mutant of these names on the CPU, one a line, as JSON."""
-    torch.set_num_threads(1)
-    for mutant in MUTANTS:
-        if mutant.name in names:
-            print(json.dumps(dataclasses.asdict(catch(mutant, torch.device("cpu"), seed))), flush=True)
+def _emulation_error() -> type[Exception]:
+    from vitkernels.emulator.launch import EmulationError  # which needs Triton
+
+    return EmulationError
 
 
-def interpreted(names: Collection[str], seed: int) -> Iterator[Result]:
-    """Yield what :func:`print_caught` prints in a process of its own whose kernels are interpreted."""
-    code = f"from vitkernels.verify.mutants import print_caught; print_caught({list(names)!r}, {seed})"
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True) as process:
-        yield from (Result(**json.loads(line)) for line in process.stdout)
-    if process.returncode:
-        yield Result("mutants/interpreted", "ran", "broken", f"the process ended with {process.returncode}")
+def _one(mutant: Mutant | CompiledMutant, seed: int) -> Iterator[Result]:
+    with runtime.use_backend("emulated"):
+        yield catch(mutant, torch.device("cpu"), seed)
 
 
-def _one(mutant: Mutant, device: torch.device, seed: int) -> Iterator[Result]:
-    yield catch(mutant, device, seed)
+def seeded_defect(mutant: Mutant | CompiledMutant) -> contextlib.AbstractContextManager:
+    """Run with ``mutant``'s defect inside a ``with`` block.
+
+    Raises:
+        MutantError: The function, or the text to edit, is not there.
+    """
+    return (seeded_in_ptx if isinstance(mutant, CompiledMutant) else seeding.seeded_defect)(mutant)
 
 
-def shown_by(mutant: Mutant) -> Iterator[Problem]:
+def shown_by(mutant: Mutant | CompiledMutant) -> Iterator[Problem]:
     """Yield the problems that should show ``mutant``, the smallest first."""
     for case in QUICK if mutant.case is None else (mutant.case,):
         for problem in problems(case):

@@ -1,7 +1,7 @@
 """How a defect gets into the code of this process, and out again.
 
-A mutant is one edit of one function's source. A kernel is compiled (or interpreted) from the edited source, a plain
-function gets the edited function's code, and both are put back afterwards.
+A mutant is one edit of one function's source. A kernel is compiled from the edited source, a plain function gets the
+edited function's code, and both are put back afterwards.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ import inspect
 import linecache
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import FunctionType, ModuleType
 
-from vitkernels.ops import _triton
 from vitkernels.testing.cases import Case
 
 
@@ -88,12 +87,10 @@ def _edited_function(module: ModuleType, function: FunctionType, mutant: Mutant)
 def _edited_kernel(module: ModuleType, kernel, mutant: Mutant) -> Iterator[None]:
     new = {id(kernel): _execute(module, kernel.fn, _edit(kernel.fn, mutant), mutant.name)}
     places = list(places_of_kernels())
-    if not _triton.INTERPRETED:
-        # A compiled kernel keeps what it once compiled, also where a function that it calls has changed.
-        for _, _, other in places:
-            home = sys.modules[other.fn.__module__]
-            if id(other) not in new:
-                new[id(other)] = _execute(home, other.fn, inspect.getsource(other.fn), mutant.name)
+    # A kernel keeps what it once compiled, also where a function that it calls has changed.
+    for other in _callers(kernel, [value for _, _, value in places]):
+        home = sys.modules[other.fn.__module__]
+        new[id(other)] = _execute(home, other.fn, inspect.getsource(other.fn), mutant.name)
     try:
         for owner, name, value in places:
             if id(value) in new:
@@ -109,8 +106,32 @@ def places_of_kernels() -> Iterator[tuple[ModuleType, str, object]]:
     for module_name, module in list(sys.modules.items()):
         if module_name.startswith("vitkernels.ops"):
             for name, value in list(vars(module).items()):
-                if hasattr(value, "fn") and hasattr(value, "arg_names"):
+                if _is_kernel(value):
                     yield module, name, value
+
+
+def _callers(kernel, kernels: Iterable) -> list:
+    """Those of ``kernels`` that call ``kernel``, or one that does."""
+    found = {id(kernel): kernel}
+    callees = {id(k): (k, {id(c) for c in _callees(k.fn)}) for k in kernels}
+    while more := {i: k for i, (k, called) in callees.items() if i not in found and not called.isdisjoint(found)}:
+        found |= more
+    return [k for i, k in found.items() if i != id(kernel)]
+
+
+def _callees(function: FunctionType) -> Iterator[object]:
+    """Yield the kernels that ``function`` names, by themselves or as a module's."""
+    names = function.__code__.co_names
+    named = [function.__globals__[name] for name in names if name in function.__globals__]
+    for value in named:
+        if isinstance(value, ModuleType):
+            yield from (v for name in names if _is_kernel(v := getattr(value, name, None)))
+        elif _is_kernel(value):
+            yield value
+
+
+def _is_kernel(value: object) -> bool:
+    return hasattr(value, "fn") and hasattr(value, "arg_names")
 
 
 def _edit(function: FunctionType, mutant: Mutant) -> str:

@@ -10,14 +10,14 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "vitkernels" / "__init__.
 
 # CPU builds of torch come without Triton, CUDA builds with their own. ROCm and XPU builds bring it under other
 # names, which a hard requirement would overwrite: it is an extra.
-TRITON = ["triton>=3.6; platform_system == 'Linux'", "numpy"]  # Triton's interpreter needs it, and does not bring it
+TRITON = ["triton>=3.6; platform_system == 'Linux'", "numpy"]  # the emulator needs it
 TIMM = ["timm>=1.0.20", "torchvision"]
 HF = ["transformers>=4.50", "safetensors"]
-DEMO = [*TRITON, "matplotlib", "pillow>=10.1", "rich", "safetensors", "scikit-learn"]
+COMPILER = ["ziglang; platform_system == 'Linux'"]  # for the emulator's engine, where a machine has no C++ compiler
+DEMO = [*TRITON, *COMPILER, "matplotlib", "pillow>=10.1", "rich", "safetensors", "scikit-learn"]
 BENCH = [*TRITON, *TIMM, "matplotlib", "pytest-benchmark", "rich"]  # benchmarks/ runs from a checkout
 TEST = [
     *DEMO,
-    "ziglang; platform_system == 'Linux'",  # compiles the emulator's engine where a machine has no C++ compiler
     *TIMM,
     *HF,
     "bitsandbytes",

@@ -36,7 +36,7 @@ def traffic_rows(model: str) -> Iterator[Row]:
     """Count the passes of one of ``model``'s blocks over its activations, as timm runs it and accelerated.
 
     Raises:
-        Missing: Triton or timm cannot be imported, or kernels are interpreted here.
+        Missing: Triton or timm cannot be imported.
     """
     load_timm()
     require_compiler()
@@ -56,7 +56,7 @@ def compiler_rows(target: str, case: Case) -> Iterator[Row]:
     """Compile each kernel that a training step of ``case`` launches for ``target``, and yield what came out.
 
     Raises:
-        Missing: Triton cannot be imported, or kernels are interpreted here.
+        Missing: Triton cannot be imported.
     """
     require_compiler()
     from vitkernels.aot import compile_launch, launches, read_kernel, trace
@@ -79,9 +79,7 @@ def require_compiler() -> None:
     """Require a Triton that compiles.
 
     Raises:
-        Missing: Triton cannot be imported, or kernels are interpreted in this process.
+        Missing: Triton cannot be imported.
     """
     if not _triton.HAS_TRITON:
         raise Missing(f"Triton cannot be imported ({_triton.MISSING})")
-    if _triton.INTERPRETED:
-        raise Missing("kernels are interpreted in this process; unset TRITON_INTERPRET to compile them")

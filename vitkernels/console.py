@@ -173,7 +173,7 @@ def busy(text: str) -> contextlib.AbstractContextManager:
 
 
 def give_blas_one_thread() -> None:
-    """Keep NumPy, which multiplies in the interpreter, from taking every core for each process.
+    """Keep NumPy and PyTorch from taking every core for each process.
 
     Its BLAS reads this once, when NumPy is imported, which PyTorch does: this must come before.
     """

@@ -32,9 +32,9 @@ _override.backend = None  # in the thread that imports; without the attribute ge
 def backend() -> str:
     """Return the backend that is asked for: ``"auto"``, ``"triton"``, ``"emulated"`` or ``"torch"``.
 
-    ``auto`` runs the kernels on GPUs (and on the CPU where Triton's interpreter is on) and PyTorch elsewhere;
-    ``triton`` insists on the kernels; ``emulated`` runs them for tensors of the CPU, too, compiled for a GPU that is
-    emulated: an H100, or as ``emulated:sm_80`` and ``emulated:sm_120`` say; ``torch`` runs PyTorch everywhere.
+    ``auto`` runs the kernels on GPUs and PyTorch elsewhere; ``triton`` insists on the kernels; ``emulated`` runs them
+    for tensors of the CPU, too, compiled for a GPU that is emulated: an H100, or as ``emulated:sm_80`` and
+    ``emulated:sm_120`` say; ``torch`` runs PyTorch everywhere.
     Taken from :func:`use_backend`, else from the variable ``VITKERNELS_BACKEND``; where activation checkpointing
     computes a forward again, from what was in effect in that forward.
 
@@ -42,14 +42,17 @@ def backend() -> str:
         ValueError: ``VITKERNELS_BACKEND`` names none of these.
         RuntimeError: A backend is chosen, and which it was in a checkpoint's forward cannot be told.
     """
-    chosen = getattr(_override, "backend", None)
-    if chosen is not None and not is_compiling() and not _keep_for_recomputation(chosen):
-        chosen = None
-    if chosen is None:
-        chosen = _environment_backend()
+    chosen = _chosen_backend()
     if chosen not in BACKENDS:
         raise ValueError(f"VITKERNELS_BACKEND is {chosen!r}; expected one of {', '.join(BACKENDS)}")
     return chosen
+
+
+def _chosen_backend() -> str:
+    chosen = getattr(_override, "backend", None)
+    if chosen is not None and not is_compiling() and not _keep_for_recomputation(chosen):
+        chosen = None
+    return _environment_backend() if chosen is None else chosen
 
 
 def _environment_backend() -> str:
@@ -65,12 +68,11 @@ def _environment_backend() -> str:
 
 def emulated_arch() -> str | None:
     """Return the architecture that is emulated for this thread's tensors on the CPU, or None."""
-    chosen = getattr(_override, "backend", None)
-    name, _, arch = (_environment_backend() if chosen is None else chosen).partition(":")
+    name, _, arch = _chosen_backend().partition(":")
     return (arch or "sm_90") if name == "emulated" else None
 
 
-def emulating(arch: str | None) -> contextlib.AbstractContextManager:
+def emulated_again(arch: str | None) -> contextlib.AbstractContextManager:
     """Emulate ``arch`` again within a ``with`` block, as :func:`emulated_arch` gave it before; None changes nothing."""
     if arch is None or arch == emulated_arch():
         return _NO_SWITCH
@@ -197,7 +199,7 @@ class DeviceFacts:
 
     Attributes:
         name: The device's name, and its tuning table's.
-        arch: ``sm_90``, ``gfx942``, ``xpu`` or ``interpreter``.
+        arch: ``sm_90``, ``gfx942`` or ``xpu``.
         num_sms: Streaming multiprocessors (compute units).
         shared_memory: Bytes of shared memory that one program may use.
     """
@@ -208,7 +210,6 @@ class DeviceFacts:
     shared_memory: int
 
 
-INTERPRETER = DeviceFacts("interpreter", "interpreter", 2, 1 << 20)
 _EMULATED = {
     arch: DeviceFacts(f"emulated {device.name}", arch, device.num_sms, device.shared_memory)
     for arch, device in DEVICES.items()
@@ -216,9 +217,12 @@ _EMULATED = {
 
 
 def device_facts(device: torch.device) -> DeviceFacts:
-    """Return the facts of ``device``, of the CPU those of the GPU that it emulates, else the interpreter's.
+    """Return the facts of ``device``, of the CPU those of the GPU that it emulates.
 
     The first call for a GPU asks the driver, later ones a cache.
+
+    Raises:
+        ValueError: ``device`` is none that kernels run on.
     """
     if device.type == "cuda":
         index = device.index if device.index is not None else torch.cuda.current_device()
@@ -227,7 +231,7 @@ def device_facts(device: torch.device) -> DeviceFacts:
         return _xpu_facts(device.index if device.index is not None else torch.xpu.current_device())
     if device.type == "cpu" and (arch := emulated_arch()) is not None:
         return _EMULATED[arch]
-    return INTERPRETER
+    raise ValueError(f"no kernel runs on {device}; expected a GPU, or the backend emulated and the CPU")
 
 
 @functools.cache

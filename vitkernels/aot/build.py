@@ -2,7 +2,6 @@
 
 A launch goes through Triton's JIT itself, with a driver that only names its target: the JIT binds the arguments and
 specialises on them (divisible by 16, equal to 1), and hands over, through its own hook, what it would compile next.
-Compiling needs a process without the interpreter.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from triton.backends.compiler import GPUTarget
 
 from vitkernels import runtime
 from vitkernels.emulator.devices import GPUS
-from vitkernels.ops._triton import INTERPRETED
 from vitkernels.runtime import DeviceFacts
 
 
@@ -88,11 +86,7 @@ def trace(launcher: Callable[[], object], target: str) -> list[Launch]:
     Args:
         launcher: Makes its tensors on device ``cuda`` and calls a launcher of an op file.
         target: Name in :data:`TARGETS`.
-
-    Raises:
-        RuntimeError: Triton's interpreter is on, so that nothing can be compiled.
     """
-    _require_compiler()
     found = []
 
     def record(*, fn, compile, **_):
@@ -123,16 +117,10 @@ def on_fake_tensors(target: Target) -> Iterator[None]:
 
 def compile_launch(launch: Launch):
     """Compile ``launch``: Triton's ``CompiledKernel``, from its cache on disk where it lies there."""
-    _require_compiler()
     module, _, name = launch.kernel.rpartition(".")
     kernel = getattr(importlib.import_module(module), name)
     with _named_driver(launch.target, "compile"):
         return kernel.preload(launch.specialization)
-
-
-def _require_compiler() -> None:
-    if INTERPRETED:
-        raise RuntimeError("kernels are interpreted in this process; unset TRITON_INTERPRET to compile them")
 
 
 @contextlib.contextmanager

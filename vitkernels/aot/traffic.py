@@ -38,7 +38,6 @@ from triton.compiler.compiler import make_backend
 from vitkernels import runtime, swap
 from vitkernels.aot.build import TARGETS
 from vitkernels.ops._registry import OPS
-from vitkernels.ops._triton import INTERPRETED
 
 TARGET = TARGETS["sm_90"]  # what is launched may depend on the device's facts
 
@@ -145,7 +144,7 @@ def count(
         dtype: Of x.
 
     Raises:
-        RuntimeError: Triton's interpreter is on, so that a kernel cannot be looked into; or other ops run at batch
+        RuntimeError: Other ops run at batch
             B + 1 than at B, so that it cannot be told what grows with the batch.
     """
     runs = []
@@ -206,8 +205,6 @@ class _Counter(TorchDispatchMode):
         return out
 
     def _look_inside(self, name: str, args, kwargs):
-        if INTERPRETED:
-            raise RuntimeError("kernels are interpreted in this process; unset TRITON_INTERPRET to look into them")
         outside, self.within = self.within, f"{name}: "
         try:
             with self:

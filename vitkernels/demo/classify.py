@@ -39,10 +39,6 @@ def classify(image_path: Path, name: str, weights: Path | None, out: Path) -> No
     config = timm.data.resolve_model_data_config(model)
     images = timm.data.create_transform(**config, is_training=False)(picture)[None].to(device)
 
-    # Interpreted, a model of real size takes minutes: on a CPU that is for those who ask for it.
-    interpreted = device.type == "cpu" and no_kernels is None
-    if interpreted and runtime.backend() == "auto":
-        no_kernels = "there is no GPU; PyTorch ran instead (the kernels run interpreted in `vitkernels demo`)."
     if no_kernels is None:
         truth = measure.fp64_logits(model, images)
         runs = {"plain": measure.run_torch(model, images, truth)}
@@ -52,7 +48,7 @@ def classify(image_path: Path, name: str, weights: Path | None, out: Path) -> No
         logits = runs["accelerated"].logits[0]
     else:
         with runtime.use_backend("torch"), torch.inference_mode():
-            swap.accelerate(model).print()  # of what runs here, not of the interpreter
+            swap.accelerate(model).print()
             logits = model(images)[0].cpu()
         print(f"The kernels were not run: {no_kernels}")
 

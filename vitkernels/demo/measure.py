@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from vitkernels import runtime
-from vitkernels.console import UserError, not_imported, one_line, print_table, track
+from vitkernels.console import UserError, busy, not_imported, one_line, print_table
+from vitkernels.emulator.build import NoCompiler, library
 from vitkernels.ops import _triton
 
 REPEATS = 20
 MAX_SECONDS = 3.0  # of repeats
-INTERPRETED_BATCH = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Run:
         device: On what.
         logits: (n, K), on the CPU.
         error: The largest difference of a logit from that of the fp64 model on PyTorch.
-        images_per_second: From the median of several repeats on a GPU and on PyTorch; of one pass interpreted.
+        images_per_second: From the median of several repeats on a GPU and on PyTorch; of one pass emulated.
     """
 
     backend: str
@@ -66,15 +66,25 @@ def why_no_kernels(device: torch.device) -> str | None:
         return "VITKERNELS_BACKEND=torch asks for PyTorch alone."
     if not _triton.HAS_TRITON:
         why = f"Triton {not_imported(_triton.MISSING, 'triton')}"
-    elif device.type == "cpu" and not _triton.INTERPRETED:
-        why = "there is no GPU, and Triton's interpreter is off (TRITON_INTERPRET=1 turns it on)."
-    elif device.type == "cpu" and (misfit := _triton.why_not_interpreted()):
-        why = f"{misfit}."
+    elif device.type == "cpu" and runtime.emulated_arch() is None:
+        why = "there is no GPU (VITKERNELS_BACKEND=emulated emulates one)."
+    elif device.type == "cpu" and (missing := _why_not_emulated()):
+        why = f"there is no GPU, and {missing}."
     else:
         return None
     if asked == "triton":
         raise UserError(f"VITKERNELS_BACKEND=triton, but {why}")
     return why[0].upper() + why[1:]
+
+
+def _why_not_emulated() -> str | None:
+    import vitkernels.emulator.execute  # noqa: F401  numpy, if it is missing, is named here, not by each launch
+
+    try:
+        library()
+    except NoCompiler as error:
+        return str(error)
+    return None
 
 
 def fp64_logits(model: nn.Module, images: Tensor) -> Tensor:
@@ -90,15 +100,15 @@ def run_torch(model: nn.Module, images: Tensor, truth: Tensor) -> Run:
 
 
 def run_kernels(model: nn.Module, images: Tensor, truth: Tensor) -> Run:
-    """Run ``model`` through the kernels: on a GPU all ``images`` at once; interpreted a few at a time, once."""
+    """Run ``model`` through the kernels: on a GPU until its time is known, on an emulated one once."""
     if images.device.type != "cpu":
         return _run(model, images, truth, "Triton kernels")
     start = time.perf_counter()
-    with torch.inference_mode():
-        batches = track(images.split(INTERPRETED_BATCH), f"{len(images)} images through the interpreted kernels")
-        logits = torch.cat([model(batch) for batch in batches])
+    with torch.inference_mode(), busy(f"{len(images)} images through the kernels on an emulated GPU"):
+        logits = model(images)
     rate = len(images) / (time.perf_counter() - start)
-    return Run("Triton, interpreted", "CPU", logits, _largest_error(logits, truth), rate)
+    name = runtime.device_facts(images.device).name
+    return Run("Triton kernels", name, logits, _largest_error(logits, truth), rate)
 
 
 def print_runs(runs: dict[str, Run], labels: Tensor | None = None) -> None:

@@ -9,7 +9,7 @@ from vitkernels.demo.attention import class_token_attention, position_similarity
 from vitkernels.demo.digits import load_digits, load_model
 from vitkernels.demo.figure import draw_digits
 
-INTERPRETED_IMAGES = 16
+EMULATED_IMAGES = 16
 
 
 def run_demo(out: Path) -> None:
@@ -28,15 +28,15 @@ def run_demo(out: Path) -> None:
     truth = measure.fp64_logits(model, images)
     runs = {"plain": measure.run_torch(model, images, truth)}
     if no_kernels is None:
-        few = images if device.type != "cpu" else images[:INTERPRETED_IMAGES]
+        few = images if device.type != "cpu" else images[:EMULATED_IMAGES]
         runs["accelerated"] = measure.run_kernels(model, few, truth)
     measure.print_runs(runs, digits.labels)
     if no_kernels is not None:
         print(f"The kernels were not run: {no_kernels}")
     elif device.type == "cpu":
         print(
-            f"There is no GPU here: the kernels ran in Triton's interpreter, on {INTERPRETED_IMAGES} of the images.\n"
-            "This shows that they compute the right thing. An interpreter's images/s is no performance figure."
+            f"There is no GPU here: the kernels ran on an emulated one, on {EMULATED_IMAGES} of the images.\n"
+            "This shows that they compute the right thing. An emulator's images/s is no performance figure."
         )
 
     logits = runs["plain"].logits

@@ -28,7 +28,7 @@ def once_differentiable(backward: Callable) -> Callable:
     @functools.wraps(backward)
     def run(ctx, *upstream):
         saved = ctx.saved_tensors  # once, as a checkpoint gives them out once
-        with torch.no_grad(), runtime.emulating(ctx.emulated):
+        with torch.no_grad(), runtime.emulated_again(ctx.emulated):
             grads = backward(ctx, saved, *upstream)
         if not torch.is_grad_enabled():
             return grads

@@ -51,14 +51,11 @@ def choose_config(M: int, N: int, K: int, dtype: torch.dtype, *, kind: str, fact
         kind: ``plain``; ``epilogue``, which saves a pass; or ``dact``, whose epilogue holds three tiles.
         facts: The device's.
     """
-    interpreted = facts.arch == "interpreter"
     # wgmma and tcgen05 spread every column of a row over the same threads: a share of the columns is a share of each
     # thread's registers. Elsewhere the shares would go through 64 KiB of shared memory, and 128 columns of dact in one
     # share would spill.
     whole_rows = dtype.itemsize == 2 and facts.arch.startswith(("sm_90", "sm_10"))
-    if interpreted:  # few, large tiles: what costs here is the number of programs
-        block_m, block_n, block_k, num_warps = 128, 128, 256, 4
-    elif dtype.itemsize == 2:
+    if dtype.itemsize == 2:
         block_m, block_n, block_k, num_warps = 128, 128 if whole_rows or kind != "dact" else 64, 64, 8
         if cdiv(M, 128) * cdiv(N, 128) < facts.num_sms:
             block_m, block_n, num_warps = 64, 64, 4
@@ -71,26 +68,21 @@ def choose_config(M: int, N: int, K: int, dtype: torch.dtype, *, kind: str, fact
     )
     stage = (block_m + block_n) * block_k * dtype.itemsize
     config = {
-        "provider": "torch" if kind == "plain" and not interpreted else "triton",
+        "provider": "torch" if kind == "plain" else "triton",
         "block_m": block_m,
         "block_n": block_n,
         "block_k": block_k,
         "num_warps": num_warps,
         "num_stages": max(1, min(3, facts.shared_memory // stage)),
-        "parts": column_parts(block_n, whole_rows, interpreted),
+        "parts": column_parts(block_n, whole_rows),
     }
     key = f"{str(dtype).removeprefix('torch.')},N={N},K={K},{kind}"
     config |= tuning.lookup("linear", facts.name, key) or {}
     return ProductConfig(**config)
 
 
-def column_parts(block_n: int, in_parts: bool, interpreted: bool) -> int:
-    """Return in how many shares an epilogue takes ``block_n`` columns: of 32 with ``in_parts``, else one.
-
-    The interpreter pays for each share: two are enough to run what cuts them.
-    """
-    if interpreted:
-        return max(1, min(block_n // 32, 2))
+def column_parts(block_n: int, in_parts: bool) -> int:
+    """Return in how many shares an epilogue takes ``block_n`` columns: of 32 with ``in_parts``, else one."""
     return max(1, block_n // 32) if in_parts else 1
 
 
@@ -147,7 +139,7 @@ def _product_kernel(
         if HAS_BIAS:
             z += tl.load(bias_ptr + first_n + offs_n, mask=mask_n, other=0.0).to(ACC)[None, :]
         if SAVE_Z:
-            tl.store(z_ptr + first_out + offs_out, _tile.cast(z, z_ptr.dtype.element_ty), mask=mask)
+            tl.store(z_ptr + first_out + offs_out, z.to(z_ptr.dtype.element_ty), mask=mask)
         y = _tile.activate(z, ACTIVATION)
         if HAS_GAMMA:
             y *= tl.load(gamma_ptr + first_n + offs_n, mask=mask_n, other=0.0).to(ACC)[None, :]
@@ -155,7 +147,7 @@ def _product_kernel(
             residual_ptrs = residual_ptr + first_m * stride_residual_row + first_n
             residual_ptrs += offs_m[:, None] * stride_residual_row + offs_n[None, :]
             y += tl.load(residual_ptrs, mask=mask, other=0.0).to(ACC)
-        tl.store(y_ptr + first_out + offs_out, _tile.cast(y, y_ptr.dtype.element_ty), mask=mask)
+        tl.store(y_ptr + first_out + offs_out, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -206,12 +198,12 @@ def _product_dact_kernel(
         offs_out = offs_m[:, None] * N + offs_n[None, :]
         z = tl.load(z_ptr + first_out + offs_out, mask=mask, other=0.0).to(ACC)
         if SAVE_ACT:
-            act = _tile.cast(_tile.activate(z, ACTIVATION), act_ptr.dtype.element_ty)
+            act = _tile.activate(z, ACTIVATION).to(act_ptr.dtype.element_ty)
             tl.store(act_ptr + first_out + offs_out, act, mask=mask)
         dz = da * _tile.activate_grad(z, ACTIVATION)
-        tl.store(dz_ptr + first_out + offs_out, _tile.cast(dz, dz_ptr.dtype.element_ty), mask=mask)
+        tl.store(dz_ptr + first_out + offs_out, dz.to(dz_ptr.dtype.element_ty), mask=mask)
         if SUM_DZ:
-            dbias = _tile.sum_rows(tl.where(mask, dz, 0.0))
+            dbias = tl.sum(tl.where(mask, dz, 0.0), axis=0)
             tl.store(dbias_ptr + pid_m * N + first_n + offs_n, dbias, mask=mask_n)
 
 

@@ -1,10 +1,9 @@
 """How an op reaches its kernels: one opaque torch op forward, one backward, by dispatch key.
 
-CUDA (ROCm too) and XPU run the launcher; the CPU runs the reference, or the launcher on the GPU that it emulates or
-in Triton's interpreter, where that is on. The differentiation is an ``autograd.Function`` outside, in the op's own
-file.
+CUDA (ROCm too) and XPU run the launcher; the CPU runs the reference, or the launcher on the GPU that it emulates.
+The differentiation is an ``autograd.Function`` outside, in the op's own file.
 This route costs 2.7 µs a call, against 10 µs for ``torch.library.custom_op``, and alone passes fake
-tensors, export, fullgraph compilation and opcheck with interpreted kernels too. The dispatcher also
+tensors, export, fullgraph compilation and opcheck with emulated kernels too. The dispatcher also
 negates what is negated lazily, and shows an op to modes and profilers: what goes around it
 (``_known.py``) has made sure that there is nothing of the kind.
 """
@@ -54,7 +53,7 @@ def register(schema: str, *, launcher: Callable, reference: Callable, fake: Call
     name = _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
 
     on_gpu = _on_its_device(launcher)
-    kernels = {"cuda": on_gpu, "xpu": on_gpu, "cpu": _on_cpu(launcher, reference)}
+    kernels = {"cuda": on_gpu, "xpu": on_gpu, "cpu": _on_emulated_gpu(launcher, reference)}
     for kind, implementation in kernels.items():
         _LIBRARY.impl(name, implementation, kind.upper())
     OPS[name] = Implementations(launcher, reference, fake, kernels)
@@ -77,14 +76,14 @@ def _on_its_device(launcher: Callable) -> Callable:
     return launch
 
 
-def _on_cpu(launcher: Callable, reference: Callable) -> Callable:
+def _on_emulated_gpu(launcher: Callable, reference: Callable) -> Callable:
     def launch(x, *args):
-        if _triton.INTERPRETED:
-            return launcher(x, *args)
         arch = runtime.emulated_arch()
         if arch is None:
             return reference(x, *args)
-        with _triton.emulating(arch):
+        from vitkernels.emulator.launch import emulating  # asks for Triton, which is there by now
+
+        with emulating(arch):
             return launcher(x, *args)
 
     return launch
@@ -98,32 +97,28 @@ def uses_kernels(x: torch.Tensor) -> bool:
 
     Raises:
         RuntimeError: The kernels are asked for, or are due on this device, and cannot run: Triton is missing, or
-            ``triton`` is asked for on a CPU without the interpreter. There is no silent fallback on a GPU.
+            ``triton`` is asked for on a CPU. There is no silent fallback on a GPU.
     """
     asked = runtime.backend()
     if asked == "torch" or torch.jit.is_tracing():
         return False
     kind = runtime.device_type(x)
     emulated = kind == "cpu" and asked.startswith("emulated")
-    if emulated and _triton.INTERPRETED:
-        raise RuntimeError(
-            "an emulated GPU is asked for, but TRITON_INTERPRET has kernels interpreted: unset it before the import"
-        )
     if emulated or kind in ("cuda", "xpu"):
         if not _triton.HAS_TRITON:
             where = "the CPU is to emulate a GPU" if emulated else f"tensors are on {x.device}"
             raise RuntimeError(
-                f"{where}, but Triton cannot be imported ({_triton.MISSING}); install it, "
+                f"{where}, but Triton cannot be used ({_triton.MISSING}); install it, "
                 "or set VITKERNELS_BACKEND=torch to run plain PyTorch"
             )
         return True
     if kind == "cpu":
-        if asked == "triton" and not _triton.INTERPRETED:
+        if asked == "triton":
             raise RuntimeError(
-                "the triton backend is asked for on CPU tensors, which needs a GPU, VITKERNELS_BACKEND=emulated to "
-                "emulate one, or Triton's interpreter: set TRITON_INTERPRET=1 before the first import"
+                "the triton backend is asked for on CPU tensors, and takes a GPU; VITKERNELS_BACKEND=emulated runs the "
+                "kernels on an emulated one"
             )
-        return _triton.INTERPRETED
+        return False
     return kind == "meta" and _triton.HAS_TRITON
 
 

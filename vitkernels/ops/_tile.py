@@ -1,19 +1,11 @@
-"""Arithmetic on loaded tiles: products, rounding, activations and their derivatives. No pointers.
-
-Four things differ under Triton's interpreter, and are mended here alone: it multiplies the raw bits of bf16
-operands and leaves the order of a product's sums to NumPy's BLAS, which takes another on every CPU; it truncates fp32
-to bf16 where hardware rounds to nearest even; it lacks libdevice; and it adds the rows of a tile one after the other
-where hardware adds them as a tree.
-"""
+"""Arithmetic on loaded tiles: products, activations and their derivatives. No pointers."""
 
 from __future__ import annotations
 
 import torch
 
-from vitkernels.ops import _triton
 from vitkernels.ops._triton import tl, triton
 
-INTERPRETED = tl.constexpr(_triton.INTERPRETED)
 LOG2_E = tl.constexpr(1.4426950408889634)
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
@@ -27,43 +19,14 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
 
 
 @triton.jit
-def cast(x, dtype: tl.constexpr):
-    """x in ``dtype``, rounded to nearest even."""
-    if INTERPRETED and dtype == tl.bfloat16 and x.dtype != tl.bfloat16:
-        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        # Rounding must not carry a NaN's payload into the exponent, or an infinity into a NaN.
-        finite = (bits & 0x7F800000) != 0x7F800000
-        x = tl.where(finite, rounded, bits).to(tl.float32, bitcast=True)
-    return x.to(dtype)
-
-
-@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b, accumulated in ``acc``'s dtype (fp32, or fp64 for fp64 operands)."""
-    dtype: tl.constexpr = acc.dtype
-    if INTERPRETED and dtype == tl.float32:
-        # In fp64 the order of the sum does not show in what is rounded to fp32, short of a tie: every CPU gives the
-        # same result. The fp32 sums of some BLAS err 3 to 9 times as much as PyTorch's.
-        a = a.to(tl.float64)
-        b = b.to(tl.float64)
-        acc = acc.to(tl.float64)
-    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype).to(dtype)
-
-
-@triton.jit
-def sum_rows(x):
-    """The sum over the rows of a (BLOCK_M, BLOCK_N) tile, BLOCK_M a power of two."""
-    if INTERPRETED:
-        while x.shape[0] > 1:
-            x = tl.sum(tl.reshape(x, (2, x.shape[0] // 2, x.shape[1])), axis=0)
-    return tl.sum(x, axis=0)
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
 
 @triton.jit
 def activate(z, KIND: tl.constexpr):
     """The activation ``KIND`` of pre-activations ``z``, in ``z``'s dtype (fp32 or fp64)."""
-    # A constant stands right of its tensor: interpreted, a constexpr on the left takes no tensor.
     if KIND == "gelu":  # z Φ(z), arXiv 1606.08415
         return z * _normal_cdf(z)
     elif KIND == "gelu_tanh":  # ½(1 + tanh u) = σ(2u)

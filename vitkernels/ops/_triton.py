@@ -1,13 +1,8 @@
-"""Triton, or a stand-in with which the op files still import where Triton is missing.
-
-``INTERPRETED`` tells whether the kernels of this process run in Triton's interpreter. It is read off a
-kernel's type, because ``TRITON_INTERPRET`` is fixed when a kernel is decorated and says nothing later.
-"""
+"""Triton, or a stand-in with which the op files still import where Triton is missing."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import functools
 import os
@@ -22,6 +17,9 @@ import torch
 try:
     import triton as _triton
     import triton.language as tl
+
+    if _triton.knobs.runtime.interpret:  # Triton's own functions cannot be compiled then
+        raise ImportError("TRITON_INTERPRET is set, and these kernels are compiled: unset it")
 except ImportError as error:
     MISSING: ImportError | None = error.with_traceback(None)
 else:
@@ -38,7 +36,7 @@ class _Missing:
         return value
 
     def __getattr__(self, name: str):
-        raise RuntimeError(f"a vitkernels kernel was launched, but Triton cannot be imported: {MISSING}")
+        raise RuntimeError(f"a vitkernels kernel was launched, but Triton cannot be used: {MISSING}")
 
 
 if MISSING is None:
@@ -77,92 +75,20 @@ if MISSING is None:
                     return super()._do_compile(*args, **kwargs)
             return kernel
 
-    @_triton.jit
-    def _probe():
-        pass
-
-    INTERPRETED = not isinstance(_probe, _triton.JITFunction)
-
     class _Decorators:
         """What op files call ``triton``."""
 
         @staticmethod
         def jit(fn):
             kernel = _triton.jit(fn)
-            kernel.__class__ = _Interpreted if INTERPRETED else _Kernel
+            kernel.__class__ = _Kernel
             return kernel
 
     triton = _Decorators()
 else:
     triton = tl = _Missing()
-    INTERPRETED = False
-
-if INTERPRETED:
-    import triton.runtime.interpreter as _interpreter
-
-    _Function = _interpreter.InterpretedFunction
-
-    # An interpreted launch rewrites triton.language, and keeps in a global which program runs.
-    _ONE_AT_A_TIME = threading.RLock()
-
-    class _Interpreted(_Function):
-        """A kernel, or a function that kernels call, without what takes most of an interpreted launch to no end.
-
-        Triton prepares ``triton.language`` at each call of such a function, for 1 to 3 ms. Once a launch is enough:
-        what a file sees of the language is the same module in all of ours, and in all of Triton's own, whose calls have
-        no other way past it than their class. And without ``debug`` it works out whether integers overflow, and drops
-        the answer.
-        """
-
-        def run(self, *args, **kwargs):
-            with _ONE_AT_A_TIME:
-                return self._run(*args, **kwargs)
-
-        def _run(self, *args, **kwargs):
-            call, prepared = _Function.__call__, set()
-            builder = _interpreter.interpreter_builder
-            options = builder.options
-
-            def call_of_tritons_own(function, *args, **kwargs):  # tl.sum and the like
-                names = id(function.fn.__globals__)
-                if names in prepared:
-                    return function.rewrite()(*args, **kwargs)
-                prepared.add(names)
-                return call(function, *args, **kwargs)
-
-            _Function.__call__ = call_of_tritons_own
-            builder.options = dataclasses.replace(options, sanitize_overflow=options.debug)
-            try:
-                return super().run(*args, **kwargs)
-            finally:
-                _Function.__call__ = call
-                builder.options = options
-
-        def __call__(self, *args, **kwargs):
-            return self.rewrite()(*args, **kwargs)
-
 
 HAS_TRITON = MISSING is None
-
-
-def emulating(arch: str) -> contextlib.AbstractContextManager:
-    """Have this thread's launches run on an emulated GPU of ``arch``, on tensors of the CPU."""
-    from vitkernels.emulator.launch import emulating  # Triton is there, and the engine is built at the first launch
-
-    return emulating(arch)
-
-
-def why_not_interpreted() -> str | None:
-    """Return why no kernel runs in Triton's interpreter as it is installed here, or None where nothing is known."""
-    import numpy
-
-    versions = [tuple(map(int, package.__version__.split(".")[:2])) for package in (_triton, numpy)]
-    if versions[0] < (3, 7) and versions[1] >= (2, 4):  # numbers from arrays of one dim
-        return (
-            f"the interpreter of Triton {_triton.__version__} cannot work with NumPy {numpy.__version__}: install "
-            "Triton 3.7 or later, or numpy<2.4"
-        )
-    return None
 
 
 _CACHE_LOCK = threading.RLock()  # where the cache lies is one setting for all threads

@@ -64,10 +64,10 @@ def _activation_bwd_kernel(
         dy = tl.load(dy_ptr + offs_dy, mask=mask, other=0.0).to(ACC)
         z = tl.load(z_ptr + offs_z, mask=mask, other=0.0).to(ACC)
         dz = dy * gamma[None, :] * _tile.activate_grad(z, ACTIVATION)
-        tl.store(dz_ptr + offs_z, _tile.cast(dz, dz_ptr.dtype.element_ty), mask=mask)
-        dbias += _tile.sum_rows(dz)
+        tl.store(dz_ptr + offs_z, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+        dbias += tl.sum(dz, axis=0)
         if NEEDS_DGAMMA:
-            dgamma += _tile.sum_rows(dy * _tile.activate(z, ACTIVATION))
+            dgamma += tl.sum(dy * _tile.activate(z, ACTIVATION), axis=0)
     if NEEDS_DBIAS:
         tl.store(dbias_ptr + pid_m * N + offs_n, dbias, mask=mask_n)
     if NEEDS_DGAMMA:
@@ -81,8 +81,6 @@ def activation_backward(
     M, N = z.shape
     # Twice the elements would take twice the registers, as each does in fp64.
     block_m, block_n = 8, min(256 if z.dtype.itemsize <= 4 else 64, next_power_of_2(N))
-    if runtime.device_facts(z.device).arch == "interpreter":
-        block_m = min(256, next_power_of_2(M))
     blocks_n = cdiv(N, block_n)
     # About four programs an SM in all: the shares do not grow with M.
     programs_m = max(1, min(cdiv(M, block_m), 4 * runtime.device_facts(z.device).num_sms // blocks_n))

@@ -50,8 +50,8 @@ class Attention:
         provider: Who attends on a GPU, the model's or else the current one: ``triton``, the kernels, or PyTorch, where
             the tuning table or the backend has it so (see ``ops.attention_provider``): ``sdpa``, its own attention, or
             ``eager``, the model's products and softmax.
-        on_cpu: Who attends on a CPU: ``sdpa`` or ``eager`` as the model's own forward does, ``triton`` in the
-            interpreter, ``none`` where the kernels are asked for without it, which is an error.
+        on_cpu: Who attends on a CPU: ``sdpa`` or ``eager`` as the model's own forward does, ``triton`` where it
+            emulates a GPU, ``none`` where the kernels are asked for and it does not, which is an error.
     """
 
     queries: int

@@ -10,7 +10,6 @@ weights from a rounded lse have 1.6 times the error of PyTorch's in fp32, these 
 
 from __future__ import annotations
 
-from vitkernels.ops import _tile
 from vitkernels.ops._triton import tl, triton
 from vitkernels.ops.attention.tiles import (
     columns,
@@ -39,7 +38,7 @@ def _softmax_columns(s, MASK: tl.constexpr):
     """The softmax over the keys of transposed scores; 0 where a query looks at no key."""
     maximum = tl.max(s, axis=0)
     p = exp_scores(s - tl.where(maximum == float("-inf"), 0.0, maximum)[None, :], MASK)
-    total = _tile.sum_rows(p)
+    total = tl.sum(p, axis=0)
     return p * (1.0 / tl.where(total == 0.0, 1.0, total))[None, :]
 
 
@@ -138,7 +137,7 @@ def _attention_bwd_row_kernel(
             dp *= keep
         else:
             dv = gather(p, do, dv, PRECISION)
-        delta = _tile.sum_rows(p * dp)
+        delta = tl.sum(p * dp, axis=0)
         ds = p * (dp - delta[None, :])
         dk = gather(ds, q, dk, PRECISION)
         dq = scaled_head(gather_columns(k, ds, zero_columns(BLOCK_M, PARTS, ACC), PRECISION), scale)
@@ -174,7 +173,7 @@ def _add_row_sums(sums, head):
     """The same over the rows of a head; rows beyond the last are zero."""
     new = ()
     for j in tl.static_range(len(head)):
-        new = new + (sums[j] + _tile.sum_rows(head[j])[:, None],)
+        new = new + (sums[j] + tl.sum(head[j], axis=0)[:, None],)
     return new
 
 
@@ -295,7 +294,7 @@ def _attention_bwd_windows_kernel(
             dp *= keep
         else:
             dv = gather(p, do, dv, PRECISION)
-        delta = _tile.sum_rows(p * dp)
+        delta = tl.sum(p * dp, axis=0)
         ds = p * (dp - delta[None, :])
         dk = scaled_head(gather(ds, q, zero_head(BLOCK_N, PARTS, ACC), PRECISION), scale)
         dq = scaled_head(gather_columns(k, ds, zero_columns(BLOCK_M, PARTS, ACC), PRECISION), scale)

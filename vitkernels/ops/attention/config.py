@@ -79,8 +79,6 @@ def _blocks(width: int, itemsize: int, facts: DeviceFacts, masked: bool, dropout
     def tile(block_m: int, block_n: int, num_warps: int, num_stages: int = 2) -> Tiling:
         return Tiling("blocks", block_m, block_n, num_warps, num_stages)
 
-    if facts.arch == "interpreter":
-        return dict.fromkeys(kernels, tile(64, 64, 4, 1))
     amd = facts.arch.startswith("gfx")
     if itemsize == 8:
         return dict.fromkeys(kernels, tile(16, 16, 4))
@@ -110,8 +108,7 @@ def _whole_rows(
     N_q: int, N_kv: int, width: int, itemsize: int, facts: DeviceFacts, heads: int, masked: bool, dropout: bool
 ) -> dict[str, Tiling]:
     """Tilings for rows whose scores a program holds at once, where it can, without a spill on any architecture."""
-    interpreted = facts.arch == "interpreter"
-    if (itemsize > 2 and not interpreted) or width > 128 or N_kv > LONGEST_ROW:
+    if itemsize > 2 or width > 128 or N_kv > LONGEST_ROW:
         return {}
     block_m, block_n = (max(16, runtime.next_power_of_2(n)) for n in (N_q, N_kv))
     is_window = max(N_q, N_kv) <= WINDOW
@@ -120,16 +117,14 @@ def _whole_rows(
     short_and_masked = short and (masked or dropout)
     crowded = short_and_masked or dropout or (masked and facts.arch.startswith("sm_10"))
     tilings = {}
-    if is_window and (width <= 64 or interpreted):
+    if is_window and width <= 64:
         tilings["forward"] = Tiling("windows", block_m, block_n, 4, 1)
-    elif interpreted or (width <= (80 if short else 128) and not crowded):
+    elif width <= (80 if short else 128) and not crowded:
         tilings["forward"] = Tiling("row", 64, 128 if width <= 64 else 64, 4, 1)
 
     # The backward holds the gradients of all keys and values as well, and has one program a head.
     if is_window and width <= 32:
         tilings["backward"] = Tiling("windows", block_m, block_n, 4 if amd else 8, 1)
-    elif interpreted:
-        tilings["backward"] = Tiling("row", 32, block_n, 4, 1)
     elif width <= 64 and heads >= facts.num_sms:
         if N_kv <= 64 and not short_and_masked:
             tilings["backward"] = Tiling("row", 32, block_n, 4, 1)

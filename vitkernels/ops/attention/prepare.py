@@ -172,7 +172,7 @@ def _prepare_fwd_kernel(
             x = x * cos + rotated * sin
         y_head = head_ptr(y_ptr, b, h, 0, stride_y_b, stride_y_n, stride_y_h, ALIGN)
         y_rows = y_head + tl.multiple_of(n * stride_y_n, ALIGN // item_bytes)[:, None]
-        tl.store(y_rows + cols[None, :], _tile.cast(x, y_ptr.dtype.element_ty), mask=mask)
+        tl.store(y_rows + cols[None, :], x.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -274,12 +274,12 @@ def _prepare_bwd_kernel(
         tl.debug_barrier()  # dx may be dy, which other threads read: for RoPE, or all of a small tile
         dx_head = head_ptr(dx_ptr, b, h, 0, stride_dx_b, stride_dx_n, stride_dx_h, ALIGN)
         dx_rows = dx_head + tl.multiple_of(n * stride_dx_n, ALIGN // item_bytes)[:, None]
-        tl.store(dx_rows + cols[None, :], _tile.cast(g, dx_ptr.dtype.element_ty), mask=mask)
+        tl.store(dx_rows + cols[None, :], g.to(dx_ptr.dtype.element_ty), mask=mask)
     sums = pid.to(tl.int64) * D + cols
     if NEEDS_WEIGHT:
-        tl.store(dweight_ptr + sums, _tile.sum_rows(dweight), mask=in_head)
+        tl.store(dweight_ptr + sums, tl.sum(dweight, axis=0), mask=in_head)
     if NEEDS_BIAS:
-        tl.store(dbias_ptr + sums, _tile.sum_rows(dbias), mask=in_head)
+        tl.store(dbias_ptr + sums, tl.sum(dbias, axis=0), mask=in_head)
 
 
 def prepare_forward(

@@ -18,7 +18,6 @@ def head_ptr(ptr, b, h, first, stride_b, stride_n, stride_h, ALIGN: tl.constexpr
     """Where token ``first`` of head h of image b lies in a tensor (B, N, H, D) whose rows all lie at multiples of
     ALIGN bytes."""
     item_bytes: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
-    # An image counted by a loop is a plain int where kernels are interpreted, which widens nothing.
     offset = b * tl.cast(stride_b, tl.int64) + first * stride_n + h * stride_h
     return ptr + tl.multiple_of(offset, ALIGN // item_bytes)
 
@@ -61,7 +60,7 @@ def store_head(head, parts, offs_n, stride_n, mask_n, D: tl.constexpr, PARTS: tl
     for i in tl.static_range(len(PARTS)):
         cols = columns(PARTS, i)
         ptrs = _part_ptrs(head, offs_n, stride_n, cols, ALIGN)
-        x = _tile.cast(parts[i], head.dtype.element_ty)
+        x = parts[i].to(head.dtype.element_ty)
         tl.store(ptrs, x, mask=mask_n[:, None] & (cols < D)[None, :])
 
 
@@ -118,7 +117,7 @@ def gather(weights, head, acc, PRECISION: tl.constexpr):
     """acc + weights · head, part by part: a weighted sum of a head's rows."""
     sums = ()
     for i in tl.static_range(len(head)):
-        sums = sums + (_tile.dot(_tile.cast(weights, head[i].dtype), head[i], acc[i], PRECISION),)
+        sums = sums + (_tile.dot(weights.to(head[i].dtype), head[i], acc[i], PRECISION),)
     return sums
 
 
@@ -127,7 +126,7 @@ def gather_columns(head, weights, acc, PRECISION: tl.constexpr):
     """acc + headᵀ · weights, part by part: :func:`gather` with everything transposed."""
     sums = ()
     for i in tl.static_range(len(head)):
-        part = _tile.dot(tl.trans(head[i]), _tile.cast(weights, head[i].dtype), acc[i], PRECISION)
+        part = _tile.dot(tl.trans(head[i]), weights.to(head[i].dtype), acc[i], PRECISION)
         sums = sums + (part,)
     return sums
 
@@ -146,7 +145,7 @@ def store_sums(ptr, parts, mask_n, D: tl.constexpr, PARTS: tl.constexpr):
     """Store the sum of a head's rows inside ``mask_n``, (D,)."""
     for i in tl.static_range(len(PARTS)):
         cols = columns(PARTS, i)
-        tl.store(ptr + cols, _tile.sum_rows(tl.where(mask_n[:, None], parts[i], 0.0)), mask=cols < D)
+        tl.store(ptr + cols, tl.sum(tl.where(mask_n[:, None], parts[i], 0.0), axis=0), mask=cols < D)
 
 
 @triton.jit

@@ -93,8 +93,8 @@ def _layer_norm_bwd_kernel(
             mask_real = mask & (offs_c < width)[None, :] if PADDED else mask
             x_hat = tl.where(mask_real, (r - mean[:, None]) * rstd[:, None], 0.0)
             g = dy * weight[None, :]
-            dbias += _tile.sum_rows(dy)
-            dweight += _tile.sum_rows(dy * x_hat)
+            dbias += tl.sum(dy, axis=0)
+            dweight += tl.sum(dy * x_hat, axis=0)
 
             if NEEDS_DRESIDUAL or NEEDS_DX or NEEDS_DGAMMA or NEEDS_DR_SUM or NEEDS_DRESIDUAL_SUM:
                 if WHOLE_ROW:
@@ -115,22 +115,22 @@ def _layer_norm_bwd_kernel(
                     upstream = tl.load(dr_rows + offs_c[None, :], mask=mask, other=0.0).to(ACC)
                     dr += upstream
                     if NEEDS_DR_SUM:
-                        dr_sum += _tile.sum_rows(upstream)
+                        dr_sum += tl.sum(upstream, axis=0)
                 if NEEDS_DRESIDUAL_SUM:
-                    dresidual_sum += _tile.sum_rows(tl.where(mask, dr, 0.0))
+                    dresidual_sum += tl.sum(tl.where(mask, dr, 0.0), axis=0)
                 offs_out = offs_m[:, None] * C + offs_c[None, :]
                 if NEEDS_DRESIDUAL:
-                    tl.store(dresidual_ptr + offs_out, _tile.cast(dr, dresidual_ptr.dtype.element_ty), mask=mask)
+                    tl.store(dresidual_ptr + offs_out, dr.to(dresidual_ptr.dtype.element_ty), mask=mask)
                 if HAS_PATH:
                     path = tl.load(path_ptr + offs_m // rows_per_sample, mask=mask_m, other=0.0).to(ACC)
                     dr *= path[:, None]
                 if NEEDS_DX:
                     dx = dr * gamma[None, :]
-                    tl.store(dx_ptr + offs_out, _tile.cast(dx, dx_ptr.dtype.element_ty), mask=mask)
+                    tl.store(dx_ptr + offs_out, dx.to(dx_ptr.dtype.element_ty), mask=mask)
                 if NEEDS_DGAMMA:
                     x_rows = x_ptr + offs_m[:, None] * stride_x_row
                     x = tl.load(x_rows + offs_c[None, :], mask=mask, other=0.0).to(ACC)
-                    dgamma += _tile.sum_rows(tl.where(mask, dr * x, 0.0))
+                    dgamma += tl.sum(tl.where(mask, dr * x, 0.0), axis=0)
 
         if NEEDS_DWEIGHT:
             tl.store(dweight_ptr + pid * C + offs_c, dweight, mask=mask_c)

@@ -23,8 +23,7 @@ class LayerNormConfig:
 def choose_config(M: int, C: int, facts: DeviceFacts) -> LayerNormConfig:
     """Choose a configuration for M rows of C channels: the tuning table's, else a heuristic."""
     block_c = min(runtime.next_power_of_2(C), MAX_WHOLE_ROW)
-    # The interpreter pays for each program, whatever its size.
-    block_m = max(1, min(8, 1024 // block_c) if facts.arch != "interpreter" else min(64, (1 << 16) // block_c))
+    block_m = max(1, min(8, 1024 // block_c))
     config = {
         "block_m": block_m,
         "block_c": block_c,

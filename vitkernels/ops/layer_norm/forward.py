@@ -91,7 +91,7 @@ def _layer_norm_fwd_kernel(
             r = _load_sum(x_rows, residual_rows, gamma_ptr, path, r_ptr, offs_c, mask, HAS_RESIDUAL, HAS_GAMMA, ACC)
         offs_out = offs_m[:, None] * C + offs_c[None, :]
         if HAS_RESIDUAL:
-            tl.store(r_ptr + offs_out, _tile.cast(r, r_ptr.dtype.element_ty), mask=mask)
+            tl.store(r_ptr + offs_out, r.to(r_ptr.dtype.element_ty), mask=mask)
         y = (r - mean[:, None]) * rstd[:, None]
         real_c = offs_c < width
         if HAS_WEIGHT:
@@ -100,7 +100,7 @@ def _layer_norm_fwd_kernel(
             y += tl.load(bias_ptr + offs_c, mask=real_c, other=0.0).to(ACC)[None, :]
         if PADDED:
             y = tl.where(real_c[None, :], y, 0.0)
-        tl.store(y_ptr + offs_out, _tile.cast(y, y_ptr.dtype.element_ty), mask=mask)
+        tl.store(y_ptr + offs_out, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -132,7 +132,7 @@ def _load_sum(
             x *= tl.load(gamma_ptr + offs_c[None, :], mask=mask, other=0.0).to(ACC)
         x += tl.load(residual_rows + offs_c[None, :], mask=mask, other=0.0).to(ACC)
         # The statistics are those of the rounded sum, which is all that the backward will see.
-        x = _tile.cast(x, r_ptr.dtype.element_ty).to(ACC)
+        x = x.to(r_ptr.dtype.element_ty).to(ACC)
     return x
 
 

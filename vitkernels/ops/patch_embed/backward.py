@@ -75,14 +75,14 @@ def _patch_embed_bwd_images_kernel(
         dout = tl.load(dout_rows + dout_offs, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
         weight_offs = offs_c[:, None] * K + offs_k[None, :]
         weight = tl.load(weight_ptr + weight_offs, mask=mask_c[:, None] & mask_k[None, :], other=0.0)
-        acc = _tile.dot(_tile.cast(dout, weight.dtype), weight, acc, PRECISION)
+        acc = _tile.dot(dout.to(weight.dtype), weight, acc, PRECISION)
 
     if SCALE is not None:
         acc *= channel_constants(SCALE, offs_k, PY, PX, K, ACC)
     patch_offs = patch_offsets(b, n, patches_x, stride_images_b, stride_images_y, stride_images_x, PY, PX)
     pixel_offs = pixel_offsets(offs_k, stride_images_i, stride_images_y, stride_images_x, PY, PX)
     dimages_ptrs = dimages_ptr + (patch_offs[:, None] + pixel_offs[None, :])
-    tl.store(dimages_ptrs, _tile.cast(acc, dimages_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_k[None, :])
+    tl.store(dimages_ptrs, acc.to(dimages_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_k[None, :])
 
 
 @triton.jit
@@ -149,7 +149,7 @@ def _patch_embed_bwd_weight_kernel(
         if SCALE is not None:
             # Lanes beyond the last row hold the shift now, and meet a gradient of zero.
             pixels = pixels.to(ACC) * scale + shift
-        acc = _tile.dot(_tile.cast(dout, DTYPE), _tile.cast(pixels, DTYPE), acc, PRECISION)
+        acc = _tile.dot(dout.to(DTYPE), pixels.to(DTYPE), acc, PRECISION)
 
     dweight_offs = (split.to(INDEX) * C + offs_c)[:, None] * K + offs_k[None, :]
     tl.store(dweight_ptr + dweight_offs, acc, mask=mask_c[:, None] & mask_k[None, :])

@@ -42,15 +42,12 @@ def choose_config(
     """
     summed = SUMMED[product]
     wide = product == "dweight" and facts.shared_memory > 128 << 10
-    if facts.arch == "interpreter":
-        rows = columns = step = 128
-    else:
-        rows, step = {2: (128, 64), 4: (64, 32), 8: (32, 16)}[dtype.itemsize]
-        # 128 columns often leave room for one program on an SM: for want of registers forward (position and prefix are
-        # tiles too) and in dimages (scattered stores), of shared memory in dweight where that is small.
-        columns = rows if wide else min(rows, 64)
-        if normalized and product == "dweight" and dtype == torch.float32:
-            columns = 32  # 64, normalised on their way to the product, would spill
+    rows, step = {2: (128, 64), 4: (64, 32), 8: (32, 16)}[dtype.itemsize]
+    # 128 columns often leave room for one program on an SM: for want of registers forward (position and prefix are
+    # tiles too) and in dimages (scattered stores), of shared memory in dweight where that is small.
+    columns = rows if wide else min(rows, 64)
+    if normalized and product == "dweight" and dtype == torch.float32:
+        columns = 32  # 64, normalised on their way to the product, would spill
     sizes = {"m": M, "c": C, "k": K}
     kept = [a for a in sizes if a != summed]
     limits = {summed: step, kept[0]: rows, kept[1]: columns}

@@ -81,7 +81,7 @@ def _patch_embed_fwd_kernel(
         if HAS_POS:
             prefix += _load_rows(pos_ptr, t - pos_start, offs_c, C, mask_prefix & (t >= pos_start), mask_c).to(ACC)
         mask = mask_prefix[:, None] & mask_c[None, :]
-        tl.store(out_ptrs, _tile.cast(prefix, out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out_ptrs, prefix.to(out_ptr.dtype.element_ty), mask=mask)
 
     acc = tl.zeros((BLOCK_M, BLOCK_C), ACC)
     if HAS_POS:
@@ -97,10 +97,10 @@ def _patch_embed_fwd_kernel(
             scale = channel_constants(SCALE, offs_k, PY, PX, K, ACC)
             pixels = pixels.to(ACC) * scale + channel_constants(SHIFT, offs_k, PY, PX, K, ACC)
         weight = tl.load(weight_rows + offs_k[None, :], mask=mask_c[:, None] & mask_k[None, :], other=0.0)
-        acc = _tile.dot(_tile.cast(pixels, weight.dtype), tl.trans(weight), acc, PRECISION)
+        acc = _tile.dot(pixels.to(weight.dtype), tl.trans(weight), acc, PRECISION)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(ACC)[None, :]
-    tl.store(out_ptrs, _tile.cast(acc, out_ptr.dtype.element_ty), mask=mask_patch[:, None] & mask_c[None, :])
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_patch[:, None] & mask_c[None, :])
 
 
 @triton.jit

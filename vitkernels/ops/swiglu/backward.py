@@ -50,8 +50,8 @@ def _glu_bwd_kernel(
             dh, z_ptr + offs_z, dz_ptr + offs_z, h_ptr + offs_h, P, mask, GATE, SAVE_H, ACTIVATION, ACC
         )
         if SUM_DZ:
-            gate_sum += _tile.sum_rows(dgate)
-            value_sum += _tile.sum_rows(dvalue)
+            gate_sum += tl.sum(dgate, axis=0)
+            value_sum += tl.sum(dvalue, axis=0)
     if SUM_DZ:
         sums_ptrs = sums_ptr + pid_m * 2 * P + offs_n
         tl.store(sums_ptrs + GATE * P, gate_sum, mask=mask_n)
@@ -111,8 +111,8 @@ def _glu_product_bwd_kernel(
         )  # fmt: skip
         if SUM_DZ:
             sums_ptrs = sums_ptr + pid_m * 2 * P + first_n + offs_n
-            tl.store(sums_ptrs + GATE * P, _tile.sum_rows(dgate), mask=mask_n)
-            tl.store(sums_ptrs + (1 - GATE) * P, _tile.sum_rows(dvalue), mask=mask_n)
+            tl.store(sums_ptrs + GATE * P, tl.sum(dgate, axis=0), mask=mask_n)
+            tl.store(sums_ptrs + (1 - GATE) * P, tl.sum(dvalue, axis=0), mask=mask_n)
 
 
 @triton.jit
@@ -134,10 +134,10 @@ def _gate_gradients(
     act = _tile.activate(gate, ACTIVATION)
     dgate = dh * value * _tile.activate_grad(gate, ACTIVATION)
     dvalue = dh * act
-    tl.store(dz_ptrs + GATE * P, _tile.cast(dgate, dz_ptrs.dtype.element_ty), mask=mask)
-    tl.store(dz_ptrs + (1 - GATE) * P, _tile.cast(dvalue, dz_ptrs.dtype.element_ty), mask=mask)
+    tl.store(dz_ptrs + GATE * P, dgate.to(dz_ptrs.dtype.element_ty), mask=mask)
+    tl.store(dz_ptrs + (1 - GATE) * P, dvalue.to(dz_ptrs.dtype.element_ty), mask=mask)
     if SAVE_H:
-        tl.store(h_ptrs, _tile.cast(act * value, h_ptrs.dtype.element_ty), mask=mask)
+        tl.store(h_ptrs, (act * value).to(h_ptrs.dtype.element_ty), mask=mask)
     return dgate, dvalue
 
 
@@ -169,7 +169,7 @@ def glu_backward(
             dy, config = product(dy, weight, alpha=alpha)[0], None
     dz = torch.empty_like(z)
     h = torch.empty((*z.shape[:-2], P) if save_h else (0,), dtype=z.dtype, device=z.device)
-    block_m, block_n = tile(M, P, z.device) if config is None else (config.block_m, config.block_n)
+    block_m, block_n = tile(P) if config is None else (config.block_m, config.block_n)
     blocks_n = cdiv(P, block_n)
     programs_m = cdiv(M, block_m)
     if config is None:

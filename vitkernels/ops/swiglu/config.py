@@ -35,13 +35,10 @@ def choose_config(M: int, F: int, K: int, dtype: torch.dtype, *, kind: str, fact
         kind: ``forward``, which multiplies twice, or ``backward``.
         facts: The device's.
     """
-    interpreted = facts.arch == "interpreter"
     # Where a share of a tile's columns is a share of each thread's registers (see _product.py). The backward's epilogue
     # holds seven tiles: in one part it takes 216 registers on sm_90 and 235 on sm_80, in two 110 and 128.
     in_parts = kind == "backward" or (dtype.itemsize == 2 and facts.arch.startswith(("sm_90", "sm_10")))
-    if interpreted:  # few, large tiles: what costs here is the number of programs
-        block_m, block_n, block_k, num_warps = 128, 128, 256, 4
-    elif dtype.itemsize == 2:
+    if dtype.itemsize == 2:
         # 64 columns of each of two accumulators, as many registers as a plain product's 128.
         block_m, block_n, block_k, num_warps = 128, 64, 64, 8
         if cdiv(M, block_m) * cdiv(F, block_n) < facts.num_sms:
@@ -54,13 +51,13 @@ def choose_config(M: int, F: int, K: int, dtype: torch.dtype, *, kind: str, fact
     )
     stage = (block_m + (2 if kind == "forward" else 1) * block_n) * block_k * dtype.itemsize
     config = {
-        "provider": "triton" if interpreted or (dtype.itemsize == 2 and K <= MAX_FUSED_K) else "torch",
+        "provider": "triton" if dtype.itemsize == 2 and K <= MAX_FUSED_K else "torch",
         "block_m": block_m,
         "block_n": block_n,
         "block_k": block_k,
         "num_warps": num_warps,
         "num_stages": max(1, min(3, facts.shared_memory // stage)),
-        "parts": column_parts(block_n, in_parts, interpreted),
+        "parts": column_parts(block_n, in_parts),
     }
     key = f"{str(dtype).removeprefix('torch.')},F={F},K={K},{kind}"
     config |= tuning.lookup("swiglu_mlp", facts.name, key) or {}

@@ -75,11 +75,11 @@ def _glu_product_kernel(
         mask = mask_m[:, None] & (offs_n < P - first_n)[None, :]
         if SAVE_Z:
             z_ptrs = z_ptr + first_m * 2 * P + first_n + offs_m[:, None] * (2 * P) + offs_n[None, :]
-            tl.store(z_ptrs + GATE * P, _tile.cast(g, z_ptr.dtype.element_ty), mask=mask)
-            tl.store(z_ptrs + (1 - GATE) * P, _tile.cast(v, z_ptr.dtype.element_ty), mask=mask)
+            tl.store(z_ptrs + GATE * P, g.to(z_ptr.dtype.element_ty), mask=mask)
+            tl.store(z_ptrs + (1 - GATE) * P, v.to(z_ptr.dtype.element_ty), mask=mask)
         h = _tile.activate(g, ACTIVATION) * v
         h_ptrs = h_ptr + first_m * P + first_n + offs_m[:, None] * P + offs_n[None, :]
-        tl.store(h_ptrs, _tile.cast(h, h_ptr.dtype.element_ty), mask=mask)
+        tl.store(h_ptrs, h.to(h_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -103,7 +103,7 @@ def _glu_kernel(
     gate = tl.load(z_ptrs + GATE * P, mask=mask, other=0.0).to(ACC)
     value = tl.load(z_ptrs + (1 - GATE) * P, mask=mask, other=0.0).to(ACC)
     h = _tile.activate(gate, ACTIVATION) * value
-    tl.store(h_ptr + offs_m[:, None] * P + offs_n[None, :], _tile.cast(h, h_ptr.dtype.element_ty), mask=mask)
+    tl.store(h_ptr + offs_m[:, None] * P + offs_n[None, :], h.to(h_ptr.dtype.element_ty), mask=mask)
 
 
 def glu_forward(
@@ -179,7 +179,7 @@ def glu(z: Tensor, activation: str | None, gate_last: bool) -> Tensor:
     """Launch the gate alone: ``act(gate) · value`` (..., P) of pre-activations (..., 2, P), contiguous."""
     M, P = z.shape[:-2].numel(), z.shape[-1]
     h = torch.empty((*z.shape[:-2], P), dtype=z.dtype, device=z.device)
-    block_m, block_n = tile(M, P, z.device)
+    block_m, block_n = tile(P)
     if h.numel() > 0:
         _glu_kernel[(cdiv(M, block_m) * cdiv(P, block_n),)](
             z_ptr=z,
@@ -206,8 +206,6 @@ def hidden_features(both: Tensor, second: Tensor | None) -> int:
     return both.shape[0] // 2 if second is None else both.shape[0]
 
 
-def tile(M: int, P: int, device: torch.device) -> tuple[int, int]:
-    """Return the rows and columns of a tile of the elementwise kernels."""
-    if runtime.device_facts(device).arch == "interpreter":
-        return min(256, next_power_of_2(M)), min(1024, next_power_of_2(P))
+def tile(P: int) -> tuple[int, int]:
+    """Return the rows and columns of a tile of the elementwise kernels, over P columns."""
     return 8, min(256, next_power_of_2(P))  # 16 rows would take twice the registers

@@ -27,7 +27,7 @@ HEAD = """\
 What users may hand to this package by mistake or malice, and what it answers: an error of the right type that says what
 came and what is wanted, before any kernel is launched, or the right result by
 [the error rule](../vitkernels/testing/compare.py). Every line is a test; `docs/make_hostile_inputs.py` makes this page
-from them. What needs no GPU runs the kernels in Triton's interpreter, or compiles them for a GPU that is not there.
+from them. What needs no GPU runs the kernels on an emulated one, or compiles them for a GPU that is not there.
 """
 
 

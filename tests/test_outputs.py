@@ -79,7 +79,6 @@ def test_inspects_folders(tmp_path, monkeypatch):
     def started(*args):
         raise AssertionError("the work was started")
 
-    monkeypatch.setattr(inspect, "INTERPRETED", False)
     monkeypatch.setattr(inspect, "find_launches", started)
     (tmp_path / "file").touch()
     for options in ({"dump": tmp_path / "file"}, {"dump": tmp_path / "file" / "a"}):

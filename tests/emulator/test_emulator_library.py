@@ -9,53 +9,49 @@ from pathlib import Path
 import pytest
 import torch
 
+from vitkernels.aot import trace
 from vitkernels.aot.emulate import emulate
 from vitkernels.aot.launches import launches
 from vitkernels.emulator.launch import LEFT_TO_PTXAS
-from vitkernels.testing.cases import CASES, DTYPES
+from vitkernels.testing.cases import CASES
 
 OPS = Path(__file__).parents[2] / "vitkernels" / "ops"
-# Between them the cases launch every kernel, in every regime.
-RUNS = [
-    ("sm_90", "vit_base_patch16_224", "bf16"),
-    ("sm_90", "vit_base_patch16_224", "fp32"),
-    ("sm_90", "vit_tiny_patch16_224", "bf16"),
-    ("sm_90", "aimv2_large_patch14_224", "bf16"),
-    ("sm_90", "eva02_large_patch14_448", "bf16"),
-    ("sm_90", "vit_so400m_patch14_siglip_378", "fp16"),
-    ("sm_80", "vit_base_patch16_224", "bf16"),
+# Between them they launch every kernel; `vitkernels inspect --run` runs each at every case.
+OPS_OF_CASES = [
+    ("vit_tiny_patch16_224", "linear_activation"),
+    ("vit_tiny_patch16_224", "mlp"),
+    ("vit_tiny_patch16_224", "attention"),
+    ("vit_tiny_patch16_224", "attention_windows"),
+    ("vit_tiny_patch16_224", "attention_frozen_queries"),
+    ("vit_tiny_patch16_224", "patch_embed"),
+    ("vit_base_patch16_224", "attention_biased"),
+    ("vit_base_patch16_224", "attention_dropout"),
+    ("eva02_large_patch14_448", "swiglu_mlp"),
+    ("eva02_large_patch14_448", "attention_rope_interleaved"),
+    ("aimv2_large_patch14_224", "swiglu_mlp"),
 ]
 
 
-def run(arch, case, dtype, seed=1):
-    """Every launch of a training step's ops."""
-    case = CASES[case]
-
+@pytest.mark.parametrize(
+    ("arch", "case", "op"),
+    [("sm_90", *which) for which in OPS_OF_CASES] + [("sm_80", *which) for which in OPS_OF_CASES[1::2]],
+)
+def test_at_real_sizes(arch, case, op):
     def starts(t):  # of packed images
         if t.dtype == torch.int32:
-            t.copy_(torch.arange(t.numel()) * case.tokens)
+            t.copy_(torch.arange(t.numel()) * CASES[case].tokens)
 
-    for launcher in launches(case, DTYPES[dtype]).values():
-        yield from emulate(launcher, arch, programs=2, seed=seed, fill=starts)
-
-
-@pytest.fixture(scope="module")
-def seen():
-    return set()
-
-
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("wanted", RUNS, ids=" ".join)
-def test_at_real_sizes(wanted, seen):
-    for run_ in run(*wanted):
-        seen.add(run_.kernel)
-        errors = [str(e) for e in run_.errors if e.kind not in LEFT_TO_PTXAS]
+    runs = emulate(launches(CASES[case], torch.bfloat16)[op], arch, programs=2, seed=1, fill=starts)
+    for run in runs:
+        errors = [str(e) for e in run.errors if e.kind not in LEFT_TO_PTXAS]
         assert not errors, "\n".join(errors)
-        assert run_.programs == min(2, run_.grid[0])
+        assert run.programs == min(2, run.grid[0])
+    assert runs
 
 
-def test_that_was_every_kernel(seen):
-    if not seen:
-        pytest.skip("the test above was not run")
+def test_that_is_every_kernel():
+    launched = {
+        launch.name for case, op in OPS_OF_CASES for launch in trace(launches(CASES[case], torch.bfloat16)[op], "sm_90")
+    }
     sources = "".join(file.read_text() for file in OPS.rglob("*.py"))
-    assert seen == set(re.findall(r"^def (_\w+_kernel)\(", sources, re.M))
+    assert launched == set(re.findall(r"^def (_\w+_kernel)\(", sources, re.M))

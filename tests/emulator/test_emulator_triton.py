@@ -3,6 +3,7 @@
 import pytest
 import torch
 import triton_kernels as kernels
+from drawn import drawn
 from through_emulator import executing
 
 ARCHS = pytest.mark.parametrize("arch", [80, 90])
@@ -12,25 +13,18 @@ def tolerance(dtype, precision):
     return {torch.float64: 1e-12, torch.float32: 2e-3 if precision == "tf32" else 1e-5}.get(dtype, 1e-5)
 
 
+LAYOUTS = ["nn", "nt", "tn", "tt"]
+TILES = [(64, 64, 32, 4, 3), (128, 128, 64, 8, 3), (64, 32, 64, 4, 1), (128, 16, 32, 4, 2), (16, 64, 16, 1, 2)]
+NARROW = [(torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf32")]
+WIDE = [(torch.float32, "ieee"), (torch.float64, "ieee")]  # products without tensor cores, which take the compiler long
+MATMULS = [*drawn(15, LAYOUTS, NARROW, TILES), *drawn(4, LAYOUTS, WIDE, [TILES[0], TILES[-1]])]
+
+
 @ARCHS
-@pytest.mark.parametrize("layout", ["nn", "nt", "tn", "tt"])
-@pytest.mark.parametrize(
-    ("dtype", "precision"),
-    [
-        (torch.bfloat16, "ieee"),
-        (torch.float16, "ieee"),
-        (torch.float32, "tf32"),
-        (torch.float32, "ieee"),
-        (torch.float64, "ieee"),
-    ],
-)
-@pytest.mark.parametrize(
-    "tile", [(64, 64, 32, 4, 3), (128, 128, 64, 8, 3), (64, 32, 64, 4, 1), (128, 16, 32, 4, 2), (16, 64, 16, 1, 2)]
-)
-def test_matmul(arch, layout, dtype, precision, tile):
+@pytest.mark.parametrize(("layout", "kind", "tile"), MATMULS)
+def test_matmul(arch, layout, kind, tile):
+    dtype, precision = kind
     BM, BN, BK, warps, stages = tile
-    if dtype == torch.float64 and (BM, BN) == (128, 128):
-        pytest.skip("too large a tile")
     torch.manual_seed(0)
     M, N, K = BM + 8, BN + 16, 3 * BK + 8
     a = torch.randn(M, K).to(dtype) if layout[0] == "n" else torch.randn(K, M).to(dtype).t()
@@ -56,10 +50,15 @@ def test_matmul(arch, layout, dtype, precision, tile):
 
 
 @ARCHS
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "sizes",
-    [(64, 64, 64, 64, 4), (128, 128, 32, 64, 8), (64, 32, 128, 16, 4), (64, 256, 64, 128, 4), (16, 32, 32, 32, 1)],
+    ("sizes", "dtype"),
+    [
+        ((64, 64, 64, 64, 4), torch.bfloat16),
+        ((128, 128, 32, 64, 8), torch.float16),
+        ((64, 32, 128, 16, 4), torch.bfloat16),
+        ((64, 256, 64, 128, 4), torch.float16),
+        ((16, 32, 32, 32, 1), torch.bfloat16),
+    ],
 )
 def test_chained(arch, dtype, sizes):
     BM, BN, BK, BD, warps = sizes
@@ -74,8 +73,7 @@ def test_chained(arch, dtype, sizes):
 
 
 @ARCHS
-@pytest.mark.parametrize("shape", [(5, 197), (70, 33), (1, 1000)])
-@pytest.mark.parametrize("warps", [1, 4, 8])
+@pytest.mark.parametrize(("shape", "warps"), [((5, 197), 1), ((70, 33), 8), ((1, 1000), 4)])
 def test_softmax(arch, shape, warps):
     x = torch.randn(shape)
     y = torch.full(shape, float("nan"))

@@ -7,6 +7,7 @@ person can read, and paste back: ``judge(Call(...))``.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import math
@@ -114,7 +115,7 @@ class Call:
         options: Its other arguments.
         upstream: How the upstream gradients lie in memory, a name in :data:`LAYOUTS`.
         seed: Of all values.
-        backend: ``auto`` or ``torch``, which must know the same dtypes and options.
+        backend: ``torch``, which must know the same dtypes and options; None for the kernels.
     """
 
     op: str
@@ -123,7 +124,7 @@ class Call:
     options: Mapping[str, object] = dataclasses.field(default_factory=dict)
     upstream: str = "contiguous"
     seed: int = 0
-    backend: str = "auto"
+    backend: str | None = None
 
     def draw(self, seed: int, device: torch.device) -> tuple[dict[str, Tensor | None], Callable[[Tensor], Tensor]]:
         """Return the tensors, and what makes the upstream gradients."""
@@ -201,9 +202,14 @@ def assert_same_in_fp64(
         )
 
 
+def on(backend: str | None) -> contextlib.AbstractContextManager:
+    """Whatever the backend of all tests is, or this one."""
+    return use_backend(backend) if backend else contextlib.nullcontext()
+
+
 def _run(function, backend, seed, **arguments):
     torch.manual_seed(seed)  # of dropout
-    with use_backend(backend):
+    with on(backend):
         return function(**arguments)
 
 

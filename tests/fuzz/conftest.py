@@ -22,7 +22,7 @@ def pytest_configure(config):
     home = Path(config.cache.mkdir("hypothesis")) if hasattr(config, "cache") else None
     set_hypothesis_home_dir(home)
     common = {
-        "deadline": None,  # the interpreter compiles nothing, and takes its time
+        "deadline": None,  # a kernel may have to be compiled
         "database": None,
         "suppress_health_check": list(hypothesis.HealthCheck),
         "phases": (hypothesis.Phase.generate, hypothesis.Phase.shrink),

@@ -62,7 +62,7 @@ class Draw:
             upstream = _without(upstream, "expanded_last")
             self.inputs = {n: _relaid(x, "expanded_last") for n, x in self.inputs.items()}
         # PyTorch draws its dropout by itself.
-        backends = ("auto",) if options.get("dropout_p") else ("auto", "auto", "auto", "torch")
+        backends = (None,) if options.get("dropout_p") else (None, None, None, "torch")
         return Call(
             op, self.dtype, self.inputs, options, upstream, self.draw(seeds), self.draw(st.sampled_from(backends))
         )

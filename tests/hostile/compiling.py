@@ -1,14 +1,15 @@
-"""What a process without the interpreter does when it compiles: run by test_hostile_running.py, a scenario a process.
+"""What a process does when it compiles: run by test_hostile_running.py, a scenario a process.
 
-    python compiling.py SCENARIO
-
-The driver is a stand-in for a GPU that is not there: it takes binaries as a real one does, and refuses broken ones, but
-runs nothing. Prints JSON.
+Reads ``[SCENARIO, CACHE]`` by the line, and forks, as the imports take longer than a scenario. The driver is a stand-in
+for a GPU that is not there: it takes binaries as a real one does, and refuses broken ones, but runs nothing. Prints
+JSON.
 """
 
 import json
+import os
 import sys
 import threading
+import traceback
 import unittest.mock
 import warnings
 from pathlib import Path
@@ -181,9 +182,21 @@ def failing(driver) -> dict:
     return {"attempts": found}
 
 
-if __name__ == "__main__":
-    assert OPS, "the ops are registered"
+def run(scenario: str, cache: str) -> dict:
+    os.environ["TRITON_CACHE_DIR"] = cache
     stand_in = Driver("sm_90")
     triton.runtime.driver.set_active(stand_in)
-    found = globals()[sys.argv[1]](stand_in)
-    print(json.dumps({**found, "loaded": stand_in.loaded, "launched": stand_in.launched}))
+    try:
+        found = globals()[scenario](stand_in)
+    except Exception:
+        return {"raised": traceback.format_exc()}
+    return {**found, "loaded": stand_in.loaded, "launched": stand_in.launched}
+
+
+if __name__ == "__main__":
+    assert OPS, "the ops are registered"
+    for line in sys.stdin:
+        if os.fork() == 0:
+            print(json.dumps(run(*json.loads(line))), flush=True)
+            os._exit(0)
+        os.wait()

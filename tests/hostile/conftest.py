@@ -2,7 +2,6 @@
 
 import pytest
 import triton
-from op_calls import HAS_GPU
 
 
 @pytest.fixture
@@ -13,10 +12,7 @@ def instead_of_launches(monkeypatch):
         def getitem(self, grid):
             return lambda *args, **kwargs: note(self.fn.__name__, grid, args, kwargs)
 
-        kind = triton.JITFunction
-        if not HAS_GPU:
-            from triton.runtime.interpreter import InterpretedFunction as kind
-        monkeypatch.setattr(kind, "__getitem__", getitem)
+        monkeypatch.setattr(triton.JITFunction, "__getitem__", getitem)
 
     return put
 

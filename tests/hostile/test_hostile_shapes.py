@@ -1,12 +1,8 @@
 """Hostile inputs 1 to 9: sizes."""
 
-import re
-
 import pytest
 import torch
 from op_calls import ATTENTION, HAS_GPU, OPS, ROWS, call, each_op, needs_gpu, tiny_model
-
-from vitkernels import tuning
 
 hostile = pytest.mark.hostile
 RIGHT = "the right result"
@@ -86,13 +82,13 @@ def test_no_hidden_features(op, device, no_launch):
 
 
 @hostile(4, "one token", RIGHT)
-@each_op()
+@each_op(["add_layer_norm", "linear", "attention", "attention_varlen", "patch_embed"])
 def test_one_token(op, device):
     call(op, N=1, Y=4, X=4, R=0, device=device).check()
 
 
 @hostile(5, "one channel, one channel a head, one hidden feature", RIGHT)
-@each_op()
+@each_op(["add_rms_norm", "swiglu_mlp", "attention_qkvpacked", "patch_embed"])
 def test_one_channel(op, device):
     one = {"C": 1, "H": 1, "D": 1, "F": 1, "I": 1, "P": 1, "Y": 1, "X": 2, "device": device}
     call(op, **one, grad=False).check()
@@ -103,27 +99,14 @@ def test_one_channel(op, device):
 
 
 @hostile(6, "a prime number of tokens and of channels", RIGHT)
-@each_op()
+@each_op(["add_layer_norm", "mlp", "attention", "patch_embed"])
 def test_prime_sizes(op, device):
     call(op, B=3, N=17, C=13, H=1, D=13, F=19, P=3, Y=9, X=15, R=2, device=device).check()
 
 
-@pytest.fixture
-def wide_tiles(monkeypatch):
-    """A tuning table of tiles as wide as the interpreter likes them: what it takes is programs, not elements."""
-
-    blocks = {"linear": "N K", "swiglu_mlp": "F K", "patch_embed": "C"}
-
-    def lookup(op, device_name, key):
-        wide = [x for x in blocks.get(op, "").split() if int(re.search(rf"\b{x}=(\d+)", key)[1]) > 65_536]
-        return {{"K": "block_k", "C": "block_c"}.get(x, "block_n"): 16_384 for x in wide}
-
-    monkeypatch.setattr(tuning, "lookup", lookup)
-
-
 @hostile(7, "more than 65,536 channels", RIGHT)
-@each_op([*ROWS, "block", "patch_embed"])
-def test_many_channels(op, wide_tiles, device):
+@each_op([*ROWS, "patch_embed"])
+def test_many_channels(op, device):
     # One hidden feature is one sum: in fp32 its error is a draw, as is PyTorch's, and all that follows is off by it.
     dtype = torch.float16 if op in ("mlp", "swiglu_mlp") else torch.float32
     call(op, dtype=dtype, B=1, N=2, C=65_537, H=1, F=1, I=1, P=1, Y=1, X=2, device=device).check()
@@ -156,10 +139,13 @@ def far_apart(tmp_path_factory):
 
 @hostile(8, "inputs and gradients whose rows lie more than 2³¹ elements apart", RIGHT)
 @pytest.mark.skipif(HAS_GPU, reason="a file of holes is of the CPU's memory: the next one is the GPU's")
-@each_op()
-@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("op", "dim"),
+    [("add_rms_norm", 0), ("swiglu_mlp", 1), ("attention_qkvpacked", 1), ("attention_varlen", 0)],
+)
 def test_far_apart(op, dim, far_apart):
-    made = call(op, B=4, N=4, R=0, X=8)
+    sizes = {"B": 2, "N": 3} if op == "attention_varlen" else {"B": 4, "N": 4}  # the emulator takes 32 GiB
+    made = call(op, **sizes, R=0, X=8)
     inputs = made.op.inputs
 
     def spread(t):

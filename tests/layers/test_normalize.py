@@ -7,12 +7,12 @@ from vitkernels.layers import PatchEmbed
 from vitkernels.models import VisionTransformer
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SMALL = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 5}
+SMALL = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 5}
 
 
 @pytest.fixture
 def decoded(device):
-    return torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, device=device)
+    return torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, device=device)
 
 
 def normalized(images):
@@ -38,7 +38,7 @@ def test_a_model_takes_what_a_decoder_gives(as_float, decoded, device):
 
 
 def test_images_of_a_dtype_that_the_layer_does_not_take(decoded):
-    kind = {"img_size": 16, "patch_size": 8, "embed_dim": 4}
+    kind = {"img_size": 32, "patch_size": 16, "embed_dim": 4}
     with pytest.raises(TypeError, match=r"images are torch.uint8; expected .*normalize=\(mean, std\)"):
         PatchEmbed(**kind)(decoded)
     with pytest.raises(TypeError, match=r"images are torch.int64; expected .*0 to 1, or uint8"):

@@ -7,14 +7,14 @@ from torch import nn
 from vitkernels import layers, use_backend
 
 MAKE = {
-    "separate": lambda **kwargs: layers.SwiGLU(16, 30, norm_layer=layers.LayerNorm, **kwargs),
-    "packed": lambda **kwargs: layers.SwiGLUPacked(16, 60, **kwargs),
+    "separate": lambda **kwargs: layers.SwiGLU(32, 85, norm_layer=layers.LayerNorm, **kwargs),
+    "packed": lambda **kwargs: layers.SwiGLUPacked(32, 170, **kwargs),
 }
 
 
 @pytest.mark.parametrize("form", MAKE)
 def test_an_adapter_or_a_hook_runs(form, device):
-    x = torch.randn(2, 5, 16, device=device)
+    x = torch.randn(2, 5, 32, device=device)
     for name in ("fc1_g" if form == "separate" else "fc1", "norm", "drop1", "act", "fc2"):
         mlp = MAKE[form]().to(device)
         assert mlp.fuses()
@@ -29,7 +29,7 @@ def test_an_adapter_or_a_hook_runs(form, device):
 
 @pytest.mark.parametrize("form", MAKE)
 def test_unfused_is_the_same(form, device):
-    mlp, x = MAKE[form]().to(device), torch.randn(2, 5, 16, device=device)
+    mlp, x = MAKE[form]().to(device), torch.randn(2, 5, 32, device=device)
     fused = mlp(x)
     mlp.act.register_forward_hook(lambda *args: None)
     torch.testing.assert_close(mlp(x), fused)
@@ -37,7 +37,7 @@ def test_unfused_is_the_same(form, device):
 
 @pytest.mark.parametrize("form", MAKE)
 def test_dropout_draws_as_layer_by_layer(form, device):
-    mlp, x = MAKE[form](drop=0.3).to(device), torch.randn(2, 5, 16, device=device)
+    mlp, x = MAKE[form](drop=0.3).to(device), torch.randn(2, 5, 32, device=device)
     torch.testing.assert_close(mlp.eval()(x), mlp(x), rtol=0, atol=0)
     mlp.train()
     torch.manual_seed(0)

@@ -11,6 +11,7 @@ from torch import nn
 import vitkernels
 from vitkernels.models import VisionTransformer
 from vitkernels.testing import check
+from vitkernels.testing.sums import summed_alike
 
 timm = pytest.importorskip("timm")
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer  # noqa: E402
@@ -34,6 +35,9 @@ CASES = {
     "oblong": {"img_size": (24, 40), "patch_size": (8, 4), "act_layer": "gelu_tanh", "mlp_ratio": 3.0},
     "grey_no_head": {"in_chans": 1, "num_classes": 0},
 }
+# What the kernels run at: the size that the tests of swapped models share.
+FEW = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "num_heads": 2}
+KERNELS = "triton" if torch.cuda.is_available() else "emulated"
 FULL_SIZE = [
     "vit_tiny_patch16_224",
     "vit_small_patch16_224",
@@ -79,8 +83,9 @@ def _outputs_and_gradients(model, images, upstream=None, run=None):
 
 def _assert_agree(ours, theirs, images):
     actual, upstream = _outputs_and_gradients(ours, images)
-    with vitkernels.use_backend("torch"):
+    with summed_alike(images), vitkernels.use_backend("torch"):
         yardstick, _ = _outputs_and_gradients(theirs, images, upstream)
+    with vitkernels.use_backend("torch"):
         truth, _ = _outputs_and_gradients(copy.deepcopy(theirs).double(), images.double(), upstream.double())
     assert actual.keys() == truth.keys()
     verdicts = [check(name, actual[name], yardstick[name], truth[name]) for name in truth]
@@ -98,9 +103,9 @@ def test_logits_and_gradients_agree_with_timm(name):
 @pytest.mark.parametrize("name", ["dinov2_reg", "clip"])
 def test_logits_and_gradients_agree_with_timm_through_the_kernels(name, device):
     pytest.importorskip("triton")
-    small = {"img_size": 16, "embed_dim": 24, "num_heads": 2, "depth": 1}
-    ours, theirs = _pair(device, **CASES[name] | small)
-    with vitkernels.use_backend("triton"):
+    more = {"dinov2_reg": {"reg_tokens": 2}, "clip": {}}
+    ours, theirs = _pair(device, **CASES[name] | FEW | more[name], depth=1)
+    with vitkernels.use_backend(KERNELS):
         _assert_agree(ours, theirs, _images(theirs))
 
 
@@ -245,12 +250,12 @@ def test_reset_classifier():
         model.reset_classifier(7, "sum")
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", KERNELS])
 def test_gradient_checkpointing_gives_the_same_gradients(backend, device):
     """Whatever is dropped is drawn again: attention's weights by a seed of the kernels' own."""
-    model, _ = _pair(device, drop_path_rate=0.3, init_values=0.5, attn_drop_rate=0.3, img_size=16)
+    model, _ = _pair(device, drop_path_rate=0.3, init_values=0.5, attn_drop_rate=0.3, **FEW)
     model.train()
-    images, upstream, results = _images(model, batch=4), None, []
+    images, upstream, results = _images(model, batch=3), None, []
     with vitkernels.use_backend(backend):
         for enable in (False, True):
             model.set_grad_checkpointing(enable)

@@ -8,9 +8,18 @@ import pytest
 import torch
 from torch import nn
 
+from vitkernels import use_backend
 from vitkernels.console import UserError
 from vitkernels.models import VisionTransformer
 from vitkernels.models.convert import read_weights
+
+
+@pytest.fixture(autouse=True)
+def _plain_pytorch():
+    """Which weights are read is under test, and no kernel."""
+    with use_backend("torch"):
+        yield
+
 
 NESTS = ("state_dict_ema", "model_ema", "state_dict", "model")
 CUT = {"img_size": 28, "patch_size": 14, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}

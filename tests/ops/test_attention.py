@@ -10,7 +10,7 @@ from vitkernels.aot.build import TARGETS
 from vitkernels.ops._triton import tl
 from vitkernels.ops.attention.config import choose_config, head_parts, key_pieces, shared_bytes, useful_share
 from vitkernels.ops.attention.operands import LOG2_E, addressing
-from vitkernels.runtime import INTERPRETER, DeviceFacts
+from vitkernels.runtime import DeviceFacts
 from vitkernels.testing import check_op
 
 FILE = sys.modules["vitkernels.ops.attention"]  # the package's attribute of that name is the function
@@ -35,31 +35,54 @@ def make_qkv(B, H, N_q, N_kv, D, **kwargs):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("N", "D"), [(50, 20), (50, 36), (50, 64), (50, 72), (197, 20), (197, 64), (197, 72), (257, 36), (257, 72)]
-)
+# The numbers of tokens and the head dims that vision transformers have, each once; real configurations of the long rows
+# are tests/emulator's.
+SIZES = [
+    (1, 16, torch.float32), (16, 24, torch.bfloat16), (49, 32, torch.bfloat16), (50, 36, torch.float32),
+    (50, 64, torch.float16), (64, 48, torch.float32), (144, 60, torch.bfloat16), (196, 88, torch.bfloat16),
+    (197, 64, torch.bfloat16), (197, 72, torch.float32), (256, 104, torch.float16), (257, 80, torch.bfloat16),
+    (257, 96, torch.float32), (261, 128, torch.bfloat16), (577, 112, torch.bfloat16),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("N", "D", "dtype"), SIZES, ids=str)
 def test_attention(N, D, dtype, device):
     # Few rows average few roundings out: the shorter the sequence, the more heads.
-    H = 12 if N == 50 else 3
-    check_op(ops.attention, reference.attention, make_qkv(1, H, N, N, D, dtype=dtype, device=device))
+    tensors = make_qkv(1, max(1, 600 // N), N, N, D, dtype=dtype, device=device)
+    if N == 1:  # the gradients of q and k are exactly zero: see below
+        tensors["q"].requires_grad_(False)
+        tensors["k"].requires_grad_(False)
+    check_op(ops.attention, reference.attention, tensors)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("N", "H", "D"), [(50, 12, 36), (197, 3, 20), (197, 2, 72), (257, 2, 64)])
+@pytest.mark.parametrize(
+    ("N", "H", "D", "dtype"),
+    [
+        (50, 12, 36, torch.bfloat16),
+        (197, 3, 20, torch.float32),
+        (197, 2, 72, torch.float16),
+    ],
+    ids=str,
+)
 def test_qkvpacked(N, H, D, dtype, device):
     qkv = make(1, N, 3, H, D, dtype=dtype, device=device)
     check_op(ops.attention_qkvpacked, reference.attention_qkvpacked, {"qkv": qkv})
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("D", [1, 100, 144, 256])
+@pytest.mark.parametrize(("D", "dtype"), [(1, torch.float32), (144, torch.float16), (256, torch.bfloat16)], ids=str)
 def test_other_head_dims(D, dtype, device):
     check_op(ops.attention, reference.attention, make_qkv(1, 8, 67, 67, D, dtype=dtype, device=device))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("N_q", "N_kv"), [(1, 1), (1, 197), (197, 1), (65, 130), (130, 64)])
+@pytest.mark.parametrize(
+    ("N_q", "N_kv", "dtype"),
+    [
+        (1, 197, torch.bfloat16),
+        (197, 1, torch.float16),
+        (65, 130, torch.float32),
+    ],
+    ids=str,
+)
 def test_cross_lengths(N_q, N_kv, dtype, device):
     tensors = make_qkv(2, 2, N_q, N_kv, 24, dtype=dtype, device=device)
     if N_kv == 1:  # the gradients of q and k are exactly zero: see the next test
@@ -68,8 +91,7 @@ def test_cross_lengths(N_q, N_kv, dtype, device):
     check_op(ops.attention, reference.attention, tensors)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("N_q", [1, 50])
+@pytest.mark.parametrize(("N_q", "dtype"), [(1, torch.float32), (50, torch.float16)], ids=str)
 def test_one_key_gives_its_value_and_no_gradient_to_the_scores(N_q, dtype, device):
     tensors = make_qkv(2, 3, N_q, 1, 36, dtype=dtype, device=device)
     out = ops.attention(**tensors)
@@ -83,10 +105,11 @@ def test_one_key_gives_its_value_and_no_gradient_to_the_scores(N_q, dtype, devic
     assert (dk.double().abs() <= 36**-0.5 * (d_score * q.abs()).sum(2, keepdim=True)).all()
 
 
-@pytest.mark.parametrize("scale", [0.3, 2, 0.0, -0.2])
+@pytest.mark.parametrize("scale", [2, 0.0, -0.2])
 def test_scale(scale, device):
-    check_op(ops.attention, reference.attention, make_qkv(1, 2, 70, 70, 20, device=device), options={"scale": scale})
-    qkv = {"qkv": make(1, 70, 3, 2, 20, device=device)}
+    tensors = make_qkv(1, 2, 70, 70, 24, dtype=torch.bfloat16, device=device)
+    check_op(ops.attention, reference.attention, tensors, options={"scale": scale})
+    qkv = {"qkv": make(1, 70, 3, 2, 24, dtype=torch.bfloat16, device=device)}
     check_op(ops.attention_qkvpacked, reference.attention_qkvpacked, qkv, options={"scale": scale})
 
 
@@ -105,16 +128,20 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_inputs_and_upstream(layout, device):
     strided = LAYOUTS[layout]
+    # With channels that do not lie side by side PyTorch attends by another way, in fp32 within.
+    dtype = torch.float32 if layout == "last dim strided" else torch.bfloat16
     tensors = {
-        name: strided(t).requires_grad_() for name, t in make_qkv(2, 3, 70, 70, 24, device=device, grad=False).items()
+        name: strided(t).requires_grad_()
+        for name, t in make_qkv(2, 3, 70, 70, 24, dtype=dtype, device=device, grad=False).items()
     }
     check_op(ops.attention, reference.attention, tensors, upstream=lambda o: strided(torch.randn_like(o)))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["tokens first", "last dim strided", "expanded heads", "misaligned"])
 def test_layouts_of_packed_inputs_and_upstream(layout, device):
     strided = LAYOUTS[layout]
-    qkv = strided(make(2, 3, 70, 3 * 24, device=device, grad=False)).unflatten(-1, (3, 24)).permute(0, 2, 3, 1, 4)
+    qkv = make(2, 3, 70, 3 * 24, dtype=torch.bfloat16, device=device, grad=False)
+    qkv = strided(qkv).unflatten(-1, (3, 24)).permute(0, 2, 3, 1, 4)
     check_op(
         ops.attention_qkvpacked,
         reference.attention_qkvpacked,
@@ -125,16 +152,16 @@ def test_layouts_of_packed_inputs_and_upstream(layout, device):
 
 def test_stride_zero_upstream(device):
     check_op(
-        ops.attention, reference.attention, make_qkv(1, 2, 50, 50, 24, device=device),
+        ops.attention, reference.attention, make_qkv(1, 2, 70, 70, 24, dtype=torch.bfloat16, device=device),
         upstream=lambda o: o.new_ones(()).expand_as(o),
     )  # fmt: skip
-    qkv = make(1, 50, 3, 2, 24, device=device)
+    qkv = make(1, 70, 3, 2, 24, dtype=torch.bfloat16, device=device)
     ops.attention_qkvpacked(qkv).sum().backward()
     assert qkv.grad.isfinite().all()
 
 
 @pytest.mark.parametrize(("B", "H"), [(0, 2), (2, 0)])
-def test_empty_batch(B, H, device):
+def test_empty_batch(B, H, device, computed_by_pytorch):
     tensors = make_qkv(B, H, 5, 7, 16, device=device)
     out = ops.attention(**tensors)
     out.sum().backward()
@@ -149,7 +176,8 @@ def test_empty_batch(B, H, device):
 
 @pytest.mark.parametrize("trained", ["q", "k", "v", "qk", "qv", "kv"])
 def test_frozen_inputs_run_only_the_kernels_needed(trained, device, monkeypatch):
-    tensors = make_qkv(1, 2, 70, 50, 24, device=device)
+    # As many heads as the H100 has multiprocessors: for fewer, whole rows would leave some idle.
+    tensors = make_qkv(1, 132, 70, 50, 24, dtype=torch.bfloat16, device=device)
     for name, t in tensors.items():
         t.requires_grad_(name in trained)
     launched = []
@@ -294,8 +322,8 @@ def test_keys_beyond_the_last_have_no_weight_in_the_backward(device):
         assert grad.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_autocast(dtype, device):
+def test_autocast(device, computed_by_pytorch):
+    dtype = torch.bfloat16
     tensors = make_qkv(1, 2, 50, 50, 24, device=device)
     qkv = torch.stack([t.detach().transpose(1, 2) for t in tensors.values()], 2).requires_grad_()
     with torch.autocast(device.type, dtype):
@@ -349,7 +377,7 @@ def test_bad_input(case, no_launch):
         call()
 
 
-def test_double_backward_and_forward_mode_are_errors(device):
+def test_double_backward_and_forward_mode_are_errors(device, computed_by_pytorch):
     q = make(1, 1, 3, 8, device=device)
     (dq,) = torch.autograd.grad(ops.attention(q, q, q).square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiated again"):
@@ -422,7 +450,7 @@ def test_registered_ops_take_heads_first(device):
             torch.testing.assert_close(grad, other)
 
 
-def test_fullgraph_compile(device):
+def test_fullgraph_compile(device, computed_by_pytorch):
     qkv = make(1, 5, 3, 2, 8, device=device)
 
     def f(x):
@@ -468,7 +496,6 @@ def test_config_fits_shared_memory():
                     used = shared_bytes(kernel, tiling, sum(head_parts(D)), dtype.itemsize)
                     assert used <= shared, (arch, D, dtype, kernel)
                     assert min(tiling.block_m, tiling.block_n) >= 16
-    assert choose_config(1374, 1374, 64, torch.float32, INTERPRETER, heads=8).forward.block_m == 64
 
 
 def test_pieces_hold_every_key_and_little_else():
@@ -496,25 +523,3 @@ def test_useful_share_of_the_scores(target):
         config = choose_config(N, N, 64, torch.bfloat16, TARGETS[target].facts, heads=384)
         if target.startswith(("sm_9", "sm_10", "gfx")) or N == 197:
             assert useful_share(N, N, config.forward) > least
-
-
-# Every number of tokens and every head dim that a vision transformer has, in forward and backward.
-TOKENS = (1, 16, 49, 50, 64, 144, 197, 257, 577, 729, 1025, 1374)
-HEAD_DIMS = (16, 24, 32, 36, 48, 60, 64, 72, 80, 88, 96, 104, 112, 128)
-
-
-@pytest.mark.parametrize("N", TOKENS)
-def test_tokens(N, device):
-    D = HEAD_DIMS[TOKENS.index(N)]
-    tensors = make_qkv(1, 2, N, N, D, device=device)
-    if N == 1:  # the gradients of q and k are exactly zero: see above
-        tensors["q"].requires_grad_(False)
-        tensors["k"].requires_grad_(False)
-    bias = torch.randn(1, 1, 1, N, device=device)  # one row: a mask of all pairs is PyTorch's slow path
-    check_op(ops.attention, reference.attention, tensors, options={"attn_mask": bias})
-
-
-@pytest.mark.parametrize(("N", "dtype"), [(33, torch.float32), (33, torch.bfloat16), (100, torch.bfloat16)], ids=str)
-@pytest.mark.parametrize("D", HEAD_DIMS)
-def test_head_dims(D, N, dtype, device):
-    check_op(ops.attention, reference.attention, make_qkv(1, 6, N, N, D, dtype=dtype, device=device))

@@ -1,6 +1,7 @@
 """Masks, learned biases, causality and dropout of attention, in each of its regimes."""
 
 import dataclasses
+import itertools
 import sys
 
 import pytest
@@ -10,47 +11,65 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitkernels
 from vitkernels import ops, reference
-from vitkernels.ops.attention.config import choose_config
+from vitkernels.emulator.launch import emulating
+from vitkernels.ops.attention.config import Tiling, choose_config
+from vitkernels.runtime import DeviceFacts, next_power_of_2
 from vitkernels.testing import check_op
 
 MODULES = [sys.modules[f"vitkernels.ops.attention.{name}"] for name in ("forward", "backward")]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# Tokens, and the regimes of forward and backward that they fall into: of windows with head dims up to 32 alone.
-REGIMES = {"windows": 49, "row": 100, "blocks": 150}
+# Tokens and dtype: in fp32 products of whole rows take a compiler seconds, and are not chosen.
+REGIMES = {"windows": (49, torch.bfloat16), "row": (100, torch.float16), "blocks": (150, torch.float32)}
 
 
 @pytest.fixture(params=REGIMES)
 def N(request, monkeypatch):
     """A number of tokens, in each regime."""
-    if request.param == "blocks":
-        force_blocks(monkeypatch)
-    return REGIMES[request.param]
+    force(request.param, monkeypatch)
+    return REGIMES[request.param][0]
 
 
-def force_blocks(monkeypatch):
-    """Take the kernels for rows of any length, which short rows do not need."""
+def force(regime, monkeypatch):
+    """Take the kernels of ``regime``, whatever the dtype and the GPU."""
 
     def choose(N_q, N_kv, D, dtype, facts, **options):
-        return choose_config(10_000, 10_000, D, dtype, facts, **options)
+        config = choose_config(10_000, 10_000, D, dtype, facts, **options)
+        if regime == "blocks" or options.get("varlen"):
+            return config
+        block_m, block_n = (max(16, next_power_of_2(n)) for n in (N_q, N_kv))
+        if regime == "windows":
+            tiling = Tiling("windows", block_m, block_n, 4, 1)
+            return dataclasses.replace(config, forward=tiling, backward=tiling if D <= 32 else config.backward)
+        forward, backward = Tiling("row", 64, 64, 4, 1), Tiling("row", 32, block_n, 4, 1)
+        return dataclasses.replace(config, forward=forward, backward=backward)
 
     for module in MODULES:
         monkeypatch.setattr(module, "choose_config", choose)
 
 
-def make(B, H, N, D, dtype=torch.float32, N_kv=None, device="cpu", grad=True):
+def make(B, H, N, D, dtype=None, N_kv=None, device="cpu", grad=True):
+    dtype = dtype or dtype_at(N)
     return {
         name: torch.randn(B, H, n, D, dtype=torch.float64).to(device, dtype).requires_grad_(grad)
         for name, n in (("q", N), ("k", N_kv or N), ("v", N_kv or N))
     }
 
 
-def test_the_regimes_are_those_named(device):
-    facts = sys.modules["vitkernels.runtime"].INTERPRETER
-    for regime, N in REGIMES.items():
-        config = choose_config(N, N, 32, torch.float32, facts, heads=4)
-        if regime != "blocks":
-            assert (config.forward.regime, config.backward.regime) == (regime, regime)
-    assert choose_config(300, 300, 32, torch.float32, facts, heads=4).forward.regime == "blocks"
+def learned(*shape, device="cpu"):
+    """A bias over the last two dims that requires grad."""
+    return torch.randn(shape, dtype=torch.float64).to(device, dtype_at(shape[-1])).requires_grad_()
+
+
+def dtype_at(N):
+    return dict(REGIMES.values()).get(N, torch.float32)
+
+
+def test_short_rows_have_kernels_of_their_own():
+    facts = DeviceFacts("H100", "sm_90", 132, 227 << 10)
+    chosen = {N: choose_config(N, N, 32, torch.bfloat16, facts, heads=264, masked=True) for N in (49, 100, 300)}
+    assert [c.forward.regime for c in chosen.values()] == ["windows", "row", "blocks"]
+    assert [c.backward.regime for c in chosen.values()] == ["windows", "blocks", "blocks"]
+    assert choose_config(100, 100, 32, torch.bfloat16, facts, heads=264).backward.regime == "row"
 
 
 BOOL_MASKS = {
@@ -72,20 +91,38 @@ def random_bool(*shape):
     return torch.rand(shape) > 0.4
 
 
-@pytest.mark.parametrize("kind", BOOL_MASKS)
+def kinds_and_regimes(common, others):
+    """The commonest kind in each regime, others in one."""
+    turns = zip(others, itertools.cycle(REGIMES), strict=False)
+    return [*((common, regime) for regime in REGIMES), *turns]
+
+
+@pytest.mark.parametrize(
+    ("kind", "N"),
+    kinds_and_regimes(
+        "keys of each image", ["pairs of all", "queries", "one", "expanded", "sliced", "pairs of a head"]
+    ),
+    indirect=["N"],
+)
 def test_bool_masks(kind, N, device):
     mask = BOOL_MASKS[kind](2, 3, N).to(device)
     check_op(ops.attention, reference.attention, make(2, 3, N, 24, device=device), options={"attn_mask": mask})
 
 
-@pytest.mark.parametrize("kind", BOOL_MASKS)
+@pytest.mark.parametrize(
+    ("kind", "N"),
+    kinds_and_regimes(
+        "pairs of all", ["keys of all", "transposed", "pairs of each head", "pairs of an image", "queries", "expanded"]
+    ),
+    indirect=["N"],
+)
 def test_added_masks_and_their_gradients(kind, N, device):
     # A bias that requires grad is laid out as the mask of that kind.
     mask = BOOL_MASKS[kind](2, 3, N)
     bias = torch.randn(mask.shape, dtype=torch.float64)
     bias = bias.as_strided(mask.shape, mask.stride()) if 0 in mask.stride() else bias
     bias = bias.transpose(-1, -2).contiguous().transpose(-1, -2) if kind == "transposed" else bias
-    bias = bias.float().to(device)
+    bias = bias.to(device, dtype_at(N))
     tensors = make(2, 3, N, 24, device=device)
     if kind in ("queries", "one"):  # what shifts a whole row has no gradient: see the next test
         check_op(ops.attention, reference.attention, tensors, options={"attn_mask": bias})
@@ -95,38 +132,36 @@ def test_added_masks_and_their_gradients(kind, N, device):
 
 def test_a_bias_of_whole_rows_gets_no_gradient(N, device):
     tensors = make(1, 2, N, 24, device=device)
-    bias = torch.randn(1, 1, N, 1, device=device, requires_grad=True)
+    bias = torch.randn(1, 1, N, 1, device=device).to(dtype_at(N)).requires_grad_()
     (gradient,) = torch.autograd.grad(ops.attention(**tensors, attn_mask=bias).square().sum(), bias)
-    assert gradient.shape == bias.shape and gradient.abs().max() < 1e-5
+    # What is left are roundings of o, of which the backward takes Σ do · o.
+    assert gradient.shape == bias.shape and gradient.abs().max() < 100 * torch.finfo(bias.dtype).eps
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("sense", ["bool", "float", "fp32"])
-def test_masks_in_half_precision(sense, dtype, N, device):
-    tensors = make(2, 4, N, 32, dtype, device=device)
-    if sense == "bool":
-        options = {"attn_mask": random_bool(2, 1, N, N).to(device)}
-        check_op(ops.attention, reference.attention, tensors, options=options)
-    elif sense == "float":
-        bias = torch.randn(4, N, N, device=device).to(dtype).requires_grad_()
-        check_op(ops.attention, reference.attention, tensors | {"attn_mask": bias})
-    else:  # a bias kept in fp32, as under autocast: PyTorch rounds it first
-        bias = torch.randn(4, N, N, device=device).to(dtype).float().requires_grad_()
-        out = ops.attention(**tensors, attn_mask=bias)
-        assert torch.equal(out, ops.attention(**tensors, attn_mask=bias.detach().to(dtype)))
-        assert torch.autograd.grad(out.sum(), bias)[0].dtype == torch.float32
+def test_a_bias_kept_in_fp32(device):
+    """As under autocast: PyTorch rounds it first."""
+    N = 49
+    tensors = make(2, 4, N, 24, torch.bfloat16, device=device)
+    bias = torch.randn(4, N, N, device=device).bfloat16().float().requires_grad_()
+    out = ops.attention(**tensors, attn_mask=bias)
+    assert torch.equal(out, ops.attention(**tensors, attn_mask=bias.detach().bfloat16()))
+    assert torch.autograd.grad(out.sum(), bias)[0].dtype == torch.float32
 
 
 def test_packed_with_a_bias(N, device):
-    qkv = torch.randn(2, N, 3, 3, 24, device=device, requires_grad=True)
-    bias = torch.randn(3, N, N, device=device, requires_grad=True)
+    qkv = torch.randn(2, N, 3, 3, 24, device=device).to(dtype_at(N)).requires_grad_()
+    bias = learned(3, N, N, device=device)
     check_op(ops.attention_qkvpacked, reference.attention_qkvpacked, {"qkv": qkv, "attn_mask": bias})
 
 
-@pytest.mark.parametrize("trained", ["attn_mask", "q and attn_mask", "k and attn_mask"])
+@pytest.mark.parametrize(
+    ("trained", "N"),
+    [("attn_mask", "windows"), ("q and attn_mask", "row"), ("k and attn_mask", "blocks")],
+    indirect=["N"],
+)
 def test_frozen_operands_change_no_gradient(trained, N, device):
     tensors = make(2, 2, N, 24, device=device)
-    tensors["attn_mask"] = torch.randn(2, N, N, device=device, requires_grad=True)
+    tensors["attn_mask"] = learned(2, N, N, device=device)
     do = torch.randn_like(tensors["q"])
     all_grads = dict(
         zip(tensors, torch.autograd.grad(ops.attention(**tensors), list(tensors.values()), do), strict=True)
@@ -135,13 +170,14 @@ def test_frozen_operands_change_no_gradient(trained, N, device):
     frozen = {name: t if name in wanted else t.detach() for name, t in tensors.items()}
     # Other kernels may run, whose weights come from the rounded lse.
     for name, grad in zip(wanted, torch.autograd.grad(ops.attention(**frozen), list(wanted.values()), do), strict=True):
-        torch.testing.assert_close(grad, all_grads[name], rtol=1e-4, atol=1e-5)
+        eps = torch.finfo(grad.dtype).eps
+        torch.testing.assert_close(grad, all_grads[name], rtol=1000 * eps, atol=100 * eps)
 
 
-@pytest.mark.parametrize(("N_q", "N_kv"), [(70, 20), (20, 70), (130, 90)])
+@pytest.mark.parametrize(("N_q", "N_kv"), [(70, 20), (130, 90)])
 def test_cross_attention_with_a_bias(N_q, N_kv, device):
     tensors = make(2, 2, N_q, 24, N_kv=N_kv, device=device)
-    bias = torch.randn(1, 2, N_q, N_kv, device=device, requires_grad=True)
+    bias = learned(1, 2, N_q, N_kv, device=device)
     check_op(ops.attention, reference.attention, tensors | {"attn_mask": bias})
 
 
@@ -154,13 +190,13 @@ def test_cropped_bias_gradients_reach_the_whole(device):
              tensors | {"table": table})  # fmt: skip
 
 
-@pytest.mark.parametrize("masks", ["bool", "float"])
+@pytest.mark.parametrize(("masks", "N"), [("float", "windows"), ("bool", "row"), ("float", "blocks")], indirect=["N"])
 def test_a_query_that_looks_at_no_key(masks, N, device):
     tensors = make(2, 2, N, 24, device=device)
     mask = random_bool(2, 1, N, N).to(device)
     mask[0, 0, 5] = mask[1, 0, N - 1] = False
     if masks == "float":
-        mask = torch.zeros(mask.shape, device=device).masked_fill(~mask, float("-inf"))
+        mask = torch.zeros(mask.shape, dtype=dtype_at(N), device=device).masked_fill(~mask, float("-inf"))
     check_op(ops.attention, reference.attention, tensors, options={"attn_mask": mask})
     out = ops.attention(**tensors, attn_mask=mask)
     dq, dk, dv = torch.autograd.grad(out.sum(), list(tensors.values()))
@@ -184,19 +220,16 @@ MIN = {dtype: torch.finfo(dtype).min for dtype in (*DTYPES, torch.float64)}
     [
         ("pairs", torch.float32, torch.float32, MIN[torch.float32]),
         ("learned", torch.float32, torch.float32, MIN[torch.float32]),
-        ("learned", torch.float32, torch.float32, -1e9),
         ("learned", torch.float32, torch.float32, MIN[torch.float16]),
-        ("keys", torch.float32, torch.float32, MIN[torch.float32]),
         ("learned", torch.float64, torch.float64, MIN[torch.float64]),
-        ("learned", torch.float32, torch.bfloat16, MIN[torch.bfloat16]),
-        ("pairs", torch.float64, torch.float32, MIN[torch.float32]),
-        ("pairs", torch.float32, torch.float64, MIN[torch.float64]),
+        ("pairs", torch.float32, torch.bfloat16, MIN[torch.bfloat16]),
         ("keys", torch.float32, torch.float64, MIN[torch.float64]),
     ],
     ids=str,
 )
-def test_a_row_of_the_least_number_weighs_its_keys_alike(kind, dtype, mask_dtype, least, N, device):
+def test_a_row_of_the_least_number_weighs_its_keys_alike(kind, dtype, mask_dtype, least, device):
     """As libraries mask: what is finite looks at its keys, and where all are as low, at all of them."""
+    N = 150
     tensors = make(2, 2, N, 24, dtype, device=device)
     mask = torch.randn(2, 1, 1 if kind == "keys" else N, N, device=device).to(mask_dtype)
     mask[..., 3:9] = least
@@ -209,21 +242,26 @@ def test_a_row_of_the_least_number_weighs_its_keys_alike(kind, dtype, mask_dtype
 
 
 @pytest.mark.parametrize("largest", [torch.finfo(torch.float32).max, 1e9])
-def test_a_key_of_the_largest_number_is_looked_at_alone(largest, N, device):
+def test_a_key_of_the_largest_number_is_looked_at_alone(largest, device):
+    N = 70
     mask = torch.zeros(N, N, device=device)
     mask[4, 3:5] = largest
     check_op(ops.attention, math_attention, make(1, 2, N, 24, device=device) | {"attn_mask": mask.requires_grad_()})
 
 
 @pytest.mark.parametrize(
-    ("dtype", "mask_dtype"),
-    [(torch.float16, torch.float16), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.bfloat16),
-     (torch.bfloat16, torch.float32), (torch.float16, torch.float64)],
+    ("dtype", "mask_dtype", "N"),
+    [
+        (torch.float16, torch.float16, "row"),
+        (torch.bfloat16, torch.bfloat16, "windows"),
+        (torch.float16, torch.float32, "blocks"),
+    ],
+    indirect=["N"],
     ids=str,
-)  # fmt: skip
+)
 def test_a_row_of_the_least_number_in_half_precision(dtype, mask_dtype, N, device):
     """Its scores are alike, as are those of a query of zeros without a mask."""
-    tensors = make(1, 2, N, 32, dtype, device=device)
+    tensors = make(1, 2, N, 24, dtype, device=device)
     row = torch.tensor([5], device=device)
     zeroed = tensors | {"q": tensors["q"].detach().index_fill(2, row, 0.0).requires_grad_()}
     if mask_dtype == torch.float16:  # its least number leaves room for scores
@@ -267,7 +305,9 @@ def test_no_query_looks_anywhere(N, device):
     assert not any(g.any() for g in torch.autograd.grad(out.sum(), list(tensors.values())))
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("masked", "N"), [(False, "windows"), (False, "row"), (False, "blocks"), (True, "windows")], indirect=["N"]
+)
 def test_causal(masked, N, device):
     mask = random_bool(2, 1, 1, N).to(device)
     mask[..., 0] = True
@@ -275,13 +315,15 @@ def test_causal(masked, N, device):
     check_op(ops.attention, reference.attention, make(2, 2, N, 24, device=device), options=options)
 
 
-@pytest.mark.parametrize(("N_q", "N_kv"), [(70, 40), (40, 70), (200, 130), (130, 300)])
+@pytest.mark.parametrize(("N_q", "N_kv"), [(70, 40), (130, 300)])
 def test_causal_of_unequal_lengths_counts_from_the_first(N_q, N_kv, device):
     tensors = make(1, 2, N_q, 16, N_kv=N_kv, device=device)
     check_op(ops.attention, reference.attention, tensors, options={"is_causal": True})
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize(
+    ("p", "N"), [(0.1, "windows"), (0.5, "row"), (0.1, "blocks"), (1.0, "windows")], indirect=["N"]
+)
 def test_dropout_is_that_of_its_seed(p, N, device):
     torch.manual_seed(7)
     seed = torch.randint(2**62, (1,), device=device)
@@ -300,7 +342,8 @@ def test_dropout_is_that_of_its_seed(p, N, device):
     check_op(dropped, lambda q, k, v: reference.attention(q, k, v, dropout_scale=drawn.to(q.dtype)), tensors)
 
 
-def test_dropout_with_a_bias(N, device):
+def test_dropout_with_a_bias(device):
+    N = 70
     torch.manual_seed(3)
     drawn = reference.dropout_scale(int(torch.randint(2**62, (1,), device=device)), (2, 2, N, N), 0.2).to(device)
 
@@ -311,7 +354,7 @@ def test_dropout_with_a_bias(N, device):
     def expected(q, k, v, attn_mask):
         return reference.attention(q, k, v, attn_mask=attn_mask, dropout_scale=drawn.to(q.dtype))
 
-    bias = torch.randn(2, N, N, device=device, requires_grad=True)
+    bias = learned(2, N, N, device=device)
     check_op(dropped, expected, make(2, 2, N, 24, device=device) | {"attn_mask": bias})
 
 
@@ -340,8 +383,8 @@ def test_dropout_is_repeated_by_manual_seed_alone(device):
 
 def test_gradcheck(device):
     for N, options in ((3, {}), (70, {"is_causal": True})):
-        tensors = make(2, 2, N, 4, torch.float64, device=device)
-        bias = torch.randn(2, N, N, dtype=torch.float64, device=device, requires_grad=True)
+        tensors = make(2, 1, N, 4, torch.float64, device=device)
+        bias = torch.randn(1, N, N, dtype=torch.float64, device=device, requires_grad=True)
 
         def f(q, k, v, bias, options=options):
             torch.manual_seed(1)
@@ -351,7 +394,7 @@ def test_gradcheck(device):
 
 
 def test_gradcheck_over_blocks(device, monkeypatch):
-    force_blocks(monkeypatch)
+    force("blocks", monkeypatch)
     tensors = make(2, 2, 70, 4, torch.float64, device=device)
     bias = torch.randn(2, 70, 70, dtype=torch.float64, device=device, requires_grad=True)
     f = lambda q, k, v, bias: ops.attention(q, k, v, attn_mask=bias)  # noqa: E731
@@ -359,8 +402,8 @@ def test_gradcheck_over_blocks(device, monkeypatch):
 
 
 def test_reruns_are_bit_equal(N, device):
-    tensors = make(3, 2, N, 24, torch.bfloat16, device=device)
-    bias = torch.randn(2, N, N, device=device, dtype=torch.bfloat16, requires_grad=True)
+    tensors = make(3, 2, N, 24, device=device)
+    bias = learned(2, N, N, device=device)
     do = torch.randn_like(tensors["q"])
 
     def run():
@@ -383,11 +426,10 @@ class _Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("shape", ["HNN", "1HNN"])
-def test_a_shared_bias_costs_no_tensor_of_all_pairs(shape, N, device):
+def test_a_shared_bias_costs_no_tensor_of_all_pairs(N, device):
     B, H = 16, 2
-    tensors = make(B, H, N, 16, device=device)
-    bias = torch.randn((1,) * (shape == "1HNN") + (H, N, N), device=device, requires_grad=True)
+    tensors = make(B, H, N, 24, device=device)
+    bias = learned(H, N, N, device=device)
     with _Largest() as largest:
         ops.attention(**tensors, attn_mask=bias).sum().backward()
     assert bias.grad.shape == bias.shape
@@ -396,8 +438,8 @@ def test_a_shared_bias_costs_no_tensor_of_all_pairs(shape, N, device):
 
 
 def test_an_expanded_mask_is_not_written_out(N, device):
-    tensors = make(16, 2, N, 16, device=device, grad=False)
-    mask = torch.randn(1, 1, N, N, device=device).expand(16, 2, N, N)
+    tensors = make(16, 2, N, 24, device=device, grad=False)
+    mask = learned(1, 1, N, N, device=device).expand(16, 2, N, N)
     with torch.no_grad(), _Largest() as largest:
         ops.attention(**tensors, attn_mask=mask)
     assert largest.elements < 16 * 2 * N * N
@@ -405,15 +447,15 @@ def test_an_expanded_mask_is_not_written_out(N, device):
 
 def test_an_expanded_leaf_gets_a_gradient_an_element(N, device):
     """Nothing sums the gradient of a leaf, so that what lies in one place may still want many."""
-    tensors = make(2, 2, N, 16, device=device)
-    tensors["attn_mask"] = torch.randn(1, N, N, device=device).expand(2, N, N).requires_grad_()
+    tensors = make(2, 2, N, 24, device=device)
+    tensors["attn_mask"] = learned(1, N, N, device=device).detach().expand(2, N, N).requires_grad_()
     check_op(ops.attention, reference.attention, tensors)
 
 
-@pytest.mark.parametrize("where", ["k", "v", "attn_mask"])
+@pytest.mark.parametrize(("where", "N"), [("k", "windows"), ("v", "row"), ("attn_mask", "blocks")], indirect=["N"])
 def test_a_nan_in_one_image_stays_there(where, N, device):
     tensors = make(3, 2, N, 24, device=device)
-    tensors["attn_mask"] = torch.zeros(3, 1, N, N, device=device)
+    tensors["attn_mask"] = torch.zeros(3, 1, N, N, dtype=dtype_at(N), device=device)
     with torch.no_grad():
         tensors[where][1, 0, N // 2, 3] = float("nan")
     out = ops.attention(**tensors)
@@ -423,12 +465,11 @@ def test_a_nan_in_one_image_stays_there(where, N, device):
     assert not out[1].isfinite().all()
 
 
-def test_programs_in_any_order_agree_bit_for_bit(N, monkeypatch):
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
+def test_programs_in_any_order_agree_bit_for_bit(N):
     if torch.cuda.is_available():
         pytest.skip("a GPU orders programs as it likes; the reruns above are compared there")
     tensors = make(3, 2, N, 24)
-    bias = torch.randn(2, N, N, requires_grad=True)
+    bias = learned(2, N, N)
     do = torch.randn_like(tensors["q"])
 
     def run():
@@ -436,23 +477,15 @@ def test_programs_in_any_order_agree_bit_for_bit(N, monkeypatch):
         return out, *torch.autograd.grad(out, [*tensors.values(), bias], do)
 
     before = run()
-    builder = interpreter.interpreter_builder
-    set_grid_idx, seen = builder.set_grid_idx, []
-
-    def shuffled(x, y, z):
-        order = torch.randperm(builder.grid_dim[0], generator=torch.Generator().manual_seed(builder.grid_dim[0]))
-        seen.append(int(order[x]))
-        set_grid_idx(seen[-1], y, z)
-
-    monkeypatch.setattr(builder, "set_grid_idx", shuffled)
-    after = run()
-    assert seen != sorted(seen)
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    for seed in range(3):
+        with emulating(seed=seed):
+            assert all(torch.equal(a, b) for a, b in zip(before, run(), strict=True))
 
 
-def test_compiled_equals_eager(N, device):
-    tensors = make(2, 2, N, 16, device=device)
-    bias = torch.randn(2, N, N, device=device, requires_grad=True)
+def test_compiled_equals_eager(device, computed_by_pytorch):
+    N = 70
+    tensors = make(2, 2, N, 24, device=device)
+    bias = learned(2, N, N, device=device)
 
     def f(q, k, v, bias):
         return ops.attention(q, k, v, attn_mask=bias, is_causal=True)
@@ -475,7 +508,7 @@ class FirstImages(torch.nn.Module):
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 5, 5), (5, 5)], ids=str)
-def test_export_of_as_many_images_as_data_tell(shape, device):
+def test_export_of_as_many_images_as_data_tell(shape, device, computed_by_pytorch):
     q, bias = torch.randn(4, 2, 5, 8, device=device), torch.randn(shape, device=device)
     exported = torch.export.export(FirstImages(), (torch.tensor(3), q, bias)).module()
     for n in (1, 2):
@@ -488,21 +521,19 @@ def test_opcheck_and_the_references_of_registered_ops(device):
     q, k, v = (torch.randn(2, 5, 3, 8, device=device) for _ in range(3))
     qkv = torch.stack([q, k, v], 2)
     seed = torch.tensor([12345], device=device)
-    bias, key_mask = torch.randn(1, 3, 5, 5, device=device), torch.ones(2, 1, 1, 5, dtype=torch.bool, device=device)
-    for options in ((None, None, True), (bias, seed, False, 0.4), (key_mask, None, True)):
-        learned = options[0] is bias
-        o, lse = file.attention_fwd(q, k, v, 0.3, False, *options)
-        backward = (o.cos(), q, k, v, o, lse, 0.3, [True, True, learned], False, *options)
-        packed = (o.cos(), qkv, o, lse, 0.3, True, learned, *options)
-        for op, arguments, expected in (
-            (file.attention_fwd, (q, k, v, 0.3, False, *options), file._reference_forward),
-            (file.attention_bwd, backward, file._reference_backward),
-            (file.attention_qkvpacked_bwd, packed, file._reference_packed_backward),
-        ):
-            torch.library.opcheck(op, arguments, test_utils=tests)
-            for a, e in zip(op(*arguments), expected(*arguments), strict=True):
-                assert a.shape == e.shape and a.dtype == e.dtype
-                torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+    options = (torch.randn(1, 3, 5, 5, device=device), seed, False, 0.4)
+    o, lse = file.attention_fwd(q, k, v, 0.3, False, *options)
+    backward = (o.cos(), q, k, v, o, lse, 0.3, [True, True, True], False, *options)
+    packed = (o.cos(), qkv, o, lse, 0.3, True, True, *options)
+    for op, arguments, expected in (
+        (file.attention_fwd, (q, k, v, 0.3, False, *options), file._reference_forward),
+        (file.attention_bwd, backward, file._reference_backward),
+        (file.attention_qkvpacked_bwd, packed, file._reference_packed_backward),
+    ):
+        torch.library.opcheck(op, arguments, test_utils=tests)
+        for a, e in zip(op(*arguments), expected(*arguments), strict=True):
+            assert a.shape == e.shape and a.dtype == e.dtype
+            torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
 
 
 Q = torch.zeros(2, 3, 5, 8)

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from drawn import drawn
 
 from vitkernels import ops, reference
 from vitkernels.testing import check_op
@@ -30,9 +31,7 @@ def tables(shape, interleaved, device, dtype=torch.float32):
     return ops.Rope(angles.cos().to(device, dtype), angles.sin().to(device, dtype), interleaved)
 
 
-@pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("kind", TABLES)
-@pytest.mark.parametrize("prefix", [0, 5])
+@pytest.mark.parametrize(("kind", "interleaved", "prefix"), drawn(6, TABLES, [False, True], [0, 5]))
 def test_rope(interleaved, kind, prefix, device):
     B, H, N, D = 2, 3, 50, 24
     rope = tables(TABLES[kind](B, H, N - prefix, D), interleaved, device)
@@ -40,9 +39,15 @@ def test_rope(interleaved, kind, prefix, device):
     check_op(ops.attention, reference.attention, make(B, H, N, D, device=device), options=options)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("N", "D", "interleaved"), [(197, 64, True), (70, 72, False), (70, 36, True), (261, 16, False)]
+    ("N", "D", "interleaved", "dtype"),
+    [
+        (197, 64, True, torch.bfloat16),
+        (70, 72, False, torch.float16),
+        (70, 36, True, torch.float32),
+        (261, 16, False, torch.float16),
+    ],
+    ids=str,
 )
 def test_rope_by_dtype(N, D, interleaved, dtype, device):
     rope = tables((N - 1, D), interleaved, device)
@@ -51,8 +56,13 @@ def test_rope_by_dtype(N, D, interleaved, dtype, device):
     check_op(ops.attention, reference.attention, make(1, 6, N, D, dtype, device), options=options)
 
 
+def free_tables(*shape, device):
+    """Two that are no rotation. They leave the scores small: above 30 the rounding of lse is seen (promises.md)."""
+    return 0.5 * torch.randn(2, *shape, device=device)
+
+
 def test_rope_of_tables_that_are_no_rotation(device):
-    rope = ops.Rope(torch.randn(50, 24, device=device), torch.randn(50, 24, device=device))
+    rope = ops.Rope(*free_tables(50, 24, device=device))
     for interleaved in (False, True):
         options = {"rope": rope._replace(interleaved=interleaved)}
         check_op(ops.attention, reference.attention, make(1, 2, 50, 24, device=device), options=options)
@@ -62,7 +72,7 @@ def test_rope_of_tables_that_are_no_rotation(device):
 @pytest.mark.parametrize("expanded", ["cos", "sin", "both"])
 def test_rope_of_expanded_tables(expanded, dim, device):
     """One of the tables may lie in memory in another way than the other."""
-    cos, sin = (torch.randn(30, 24, device=device) for _ in range(2))
+    cos, sin = free_tables(30, 24, device=device)
     one = {name: t.narrow(dim, 0, 1).expand_as(t) for name, t in (("cos", cos), ("sin", sin))}
     cos = one["cos"] if expanded != "sin" else cos
     sin = one["sin"] if expanded != "cos" else sin
@@ -82,7 +92,7 @@ def test_rope_is_timms(device):
 
 def test_learned_tables_get_their_gradients(device):
     tensors = make(2, 2, 20, 16, device=device)
-    cos, sin = (torch.randn(2, 20, 16, device=device, requires_grad=True) for _ in range(2))
+    cos, sin = (t.requires_grad_() for t in free_tables(2, 20, 16, device=device))
 
     def with_rope(attention):
         return lambda q, k, v, cos, sin: attention(q, k, v, rope=(cos, sin, True))
@@ -120,17 +130,25 @@ def norms(rms, D, device, dtype=torch.float32, which=("q_norm", "k_norm")):
     return tensors, with_norms
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rms", [False, True])
-@pytest.mark.parametrize(("N", "D"), [(50, 64), (70, 72), (130, 36)])
+@pytest.mark.parametrize(
+    ("N", "D", "rms", "dtype"),
+    [
+        (50, 64, False, torch.bfloat16),
+        (70, 72, True, torch.float32),
+        (130, 36, True, torch.float16),
+    ],
+    ids=str,
+)
 def test_qk_norm(N, D, rms, dtype, device):
     parameters, with_norms = norms(rms, D, device, dtype)
     tensors = make(2, 4, N, D, dtype, device) | parameters
     check_op(with_norms(ops.attention), with_norms(reference.attention), tensors)
 
 
-@pytest.mark.parametrize("which", [("q_norm",), ("k_norm",), ("q_norm", "k_norm")])
-@pytest.mark.parametrize("interleaved", [None, False, True])
+@pytest.mark.parametrize(
+    ("which", "interleaved"),
+    [(("q_norm",), None), (("k_norm",), False), (("q_norm", "k_norm"), True), (("q_norm", "k_norm"), None)],
+)
 def test_packed(which, interleaved, device):
     parameters, with_norms = norms(False, 24, device, which=which)
     options = {} if interleaved is None else {"rope": tables((48, 24), interleaved, device), "num_prefix_tokens": 2}
@@ -179,8 +197,7 @@ def test_frozen(frozen, device):
     )
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("packed", "interleaved"), [(False, False), (True, True)])
 def test_gradcheck(packed, interleaved, device):
     rope = tables((5, 6), interleaved, device, torch.float64)
     qkv = torch.randn(2, 6, 3, 2, 6, dtype=torch.float64, device=device, requires_grad=True)
@@ -227,7 +244,7 @@ def test_layouts(layout, device):
     )  # fmt: skip
 
 
-def test_empty_batch(device):
+def test_empty_batch(device, computed_by_pytorch):
     qkv = torch.randn(0, 5, 3, 2, 8, device=device, requires_grad=True)
     weight = torch.ones(8, device=device, requires_grad=True)
     out = ops.attention_qkvpacked(qkv, rope=tables((5, 8), True, device), q_norm=(weight,))
@@ -245,7 +262,7 @@ def test_a_nan_stays_in_its_row(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_autocast_keeps_tables_and_weights(dtype, device):
+def test_autocast_keeps_tables_and_weights(dtype, device, computed_by_pytorch):
     qkv = torch.randn(1, 20, 3, 2, 16, device=device, requires_grad=True)
     weight = torch.randn(16, device=device, requires_grad=True)
     options = {"rope": tables((20, 16), True, device), "q_norm": (weight,)}
@@ -288,7 +305,7 @@ def test_opcheck_and_the_references_of_registered_ops(device):
             torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
 
 
-def test_fullgraph_compile(device):
+def test_fullgraph_compile(device, computed_by_pytorch):
     qkv = torch.randn(1, 9, 3, 2, 8, device=device, requires_grad=True)
     weight = torch.randn(8, device=device, requires_grad=True)
     rope = tables((8, 8), True, device)

@@ -24,15 +24,14 @@ def varlen(q, k, v, cu_seqlens, max_seqlen, **options):
     return reference.attention_varlen(q, k, v, cu_seqlens, **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("D", [24, 64, 72])
+@pytest.mark.parametrize(("D", "dtype"), [(24, torch.float32), (64, torch.bfloat16), (72, torch.float16)], ids=str)
 def test_images_do_not_see_each_other(D, dtype, device):
     tensors, options = make(H=4, D=D, dtype=dtype, device=device)
     check_op(ops.attention_varlen, varlen, tensors, options=options)
 
 
 def test_packed_images_equal_the_same_one_by_one(device):
-    tensors, options = make(device=device)
+    tensors, options = make([70, 33], device=device)
     do = torch.randn_like(tensors["q"])
     out = ops.attention_varlen(**tensors, **options)
     grads = torch.autograd.grad(out, list(tensors.values()), do)
@@ -57,7 +56,7 @@ def test_causal_scale_and_int64_bounds(device):
 def test_rope_and_qk_norm(interleaved, device):
     tensors, options = make(device=device)
     T, weight = tensors["q"].shape[0], torch.randn(24, device=device)
-    rope = (torch.randn(T, 24, device=device), torch.randn(T, 24, device=device), interleaved)
+    rope = (*0.5 * torch.randn(2, T, 24, device=device), interleaved)  # no rotation, and scores that stay small
 
     def expected(q, k, v, cu_seqlens, max_seqlen):
         q, k = (x.transpose(0, 1)[None] for x in (q, k))
@@ -84,9 +83,8 @@ def test_an_image_without_tokens(device):
 
 
 @pytest.mark.parametrize("prepared", [False, True])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("max_seqlen", [0, 1, 6])
-@pytest.mark.parametrize("T", [0, 7])
+@pytest.mark.parametrize("backend", ["torch", "auto" if torch.cuda.is_available() else "emulated"])
+@pytest.mark.parametrize(("max_seqlen", "T"), [(0, 0), (1, 7), (6, 0), (6, 7)])
 def test_nothing_but_images_without_tokens(T, max_seqlen, backend, prepared, device):
     starts = torch.zeros(4, dtype=torch.int32, device=device)
     q, k, v = (torch.randn(T, 2, 8, device=device, requires_grad=True) for _ in range(3))
@@ -180,7 +178,7 @@ def test_opcheck_and_the_references_of_registered_ops(device):
         torch.testing.assert_close(a, e)
 
 
-def test_fullgraph_compile(device):
+def test_fullgraph_compile(device, computed_by_pytorch):
     tensors, options = make([4, 1, 6], D=8, device=device)
 
     def f(q, k, v):

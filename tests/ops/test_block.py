@@ -100,19 +100,24 @@ def check_draws(draws, run=block, **options):
     assert not failed, "\n".join(failed)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("scaled", [True, False], ids=["layer-scale", "plain"])
-@pytest.mark.parametrize("shape", [(2, 50, 60, 132), (1, 197, 36, 80), (8, 1, 48, 40)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "scaled", "dtype"),
+    [
+        ((2, 50, 60, 132), True, torch.bfloat16),
+        ((1, 197, 36, 80), False, torch.float32),
+        ((8, 1, 48, 40), True, torch.float16),
+    ],
+    ids=str,
+)
 def test_block(shape, scaled, dtype, device):
     draws = [make(*shape, dtype=dtype, device=device) for _ in range(3)]
     check_draws(draws if scaled else [without(tensors, "gamma1", "gamma2") for tensors in draws])
 
 
-@pytest.mark.parametrize("activation", [None, *reference.ACTIVATIONS])
-def test_activations_and_recompute(activation, device):
+@pytest.mark.parametrize(("activation", "recompute"), [(None, True), ("gelu", True), ("silu", False)])
+def test_activations_and_recompute(activation, recompute, device):
     draws = [make(2, 10, 36, 40, device=device) for _ in range(4)]
-    for recompute in (False, True):
-        check_draws(draws, functools.partial(block, recompute=recompute), activation=activation)
+    check_draws(draws, functools.partial(block, recompute=recompute), activation=activation)
 
 
 @pytest.mark.parametrize(

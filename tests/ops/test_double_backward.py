@@ -153,7 +153,7 @@ def wants(case: Case, tensors: dict[str, Tensor]) -> set[str]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_raises_by_each_tensor_of_each_op(name, device):
+def test_raises_by_each_tensor_of_each_op(name, device, computed_by_pytorch):
     case = CASES[name]
     tensors = case.tensors(device)
     hangs_on = wants(case, tensors)
@@ -172,7 +172,7 @@ def test_raises_by_each_tensor_of_each_op(name, device):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_raises_where_one_tensor_alone_is_trained(name, device):
+def test_raises_where_one_tensor_alone_is_trained(name, device, computed_by_pytorch):
     case = CASES[name]
     for alone in case.shapes:
         tensors = case.tensors(device, {alone})

@@ -53,7 +53,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("op", CALLS)
-def test_the_reference_is_recorded_for_any_batch(op, device):
+def test_the_reference_is_recorded_for_any_batch(op, device, computed_by_pytorch):
     function, shapes = CALLS[op]
     inputs = [torch.randn(shape, device=device) for shape in shapes]
     traced = torch.jit.trace(function, inputs)

@@ -74,12 +74,8 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize(
-    "backend", ["torch", pytest.param("triton", marks=pytest.mark.filterwarnings("ignore:divide"))]
-)
-def test_what_plain_numbers_give(name, backend, device):
-    if device.type != "cpu" and backend == "triton":
-        pytest.skip("the tensors of this table lie on the CPU")
+@pytest.mark.parametrize("backend", ["torch", "emulated"])
+def test_what_plain_numbers_give(name, backend, computed_by_pytorch):
     call, value, types = CALLS[name]
     with use_backend(backend):
         expected = call(value)

@@ -4,11 +4,12 @@ import sys
 
 import pytest
 import torch
+from drawn import drawn
 
 from vitkernels import ops, reference
 from vitkernels.ops._triton import tl
 from vitkernels.ops.patch_embed.config import SUMMED, choose_config
-from vitkernels.runtime import INTERPRETER, DeviceFacts
+from vitkernels.runtime import DeviceFacts
 from vitkernels.testing import check_op
 
 FILE = sys.modules["vitkernels.ops.patch_embed"]  # the package's attribute of that name is the function
@@ -48,17 +49,15 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "dtype"), drawn(10, SHAPES, DTYPES), ids=str)
 def test_patch_embed(shape, dtype, device):
     B, image, patch, C, R, channels = SHAPES[shape]
     tensors = inputs(B, image, patch, C, R=R, channels=channels, dtype=dtype, device=device)
     check_op(ops.patch_embed, reference.patch_embed, tensors)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_position_on_the_patches_alone(dtype, device):
-    tensors = inputs(2, (12, 8), (4, 4), 36, R=5, pos_prefix=False, dtype=dtype, device=device)
+def test_position_on_the_patches_alone(device):
+    tensors = inputs(2, (12, 8), (4, 4), 36, R=5, pos_prefix=False, device=device)
     check_op(ops.patch_embed, reference.patch_embed, tensors, options={"pos_embed_prefix": False})
 
 
@@ -94,8 +93,9 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("reach", ["int32", "int64"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "reach"), [*((layout, "int32") for layout in LAYOUTS), ("cropped, channels last", "int64")]
+)
 def test_layouts_of_images_and_weight(layout, reach, device, monkeypatch):
     if reach == "int64":  # the offsets that only images beyond 2³⁰ elements need
         options = FILE.forward.launch_options
@@ -103,9 +103,8 @@ def test_layouts_of_images_and_weight(layout, reach, device, monkeypatch):
             monkeypatch.setattr(file, "launch_options", lambda *a: options(*a) | {"INDEX": tl.int64})
     strided = LAYOUTS[layout]
     tensors = inputs(3, (12, 8), (4, 2), 36, device=device)
-    for names in (("images",), ("weight",), ("images", "weight")):
-        given = tensors | {name: leaf(strided(tensors[name].detach())) for name in names}
-        check_op(ops.patch_embed, reference.patch_embed, given)
+    tensors |= {name: leaf(strided(tensors[name].detach())) for name in ("images", "weight")}
+    check_op(ops.patch_embed, reference.patch_embed, tensors)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
@@ -140,9 +139,10 @@ def pixels(B, channels, image, dtype=torch.uint8, device="cpu"):
     return images if dtype == torch.uint8 else images.to(dtype) / 255, {"normalize": (mean, std)}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("image_dtype", ["uint8", "same"])
-@pytest.mark.parametrize("patch", [(8, 8), (14, 14), (16, 16), (32, 32), (3, 7), (16, 8)], ids=str)
+PATCHES = [(8, 8), (14, 14), (16, 16), (32, 32), (3, 7), (16, 8)]
+
+
+@pytest.mark.parametrize(("patch", "image_dtype", "dtype"), drawn(9, PATCHES, ["uint8", "same"], DTYPES), ids=str)
 def test_normalize(patch, image_dtype, dtype, device):
     tensors = inputs(2, (2 * patch[0], 3 * patch[1]), patch, 36, R=2, dtype=dtype, device=device)
     image_dtype = dtype if image_dtype == "same" else torch.uint8
@@ -154,8 +154,11 @@ def test_normalize(patch, image_dtype, dtype, device):
     check_op(ops.patch_embed, reference.patch_embed, tensors, options=options)
 
 
-@pytest.mark.parametrize("channels", [1, 2, 4])
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(
+    ("memory_format", "channels"),
+    [(torch.contiguous_format, 1), (torch.channels_last, 2), (torch.contiguous_format, 4), (torch.channels_last, 4)],
+    ids=str,
+)
 def test_normalize_each_channel_by_its_own(memory_format, channels, device):
     tensors = inputs(3, (12, 8), (4, 4), 36, channels=channels, pos_prefix=False, device=device)
     del tensors["images"]
@@ -164,8 +167,16 @@ def test_normalize_each_channel_by_its_own(memory_format, channels, device):
     check_op(ops.patch_embed, reference.patch_embed, tensors, options=options)
 
 
-@pytest.mark.parametrize("weight_dtype", [*DTYPES, torch.float64], ids=str)
-@pytest.mark.parametrize("image_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("image_dtype", "weight_dtype"),
+    [
+        (torch.float16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float16),
+        (torch.float32, torch.float64),
+    ],
+    ids=str,
+)
 def test_normalized_images_take_the_weights_dtype(image_dtype, weight_dtype, device):
     tensors = inputs(2, (12, 8), (4, 4), 36, dtype=weight_dtype, device=device)
     images, options = pixels(2, 3, (12, 8), image_dtype, device)
@@ -186,7 +197,7 @@ def test_normalize_is_what_torchvision_makes_of_a_decoded_image(device):
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["channels last", "x and y swapped", "expanded over the batch", "misaligned"])
 def test_layouts_of_uint8_images(layout, device):
     tensors = inputs(3, (12, 8), (4, 2), 36, device=device)
     del tensors["images"]
@@ -196,8 +207,9 @@ def test_layouts_of_uint8_images(layout, device):
     check_op(ops.patch_embed, reference.patch_embed, tensors, options=options)
 
 
-@pytest.mark.parametrize("image_dtype", [torch.uint8, torch.float32], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "image_dtype"), [(torch.float16, torch.uint8), (torch.bfloat16, torch.float32)], ids=str
+)
 def test_normalize_under_autocast(dtype, image_dtype, device):
     tensors = inputs(2, (12, 8), (4, 4), 36, R=2, device=device)
     images, options = pixels(2, 3, (12, 8), image_dtype, device)
@@ -242,7 +254,7 @@ def test_fp32_products_of_narrow_images_are_exact_on_blackwell(device, monkeypat
         handed.clear()
 
 
-def test_uint8_images_are_saved_as_they_are(device):
+def test_uint8_images_are_saved_as_they_are(device, computed_by_pytorch):
     tensors = inputs(2, (12, 8), (4, 4), 36, device=device)
     tensors["images"], options = pixels(2, 3, (12, 8), device=device)
     saved = []
@@ -300,8 +312,11 @@ def test_gradcheck(pos_prefix, device):
     assert torch.autograd.gradcheck(embed, [tensors[name] for name in ORDER], eps=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("wide", ["all", "images", "weight", "pos_embed", "prefix_tokens", ""])
+@pytest.mark.parametrize(
+    ("wide", "dtype"),
+    drawn(6, ["all", "images", "weight", "pos_embed", "prefix_tokens", ""], [torch.float16, torch.bfloat16]),
+    ids=str,
+)
 def test_autocast(wide, dtype, device):
     tensors = inputs(2, (12, 8), (4, 4), 36, R=2, device=device)
     for name in ORDER:
@@ -322,7 +337,7 @@ def test_autocast(wide, dtype, device):
         assert out.dtype == autocast(reference.patch_embed)(**tensors).dtype
 
 
-def test_autocast_leaves_fp64_alone(device):
+def test_autocast_leaves_fp64_alone(device, computed_by_pytorch):
     tensors = inputs(2, (4, 4), (2, 2), 5, dtype=torch.float64, device=device)
     with torch.autocast(device.type, dtype=torch.bfloat16):
         out = ops.patch_embed(**tensors)
@@ -454,7 +469,7 @@ def test_bad_input(case, no_launch):
         call()
 
 
-def test_double_backward_and_forward_mode_are_errors(device):
+def test_double_backward_and_forward_mode_are_errors(device, computed_by_pytorch):
     x, w = make(1, 3, 4, 4, device=device), make(5, 3, 2, 2, device=device)
     (dx,) = torch.autograd.grad(ops.patch_embed(x, w).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiated again"):
@@ -523,7 +538,7 @@ def test_configs_fit_the_device_and_splits_do_not_grow_with_the_batch():
     for M, C, K in ((197, 768, 768), (6304, 768, 768), (50_432, 1024, 588), (1, 1, 1), (10_952, 1536, 588)):
         for dtype in (torch.bfloat16, torch.float32, torch.float64):
             for product in SUMMED:
-                for facts in (H200, small, INTERPRETER):
+                for facts in (H200, small):
                     for image_dtype in (dtype, torch.promote_types(dtype, torch.float32)):
                         config = choose_config(product, M, C, K, dtype, facts, image_dtype=image_dtype)
                         blocks = [config.block_m, config.block_c, config.block_k]

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from drawn import drawn
 
 from vitkernels import ops, reference
 from vitkernels.ops import _registry
@@ -56,21 +57,21 @@ def check_swiglu(tensors, *, upstream=torch.randn_like, recompute=False, **optio
     return check_op(ours, flat(reference.swiglu_mlp), tensors, options=options, upstream=upstream)
 
 
-@pytest.mark.parametrize("parts", [1, 2, 4])
+@pytest.mark.parametrize("parts", [1, 2])
 def test_epilogues_in_shares_of_columns(parts, device, monkeypatch):
-    """One on sm_80, four on sm_90; the interpreter's heuristic takes two at most."""
+    """One on sm_80; four on sm_90, as elsewhere here."""
 
     def choose(*args, **kwargs):
         return dataclasses.replace(choose_config(*args, **kwargs), parts=parts)
 
     for file in (FORWARD, BACKWARD):
         monkeypatch.setattr(file, "choose_config", choose)
-    check_swiglu(layers(1, 21, 36, 130, device=device))
+    check_swiglu(layers(1, 21, 36, 130, dtype=torch.bfloat16, device=device))
 
 
 @pytest.fixture(params=["fused", "cublas"])
 def provider(request, monkeypatch):
-    """Both ways to multiply; interpreted, the heuristic knows but one."""
+    """Both ways to multiply."""
 
     def choose(*args, **kwargs):
         config = choose_config(*args, **kwargs)
@@ -81,23 +82,32 @@ def provider(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("norm", [False, True], ids=["", "norm"])
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "separate"])
-@pytest.mark.parametrize("epilogue", [True, False], ids=["residual-gamma", "bare"])
+YES_NO = [True, False]
+
+
+@pytest.mark.parametrize(
+    ("epilogue", "packed", "norm", "dtype", "provider"),
+    drawn(8, YES_NO, YES_NO, YES_NO, DTYPES, ["fused", "cublas"]),
+    indirect=["provider"],
+    ids=str,
+)
 def test_forms(epilogue, packed, norm, dtype, provider, device):
     tensors = layers(2, 50, 36, 72, dtype=dtype, device=device, packed=packed, norm=norm, epilogue=epilogue)
     check_swiglu(tensors)
     check_swiglu(tensors, recompute=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("activation", "dtype", "provider"),
+    drawn(6, ACTIVATIONS, DTYPES, ["fused", "cublas"]),
+    indirect=["provider"],
+    ids=str,
+)
 def test_activations(activation, dtype, provider, device):
-    # 200 rows: in 40 the errors of a bf16 gradient are a matter of luck, 3 of 100 seeds fail.
-    packed = layers(2, 100, 24, 64, dtype=dtype, device=device)
+    # 300 rows: in 40 the errors of a bf16 gradient are a matter of luck, 3 of 100 seeds fail.
+    packed = layers(2, 150, 24, 64, dtype=dtype, device=device)
     check_swiglu(packed, activation=activation)
-    separate = layers(2, 100, 24, 72, dtype=dtype, device=device, packed=False)
+    separate = layers(2, 150, 24, 72, dtype=dtype, device=device, packed=False)
     check_swiglu(separate, activation=activation, gate_last=True, recompute=True)
 
 
@@ -121,14 +131,21 @@ def test_reference():
         torch.testing.assert_close(got, x[:, :2] + gamma * (h @ w3.T))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 20, 30, 12), (2, 197, 48, 96), (1, 257, 36, 77), (1, 5, 24, 5632)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((1, 1, 20, 30, 12), torch.float16),
+        ((2, 197, 48, 96), torch.float32),
+        ((1, 257, 36, 77), torch.bfloat16),
+        ((1, 5, 24, 5632), torch.float32),
+    ],
+    ids=str,
+)
 def test_shapes(shape, dtype, device):
     check_swiglu(layers(*shape, dtype=dtype, device=device))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "separate"])
+@pytest.mark.parametrize(("packed", "dtype"), [(True, torch.float32), (False, torch.bfloat16)], ids=str)
 def test_width_of_eva02(packed, dtype, device):
     """2730 hidden features and the norm over them, in rows of 2736."""
     check_swiglu(layers(1, 20, 24, 2730, dtype=dtype, device=device, packed=packed, norm=True))
@@ -186,8 +203,8 @@ def test_layouts_of_inputs_and_upstream(layout, norm, provider, device):
         name: strided(t.detach()).requires_grad_() if t.ndim > dims else t
         for name, t in layers(3, 7, 20, 36, device=device, packed=False, norm=norm).items()
     }
-    check_swiglu(tensors, upstream=lambda y: strided(torch.randn_like(y)))
-    check_swiglu(tensors, upstream=lambda y: y.new_ones(()).expand_as(y))
+    upstreams = {"expanded": lambda y: y.new_ones(()).expand_as(y)}
+    check_swiglu(tensors, upstream=upstreams.get(layout, lambda y: strided(torch.randn_like(y))))
 
 
 @pytest.mark.parametrize("norm", [False, True], ids=["", "norm"])
@@ -276,8 +293,7 @@ def test_reruns_agree_bit_for_bit(provider, device):
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("norm", [False, True], ids=["", "norm"])
+@pytest.mark.parametrize(("norm", "dtype"), [(False, torch.float16), (True, torch.bfloat16)], ids=str)
 def test_autocast(norm, dtype, device):
     tensors = layers(2, 9, 24, 48, device=device, packed=False, norm=norm)
 
@@ -309,7 +325,7 @@ def test_autocast(norm, dtype, device):
 @pytest.mark.parametrize("norm", [False, True], ids=["", "norm"])
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "separate"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recompute"])
-def test_compiled_equals_eager(recompute, packed, norm, device):
+def test_compiled_equals_eager(recompute, packed, norm, device, computed_by_pytorch):
     tensors = layers(2, 9, 24, 40, device=device, packed=packed, norm=norm)
 
     def run(function):

@@ -1,6 +1,6 @@
-"""What each of two processes runs for test_gets_along_distributed.py, in a fresh interpreter."""
+"""What each of two processes runs for test_gets_along_distributed.py."""
 
-import conftest  # noqa: F401  sets up Triton's interpreter and torchvision, before timm is imported
+import conftest  # noqa: F401  sets up the emulated GPU and torchvision, before timm is imported
 import timm
 import torch
 import torch.distributed as dist

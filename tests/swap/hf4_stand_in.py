@@ -19,8 +19,8 @@ from transformers.activations import ACT2FN
 
 def config(implementation: str = "sdpa", dropout: float = 0.0, drop_path: float = 0.0, swiglu: bool = False):
     return types.SimpleNamespace(
-        _attn_implementation=implementation, size=32, heads=2, mlp=48, dropout=dropout, drop_path=drop_path,
-        swiglu=swiglu, image=16, patch=8,
+        _attn_implementation=implementation, size=32, heads=2, mlp=128, dropout=dropout, drop_path=drop_path,
+        swiglu=swiglu, image=32, patch=16,
     )  # fmt: skip
 
 

@@ -14,32 +14,33 @@ import vitkernels
 
 def timm_vit() -> nn.Module:
     timm = pytest.importorskip("timm")
-    return timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=5, embed_dim=48, num_heads=2)
+    return timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=5, embed_dim=32, num_heads=2)
 
 
 def timm_eva() -> nn.Module:
     timm = pytest.importorskip("timm")
-    return timm.create_model("eva02_tiny_patch14_224", img_size=28, depth=1, num_classes=5, embed_dim=48, num_heads=2)
+    options = {"img_size": 32, "patch_size": 16, "depth": 1, "num_classes": 5, "embed_dim": 32, "num_heads": 2}
+    return timm.create_model("eva02_tiny_patch14_224", **options)
 
 
 def torchvision_vit() -> nn.Module:
     models = pytest.importorskip("torchvision.models.vision_transformer")
-    return models.VisionTransformer(32, 16, 1, 2, 32, 64, num_classes=5)
+    return models.VisionTransformer(32, 16, 1, 2, 32, 128, num_classes=5)
 
 
 def hf_vit() -> nn.Module:
     transformers = pytest.importorskip("transformers", minversion="4.50")
     config = transformers.ViTConfig(
-        hidden_size=32, num_attention_heads=2, num_hidden_layers=1, intermediate_size=48, image_size=28, patch_size=14,
+        hidden_size=32, num_attention_heads=2, num_hidden_layers=1, intermediate_size=128, image_size=32, patch_size=16,
     )  # fmt: skip
     return transformers.ViTForImageClassification(config)
 
 
 def own_vit() -> nn.Module:
-    return vitkernels.models.VisionTransformer(img_size=28, patch_size=14, embed_dim=32, depth=1, num_heads=2)
+    return vitkernels.models.VisionTransformer(img_size=32, patch_size=16, embed_dim=32, depth=1, num_heads=2)
 
 
-SIZES = {timm_vit: 32, timm_eva: 28, torchvision_vit: 32, hf_vit: 28, own_vit: 28}
+MODELS = [timm_vit, timm_eva, torchvision_vit, hf_vit, own_vit]
 
 
 def penalised(model: nn.Module, images: Tensor) -> Tensor:
@@ -53,10 +54,10 @@ def penalised(model: nn.Module, images: Tensor) -> Tensor:
     return torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
 
 
-@pytest.mark.parametrize("build", SIZES)
+@pytest.mark.parametrize("build", MODELS)
 def test_gradient_penalty(build, device):
     model = shake(build()).to(device).eval()
-    images = torch.randn(2, 3, SIZES[build], SIZES[build], device=device)
+    images = torch.randn(2, 3, 32, 32, device=device)
     with sdpa_kernel(SDPBackend.MATH), vitkernels.use_backend("torch"):
         expected = penalised(model, images)
     vitkernels.accelerate(model)

@@ -3,13 +3,14 @@
 import contextlib
 import copy
 import inspect
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from vitkernels import accelerate
-from vitkernels.testing.compare import check
+from vitkernels.testing.sums import summed_alike
 
 transformers = pytest.importorskip("transformers", minversion="4.50")
 from hf_models import (  # noqa: E402
@@ -25,24 +26,18 @@ from hf_models import (  # noqa: E402
     tensors,
     vit,
 )
-from parity import shake  # noqa: E402
-
-DRAWS = 3  # of inputs: over one, the largest error of a bias of 36 numbers is too much a matter of luck
+from parity import judge, shake  # noqa: E402
 
 
-def run(model: nn.Module, draws: list[dict[str, Tensor]], upstream: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Outputs and, of their sum weighted by ``upstream``, every parameter's gradient, stacked over the draws."""
-    found: dict[str, list[Tensor]] = {}
-    for seed, inputs in enumerate(draws):
-        torch.manual_seed(seed)
-        model.zero_grad()
-        outputs = tensors(model(**inputs))
-        loss = sum((t * upstream[k].to(t.dtype)).sum() for k, t in outputs.items() if t.requires_grad)
-        loss.backward()
-        grads = {f"d{k}": p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
-        for k, t in (outputs | grads).items():
-            found.setdefault(k, []).append(t.detach())
-    return {k: torch.stack(v) for k, v in found.items()}
+def run(model: nn.Module, inputs: dict[str, Tensor], upstream: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Return outputs and, of their sum weighted by ``upstream``, every parameter's gradient."""
+    torch.manual_seed(seed)
+    model.zero_grad()
+    outputs = tensors(model(**inputs))
+    loss = sum((t * upstream[k].to(t.dtype)).sum() for k, t in outputs.items() if t.requires_grad)
+    loss.backward()
+    grads = {f"d{k}": p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+    return {k: t.detach() for k, t in (outputs | grads).items()}
 
 
 @contextlib.contextmanager
@@ -55,50 +50,56 @@ def default_dtype(dtype: torch.dtype):
         torch.set_default_dtype(before)
 
 
-def three_ways(model: nn.Module, draws: list[dict[str, Tensor]]) -> tuple[dict, dict, dict]:
-    """Return what the accelerated model gives, what PyTorch gives in the same dtype, and the truth in fp64."""
+def three_ways(
+    model: nn.Module, inputs_of: Callable[[], dict[str, Tensor]]
+) -> Callable[[int], tuple[dict, dict, dict]]:
+    """Return a draw: what the accelerated model gives, what PyTorch gives in the same dtype, and the truth in fp64."""
+    plain, wide = copy.deepcopy(model), copy.deepcopy(model).double()
     with torch.no_grad():
-        upstream = {k: torch.randn_like(t) for k, t in tensors(model(**draws[0])).items()}
-    wide = [{k: x.double() if x.is_floating_point() else x for k, x in inputs.items()} for inputs in draws]
-    with default_dtype(torch.float64):  # the causal masks of 4.5x are made in it, and overflow in another
-        truth = run(copy.deepcopy(model).double(), wide, upstream)
-    yardstick = run(model, draws, upstream)
+        upstream = {k: torch.randn_like(t) for k, t in tensors(model(**inputs_of())).items()}
     report = accelerate(model)
     assert not [entry for entry in report.kept if entry.known], report
-    return run(model, draws, upstream), yardstick, truth
+
+    def draw(seed: int) -> tuple[dict, dict, dict]:
+        inputs = inputs_of()
+        with summed_alike(*model.parameters()):
+            yardstick = run(plain, inputs, upstream, seed)
+        with default_dtype(torch.float64):  # the causal masks of 4.5x are made in it, and overflow in another
+            wide_inputs = {k: x.double() if x.is_floating_point() else x for k, x in inputs.items()}
+            truth = run(wide, wide_inputs, upstream, seed)
+        return run(model, inputs, upstream, seed), yardstick, truth
+
+    return draw
 
 
-def judge(actual: dict, yardstick: dict, truth: dict, **options) -> None:
-    assert actual.keys() == yardstick.keys() == truth.keys()
-    verdicts = [check(k, actual[k], yardstick[k], truth[k], **options) for k in truth]
-    failed = [f"{v.name}: {v.detail}" for v in verdicts if not v.passed]
-    assert not failed, "\n".join(failed)
-
-
-def prepared(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, list[dict]]:
+def prepared(
+    name: str, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, Callable[[], dict[str, Tensor]]]:
     model = build(name).to(device, dtype)
-    return model, [inputs_of(name, next(model.parameters())) for _ in range(DRAWS)]
+    return model, lambda: inputs_of(name, next(model.parameters()))
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_fp32(name, device):
-    model, draws = prepared(name, device)
-    judge(*three_ways(model, draws))
+    model, inputs = prepared(name, device)
+    judge(three_ways(model, inputs))
     swapped = [entry.was for entry in accelerate(model).swapped]
     missing = [end for end in MODELS[name][2] if not any(cls.endswith(end) for cls in swapped)]
     assert not missing, f"no {missing} was swapped"
 
 
-@pytest.mark.parametrize("name", ["vit", "dinov3", "clip", "siglip2"])
+@pytest.mark.parametrize("name", ["vit", "dinov3"])
 def test_bf16(name, device):
     """As in fp32, but with the gain judged over all tensors of the models: through a network that of one is luck."""
-    actual, yardstick, truth = three_ways(*prepared(name, device, torch.bfloat16))
-    judge(actual, yardstick, truth, gain_counts=False)
+    draws = []
+    draw = three_ways(*prepared(name, device, torch.bfloat16))
+    judge(lambda seed: (draws.append(draw(seed)), draws[-1])[1], gain_counts=False)
+    actual, plain, truth = draws[0]
     gains, torch_gains = (
         torch.stack(
             [((x[k] - truth[k]) * truth[k]).sum() / truth[k].square().sum() for k in truth if "k_proj.bias" not in k]
         )
-        for x in (actual, yardstick)
+        for x in (actual, plain)
     )
     assert gains.square().mean().sqrt() <= 1.5 * torch_gains.square().mean().sqrt()
 
@@ -108,7 +109,7 @@ def test_bf16(name, device):
     [
         lambda: vit(hidden_dropout_prob=0.3),
         lambda: dinov2(drop_path_rate=0.6),
-        lambda: dinov3(drop_path_rate=0.6, pos_embed_jitter=1.5, pos_embed_shift=0.2),
+        lambda: dinov3(drop_path_rate=0.6, num_register_tokens=0, pos_embed_jitter=1.5, pos_embed_shift=0.2),
     ],
     ids=["dropout", "drop path", "drop path and moved positions"],
 )
@@ -118,12 +119,12 @@ def test_training(make, device, monkeypatch):
     # Draws differ between dtypes, and the truth must drop what the others drop.
     monkeypatch.setattr(torch, "rand", lambda *size, dtype, **more: drawn(*size, dtype=torch.float32, **more).to(dtype))
     model = shake(make()).to(device).train()
-    draws = [{k: x.to(device) for k, x in images(batch=4).items()} for _ in range(DRAWS)]
-    judge(*three_ways(model, draws))
+    judge(three_ways(model, lambda: {k: x.to(device) for k, x in images(batch=3).items()}))
+    inputs = {k: x.to(device) for k, x in images(batch=3).items()}
     with torch.no_grad():
         torch.manual_seed(0)
-        first = model(**draws[0])[0]
-        assert (model(**draws[0])[0] - first).abs().max() > 0.01, "nothing was dropped"
+        first = model(**inputs)[0]
+        assert (model(**inputs)[0] - first).abs().max() > 0.01, "nothing was dropped"
 
 
 def test_drop_path_in_bf16_keeps_the_scale(device):
@@ -156,10 +157,11 @@ def test_dropped_attention_weights(device):
     assert ((outputs.mean(0) - expected[0]).abs() / deviation).max() < 5
 
 
-@pytest.mark.parametrize("name", ["vit", "dinov2", "dinov3", "siglip", "clip", "clip text"])
+@pytest.mark.parametrize("name", ["dinov3", "clip text"])
 def test_compiled(name, device):
     """One graph, as of the original, with the very results of eager."""
-    model, (inputs, *_) = prepared(name, device)
+    model, draw = prepared(name, device)
+    inputs = draw()
     for parameter in model.parameters():
         parameter.grad = None
     accelerate(model)
@@ -180,7 +182,8 @@ def close(actual, expected) -> None:
 
 def test_mixed_precision(device):
     """Under autocast, where products run in bf16 and the residual stream in fp32."""
-    model, (inputs, *_) = prepared("clip", device)
+    model, draw = prepared("clip", device)
+    inputs = draw()
     truth = tensors(copy.deepcopy(model).double()(**{k: x.double() for k, x in inputs.items()}))
     with torch.autocast(device.type, torch.bfloat16), torch.no_grad():
         yardstick = tensors(model(**inputs))

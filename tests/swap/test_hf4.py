@@ -5,11 +5,11 @@ import pickle
 
 import pytest
 import torch
-from parity import shake
+from parity import judge, shake
 from torch import Tensor, nn
 
 from vitkernels import accelerate, ops, restore
-from vitkernels.testing.compare import check
+from vitkernels.testing.sums import summed_alike
 
 pytest.importorskip("transformers", minversion="4.50")
 import hf4_stand_in as stand_in
@@ -65,8 +65,8 @@ def arguments(name: str, x: Tensor) -> tuple:
     return (padding, causal) if name.startswith("CLIP") else (padding,)
 
 
-def run(layer: nn.Module, x: Tensor, args: tuple, upstream: Tensor) -> dict[str, Tensor]:
-    torch.manual_seed(0)
+def run(layer: nn.Module, x: Tensor, args: tuple, upstream: Tensor, seed: int) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
     layer.zero_grad()
     x = x.clone().requires_grad_()
     out = layer(x, *args)
@@ -76,31 +76,37 @@ def run(layer: nn.Module, x: Tensor, args: tuple, upstream: Tensor) -> dict[str,
 
 
 def assert_parity(name: str, layer: nn.Module, x: Tensor) -> None:
+    plain, wide = copy.deepcopy(layer), copy.deepcopy(layer).double()
     upstream = torch.randn_like(x)
-    truth = run(copy.deepcopy(layer).double(), x.double(), arguments(name, x.double()), upstream)
-    yardstick = run(layer, x, arguments(name, x), upstream)
     report = accelerate(layer)
     assert not [entry for entry in report.kept if entry.known], report
     assert any(entry.module == "" for entry in report.swapped), report
-    actual = run(layer, x, arguments(name, x), upstream)
-    verdicts = [check(key, actual[key], yardstick[key], truth[key]) for key in truth]
-    assert not [f"{v.name}: {v.detail}" for v in verdicts if not v.passed]
+
+    def draw(seed: int) -> tuple[dict, dict, dict]:
+        given = torch.randn_like(x)
+        args = arguments(name, given)
+        with summed_alike(x):
+            yardstick = run(plain, given, args, upstream, seed)
+        truth = run(wide, given.double(), arguments(name, given.double()), upstream, seed)
+        return run(layer, given, args, upstream, seed), yardstick, truth
+
+    judge(draw)
 
 
 @pytest.fixture
 def x(device) -> Tensor:
-    return torch.randn(4, 7, 32, device=device)
+    return torch.randn(2, 7, 32, device=device)
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_parity(name, device, x, fused_calls):
     assert_parity(name, layer_of(name, device), x)
-    assert fused_calls == VIT_OPS
+    assert fused_calls[: len(VIT_OPS)] == VIT_OPS
 
 
 def test_parity_swiglu(device, x, fused_calls):
     assert_parity("Dinov2Layer", layer_of("Dinov2Layer", device, swiglu=True), x)
-    assert fused_calls == [*VIT_OPS[:-1], "swiglu_mlp"]
+    assert fused_calls[: len(VIT_OPS)] == [*VIT_OPS[:-1], "swiglu_mlp"]
 
 
 @pytest.mark.parametrize(
@@ -119,7 +125,7 @@ def test_training(name, options, device, x, monkeypatch):
             x * dropped(torch.ones_like(x, dtype=torch.float32), p, training)
         ),
     )
-    layer = layer_of(name, device, **options).train()
+    layer, x = layer_of(name, device, **options).train(), torch.randn(3, 5, 32, device=device)
     assert_parity(name, layer, x)
     with torch.no_grad():
         torch.manual_seed(0)
@@ -186,26 +192,16 @@ def test_masks_of_clip(masks, device, x, fused_calls):
 
 def test_sizes_of_images(device, fused_calls):
     embed = layer_of("ViTPatchEmbeddings", device)
-    images = {size: torch.randn(2, 3, size, size, device=device) for size in (16, 28)}
-    expected = [embed(images[16]), embed(images[28], interpolate_pos_encoding=True)]
+    images = {size: torch.randn(2, 3, size, size, device=device) for size in (32, 48)}
+    expected = [embed(images[32]), embed(images[48], interpolate_pos_encoding=True)]
     accelerate(embed)
-    actual = [embed(images[16]), embed(images[28], interpolate_pos_encoding=True)]
+    actual = [embed(images[32]), embed(images[48], interpolate_pos_encoding=True)]
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     assert fused_calls == ["patch_embed"] * 2
     with pytest.raises(ValueError, match="doesn't match"):
-        embed(images[28])
+        embed(images[48])
     with pytest.raises(ValueError, match="channels"):
-        embed(images[16][:, :1])
-
-
-@pytest.mark.parametrize("name", ["ViTLayer", "EarlyDinov2Layer", "CLIPEncoderLayer"])
-def test_compiled(name, device, x):
-    layer = layer_of(name, device)
-    accelerate(layer)
-    expected = layer(x, *arguments(name, x))
-    torch._dynamo.reset()
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x, *arguments(name, x)), expected, rtol=1e-5, atol=1e-5)
+        embed(images[32][:, :1])
 
 
 @pytest.mark.parametrize("name", LAYERS)

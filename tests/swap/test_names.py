@@ -79,7 +79,7 @@ def test_quantizer_by_names(pair):
     assert chosen[1] == chosen[0] != []
 
 
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("protocol", [2, pickle.HIGHEST_PROTOCOL])  # torch.save's, and the newest
 def test_pickles_name_the_fused_class(pair, protocol):
     """Under the names that they always had: older pickles can be read, and newer ones by older releases."""
     model = pair[1]

@@ -16,13 +16,13 @@ from open_clip.transformer import VisionTransformer  # noqa: E402
 
 
 def tower(**more) -> nn.Module:
-    options = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 2, "heads": 2, "mlp_ratio": 2.0}
+    options = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 2, "heads": 2, "mlp_ratio": 4.0}
     return shake(VisionTransformer(**{**options, "output_dim": 8, **more}))
 
 
 @pytest.fixture
 def images(device):
-    return torch.randn(3, 3, 32, 32, device=device)
+    return torch.randn(2, 3, 32, 32, device=device)
 
 
 @pytest.fixture
@@ -48,7 +48,8 @@ def test_fp32(options, images, device, fused_calls):
     report = assert_parity(tower(**options).to(device), images)
     assert report.swapped[0].was == "VisionTransformer"
     assert not [k for k in report.kept if k.known]
-    assert fused_calls == ["patch_embed"] + ["block"] * options.get("layers", 2)
+    once = ["patch_embed"] + ["block"] * options.get("layers", 2)
+    assert fused_calls in (once, 3 * once), "of one draw, or of three"
 
 
 def test_bf16(images, device):
@@ -58,12 +59,12 @@ def test_bf16(images, device):
 def test_whole_clip_with_its_masked_text_tower(images, device, fused_calls):
     clip = open_clip.model.CLIP(
         8,
-        open_clip.CLIPVisionCfg(layers=1, width=64, head_width=32, patch_size=16, image_size=32),
+        open_clip.CLIPVisionCfg(layers=1, width=32, head_width=16, patch_size=16, image_size=32),
         open_clip.CLIPTextCfg(context_length=6, vocab_size=50, width=32, heads=2, layers=2),
         quick_gelu=True,
     )
     shake(clip).to(device).eval()
-    text = torch.randint(0, 50, (3, 6), device=device)
+    text = torch.randint(0, 50, (2, 6), device=device)
     with torch.no_grad():
         expected = clip(images, text)
         accelerate(clip)

@@ -20,7 +20,7 @@ TINY = {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 1, "num_classe
 
 
 def torchvision_model() -> nn.Module:
-    return pytest.importorskip("torchvision.models").VisionTransformer(32, 16, 1, 2, 32, 64, num_classes=5)
+    return pytest.importorskip("torchvision.models").VisionTransformer(32, 16, 1, 2, 32, 128, num_classes=5)
 
 
 def open_clip_tower() -> nn.Module:
@@ -41,26 +41,25 @@ class Keywords(nn.Module):
         self.model, self.inputs = build(name), {k: v for k, v in inputs_of(name).items() if k != "pixel_values"}
 
     def forward(self, images):
-        return self.model(images[..., :16, :16], **self.inputs)[0]
+        return self.model(images, **self.inputs)[0]
 
 
 MODELS = {
     "timm vit": lambda: timm.create_model("vit_tiny_patch16_224", init_values=0.5, qk_norm=True, **TINY),
-    "timm eva": lambda: timm.create_model("eva02_tiny_patch14_224", **TINY | {"img_size": 28}),
+    "timm eva": lambda: timm.create_model("eva02_tiny_patch14_224", patch_size=16, **TINY),
     "torchvision": torchvision_model,
     "open_clip": open_clip_tower,
     "dinov2": test_dino.dinov2,
     "dinov3": test_dino.DINOv3,
     "transformers vit": lambda: Keywords("vit"),
     "transformers dinov2": lambda: Keywords("dinov2, swiglu"),
-    "transformers clip": lambda: Keywords("clip"),
     "transformers dinov3": lambda: Keywords("dinov3"),
 }
 
 
-def image_for(name: str, device) -> torch.Tensor:
-    size = {"timm eva": 28, "dinov2": 24, "dinov3": 24}.get(name, 32)
-    return torch.randn(2, 3, size, size, device=device)
+@pytest.fixture
+def images(device) -> torch.Tensor:
+    return torch.randn(2, 3, 32, 32, device=device)
 
 
 def turned(original):
@@ -99,9 +98,8 @@ def swapped(report) -> list[str]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", MODELS)
-def test_forward_of_every_class_in_a_model(name, device):
+def test_forward_of_every_class_in_a_model(name, images, device):
     plain = shake(MODELS[name]()).to(device).eval()
-    images = image_for(name, device)
     called = [m for m in plain.modules() if m is not plain and type(m).forward is not nn.Module.forward]
     classes = list(dict.fromkeys(map(type, called)))
     swapped_before = copy.deepcopy(plain)
@@ -135,12 +133,11 @@ METHODS = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("method", METHODS)
-def test_other_methods(method, when, device):
+@pytest.mark.parametrize(("method", "when"), list(zip(METHODS, ["before", "after"] * 3, strict=True)))
+def test_other_methods(method, when, images, device):
     name, cls, attribute = METHODS[method]
     cls, plain = cls(), shake(MODELS[name]()).to(device).eval()
-    images, fast = image_for(name, device), copy.deepcopy(plain)
+    fast = copy.deepcopy(plain)
     if when == "after":
         accelerate(fast)
     untouched = plain(images)
@@ -245,9 +242,9 @@ def test_subclasses_and_their_parents(device):
 
 
 @torch.no_grad()
-def test_compiled_code_made_after(device):
+def test_compiled_code_made_after(images, device):
     model = shake(timm.create_model("vit_tiny_patch16_224", **TINY)).to(device).eval()
-    images, plain = image_for("timm vit", device), copy.deepcopy(model)
+    plain = copy.deepcopy(model)
     accelerate(model)
     with replaced(nn.Linear):
         torch._dynamo.reset()
@@ -267,10 +264,10 @@ def test_script_of_what_was_replaced_is_no_other(device):
 
 
 @torch.no_grad()
-def test_module_call_of_a_profiler(device):
+def test_module_call_of_a_profiler(images, device):
     """Who replaces torch.nn.Module.__call__ sees every module called, as who registers a global hook does."""
     model = shake(timm.create_model("vit_tiny_patch16_224", **TINY)).to(device).eval()
-    images, plain, seen = image_for("timm vit", device), copy.deepcopy(model), []
+    plain, seen = copy.deepcopy(model), []
     accelerate(model)
 
     def noting(original):

@@ -196,14 +196,15 @@ OF_LIBRARIES = [_of_timm, _of_torchvision, _of_hf, _of_a_pair_of_hf, _of_open_cl
 
 
 @pytest.mark.parametrize("of", OF_LIBRARIES)
-@pytest.mark.parametrize("interpreted", [False, True])
-def test_who_attends_is_one_truth(of, interpreted, monkeypatch):
+@pytest.mark.parametrize("backend", ["auto", "emulated"])
+def test_who_attends_is_one_truth(of, backend):
     """The same of a model without data, which ``vitkernels explain`` makes, with data, and accelerated."""
-    monkeypatch.setattr("vitkernels.ops._triton.INTERPRETED", interpreted)
     model, without_data = of(), of().to("meta")
-    said = [explain(without_data), explain(model), accelerate(model), explain(model)]
-    cpu = "triton" if interpreted else "sdpa"
-    who = "triton" if interpreted else "triton on a GPU, sdpa on a CPU"
+    with use_backend(backend):
+        said = [explain(without_data), explain(model), accelerate(model), explain(model)]
+        assert all(report.estimate for report in said)  # which is made when it is first looked at
+    cpu = "triton" if backend == "emulated" else "sdpa"
+    who = "triton" if backend == "emulated" else "triton on a GPU, sdpa on a CPU"
     for report in said:
         (attention,) = report.estimate.attention
         assert attention == Attention(5, 5, 16, 2, "triton", cpu)
@@ -213,7 +214,7 @@ def test_who_attends_is_one_truth(of, interpreted, monkeypatch):
 
 def test_attention_without_pytorchs_own(model, monkeypatch):
     """timm's products and softmax, with fused attention off: the kernels take their place all the same."""
-    monkeypatch.setattr("vitkernels.ops._triton.INTERPRETED", False)
+    monkeypatch.delenv("VITKERNELS_BACKEND")
     for block in model.blocks:
         block.attn.fused_attn = False
     assert explain(model).estimate.attention == (Attention(5, 5, 16, 2, "triton", "eager"),)
@@ -222,7 +223,7 @@ def test_attention_without_pytorchs_own(model, monkeypatch):
 
 
 def test_what_the_tuning_table_says_of_a_gpu(model, monkeypatch):
-    monkeypatch.setattr("vitkernels.ops._triton.INTERPRETED", False)
+    monkeypatch.delenv("VITKERNELS_BACKEND")
     monkeypatch.setattr("vitkernels.ops.attention_provider", lambda *shape_dtype_and_device: "sdpa")
     report = accelerate(model)
     assert report.estimate.attention == (Attention(5, 5, 16, 2, "sdpa", "sdpa"),)
@@ -231,7 +232,7 @@ def test_what_the_tuning_table_says_of_a_gpu(model, monkeypatch):
 
 def test_kernels_asked_for_on_a_cpu_that_has_none(model, monkeypatch):
     """The calls would raise; a report does not."""
-    monkeypatch.setattr("vitkernels.ops._triton.INTERPRETED", False)
+    monkeypatch.delenv("VITKERNELS_BACKEND")
     with use_backend("triton"):
         assert str(explain(model)).endswith("triton on a GPU, none on a CPU")
 

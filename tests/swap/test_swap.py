@@ -419,17 +419,19 @@ def test_plain_layer_norm_anywhere(device):
 
 def in_a_fresh_process(code: str) -> None:
     tests = pathlib.Path(__file__).parents[1]
-    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "VITKERNELS_BACKEND")}
+    environment = {k: v for k, v in os.environ.items() if k != "VITKERNELS_BACKEND"}
     environment["CUDA_VISIBLE_DEVICES"] = ""
     environment["PYTHONPATH"] = os.pathsep.join([str(tests.parent), str(tests), environment.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
 
 
-# conftest makes torchvision, and with it timm, importable, and asks for the interpreter, which is not wanted here.
-BIT_IDENTICAL = """
-import os, torch, conftest
-del os.environ["TRITON_INTERPRET"]
+# conftest makes torchvision, and with it timm, importable, and asks for an emulated GPU, which is not wanted here.
+WITHOUT_TRITON = """
+import os, sys
+sys.modules["triton"] = None
+import torch, conftest
+del os.environ["VITKERNELS_BACKEND"]
 import timm, vitkernels, vitkernels.ops, vitkernels.models
 model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=5)
 x = torch.randn(2, 3, 32, 32)
@@ -441,18 +443,23 @@ assert torch.equal(model(x), plain)
 """
 
 
-def test_cpu_runs_the_very_original():
-    in_a_fresh_process(BIT_IDENTICAL)
-
-
 def test_without_triton():
-    in_a_fresh_process("import sys; sys.modules['triton'] = None\n" + BIT_IDENTICAL)
+    in_a_fresh_process(WITHOUT_TRITON)
 
 
-def test_timm_is_not_imported_for_those_who_do_not_use_it():
+def test_cpu_runs_the_very_original():
+    model, x = build(), torch.randn(2, 3, 32, 32)
+    plain = model(x)
+    with use_backend("auto"):
+        assert len(accelerate(model).swapped) == 12
+        assert torch.equal(model(x), plain)
+
+
+def test_no_library_is_imported_for_those_who_do_not_use_it():
     code = """
 import sys, torch, vitkernels
+from vitkernels import *
 assert vitkernels.accelerate(torch.nn.Sequential(torch.nn.LayerNorm(4))).swapped
-assert "timm" not in sys.modules
+assert not {"timm", "transformers", "torchvision", "open_clip"} & set(sys.modules)
 """
     in_a_fresh_process(code)

@@ -13,11 +13,12 @@ from vitkernels.swap.timm import FusedAttention, FusedBlock, FusedPatchEmbed
 timm = pytest.importorskip("timm")
 
 SIZES = {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 3, "num_classes": 5}
+MORE = {"eva": {"num_reg_tokens": 2}}
 NAMES = {"vit": "vit_tiny_patch16_224", "eva": "vit_base_patch16_dinov3", "mixed": "vit_small_patch16_rope_mixed_224"}
 
 
 def build(kind: str, **more) -> nn.Module:
-    model = timm.create_model(NAMES[kind], **{**SIZES, **more}).eval()
+    model = timm.create_model(NAMES[kind], **SIZES | MORE.get(kind, {}) | more).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -88,7 +89,7 @@ def test_get_intermediate_layers(device, images):
 
 
 def test_features_only(kind, device, images, fused_blocks):
-    options = {k: v for k, v in SIZES.items() if k != "num_classes"}
+    options = {k: v for k, v in SIZES.items() if k != "num_classes"} | MORE.get(kind, {})
     model = timm.create_model(NAMES[kind], features_only=True, out_indices=(0, 2), **options).eval().to(device)
     expected = model(images)
     report = accelerate(model)

@@ -21,24 +21,18 @@ spec.loader.exec_module(make_coverage)
 
 WHOLE = {
     "vit_small_patch14_reg4_dinov2": "Block",
-    "vit_base_patch16_siglip_224": "Block",
-    "vit_base_r50_s16_224": "Block",
-    "aimv2_large_patch14_224": "Block",
     "vitamin_small_224": "Block",
     "pit_ti_224": "Block",
     "mobilevit_xxs": "Block",
     "naflexvit_base_patch16_gap": "Block",
     "vit_base_patch16_rpn_224": "ResPostBlock",
-    "eva02_tiny_patch14_224": "EvaBlock",
     "eva02_large_patch14_448": "EvaBlock",
     "vit_huge_plus_patch16_dinov3": "EvaBlock",
-    "vit_pe_spatial_tiny_patch16_512": "EvaBlock",
     "vit_small_patch16_rope_mixed_ape_224": "EvaBlock",
 }
 PARTS = {
     "swin_tiny_patch4_window7_224": {"LayerNorm", "Mlp", "PatchEmbed"},
     "beitv2_base_patch16_224": {"LayerNorm", "Mlp", "PatchEmbed"},
-    "convnext_tiny": {"Mlp"},
     "mixer_s16_224": {"LayerNorm", "Mlp", "PatchEmbed"},
     "vit_dwee_patch16_reg1_gap_256": {"LayerNorm", "Mlp", "PatchEmbed"},  # differential attention
 }

@@ -20,7 +20,7 @@ TINY = {
     "num_layers": 2,
     "num_heads": 2,
     "hidden_dim": 32,
-    "mlp_dim": 64,
+    "mlp_dim": 128,
     "num_classes": 5,
 }
 NAMES = ["vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14"]
@@ -43,11 +43,6 @@ def test_fp32(training, images, device):
         ("encoder.layers.encoder_layer_0", "EncoderBlock"),
     ]
     assert not [k for k in report.kept if k.known]
-
-
-def test_head_dim_of_vit_h_and_patches_of_14(device):
-    model = build(image_size=28, patch_size=14, hidden_dim=160, num_layers=1).to(device)
-    assert_parity(model, torch.randn(3, 3, 28, 28, device=device))
 
 
 def test_bf16(images, device):

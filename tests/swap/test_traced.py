@@ -54,7 +54,7 @@ MODELS = {
     "timm eva": timm_model("vit_small_patch16_rope_224", **TINY),
     "timm post-norm": timm_model("vit_relpos_base_patch16_clsgap_224", **TINY),
     "timm swin": timm_model("swin_tiny_patch4_window7_224", img_size=32, window_size=4, **SWIN),
-    "torchvision vit": lambda: torchvision_models.VisionTransformer(32, 16, 1, 2, 32, 64, num_classes=5),
+    "torchvision vit": lambda: torchvision_models.VisionTransformer(32, 16, 1, 2, 32, 128, num_classes=5),
     "torchvision swin": lambda: torchvision_models.swin_transformer.SwinTransformer([4, 4], window_size=[4, 4], **SWIN),
     "open_clip": open_clip_tower,
 }
@@ -68,8 +68,8 @@ PARTS = {
 }
 # What torch.fx cannot follow, plain or not.
 BEYOND_FX = {
-    "dinov2": lambda: nn.Sequential(nn.Conv2d(3, 3, 9), test_dino.dinov2()),
-    "dinov3": lambda: nn.Sequential(nn.Conv2d(3, 3, 9), test_dino.DINOv3()),
+    "dinov2": test_dino.dinov2,
+    "dinov3": test_dino.DINOv3,
     "transformers' layer": part_of_transformers("ViT", "Layer"),
 }
 ALL = MODELS | PARTS | BEYOND_FX

@@ -5,8 +5,8 @@
 
 Every model that ``timm.create_model`` or ``open_clip.create_model`` makes is accelerated before the test gets it; with
 ``--accelerate=layers`` each layer that can be swapped, as soon as it is made; with ``--accelerate=nothing`` nothing is,
-which gives the failures to compare with. Where ``TRITON_INTERPRET=1`` is set the kernels run, in the interpreter; else
-the forward that was there before.
+which gives the failures to compare with. Where ``VITKERNELS_BACKEND=emulated`` is set the kernels run; else the
+forward that was there before.
 """
 
 from __future__ import annotations

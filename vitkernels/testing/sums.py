@@ -79,7 +79,7 @@ class _Chains(TorchDispatchMode):
         patches = _patches(images, weight)
         out = self._chain(patches.flatten(0, 2).flatten(1), weight.flatten(1).t())
         out = out if bias is None else out + bias
-        return out.view(*patches.shape[:3], -1).permute(0, 3, 1, 2)
+        return out.view(*patches.shape[:3], len(weight)).permute(0, 3, 1, 2)
 
     def _embed_backward(self, dout: Tensor, images: Tensor, weight: Tensor, wanted: list[bool]) -> tuple:
         patches = _patches(images, weight)

@@ -178,10 +178,6 @@ def counted(tmp_path_factory):
     return json.loads(out.read_text()) | {"printed": run.stdout}
 
 
-def backward_rows(traffic, part):
-    return [row for row in traffic["rows"] if row["phase"] == "backward" and part in row["op"]]
-
-
 def test_layer_norm_kernels(counted):
     forward, backward = counted["layer_norm"]["rows"]
     C = 64

@@ -16,7 +16,6 @@ from vitkernels.testing import check_op
 FILE = sys.modules["vitkernels.ops.attention"]  # the package's attribute of that name is the function
 OPERANDS = sys.modules["vitkernels.ops.attention.operands"]
 BACKWARD = sys.modules["vitkernels.ops.attention.backward"]
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 KERNELS = (
     "_attention_bwd_delta_kernel",
     "_attention_bwd_dkv_kernel",

@@ -11,7 +11,6 @@ from vitkernels.testing import check_op
 
 FILE = sys.modules["vitkernels.ops.attention"]
 PREPARE = sys.modules["vitkernels.ops.attention.prepare"]
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TABLES = {
     "all": lambda B, H, n, D: (n, D),
     "each head": lambda B, H, n, D: (H, n, D),

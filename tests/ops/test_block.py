@@ -8,7 +8,6 @@ import torch
 from vitkernels import ops, reference
 from vitkernels.testing import check, check_op
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HEADS = 3
 FRONT = ("norm1_weight", "norm1_bias", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias", "gamma1")
 BACK = ("norm2_weight", "norm2_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "gamma2")

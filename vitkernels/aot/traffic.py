@@ -144,8 +144,7 @@ def count(
         dtype: Of x.
 
     Raises:
-        RuntimeError: Other ops run at batch
-            B + 1 than at B, so that it cannot be told what grows with the batch.
+        RuntimeError: Other ops run at batch B + 1 than at B, so that it cannot be told what grows with the batch.
     """
     runs = []
     for more in (0, 1):

@@ -42,9 +42,15 @@ def new_results(suite: str, budget_s: float, device: torch.device) -> Results:
 
 
 def find_device() -> torch.device:
-    """Return the GPU where there is one that PyTorch's CUDA interface reaches, else the CPU, on one thread."""
+    """Return the GPU where there is one that PyTorch's CUDA interface reaches, else the CPU, on one thread.
+
+    Raises:
+        UserError: The CPU would emulate a GPU, whose times are neither's.
+    """
     if torch.cuda.is_available():
         return torch.device("cuda")
+    if runtime.emulated_arch() is not None:
+        raise UserError("an emulated GPU's times are no GPU's: unset VITKERNELS_BACKEND, and PyTorch's are taken")
     # On a CPU overheads are compared. A second thread tells nothing of them, and waits for whoever else is running.
     torch.set_num_threads(1)
     return torch.device("cpu")

@@ -1,6 +1,7 @@
 """A run: it stops in time, says what it left out, and what was measured outlives whatever ends it."""
 
 import html
+import os
 import signal
 import subprocess
 import sys
@@ -87,6 +88,10 @@ def test_an_interrupted_run_leaves_what_it_had(path, monkeypatch):
     assert load(path).complete
 
 
+def with_backend(name: str) -> dict[str, str]:
+    return {**os.environ, "VITKERNELS_BACKEND": name}
+
+
 CUT_SHORT = """
 import os, shutil, signal, sys, time, types
 from benchmarks import suites
@@ -106,7 +111,7 @@ def cut_short(out: Path) -> subprocess.Popen:
     """Start a run that has its results and is interrupted, within an import, in code from a string."""
     kept = next((ROOT / "benchmarks" / "results" / "cpu").glob("*.json"))
     return subprocess.Popen(
-        [sys.executable, "-c", CUT_SHORT, kept, out],
+        [sys.executable, "-c", CUT_SHORT, kept, out], env=with_backend("auto"),
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -145,11 +150,19 @@ def test_plans(suite, device):
                 assert any(words in title and title.endswith(load_) for title in titles), (words, load_)
 
 
-def command(*args: str) -> subprocess.Popen:
+def command(*args: str, backend: str = "auto") -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "benchmarks", *args],
+        [sys.executable, "-m", "benchmarks", *args], env=with_backend(backend),
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where a GPU is, none is emulated")
+def test_an_emulated_gpu_is_not_timed(tmp_path):
+    out, err = (run := command("--out", str(tmp_path), backend="emulated")).communicate(timeout=120)
+    assert (run.returncode, out) == (2, "")
+    assert err.startswith("benchmarks: an emulated GPU's times are no GPU's: unset VITKERNELS_BACKEND")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what this run does in its first seconds is a CPU's")

@@ -168,16 +168,16 @@ def test_an_emulated_gpu_is_not_timed(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what this run does in its first seconds is a CPU's")
 def test_the_command_ends_in_time_with_a_report(tmp_path):
     start = time.perf_counter()
-    run = command("--suite", "all", "--budget", "20", "--out", str(tmp_path))
+    run = command("--suite", "all", "--budget", "12", "--out", str(tmp_path))
     out, err = run.communicate(timeout=120)
     took = time.perf_counter() - start
     assert run.returncode == 0, err
     results = load(tmp_path / "results.json")
     assert results.complete
-    assert results.elapsed_s < 20
-    assert took < 20 + 15, "starting Python and torch counts, but not for so much"
+    assert results.elapsed_s < 12
+    assert took < 12 + 15, "starting Python and torch counts, but not for so much"
     assert results.rows, "on two slow cores with another test beside it, too"
-    assert results.left_out, "20 s are too few for all of it"
+    assert results.left_out, "12 s are too few for all of it"
     assert "report.html" in out
     page = (tmp_path / "report.html").read_text()
     assert page.startswith("<!DOCTYPE html>")

@@ -1,4 +1,4 @@
-"""What vitkernels costs the host: an op's call above its launch, imports, and accelerate."""
+"""What vitkernels costs the host: an op's call but for its launches, imports, and accelerate."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def run_script(arguments: list[str], seconds: float, **environment: str) -> str:
 
 
 def call_rows(session: Session, seconds: float = 12.0) -> Iterator[Row]:
-    """Measure an op's call above its launch, and the least that PyTorch takes; see ``benchmarks/calls.py``."""
+    """Measure an op's call but for its launches, and the least that PyTorch takes; see ``benchmarks/calls.py``."""
     printed = run_script(["-m", "benchmarks.calls", str(seconds)], session.left())
     for name, times in json.loads(printed).items():
         provider, op, mode = name.split(", ")
-        yield Row("cost", "call above launch", op, provider, mode, time=Times(**times))
+        yield Row("cost", "call but for launches", op, provider, mode, time=Times(**times))
 
 
 def import_rows(session: Session, runs: int = 3) -> Iterator[Row]:

@@ -11,7 +11,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from benchmarks.schema import Results, Row
-from benchmarks.wording import GOAL_CALL_US, workload_name
+from benchmarks.wording import GOAL_BLOCK_US, workload_name
 
 OURS_COLOR = "#0b7a55"
 OURS_SHADES = (OURS_COLOR, "#63b899", "#b5ddcd")
@@ -43,7 +43,7 @@ def draw_all(results: Results) -> dict[str, tuple[str, Figure]]:
         "roofline": ("Each op against what this machine was seen to reach in the same run.", roofline),
         "throughput": ("Images a second.", throughput),
         "memory": ("Peak memory, parameters and optimizer state included.", memory),
-        "calls": ("What a call costs the host above its launch, ours in green.", calls),
+        "calls": ("What a call costs the host, its launches left out; ours in green.", calls),
         "traffic": ("Passes of one block over its activations beyond what it must read and write. Counted.", traffic),
     }
     found = {}
@@ -235,8 +235,8 @@ def _provider_colors(providers: list[str]) -> dict[str, str]:
 
 
 def calls(results: Results) -> Figure | None:
-    """Microseconds a call above its launch, a bar an op, beside PyTorch's least where it was measured."""
-    rows = [row for row in _timed(results, "cost") if row.name == "call above launch"]
+    """Microseconds a call but for its launches, a bar an op, beside PyTorch's least where it was measured."""
+    rows = [row for row in _timed(results, "cost") if row.name == "call but for launches"]
     if not rows:
         return None
     modes, ops = (_distinct(getattr(row, field) for row in rows) for field in ("mode", "case"))
@@ -254,10 +254,10 @@ def calls(results: Results) -> Figure | None:
                 f"{row.time.median:.1f}", (row.time.p80, place),
                 xytext=(4, 0), textcoords="offset points", va="center", fontsize=8,
             )  # fmt: skip
-        if mode == "no grad":
-            ax.axvline(GOAL_CALL_US, color="#b4653a", linewidth=1.2, linestyle="--")
+        if goal := GOAL_BLOCK_US.get(mode):
+            ax.axvline(goal, color="#b4653a", linewidth=1.2, linestyle="--")
             ax.annotate(
-                f"goal {GOAL_CALL_US:g}", (GOAL_CALL_US, 1.0), xycoords=("data", "axes fraction"), color="#b4653a",
+                f"goal of block {goal:g}", (goal, 1.0), xycoords=("data", "axes fraction"), color="#b4653a",
                 xytext=(3, -2), textcoords="offset points", va="bottom", fontsize=8,
             )  # fmt: skip
         ax.set_yticks(range(len(ops)), ops)

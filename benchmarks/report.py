@@ -20,7 +20,7 @@ METHOD = """\
 Rivals take turns, one sample each a round, in an order that rotates; given are the median and the 20th and 80th
 percentile. Inputs are random. On a GPU, device time is taken between two events on a cold L2 cache; of ops below 50 µs
 from a CUDA graph over copies of the inputs that L2 cannot hold together. Host time is until the call returned. What a
-call costs above its launch is told by those samples, of 0.2 ms, before and after which a fixed loop of Python ran
+call costs but for its launches is told by those samples, of 0.2 ms, before and after which a fixed loop of Python ran
 within a tenth of its fastest: the others are a neighbour's on the core. It depends on how Python was compiled. "Of the
 roofline" is the time that this run's own ceilings (a square product, a copy) allow for the FLOPs and bytes that the
 workload needs at the least, over the time taken. Errors are against fp64, the largest over outputs and gradients, and

@@ -30,6 +30,7 @@ from benchmarks.run import Budget, GpuTimer, measure
 from benchmarks.schema import Times
 from vitkernels import _interrupt, runtime, tuning
 from vitkernels.console import check_can_fill, one_line
+from vitkernels.ops import _plan
 from vitkernels.testing.cases import CASES, DTYPES
 
 VIT_B = "vit_base_patch16_224"
@@ -244,7 +245,17 @@ class Lookup:
     def __init__(self, original: Callable):
         self.original = original
         self.asked: dict[tuple[str, str], None] = {}
-        self.trial: tuple[tuple[str, str], Config] | None = None
+        self._trial: tuple[tuple[str, str], Config] | None = None
+
+    @property
+    def trial(self) -> tuple[tuple[str, str], Config] | None:
+        """The configuration of a place; set, it is taken from the next call on."""
+        return self._trial
+
+    @trial.setter
+    def trial(self, trial: tuple[tuple[str, str], Config] | None) -> None:
+        self._trial = trial
+        _plan.forget()
 
     def __call__(self, op: str, device_name: str, key: str):
         self.asked[op, key] = None

@@ -91,6 +91,22 @@ def computed_by_pytorch(monkeypatch):
     monkeypatch.setattr(runtime, "emulated_arch", lambda: None)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_remembered():
+    """A test that replaces what chooses a configuration must not meet the launches of the test before."""
+    from vitkernels.ops import _plan
+
+    _plan.forget()
+
+
+@pytest.fixture
+def without_plans(monkeypatch):
+    """Let every call go through its launcher, which a test watches or replaces kernels of."""
+    from vitkernels.ops._plan import Plans
+
+    monkeypatch.setattr(Plans, "__call__", lambda self, device, *args: self._launcher(*args))
+
+
 @pytest.fixture
 def no_launch(monkeypatch):
     """Fail the test if a kernel is launched."""

@@ -18,7 +18,7 @@ KERNELS = "triton" if torch.cuda.is_available() else "emulated"
 
 
 @pytest.fixture
-def launches(monkeypatch):
+def launches(monkeypatch, without_plans):
     """The kernels launched since it was last cleared."""
     names = []
     launch = triton.JITFunction.__getitem__

@@ -268,12 +268,15 @@ def device_type(x: torch.Tensor) -> str:
 
 def dot_precision(device: torch.device) -> str:
     """Return the precision of fp32 products on ``device``: ``"tf32"`` where torch allows it and the chip has it."""
-    allowed = torch.backends.cuda.matmul.fp32_precision  # knows what the older switches say, too
-    if allowed == "none":
-        allowed = torch.backends.fp32_precision
     arch = device_facts(device).arch
     has_tf32 = not arch.startswith("gfx") or arch == "gfx942"
-    return "tf32" if allowed == "tf32" and has_tf32 else "ieee"
+    return "tf32" if allowed_precision() == "tf32" and has_tf32 else "ieee"
+
+
+def allowed_precision() -> str:
+    """Return what torch allows fp32 products to be taken in: ``"tf32"``, or another name for all else."""
+    allowed = torch.backends.cuda.matmul.fp32_precision  # knows what the older switches say, too
+    return torch.backends.fp32_precision if allowed == "none" else allowed
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:

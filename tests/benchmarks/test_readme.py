@@ -19,7 +19,7 @@ def test_the_newest_run_of_each_device(session, tmp_path):
     assert update(readme, kept)
     assert "No run is kept yet." in readme.read_text()
 
-    row = Row("cost", "call above launch", "mlp", "vitkernels", "no grad", time=Times(14.0, 13.0, 15.0, 9))
+    row = Row("cost", "call but for launches", "block", "vitkernels", "no grad", time=Times(14.0, 13.0, 15.0, 9))
     for date, us in (("2026-11-20", 14.0), ("2026-11-22", 7.5), ("2026-11-21", 30.0)):
         row = dataclasses.replace(row, time=Times(us, us, us, 9))
         save(dataclasses.replace(session.results, date=date, rows=[row]), kept / "cpu" / f"{date}-abc.json")

@@ -89,7 +89,7 @@ def launches(monkeypatch, run: bool):
 
 
 @pytest.mark.parametrize("op", CALLS)
-def test_refuses_before_any_launch_or_answers_right(op, device, request, monkeypatch):
+def test_refuses_before_any_launch_or_answers_right(op, device, request, monkeypatch, without_plans):
     minutes = request.config.getoption("--fuzz-minutes", 0.0)
 
     @given(wrong(op))

@@ -5,7 +5,7 @@ import triton
 
 
 @pytest.fixture
-def instead_of_launches(monkeypatch):
+def instead_of_launches(monkeypatch, without_plans):
     """A function: from its call on, ``note(kernel's name, grid, args, kwargs)`` is called in the place of launches."""
 
     def put(note):

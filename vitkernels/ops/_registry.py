@@ -4,8 +4,8 @@ CUDA (ROCm too) and XPU run the launcher; the CPU runs the reference, or the lau
 The differentiation is an ``autograd.Function`` outside, in the op's own file.
 This route costs 2.7 µs a call, against 10 µs for ``torch.library.custom_op``, and alone passes fake
 tensors, export, fullgraph compilation and opcheck with emulated kernels too. The dispatcher also
-negates what is negated lazily, and shows an op to modes and profilers: what goes around it
-(``_known.py``) has made sure that there is nothing of the kind.
+negates what is negated lazily, and shows an op to modes and profilers. Below it the launcher is remembered
+(``_plan.py``): what it did is repeated for tensors that lie alike.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.compiler import is_compiling
 
 from vitkernels import runtime
 from vitkernels.ops import _triton
+from vitkernels.ops._plan import Plans
 
 _LIBRARY = torch.library.Library("vitkernels", "DEF")
 
@@ -52,8 +53,9 @@ def register(schema: str, *, launcher: Callable, reference: Callable, fake: Call
     """
     name = _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
 
-    on_gpu = _on_its_device(launcher)
-    kernels = {"cuda": on_gpu, "xpu": on_gpu, "cpu": _on_emulated_gpu(launcher, reference)}
+    plans = Plans(launcher)
+    on_gpu = _on_its_device(plans)
+    kernels = {"cuda": on_gpu, "xpu": on_gpu, "cpu": _on_emulated_gpu(plans, reference)}
     for kind, implementation in kernels.items():
         _LIBRARY.impl(name, implementation, kind.upper())
     OPS[name] = Implementations(launcher, reference, fake, kernels)
@@ -61,22 +63,23 @@ def register(schema: str, *, launcher: Callable, reference: Callable, fake: Call
     return getattr(torch.ops.vitkernels, name).default
 
 
-def _on_its_device(launcher: Callable) -> Callable:
+def _on_its_device(plans: Plans) -> Callable:
     def launch(x, *args):
         with runtime.device_guard(x):
+            device = x.get_device()
             try:
-                return launcher(x, *args)
+                return plans(device, x, *args)
             except OSError as error:
                 if not _triton.is_of_the_cache(error):
                     raise
                 # Triton's driver, too, is compiled into the cache, before any kernel.
                 with _triton.another_cache(error):
-                    return launcher(x, *args)
+                    return plans(device, x, *args)
 
     return launch
 
 
-def _on_emulated_gpu(launcher: Callable, reference: Callable) -> Callable:
+def _on_emulated_gpu(plans: Plans, reference: Callable) -> Callable:
     def launch(x, *args):
         arch = runtime.emulated_arch()
         if arch is None:
@@ -84,7 +87,7 @@ def _on_emulated_gpu(launcher: Callable, reference: Callable) -> Callable:
         from vitkernels.emulator.launch import emulating  # asks for Triton, which is there by now
 
         with emulating(arch):
-            return launcher(x, *args)
+            return plans(arch, x, *args)
 
     return launch
 

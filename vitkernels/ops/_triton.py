@@ -10,7 +10,7 @@ import tempfile
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -39,6 +39,33 @@ class _Missing:
         raise RuntimeError(f"a vitkernels kernel was launched, but Triton cannot be used: {MISSING}")
 
 
+_watchers = threading.local()
+
+
+@contextlib.contextmanager
+def watching(seen: Callable) -> Iterator[None]:
+    """Call ``seen(kernel, compiled, grid, arguments)`` after each launch of this thread meanwhile.
+
+    ``compiled`` is Triton's ``CompiledKernel``, or None where nothing was launched; ``arguments`` are by name.
+    """
+    _watchers.seen = seen
+    try:
+        yield
+    finally:
+        _watchers.seen = None
+
+
+def launches_are_hooked() -> bool:
+    """Tell whether someone, such as Triton's profiler, is called before or after each launch."""
+    hooks = _triton.knobs.runtime
+    return bool(hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls)
+
+
+def current_stream(device: int | str) -> int:
+    """Return the handle of the stream that the JIT would launch on; ``device`` is a GPU's number."""
+    return _triton.runtime.driver.active.get_current_stream(device)
+
+
 if MISSING is None:
 
     class _Source(_triton.compiler.ASTSource):
@@ -52,6 +79,12 @@ if MISSING is None:
 
     class _Kernel(_triton.JITFunction):
         """A kernel that minds what is around it when it is compiled or read from disk; warm launches are as ever."""
+
+        def run(self, *args, grid, warmup, **kwargs):
+            compiled = super().run(*args, grid=grid, warmup=warmup, **kwargs)
+            if (seen := getattr(_watchers, "seen", None)) is not None:
+                seen(self, None if warmup else compiled, grid, kwargs)
+            return compiled
 
         def _do_compile(self, *args, **kwargs):
             # Loading a kernel would spoil the capture, on ROCm in silence.

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from vitkernels import reference, runtime
 from vitkernels.ops._checks import alike, check_integer, check_like, check_scale, check_shape, check_tensor
-from vitkernels.ops._known import KnownCalls
 from vitkernels.ops._once import once_differentiable
 from vitkernels.ops._registry import needs_grad, uses_kernels
 from vitkernels.ops.attention import MAX_HEAD_DIM, attention_qkvpacked_bwd, attention_qkvpacked_fwd
@@ -99,24 +98,19 @@ class BlockFunction(torch.autograd.Function):
         ), None
 
 
-_STEPS = (layer_norm_fwd, linear_fwd, attention_qkvpacked_fwd, mlp_fwd)
-_KNOWN = KnownCalls(*_STEPS)
-
-
-def _forward(tensors, options, *, save, steps=_STEPS):
-    """Return the output, and what the backward takes out of ``ctx.saved_tensors``; ``steps`` compute."""
+def _forward(tensors, options, *, save):
+    """Return the output, and what the backward takes out of ``ctx.saved_tensors``."""
     x, n1_w, n1_b, qkv_w, qkv_b, proj_w, proj_b, gamma1, n2_w, n2_b, w1, b1, w2, b2, gamma2 = tensors
-    norm, linear, attend, mlp = steps
     heads, scale, eps1, eps2, activation, recompute = options
     dtype = qkv_w.dtype
-    h1, _, mean1, rstd1 = norm(x, None, n1_w, n1_b, None, None, eps1, dtype)
-    qkv = linear(h1, qkv_w, qkv_b, None, None, None)[0]
+    h1, _, mean1, rstd1 = layer_norm_fwd(x, None, n1_w, n1_b, None, None, eps1, dtype)
+    qkv = linear_fwd(h1, qkv_w, qkv_b, None, None, None)[0]
     qkv = qkv.view(*x.shape[:2], 3, heads, qkv_w.shape[0] // (3 * heads))
-    o, lse = attend(qkv, scale)
-    branch = linear(o.flatten(2), proj_w, proj_b, gamma1, None, None)[0]
-    h2, r, mean2, rstd2 = norm(branch, x, n2_w, n2_b, None, None, eps2, dtype)
+    o, lse = attention_qkvpacked_fwd(qkv, scale)
+    branch = linear_fwd(o.flatten(2), proj_w, proj_b, gamma1, None, None)[0]
+    h2, r, mean2, rstd2 = layer_norm_fwd(branch, x, n2_w, n2_b, None, None, eps2, dtype)
     save_act = save and not recompute
-    y, z, act = mlp(h2, w1, b1, w2, b2, gamma2, r, activation, None, save, save_act)
+    y, z, act = mlp_fwd(h2, w1, b1, w2, b2, gamma2, r, activation, None, save, save_act)
     saved = (
         x, n1_w, mean1, rstd1, h1, qkv_w, qkv, o, lse, proj_w, proj_b, gamma1,
         r, n2_w, mean2, rstd2, h2, w1, w2, b2, gamma2, z, act if save_act else None,
@@ -185,10 +179,6 @@ def block(
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise TypeError(f"block: {name} is a {type(pair).__name__}; expected a pair")
     tensors = (x, *norm1, *qkv, *proj, layer_scale[0], *norm2, *fc1, *fc2, layer_scale[1])
-    # eps apart, as True within a tuple would pass for a known 1.0.
-    options = (num_heads, scale, activation, *(eps if isinstance(eps, tuple | list) else (eps,)))
-    if call := _KNOWN.find(tensors, options):
-        return _forward(tensors, call.plan, save=False, steps=call.launchers)[0]
     num_heads, scale, dtype = _check(
         x, norm1, qkv, proj, norm2, fc1, fc2, layer_scale, num_heads, scale, eps, activation
     )
@@ -200,12 +190,10 @@ def block(
     if dtype is not None:
         qkv, proj, fc1, fc2 = ([None if t is None else t.to(dtype) for t in pair] for pair in (qkv, proj, fc1, fc2))
         tensors = (x, *norm1, *qkv, *proj, layer_scale[0], *norm2, *fc1, *fc2, layer_scale[1])
-    plan = (num_heads, scale, *map(float, eps), activation, recompute)
+    options = (num_heads, scale, *map(float, eps), activation, recompute)
     if needs_grad(*tensors):
-        return BlockFunction.apply(*tensors, plan)
-    y, _ = _forward(tensors, plan, save=False)
-    _KNOWN.add(tensors, options, plan)
-    return y
+        return BlockFunction.apply(*tensors, options)
+    return _forward(tensors, options, save=False)[0]
 
 
 def _check(x, norm1, qkv, proj, norm2, fc1, fc2, layer_scale, num_heads, scale, eps, activation):

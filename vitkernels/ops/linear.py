@@ -18,7 +18,6 @@ from torch import Tensor
 from vitkernels import reference, runtime
 from vitkernels.ops import _tile
 from vitkernels.ops._checks import alike, check_like, check_shape, check_tensor
-from vitkernels.ops._known import KnownCalls
 from vitkernels.ops._once import once_differentiable
 from vitkernels.ops._product import product, within_reach
 from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
@@ -276,9 +275,6 @@ class LinearFunction(torch.autograd.Function):
         return *grads, dresidual, None
 
 
-_KNOWN = KnownCalls(linear_fwd)
-
-
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -310,9 +306,6 @@ def linear(
     Reference: arXiv 1606.08415 (GELU), 2103.17239 (LayerScale).
     """
     op = "linear"
-    tensors = (x, weight, bias, layer_scale, residual)
-    if call := _KNOWN.find(tensors, (activation,)):
-        return call.launch(*tensors, activation)[0]
     *lead, K = check_input(op, x)
     check_activation(op, activation)
     dtype = runtime.autocast_dtype(x)
@@ -323,12 +316,11 @@ def linear(
         y = reference.linear(x, weight, bias, activation=activation, residual=residual, layer_scale=layer_scale)
         return y.contiguous()
     if dtype is not None:
-        tensors = (*(None if t is None else t.to(dtype) for t in (x, weight, bias)), layer_scale, residual)
+        x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
+    tensors = (x, weight, bias, layer_scale, residual)
     if needs_grad(*tensors):
         return LinearFunction.apply(*tensors, activation)
-    y, _ = linear_fwd(*tensors, activation)
-    _KNOWN.add(tensors, (activation,))
-    return y
+    return linear_fwd(*tensors, activation)[0]
 
 
 def check_input(op: str, x: Tensor) -> torch.Size:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from vitkernels import reference, runtime
 from vitkernels.ops._checks import alike
-from vitkernels.ops._known import KnownCalls
 from vitkernels.ops._once import once_differentiable
 from vitkernels.ops._product import product, product_dact
 from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
@@ -145,9 +144,6 @@ class MlpFunction(torch.autograd.Function):
         return *grads, dresidual, None, None
 
 
-_KNOWN = KnownCalls(mlp_fwd)
-
-
 def mlp(
     x: Tensor,
     w1: Tensor,
@@ -185,9 +181,6 @@ def mlp(
     Reference: arXiv 1706.03762, section 3.3; 1606.08415 (GELU); 2103.17239 (LayerScale).
     """
     op = "mlp"
-    tensors = (x, w1, b1, w2, b2, layer_scale, residual)
-    if call := _KNOWN.find(tensors, (activation,)):
-        return call.launch(*tensors, activation)[0]
     *lead, C = check_input(op, x)
     check_activation(op, activation)
     dtype = runtime.autocast_dtype(x)
@@ -199,9 +192,8 @@ def mlp(
         y = reference.mlp(x, w1, b1, w2, b2, activation=activation, residual=residual, layer_scale=layer_scale)
         return y.contiguous()
     if dtype is not None:
-        tensors = (*(None if t is None else t.to(dtype) for t in (x, w1, b1, w2, b2)), layer_scale, residual)
+        x, w1, b1, w2, b2 = (None if t is None else t.to(dtype) for t in (x, w1, b1, w2, b2))
+    tensors = (x, w1, b1, w2, b2, layer_scale, residual)
     if needs_grad(*tensors):
         return MlpFunction.apply(*tensors, activation, recompute)
-    y = mlp_fwd(*tensors, activation)[0]
-    _KNOWN.add(tensors, (activation,))
-    return y
+    return mlp_fwd(*tensors, activation)[0]

@@ -41,7 +41,6 @@ from vitkernels.ops._checks import (
     check_shape,
     check_tensor,
 )
-from vitkernels.ops._known import KnownCalls
 from vitkernels.ops._once import once_differentiable
 from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
 from vitkernels.ops.attention.backward import attention_backward
@@ -349,10 +348,6 @@ class AttentionQkvpackedFunction(torch.autograd.Function):
         )
 
 
-_KNOWN, _KNOWN_VARLEN = KnownCalls(attention_fwd), KnownCalls(attention_fwd)
-_KNOWN_PACKED = KnownCalls(attention_qkvpacked_fwd)
-
-
 def attention(
     q: Tensor,
     k: Tensor,
@@ -401,11 +396,6 @@ def attention(
     Reference: arXiv 1706.03762, 2205.14135, 2307.08691.
     """
     op = "attention"
-    given, options = (q, k, v, attn_mask), (scale, is_causal, dropout_p, num_prefix_tokens)
-    as_given = rope is None and q_norm is None and k_norm is None
-    if as_given and (call := _KNOWN.find(given, options)):
-        scale, is_causal = call.plan
-        return call.launch(q, k, v, scale, True, _four_dims(attn_mask), None, is_causal)[0]
     check_tensor(op, "q", q)
     q, k, v = _autocast(q, k, v)
     B, H, N_q, N_kv, D = _check_operands(op, q, k, v)
@@ -421,13 +411,10 @@ def attention(
             q, k, v, attn_mask=attn_mask, scale=scale, is_causal=is_causal, dropout_p=dropout_p, rope=rope,
             num_prefix_tokens=num_prefix_tokens, q_norm=q_norm, k_norm=k_norm,
         )  # fmt: skip
-    if not as_given:
+    if rope is not None or q_norm is not None or k_norm is not None:
         q = _prepare(q, q_norm, rope, num_prefix_tokens)
         k = _prepare(k, k_norm, rope, num_prefix_tokens)
-    o = _attend(q, k, v, mask, _seed(q, dropout_p), None, scale, is_causal, dropout_p, 0)
-    if as_given and not dropout_p and not o.requires_grad:
-        _KNOWN.add(given, options, (scale, is_causal))
-    return o
+    return _attend(q, k, v, mask, _seed(q, dropout_p), None, scale, is_causal, dropout_p, 0)
 
 
 def attention_qkvpacked(
@@ -458,11 +445,6 @@ def attention_qkvpacked(
     Reference: as for :func:`attention`.
     """
     op = "attention_qkvpacked"
-    given, options = (qkv, attn_mask), (scale, is_causal, dropout_p, num_prefix_tokens)
-    as_given = rope is None and q_norm is None and k_norm is None
-    if as_given and (call := _KNOWN_PACKED.find(given, options)):
-        scale, is_causal = call.plan
-        return call.launch(qkv, scale, _four_dims(attn_mask), None, is_causal)[0]
     check_tensor(op, "qkv", qkv)
     (qkv,) = _autocast(qkv)
     if qkv.ndim != 5 or qkv.shape[2] != 3:
@@ -488,11 +470,9 @@ def attention_qkvpacked(
         q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
         return attention(q, k, v, **options).transpose(1, 2)
     seed = _seed(qkv, dropout_p)
+    as_given = rope is None and q_norm is None and k_norm is None
     if as_given and not needs_grad(qkv, mask):
-        o, _ = attention_qkvpacked_fwd(qkv, scale, mask, seed, is_causal, dropout_p)
-        if not dropout_p:
-            _KNOWN_PACKED.add(given, options, (scale, is_causal))
-        return o
+        return attention_qkvpacked_fwd(qkv, scale, mask, seed, is_causal, dropout_p)[0]
     cos, sin = (None, None) if rope is None else (_table(rope.cos), _table(rope.sin))
     parameters = tuple(t for norm in (q_norm, k_norm) for t in (norm[:2] if norm else (None, None)))
     return AttentionQkvpackedFunction.apply(
@@ -538,13 +518,6 @@ def attention_varlen(
     Reference: as for :func:`attention`.
     """
     op = "attention_varlen"
-    given, options = (q, k, v, cu_seqlens), (max_seqlen, scale, is_causal, dropout_p)
-    as_given = rope is None and q_norm is None and k_norm is None
-    if as_given and (call := _KNOWN_VARLEN.find(given, options)):
-        if q.is_cpu:
-            _check_bounds(op, q, cu_seqlens, max_seqlen)
-        scale, is_causal, max_seqlen = call.plan
-        return call.launch(q, k, v, scale, False, None, None, is_causal, 0.0, _int32(cu_seqlens), max_seqlen)[0]
     check_tensor(op, "q", q)
     if torch.jit.is_tracing():
         raise NotImplementedError(f"{op}: torch.jit.trace would keep these cu_seqlens for good; use torch.export")
@@ -568,13 +541,10 @@ def attention_varlen(
         return reference.attention_varlen(
             q, k, v, cu_seqlens, scale=scale, is_causal=is_causal, dropout_p=dropout_p
         ).contiguous()
-    if not as_given:
+    if rope is not None or q_norm is not None or k_norm is not None:
         q, k = (x.transpose(0, 1).unsqueeze(0) for x in (q, k))
         q, k = (_prepare(x, norm, rope, 0).squeeze(0).transpose(0, 1) for x, norm in ((q, q_norm), (k, k_norm)))
-    o = _attend(q, k, v, None, _seed(q, dropout_p), _int32(cu_seqlens), scale, is_causal, dropout_p, max_seqlen)
-    if as_given and not dropout_p and not o.requires_grad:
-        _KNOWN_VARLEN.add(given, options, (scale, is_causal, max_seqlen))
-    return o
+    return _attend(q, k, v, None, _seed(q, dropout_p), _int32(cu_seqlens), scale, is_causal, dropout_p, max_seqlen)
 
 
 def attention_weights(

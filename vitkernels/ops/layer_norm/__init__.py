@@ -22,7 +22,6 @@ from torch import Tensor
 
 from vitkernels import reference, runtime
 from vitkernels.ops._checks import alike, check_like, check_number, check_shape, check_tensor
-from vitkernels.ops._known import KnownCalls
 from vitkernels.ops._once import once_differentiable
 from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
 from vitkernels.ops.layer_norm.backward import layer_norm_backward
@@ -217,14 +216,8 @@ def add_layer_norm(
     return add_norm("add_layer_norm", x, residual, weight, bias, eps, layer_scale, drop_path_scale)
 
 
-_KNOWN = KnownCalls(layer_norm_fwd)
-
-
 def norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, rms: bool = False) -> Tensor:
     """The public function ``op``, LayerNorm or RMSNorm."""
-    tensors = (x, weight, bias)
-    if call := _KNOWN.find(tensors, (eps, rms)):
-        return call.launch(x, None, weight, bias, None, None, call.plan, None, rms)[0]
     check_tensor(op, "x", x)
     check_layer_norm(op, x, weight, bias, eps, alike(x, weight, bias))
     if not uses_kernels(x):
@@ -232,9 +225,7 @@ def norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: fl
     out_dtype = torch.promote_types(x.dtype, torch.float32) if autocasts(x) else None
     if needs_grad(x, weight, bias):
         return LayerNormFunction.apply(x, None, weight, bias, None, None, eps, out_dtype, rms)
-    y = layer_norm_fwd(x, None, weight, bias, None, None, eps, out_dtype, rms)[0]
-    _KNOWN.add(tensors, (eps, rms), float(eps))
-    return y
+    return layer_norm_fwd(x, None, weight, bias, None, None, eps, out_dtype, rms)[0]
 
 
 def add_norm(
@@ -251,8 +242,6 @@ def add_norm(
 ) -> tuple[Tensor, Tensor]:
     """The public function ``op``, either norm behind a residual sum."""
     tensors = (x, residual, weight, bias, layer_scale, drop_path_scale)
-    if call := _KNOWN.find(tensors, (eps, rms)):
-        return call.launch(*tensors, call.plan, None, rms)[:2]
     check_tensor(op, "x", x)
     known = residual is not None and alike(x, residual, weight, bias, layer_scale)
     if not known:
@@ -284,9 +273,7 @@ def add_norm(
         out_dtype = torch.promote_types(out_dtype, torch.float32)
     if needs_grad(x, residual, weight, bias, layer_scale):
         return LayerNormFunction.apply(*tensors, eps, out_dtype, rms)
-    outputs = layer_norm_fwd(*tensors, eps, out_dtype, rms)[:2]
-    _KNOWN.add(tensors, (eps, rms), float(eps))
-    return outputs
+    return layer_norm_fwd(*tensors, eps, out_dtype, rms)[:2]
 
 
 def autocasts(x: Tensor) -> bool:

@@ -31,11 +31,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from vitkernels import reference, runtime
 from vitkernels.ops._checks import FLOATING, alike, check_like, check_shape, check_tensor
-from vitkernels.ops._known import KnownCalls
 from vitkernels.ops._once import once_differentiable
 from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
 from vitkernels.ops.patch_embed.backward import empty_gradients, patch_embed_backward
@@ -129,9 +127,6 @@ class PatchEmbedFunction(torch.autograd.Function):
         return dimages if needs_images else None, *grads, None, None, None
 
 
-_KNOWN = KnownCalls(_patch_embed_fwd)
-
-
 def patch_embed(
     images: Tensor,
     weight: Tensor,
@@ -170,9 +165,6 @@ def patch_embed(
 
     Reference: arXiv 2010.11929 (ViT), 2309.16588 (register tokens).
     """
-    tensors = (images, weight, bias, pos_embed, prefix_tokens)
-    if call := _KNOWN.find(tensors, (pos_embed_prefix, normalize)):
-        return call.launch(*tensors, *call.plan)
     constants = _check_images(images, normalize)
     dtype = _check(images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, constants is not None)
     if not uses_kernels(images):
@@ -190,9 +182,7 @@ def patch_embed(
             images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, dtype, constants
         )
     weight, bias = _cast(dtype, weight, bias)
-    tokens = _patch_embed_fwd(images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, constants)
-    _KNOWN.add(tensors, (pos_embed_prefix, normalize), (bool(pos_embed_prefix), constants))
-    return tokens
+    return _patch_embed_fwd(images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, constants)
 
 
 def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
@@ -213,24 +203,7 @@ def _check_images(images: Tensor, normalize: tuple[Sequence[float], Sequence[flo
         raise ValueError(f"{op}: images have shape {tuple(images.shape)}; expected (batch, channels, height, width)")
     if normalize is None:
         return None
-    return _known_constants(normalize, images.shape[1])
-
-
-_latest: tuple = (None, 0, ())  # what normalised last, its channels and constants
-
-
-def _known_constants(normalize: tuple[Sequence[float], Sequence[float]], channels: int) -> Constants:
-    """As :func:`_constants`, without parsing where the very tuple of the last call, which is a model's, returns."""
-    global _latest
-    if is_compiling():
-        return _constants(normalize, channels)
-    known, known_channels, constants = _latest
-    if normalize is not known or channels != known_channels:
-        constants = _constants(normalize, channels)
-        # Only what nobody can change in between.
-        if type(normalize) is tuple and all(type(v) is tuple and {*map(type, v)} <= {float, int} for v in normalize):
-            _latest = normalize, channels, constants
-    return constants
+    return _constants(normalize, images.shape[1])
 
 
 def _constants(normalize: tuple[Sequence[float], Sequence[float]], channels: int) -> Constants:

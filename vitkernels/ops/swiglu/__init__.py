@@ -25,7 +25,6 @@ from torch import Tensor
 
 from vitkernels import reference, runtime
 from vitkernels.ops._checks import alike, check_shape
-from vitkernels.ops._known import KnownCalls
 from vitkernels.ops._once import once_differentiable
 from vitkernels.ops._registry import OPS, needs_grad, reference_gradients, register, uses_kernels
 from vitkernels.ops.layer_norm import check_eps, check_parameter, layer_norm_bwd, layer_norm_fwd
@@ -251,9 +250,6 @@ def _apart(both: Tensor, hidden: int, separate: bool) -> tuple[Tensor, Tensor | 
     return (both[0], both[1]) if separate else (both.flatten(0, 1), None)
 
 
-_KNOWN = KnownCalls(swiglu_mlp_fwd)
-
-
 def swiglu_mlp(
     x: Tensor,
     w12: Tensor | tuple[Tensor, Tensor],
@@ -301,9 +297,6 @@ def swiglu_mlp(
     w1, b1, w2, b2 = _first_layer(op, w12, b12)
     norm_w, norm_b, eps = _norm_parts(op, norm)
     tensors = (x, w1, b1, w2, b2, w3, b3, norm_w, norm_b, layer_scale, residual)
-    options = (activation, gate_last, eps)
-    if call := _KNOWN.find(tensors, options):
-        return call.launch(*tensors, *call.plan)
     *lead, C = check_input(op, x)
     check_activation(op, activation)
     dtype = runtime.autocast_dtype(x)
@@ -324,10 +317,8 @@ def swiglu_mlp(
     if dtype is not None:
         tensors = (*(None if t is None else t.to(dtype) for t in tensors[:7]), *tensors[7:])
     if needs_grad(*tensors):
-        return SwigluMlpFunction.apply(*tensors, (*options, recompute))
-    y = swiglu_mlp_fwd(*tensors, *options)
-    _KNOWN.add(tensors, options, (activation, bool(gate_last), None if eps is None else float(eps)))
-    return y
+        return SwigluMlpFunction.apply(*tensors, (activation, gate_last, eps, recompute))
+    return swiglu_mlp_fwd(*tensors, activation, gate_last, eps)
 
 
 def _norm_parts(op, norm):

@@ -17,6 +17,7 @@ import textwrap
 from collections.abc import Iterable, Iterator
 from types import FunctionType, ModuleType
 
+from vitkernels.ops import _plan
 from vitkernels.testing.cases import Case
 
 
@@ -67,7 +68,11 @@ def seeded_defect(mutant: Mutant) -> Iterator[None]:
         raise MutantError(f"{mutant.name}: {mutant.where} does not exist") from None
     edited = _edited_function if isinstance(target, FunctionType) else _edited_kernel
     with edited(module, target, mutant):
-        yield
+        _plan.forget()  # else the launches of what was edited would go on
+        try:
+            yield
+        finally:
+            _plan.forget()
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 import vitkernels
 from vitkernels import ops, reference, runtime
 from vitkernels.console import prepare_torchvision
+from vitkernels.emulator.execute import Kind
 from vitkernels.emulator.launch import EmulationError, emulating
 from vitkernels.testing.cases import DTYPES
 from vitkernels.verify.accuracy import judge
@@ -142,3 +143,10 @@ def test_a_finding_is_an_error_that_says_where():
     said = str(caught.value)
     for word in ("_layer_norm_fwd_kernel", "emulated H100", "layer_norm", "rstd_ptr, byte", "program", "warp", "lane"):
         assert word in said
+
+
+def test_an_accumulator_copied_behind_the_fence_is_ptxass_to_order():
+    """Where one product is all, LLVM copies the accumulator between wgmma.fence and wgmma: ptxas says C7519."""
+    x, w1, b1, w2 = (torch.randn(shape, dtype=torch.bfloat16) for shape in ((1, 33, 1), (1, 1), (1,), (1, 1)))
+    runs = launches(lambda: ops.mlp(x, w1, b1, w2, None, activation="gelu"))
+    assert Kind.unfenced_operand in {finding.kind for run in runs for finding in run.findings}

@@ -29,7 +29,7 @@ from vitkernels.emulator.execute import Kind, Run, execute
 
 # By the letter of PTX this is undefined. ptxas sees it in the registers' dataflow, and waits behind each product (its
 # message C7515), which costs the overlap. (What the note `unfenced_operand` tells of, it mends by a warpgroup.arrive of
-# its own: C7519.)
+# its own: C7519. So it does where the accumulator is copied behind the fence.)
 LEFT_TO_PTXAS = frozenset({Kind.accumulator_in_flight})
 
 

@@ -82,7 +82,7 @@
   X(tensor_map, "tensor map that the hardware rejects", error) \
   X(accumulator_in_flight, "register touched while wgmma is under way", error) \
   X(unfenced_register, "register given to wgmma that was written since wgmma.fence", error) \
-  X(unfenced_operand, "left operand of wgmma made after its wgmma.fence: ptxas serialises", note) \
+  X(unfenced_operand, "register of wgmma written after its wgmma.fence: ptxas orders them", note) \
   X(undefined_address, "undefined address", error) \
   X(undefined_predicate, "undefined predicate decides", error) \
   X(undefined_store, "undefined value stored to global memory", error) \

@@ -234,10 +234,11 @@ static void wgmma(const Step& s) {
   u32 bad = 0;
   size_t mine = (size_t)s.w * M.slots;
   auto since_fence = [&](i32 slot) { return M.written_at[mine + slot] > W.fenced_registers; };
+  // LLVM moves the arithmetic that makes the operand, and copies of the accumulator, below the fence that Triton puts;
+  // ptxas then puts a warpgroup.arrive behind them, or moves them back
+  int kind = W.fenced_stage ? K_unfenced_operand : K_unfenced_register;
   if (in_registers) {
     bad = undefined_operands(s, nd, 4, 32);
-    // LLVM moves the arithmetic that makes the operand below the fence that Triton puts; ptxas then serialises
-    int kind = W.fenced_stage ? K_unfenced_operand : K_unfenced_register;
     for (int i = nd; i < nd + 4; i++)
       if (s.o[i] >= 0 && since_fence(s.o[i])) s.report(kind, 0, 0, s.o[i]);
     left_registers(s, nd, 4, type, depth, a.data());
@@ -254,7 +255,7 @@ static void wgmma(const Step& s) {
   if (accumulate) {
     for (int i = 0; i < nd; i++) {
       bad |= ~s.defined(i, 32);
-      if (!M.in_flight[mine + s.o[i]] && since_fence(s.o[i])) s.report(K_unfenced_register, 0, 0, s.o[i]);
+      if (!M.in_flight[mine + s.o[i]] && since_fence(s.o[i])) s.report(kind, 0, 0, s.o[i]);
     }
     read_accumulators(s, 0, s.I.type2, n, c.data());
   }

@@ -48,11 +48,17 @@ def force(regime, monkeypatch):
 
 
 def make(B, H, N, D, dtype=None, N_kv=None, device="cpu", grad=True):
+    """q, k and v, as a projection leaves them: the heads of a token side by side."""
     dtype = dtype or dtype_at(N)
     return {
-        name: torch.randn(B, H, n, D, dtype=torch.float64).to(device, dtype).requires_grad_(grad)
+        name: torch.randn(B, n, H, D, dtype=torch.float64).to(device, dtype).transpose(1, 2).requires_grad_(grad)
         for name, n in (("q", N), ("k", N_kv or N), ("v", N_kv or N))
     }
+
+
+def heads_of(N):
+    """Few rows average few roundings out: the shorter the sequence, the more heads."""
+    return max(2, 200 // N)
 
 
 def learned(*shape, device="cpu"):
@@ -100,39 +106,40 @@ def kinds_and_regimes(common, others):
 @pytest.mark.parametrize(
     ("kind", "N"),
     kinds_and_regimes(
-        "keys of each image", ["pairs of all", "queries", "one", "expanded", "sliced", "pairs of a head"]
+        "keys of each image", ["one", "queries", "pairs of a head", "pairs of all", "sliced", "expanded"]
     ),
     indirect=["N"],
 )
 def test_bool_masks(kind, N, device):
-    mask = BOOL_MASKS[kind](2, 3, N).to(device)
-    check_op(ops.attention, reference.attention, make(2, 3, N, 24, device=device), options={"attn_mask": mask})
+    H = heads_of(N)
+    mask = BOOL_MASKS[kind](2, H, N).to(device)
+    check_op(ops.attention, reference.attention, make(2, H, N, 24, device=device), options={"attn_mask": mask})
 
 
 @pytest.mark.parametrize(
     ("kind", "N"),
     kinds_and_regimes(
-        "pairs of all", ["keys of all", "transposed", "pairs of each head", "pairs of an image", "queries", "expanded"]
+        "pairs of a head", ["keys of all", "expanded", "pairs of all", "pairs of an image", "transposed"]
     ),
     indirect=["N"],
 )
 def test_added_masks_and_their_gradients(kind, N, device):
     # A bias that requires grad is laid out as the mask of that kind.
-    mask = BOOL_MASKS[kind](2, 3, N)
+    H = heads_of(N)
+    mask = BOOL_MASKS[kind](2, H, N)
     bias = torch.randn(mask.shape, dtype=torch.float64)
     bias = bias.as_strided(mask.shape, mask.stride()) if 0 in mask.stride() else bias
     bias = bias.transpose(-1, -2).contiguous().transpose(-1, -2) if kind == "transposed" else bias
     bias = bias.to(device, dtype_at(N))
-    tensors = make(2, 3, N, 24, device=device)
-    if kind in ("queries", "one"):  # what shifts a whole row has no gradient: see the next test
-        check_op(ops.attention, reference.attention, tensors, options={"attn_mask": bias})
-    else:
-        check_op(ops.attention, reference.attention, tensors | {"attn_mask": bias.requires_grad_()})
+    tensors = make(2, H, N, 24, device=device)
+    check_op(ops.attention, reference.attention, tensors | {"attn_mask": bias.requires_grad_()})
 
 
+@pytest.mark.parametrize("N", ["windows", "blocks"], indirect=True)
 def test_a_bias_of_whole_rows_gets_no_gradient(N, device):
-    tensors = make(1, 2, N, 24, device=device)
+    tensors = make(2, 2, N, 24, device=device)
     bias = torch.randn(1, 1, N, 1, device=device).to(dtype_at(N)).requires_grad_()
+    check_op(ops.attention, reference.attention, tensors, options={"attn_mask": bias.detach()})
     (gradient,) = torch.autograd.grad(ops.attention(**tensors, attn_mask=bias).square().sum(), bias)
     # What is left are roundings of o, of which the backward takes Σ do · o.
     assert gradient.shape == bias.shape and gradient.abs().max() < 100 * torch.finfo(bias.dtype).eps
@@ -141,16 +148,17 @@ def test_a_bias_of_whole_rows_gets_no_gradient(N, device):
 def test_a_bias_kept_in_fp32(device):
     """As under autocast: PyTorch rounds it first."""
     N = 49
-    tensors = make(2, 4, N, 24, torch.bfloat16, device=device)
-    bias = torch.randn(4, N, N, device=device).bfloat16().float().requires_grad_()
+    tensors = make(2, 2, N, 24, torch.bfloat16, device=device)
+    bias = torch.randn(2, N, N, device=device).bfloat16().float().requires_grad_()
     out = ops.attention(**tensors, attn_mask=bias)
     assert torch.equal(out, ops.attention(**tensors, attn_mask=bias.detach().bfloat16()))
     assert torch.autograd.grad(out.sum(), bias)[0].dtype == torch.float32
 
 
 def test_packed_with_a_bias(N, device):
-    qkv = torch.randn(2, N, 3, 3, 24, device=device).to(dtype_at(N)).requires_grad_()
-    bias = learned(3, N, N, device=device)
+    H = heads_of(N)
+    qkv = torch.randn(2, N, 3, H, 24, device=device).to(dtype_at(N)).requires_grad_()
+    bias = learned(H, N, N, device=device)
     check_op(ops.attention_qkvpacked, reference.attention_qkvpacked, {"qkv": qkv, "attn_mask": bias})
 
 
@@ -174,7 +182,7 @@ def test_frozen_operands_change_no_gradient(trained, N, device):
         torch.testing.assert_close(grad, all_grads[name], rtol=1000 * eps, atol=100 * eps)
 
 
-@pytest.mark.parametrize(("N_q", "N_kv"), [(70, 20), (130, 90)])
+@pytest.mark.parametrize(("N_q", "N_kv"), [(70, 54), (54, 90)])
 def test_cross_attention_with_a_bias(N_q, N_kv, device):
     tensors = make(2, 2, N_q, 24, N_kv=N_kv, device=device)
     bias = learned(1, 2, N_q, N_kv, device=device)
@@ -183,16 +191,16 @@ def test_cross_attention_with_a_bias(N_q, N_kv, device):
 
 def test_cropped_bias_gradients_reach_the_whole(device):
     # A window at the border takes a part of the table's rows, at whatever stride.
-    tensors = make(1, 2, 40, 16, device=device)
+    tensors = make(2, 2, 54, 24, device=device)
     table = torch.randn(2, 64, 64, device=device, requires_grad=True)
-    check_op(lambda q, k, v, table: ops.attention(q, k, v, attn_mask=table[:, 3:43, 7:47]),
-             lambda q, k, v, table: reference.attention(q, k, v, attn_mask=table[:, 3:43, 7:47]),
+    check_op(lambda q, k, v, table: ops.attention(q, k, v, attn_mask=table[:, 3:57, 7:61]),
+             lambda q, k, v, table: reference.attention(q, k, v, attn_mask=table[:, 3:57, 7:61]),
              tensors | {"table": table})  # fmt: skip
 
 
 @pytest.mark.parametrize(("masks", "N"), [("float", "windows"), ("bool", "row"), ("float", "blocks")], indirect=["N"])
 def test_a_query_that_looks_at_no_key(masks, N, device):
-    tensors = make(2, 2, N, 24, device=device)
+    tensors = make(2, heads_of(N), N, 24, device=device)
     mask = random_bool(2, 1, N, N).to(device)
     mask[0, 0, 5] = mask[1, 0, N - 1] = False
     if masks == "float":
@@ -230,7 +238,7 @@ MIN = {dtype: torch.finfo(dtype).min for dtype in (*DTYPES, torch.float64)}
 def test_a_row_of_the_least_number_weighs_its_keys_alike(kind, dtype, mask_dtype, least, device):
     """As libraries mask: what is finite looks at its keys, and where all are as low, at all of them."""
     N = 150
-    tensors = make(2, 2, N, 24, dtype, device=device)
+    tensors = make(2, 2, N, 4 if dtype == torch.float64 else 24, dtype, device=device)
     mask = torch.randn(2, 1, 1 if kind == "keys" else N, N, device=device).to(mask_dtype)
     mask[..., 3:9] = least
     mask[0, 0, -1] = mask[1, 0, 0] = least
@@ -243,10 +251,10 @@ def test_a_row_of_the_least_number_weighs_its_keys_alike(kind, dtype, mask_dtype
 
 @pytest.mark.parametrize("largest", [torch.finfo(torch.float32).max, 1e9])
 def test_a_key_of_the_largest_number_is_looked_at_alone(largest, device):
-    N = 70
+    N = 54
     mask = torch.zeros(N, N, device=device)
     mask[4, 3:5] = largest
-    check_op(ops.attention, math_attention, make(1, 2, N, 24, device=device) | {"attn_mask": mask.requires_grad_()})
+    check_op(ops.attention, math_attention, make(2, 2, N, 24, device=device) | {"attn_mask": mask.requires_grad_()})
 
 
 @pytest.mark.parametrize(
@@ -261,12 +269,12 @@ def test_a_key_of_the_largest_number_is_looked_at_alone(largest, device):
 )
 def test_a_row_of_the_least_number_in_half_precision(dtype, mask_dtype, N, device):
     """Its scores are alike, as are those of a query of zeros without a mask."""
-    tensors = make(1, 2, N, 24, dtype, device=device)
+    tensors = make(2, 2, N, 24, dtype, device=device)
     row = torch.tensor([5], device=device)
     zeroed = tensors | {"q": tensors["q"].detach().index_fill(2, row, 0.0).requires_grad_()}
     if mask_dtype == torch.float16:  # its least number leaves room for scores
         tensors = zeroed
-    unmasked = torch.randn(1, 1, N, N, device=device).to(mask_dtype).index_fill(2, row, 0.0).requires_grad_()
+    unmasked = torch.randn(1, 2, N, N, device=device).to(mask_dtype).index_fill(2, row, 0.0).requires_grad_()
     masked = unmasked.detach().index_fill(2, row, torch.finfo(mask_dtype).min).requires_grad_()
     do = torch.randn_like(tensors["q"])
     results = []
@@ -299,8 +307,8 @@ def test_the_reference_keeps_finite_what_is(autocast, dtype, mask_dtype):
 
 
 def test_no_query_looks_anywhere(N, device):
-    tensors = make(1, 2, N, 24, device=device)
-    out = ops.attention(**tensors, attn_mask=torch.zeros(N, dtype=torch.bool, device=device))
+    tensors = make(2, 2, N, 24, device=device)
+    out = ops.attention(**tensors, attn_mask=torch.zeros(2, 1, 1, N, dtype=torch.bool, device=device))
     assert not out.any()
     assert not any(g.any() for g in torch.autograd.grad(out.sum(), list(tensors.values())))
 
@@ -312,12 +320,12 @@ def test_causal(masked, N, device):
     mask = random_bool(2, 1, 1, N).to(device)
     mask[..., 0] = True
     options = {"is_causal": True, "attn_mask": mask} if masked else {"is_causal": True}
-    check_op(ops.attention, reference.attention, make(2, 2, N, 24, device=device), options=options)
+    check_op(ops.attention, reference.attention, make(2, heads_of(N), N, 24, device=device), options=options)
 
 
-@pytest.mark.parametrize(("N_q", "N_kv"), [(70, 40), (130, 300)])
+@pytest.mark.parametrize(("N_q", "N_kv"), [(70, 54), (118, 310)])
 def test_causal_of_unequal_lengths_counts_from_the_first(N_q, N_kv, device):
-    tensors = make(1, 2, N_q, 16, N_kv=N_kv, device=device)
+    tensors = make(2, 2, N_q, 24, N_kv=N_kv, device=device)
     check_op(ops.attention, reference.attention, tensors, options={"is_causal": True})
 
 
@@ -327,13 +335,14 @@ def test_causal_of_unequal_lengths_counts_from_the_first(N_q, N_kv, device):
 def test_dropout_is_that_of_its_seed(p, N, device):
     torch.manual_seed(7)
     seed = torch.randint(2**62, (1,), device=device)
-    drawn = reference.dropout_scale(int(seed), (2, 3, N, N), p).to(device)
+    H = heads_of(N)
+    drawn = reference.dropout_scale(int(seed), (2, H, N, N), p).to(device)
 
     def dropped(q, k, v):
         torch.manual_seed(7)
         return ops.attention(q, k, v, dropout_p=p)
 
-    tensors = make(2, 3, N, 24, device=device)
+    tensors = make(2, H, N, 24, device=device)
     if p == 1.0:
         out = dropped(**tensors)
         assert not out.any()
@@ -343,13 +352,13 @@ def test_dropout_is_that_of_its_seed(p, N, device):
 
 
 def test_dropout_with_a_bias(device):
-    N = 70
+    N = 54
     torch.manual_seed(3)
-    drawn = reference.dropout_scale(int(torch.randint(2**62, (1,), device=device)), (2, 2, N, N), 0.2).to(device)
+    drawn = reference.dropout_scale(int(torch.randint(2**62, (1,), device=device)), (2, 2, N, N), 0.4).to(device)
 
     def dropped(q, k, v, attn_mask):
         torch.manual_seed(3)
-        return ops.attention(q, k, v, attn_mask=attn_mask, dropout_p=0.2)
+        return ops.attention(q, k, v, attn_mask=attn_mask, dropout_p=0.4)
 
     def expected(q, k, v, attn_mask):
         return reference.attention(q, k, v, attn_mask=attn_mask, dropout_scale=drawn.to(q.dtype))
@@ -374,29 +383,28 @@ def test_dropout_draws_as_often_as_it_says():
 
 
 def test_dropout_is_repeated_by_manual_seed_alone(device):
-    qkv = torch.randn(1, 60, 3, 2, 16, device=device)
+    qkv = torch.randn(2, 54, 3, 2, 24, device=device)
     torch.manual_seed(0)
-    first, second = (ops.attention_qkvpacked(qkv, dropout_p=0.3) for _ in range(2))
+    first, second = (ops.attention_qkvpacked(qkv, dropout_p=0.1) for _ in range(2))
     torch.manual_seed(0)
-    assert torch.equal(first, ops.attention_qkvpacked(qkv, dropout_p=0.3)) and not torch.equal(first, second)
+    assert torch.equal(first, ops.attention_qkvpacked(qkv, dropout_p=0.1)) and not torch.equal(first, second)
 
 
 def test_gradcheck(device):
-    for N, options in ((3, {}), (70, {"is_causal": True})):
-        tensors = make(2, 1, N, 4, torch.float64, device=device)
-        bias = torch.randn(1, N, N, dtype=torch.float64, device=device, requires_grad=True)
+    tensors = make(2, 1, 70, 4, torch.float64, device=device)
+    bias = torch.randn(1, 70, 70, dtype=torch.float64, device=device, requires_grad=True)
 
-        def f(q, k, v, bias, options=options):
-            torch.manual_seed(1)
-            return ops.attention(q, k, v, attn_mask=bias, dropout_p=0.2, **options)
+    def f(q, k, v, bias):
+        torch.manual_seed(1)
+        return ops.attention(q, k, v, attn_mask=bias, dropout_p=0.2, is_causal=True)
 
-        assert torch.autograd.gradcheck(f, [*tensors.values(), bias], fast_mode=N > 10)
+    assert torch.autograd.gradcheck(f, [*tensors.values(), bias], fast_mode=True)
 
 
 def test_gradcheck_over_blocks(device, monkeypatch):
     force("blocks", monkeypatch)
     tensors = make(2, 2, 70, 4, torch.float64, device=device)
-    bias = torch.randn(2, 70, 70, dtype=torch.float64, device=device, requires_grad=True)
+    bias = torch.randn(2, 1, 70, 70, dtype=torch.float64, device=device, requires_grad=True)
     f = lambda q, k, v, bias: ops.attention(q, k, v, attn_mask=bias)  # noqa: E731
     assert torch.autograd.gradcheck(f, [*tensors.values(), bias], fast_mode=True)
 
@@ -427,7 +435,7 @@ class _Largest(TorchDispatchMode):
 
 
 def test_a_shared_bias_costs_no_tensor_of_all_pairs(N, device):
-    B, H = 16, 2
+    B, H = 3, 2
     tensors = make(B, H, N, 24, device=device)
     bias = learned(H, N, N, device=device)
     with _Largest() as largest:
@@ -438,17 +446,18 @@ def test_a_shared_bias_costs_no_tensor_of_all_pairs(N, device):
 
 
 def test_an_expanded_mask_is_not_written_out(N, device):
-    tensors = make(16, 2, N, 24, device=device, grad=False)
-    mask = learned(1, 1, N, N, device=device).expand(16, 2, N, N)
+    tensors = make(3, 2, N, 24, device=device, grad=False)
+    mask = learned(1, 1, N, N, device=device).expand(3, 2, N, N)
     with torch.no_grad(), _Largest() as largest:
         ops.attention(**tensors, attn_mask=mask)
-    assert largest.elements < 16 * 2 * N * N
+    assert largest.elements < 3 * 2 * N * N
 
 
 def test_an_expanded_leaf_gets_a_gradient_an_element(N, device):
     """Nothing sums the gradient of a leaf, so that what lies in one place may still want many."""
-    tensors = make(2, 2, N, 24, device=device)
-    tensors["attn_mask"] = learned(1, N, N, device=device).detach().expand(2, N, N).requires_grad_()
+    H = heads_of(N)
+    tensors = make(2, H, N, 24, device=device)
+    tensors["attn_mask"] = learned(1, N, N, device=device).detach().expand(H, N, N).requires_grad_()
     check_op(ops.attention, reference.attention, tensors)
 
 
@@ -518,15 +527,16 @@ def test_export_of_as_many_images_as_data_tell(shape, device, computed_by_pytorc
 def test_opcheck_and_the_references_of_registered_ops(device):
     file = sys.modules["vitkernels.ops.attention"]
     tests = ("test_schema", "test_faketensor")
-    q, k, v = (torch.randn(2, 5, 3, 8, device=device) for _ in range(3))
+    q, k, v = (torch.randn(2, 54, 2, 24, device=device) for _ in range(3))
     qkv = torch.stack([q, k, v], 2)
+    scale = 24**-0.5
     seed = torch.tensor([12345], device=device)
-    options = (torch.randn(1, 3, 5, 5, device=device), seed, False, 0.4)
-    o, lse = file.attention_fwd(q, k, v, 0.3, False, *options)
-    backward = (o.cos(), q, k, v, o, lse, 0.3, [True, True, True], False, *options)
-    packed = (o.cos(), qkv, o, lse, 0.3, True, True, *options)
+    options = (torch.randn(1, 2, 54, 54, device=device), seed, False, 0.4)
+    o, lse = file.attention_fwd(q, k, v, scale, False, *options)
+    backward = (o.cos(), q, k, v, o, lse, scale, [True, True, True], False, *options)
+    packed = (o.cos(), qkv, o, lse, scale, True, True, *options)
     for op, arguments, expected in (
-        (file.attention_fwd, (q, k, v, 0.3, False, *options), file._reference_forward),
+        (file.attention_fwd, (q, k, v, scale, False, *options), file._reference_forward),
         (file.attention_bwd, backward, file._reference_backward),
         (file.attention_qkvpacked_bwd, packed, file._reference_packed_backward),
     ):

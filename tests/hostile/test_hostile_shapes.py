@@ -91,9 +91,11 @@ def test_one_token(op, device):
 @each_op(["add_rms_norm", "swiglu_mlp", "attention_qkvpacked", "patch_embed"])
 def test_one_channel(op, device):
     one = {"C": 1, "H": 1, "D": 1, "F": 1, "I": 1, "P": 1, "Y": 1, "X": 2, "device": device}
-    call(op, **one, grad=False).check()
-    # PyTorch's error in a gradient of one number may happen to be none, which is no yardstick.
+    # In fp64: PyTorch's error in a gradient of one number may happen to be none, which is no yardstick.
     made = call(op, B=1, N=2, **one, dtype=torch.float64)
+    wanted = made.op.reference(**made.tensors, **made.options)
+    for y, want in zip(made.outputs(), wanted if isinstance(wanted, tuple) else (wanted,), strict=True):
+        torch.testing.assert_close(y, want, rtol=1e-13, atol=1e-13)
     names = list(made.tensors)
     assert torch.autograd.gradcheck(lambda *t: made(**dict(zip(names, t, strict=True))), list(made.tensors.values()))
 
@@ -105,10 +107,10 @@ def test_prime_sizes(op, device):
 
 
 @hostile(7, "more than 65,536 channels", RIGHT)
-@each_op([*ROWS, "patch_embed"])
+@each_op(["add_layer_norm", "rms_norm", "linear", "swiglu_mlp", "patch_embed"])
 def test_many_channels(op, device):
     # One hidden feature is one sum: in fp32 its error is a draw, as is PyTorch's, and all that follows is off by it.
-    dtype = torch.float16 if op in ("mlp", "swiglu_mlp") else torch.float32
+    dtype = torch.float16 if op == "swiglu_mlp" else torch.float32
     call(op, dtype=dtype, B=1, N=2, C=65_537, H=1, F=1, I=1, P=1, Y=1, X=2, device=device).check()
 
 
@@ -141,7 +143,7 @@ def far_apart(tmp_path_factory):
 @pytest.mark.skipif(HAS_GPU, reason="a file of holes is of the CPU's memory: the next one is the GPU's")
 @pytest.mark.parametrize(
     ("op", "dim"),
-    [("add_rms_norm", 0), ("swiglu_mlp", 1), ("attention_qkvpacked", 1), ("attention_varlen", 0)],
+    [("add_rms_norm", 0), ("swiglu_mlp", 1), ("attention_varlen", 0)],
 )
 def test_far_apart(op, dim, far_apart):
     sizes = {"B": 2, "N": 3} if op == "attention_varlen" else {"B": 4, "N": 4}  # the emulator takes 32 GiB

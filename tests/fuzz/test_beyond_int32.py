@@ -83,7 +83,7 @@ def spread(tmp_path):
         file = tmp_path / str(next(names))
         with file.open("wb") as f:
             f.truncate(size * x.element_size())
-        storage = torch.from_file(str(file), size=size, dtype=x.dtype)
+        storage = torch.from_file(str(file), shared=True, size=size, dtype=x.dtype)
         file.unlink()  # the mapping keeps it
         return storage.as_strided(x.shape, strides).copy_(x)
 

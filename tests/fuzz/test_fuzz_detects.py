@@ -97,5 +97,7 @@ def test_finds(defect):
             return True
         return False
 
-    settings = hypothesis.settings(max_examples=EXAMPLES, phases=[hypothesis.Phase.generate])
+    settings = hypothesis.settings(
+        max_examples=EXAMPLES, phases=[hypothesis.Phase.generate], report_multiple_bugs=False
+    )
     hypothesis.find(calls, is_caught, settings=settings, random=random.Random(1))

@@ -93,7 +93,7 @@ def test_refuses_before_any_launch_or_answers_right(op, device, request, monkeyp
     minutes = request.config.getoption("--fuzz-minutes", 0.0)
 
     @given(wrong(op))
-    @settings(max_examples=200 if minutes else 100)
+    @settings(max_examples=200 if minutes else 60)
     def refuses(call: Call):
         tensors, _ = call.draw(call.seed, device)
         with launches(monkeypatch, run=minutes > 0) as launched, on(call.backend):

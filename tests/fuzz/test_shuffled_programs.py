@@ -23,9 +23,7 @@ NORM = {"x": (150, 40), "weight": (40,)}
 SUM = {**NORM, "x": (3, 50, 40), "residual": (3, 50, 40), "layer_scale": (40,)}
 EPILOGUE = {"residual": (150, 140), "layer_scale": (140,)}
 CALLS = {
-    "layer_norm": of("layer_norm", {**NORM, "bias": (40,)}, torch.float32),
     "layer_norm in chunks": of("layer_norm", {"x": (9, 8200), "weight": (8200,), "bias": (8200,)}),
-    "rms_norm": of("rms_norm", NORM),
     "add_layer_norm": of("add_layer_norm", {**SUM, "bias": (40,)}),
     "add_rms_norm": of("add_rms_norm", SUM),
     "linear": of(

@@ -7,6 +7,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from drawn import drawn
 from through_emulator import executing, kinds
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -33,12 +34,15 @@ TILES = [
 ]
 
 
-@pytest.mark.parametrize("swizzle", [0, 32, 64, 128])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize(("shape", "block", "at"), TILES)
-def test_tiles(shape, block, at, dtype, swizzle):
-    if len(block) == 1 and swizzle:
-        pytest.skip("one dimension is not swizzled")
+DTYPES, SWIZZLES = [torch.float16, torch.float32], [0, 32, 64, 128]
+
+
+@pytest.mark.parametrize(
+    ("tile", "dtype", "swizzle"),
+    [*((TILES[0], dtype, 0) for dtype in DTYPES), *drawn(20, TILES[1:], DTYPES, SWIZZLES)],  # one dim is not swizzled
+)
+def test_tiles(tile, dtype, swizzle):
+    shape, block, at = tile
     x = torch.randn(shape).to(dtype)
     y, out = torch.zeros_like(x), torch.zeros(block, dtype=dtype)
     padding = "nan" if swizzle == 64 else "zero"

@@ -34,7 +34,8 @@ OPS_OF_CASES = [
 
 @pytest.mark.parametrize(
     ("arch", "case", "op"),
-    [("sm_90", *which) for which in OPS_OF_CASES] + [("sm_80", *which) for which in OPS_OF_CASES[1::2]],
+    [("sm_90", *which) for which in OPS_OF_CASES]
+    + [("sm_80", *which) for which in OPS_OF_CASES if which[1] in ("mlp", "attention_dropout", "patch_embed")],
 )
 def test_at_real_sizes(arch, case, op):
     def starts(t):  # of packed images

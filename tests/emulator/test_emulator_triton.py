@@ -17,7 +17,7 @@ LAYOUTS = ["nn", "nt", "tn", "tt"]
 TILES = [(64, 64, 32, 4, 3), (128, 128, 64, 8, 3), (64, 32, 64, 4, 1), (128, 16, 32, 4, 2), (16, 64, 16, 1, 2)]
 NARROW = [(torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf32")]
 WIDE = [(torch.float32, "ieee"), (torch.float64, "ieee")]  # products without tensor cores, which take the compiler long
-MATMULS = [*drawn(15, LAYOUTS, NARROW, TILES), *drawn(4, LAYOUTS, WIDE, [TILES[0], TILES[-1]])]
+MATMULS = [*drawn(8, LAYOUTS, NARROW, TILES), *drawn(4, LAYOUTS, WIDE, TILES[-1:])]
 
 
 @ARCHS
@@ -83,10 +83,14 @@ def test_softmax(arch, shape, warps):
         kernels.softmax[(-(-shape[0] // 4),)](x, y, *shape, BM=4, BN=BN, AXIS=1, num_warps=warps)
     assert torch.allclose(y, x.softmax(1), atol=1e-6)
     recorder.clean()
+
+
+@ARCHS
+def test_softmax_of_columns(arch):
     with executing(arch) as recorder:
         x = torch.randn(32, 64)
         y = torch.full_like(x, float("nan"))
-        kernels.softmax[(1,)](x, y, 32, 64, BM=32, BN=64, AXIS=0, num_warps=warps)
+        kernels.softmax[(1,)](x, y, 32, 64, BM=32, BN=64, AXIS=0, num_warps=4)
     assert torch.allclose(y, x.softmax(0), atol=1e-6)
     recorder.clean()
 

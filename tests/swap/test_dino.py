@@ -113,7 +113,7 @@ def test_the_mask_of_the_keys_bias_is_nan_until_a_checkpoint_is_loaded(images, d
     assert model(images).isnan().all()
 
 
-def test_bf16(images, device):
+def test_bf16(images, device, computed_by_pytorch):
     assert_parity(dinov2().to(device, torch.bfloat16), images.bfloat16(), gain_counts=False)
     assert_parity(DINOv3().to(device, torch.bfloat16), images.bfloat16(), gain_counts=False)
 

@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 import vitkernels
 
+pytestmark = pytest.mark.usefixtures("computed_by_pytorch")  # the ops are other tests'
+
 
 def timm_vit() -> nn.Module:
     timm = pytest.importorskip("timm")

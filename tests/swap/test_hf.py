@@ -89,7 +89,7 @@ def test_fp32(name, device):
 
 
 @pytest.mark.parametrize("name", ["vit", "dinov3"])
-def test_bf16(name, device):
+def test_bf16(name, device, computed_by_pytorch):
     """As in fp32, but with the gain judged over all tensors of the models: through a network that of one is luck."""
     draws = []
     draw = three_ways(*prepared(name, device, torch.bfloat16))
@@ -113,7 +113,7 @@ def test_bf16(name, device):
     ],
     ids=["dropout", "drop path", "drop path and moved positions"],
 )
-def test_training(make, device, monkeypatch):
+def test_training(make, device, monkeypatch, computed_by_pytorch):
     """What is dropped is what transformers drops under the same seed."""
     drawn = torch.rand
     # Draws differ between dtypes, and the truth must drop what the others drop.
@@ -127,7 +127,7 @@ def test_training(make, device, monkeypatch):
         assert (model(**inputs)[0] - first).abs().max() > 0.01, "nothing was dropped"
 
 
-def test_drop_path_in_bf16_keeps_the_scale(device):
+def test_drop_path_in_bf16_keeps_the_scale(device, computed_by_pytorch):
     """1 / keep of 0.3 rounded to bf16 is 1.5e-3 off: more than eps / 32."""
     layer = layers(shake(dinov2(drop_path_rate=0.7)))[0].to(device, torch.bfloat16).train()
     x = torch.randn(64, 5, 32, device=device, dtype=torch.bfloat16)
@@ -180,7 +180,7 @@ def close(actual, expected) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_mixed_precision(device):
+def test_mixed_precision(device, computed_by_pytorch):
     """Under autocast, where products run in bf16 and the residual stream in fp32."""
     model, draw = prepared("clip", device)
     inputs = draw()

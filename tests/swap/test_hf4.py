@@ -16,6 +16,8 @@ import hf4_stand_in as stand_in
 
 from vitkernels.swap import hf
 
+pytestmark = pytest.mark.usefixtures("computed_by_pytorch")  # the ops are other tests'
+
 FAMILIES = {
     "ViT": hf._VIT,
     "EarlyViT": hf._VIT,

@@ -31,6 +31,8 @@ from parity import shake  # noqa: E402
 
 import vitkernels.hf  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("computed_by_pytorch")  # the ops are other tests'
+
 
 @pytest.fixture
 def model(device) -> nn.Module:

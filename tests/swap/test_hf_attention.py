@@ -13,6 +13,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward  # n
 
 import vitkernels.hf  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("computed_by_pytorch")  # the ops are other tests'
+
 
 @pytest.fixture(autouse=True)
 def _registered():

@@ -15,6 +15,8 @@ from vitkernels import accelerate, explain, restore, use_backend
 from vitkernels.layers import fused
 
 timm = pytest.importorskip("timm")
+
+pytestmark = pytest.mark.usefixtures("computed_by_pytorch")  # the ops are other tests'
 TINY = {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 2, "num_classes": 5}
 
 

@@ -12,6 +12,8 @@ from vitkernels.swap.timm import FusedAttention, FusedBlock, FusedPatchEmbed
 
 timm = pytest.importorskip("timm")
 
+pytestmark = pytest.mark.usefixtures("computed_by_pytorch")  # the ops are other tests'
+
 SIZES = {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 3, "num_classes": 5}
 MORE = {"eva": {"num_reg_tokens": 2}}
 NAMES = {"vit": "vit_tiny_patch16_224", "eva": "vit_base_patch16_dinov3", "mixed": "vit_small_patch16_rope_mixed_224"}

@@ -24,6 +24,8 @@ from timm.layers import (  # noqa: E402
 )
 from timm.models.eva import EvaAttention, EvaBlock  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("computed_by_pytorch")  # the ops are other tests'
+
 C, N = 32, 7
 MODULES = {
     "rms norm": lambda: RmsNorm(C),

@@ -45,7 +45,7 @@ def test_fp32(training, images, device):
     assert not [k for k in report.kept if k.known]
 
 
-def test_bf16(images, device):
+def test_bf16(images, device, computed_by_pytorch):
     assert_parity(build(num_layers=1).to(device, torch.bfloat16), images.bfloat16(), gain_counts=False)
 
 

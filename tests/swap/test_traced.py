@@ -19,6 +19,8 @@ torchvision_models = pytest.importorskip("torchvision.models")
 from timm.models import create_feature_extractor as timms_extractor  # noqa: E402
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("computed_by_pytorch")  # the ops are other tests'
+
 TINY = {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 1, "num_classes": 5}
 SWIN = {"embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2)}
 

@@ -46,8 +46,9 @@ LAST_OF_EACH_OP = list({problem.op: problem for problem in PROBLEMS}.values())
 ELSEWHERE = [
     *(("sm_80", "bf16", problem) for problem in FIRST_OF_EACH_OP),
     *(("sm_80", "bf16", problem) for problem in PROBLEMS if problem.variant in ("learned bias", "dropout")),
-    *(("sm_120", "bf16", problem) for problem in LAST_OF_EACH_OP),
-    *(("sm_80", "fp32", problem) for problem in PROBLEMS if problem.op in ("mlp", "attention_varlen")),
+    # A block has the kernels of norms, products and attention.
+    *(("sm_120", "bf16", p) for p in LAST_OF_EACH_OP if p.op in ("attention_varlen", "patch_embed", "block")),
+    *(("sm_80", "fp32", p) for p in LAST_OF_EACH_OP if p.op in ("mlp", "attention_varlen")),
 ]
 
 

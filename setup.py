@@ -16,6 +16,7 @@ HF = ["transformers>=4.50", "safetensors"]
 COMPILER = ["ziglang; platform_system == 'Linux'"]  # for the emulator's engine, where a machine has no C++ compiler
 DEMO = [*TRITON, *COMPILER, "matplotlib", "pillow>=10.1", "rich", "safetensors", "scikit-learn"]
 BENCH = [*TRITON, *TIMM, "matplotlib", "pytest-benchmark", "rich"]  # benchmarks/ runs from a checkout
+DOCS = ["mkdocs", "mkdocs-material", "mkdocstrings[python]"]
 TEST = [
     *DEMO,
     *TIMM,
@@ -38,6 +39,23 @@ setup(
     description="Triton kernels for Vision Transformers, forward and backward, and one call that swaps them in",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    author="The vitkernels authors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords="vision transformer, ViT, Triton, CUDA, GPU kernels, attention, PyTorch, timm, transformers, torchvision",
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     packages=find_packages(include=["vitkernels", "vitkernels.*"]),
     package_data={
@@ -53,7 +71,8 @@ setup(
         "demo": DEMO,
         "bench": BENCH,
         "test": TEST,
-        "dev": [*TEST, "ruff"],
+        "docs": DOCS,
+        "dev": [*TEST, *DOCS, "pre-commit", "ruff"],
     },
     entry_points={
         "console_scripts": ["vitkernels = vitkernels.__main__:main"],

@@ -8,7 +8,7 @@ The JSON is :meth:`Verification.to_dict`: its keys stay, others may come. ``stat
       "exit_code": 1,
       "command": "vitkernels verify --quick --cpu",
       "seconds": 41.7,
-      "environment": {"vitkernels": "0.1.0", "torch": "2.13.0", "device": "CPU, emulated H100"},
+      "environment": {"vitkernels": "0.2.0", "torch": "2.13.0", "device": "CPU, emulated H100"},
       "results": [
         {
           "check": "accuracy/mlp/10 tokens of 40 channels/fp32",

@@ -1,4 +1,4 @@
-"""The command line: ``python -m benchmarks [run | report | everything | tune | readme]``."""
+"""The command line: ``python -m benchmarks [run | report | everything | tune | page]``."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--budget", type=_seconds, default=300.0, metavar="SECONDS", help="(%(default)g)")
     tune.set_defaults(run=_tune)
 
-    readme = commands.add_parser("readme", help="make README.md's results from the newest run of each device")
-    readme.add_argument("--check", action="store_true", help="change nothing; exit status 1 where it is out of date")
-    readme.set_defaults(run=_readme)
+    page = commands.add_parser("page", help="make the results in docs/benchmarks.md from the newest run of each device")
+    page.add_argument("--check", action="store_true", help="change nothing; exit status 1 where they are out of date")
+    page.set_defaults(run=_page)
     return parser
 
 
@@ -184,12 +184,12 @@ def _tune(args: argparse.Namespace) -> int:
     return 0
 
 
-def _readme(args: argparse.Namespace) -> int:
-    from benchmarks.readme import update
+def _page(args: argparse.Namespace) -> int:
+    from benchmarks.page import update
 
     stale = update(write=not args.check)
     if args.check and stale:
-        print("README.md's results are out of date: python -m benchmarks readme", file=sys.stderr)
+        print("The results in docs/benchmarks.md are out of date: python -m benchmarks page", file=sys.stderr)
     return int(args.check and stale)
 
 

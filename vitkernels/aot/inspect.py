@@ -67,7 +67,7 @@ def inspect(
         kernel: Only kernels whose name holds this.
         cases: Only these of :data:`vitkernels.testing.cases.CASES`.
         every: Show each launch, not a row a kernel.
-        markdown: Print the tables as README.md shows them.
+        markdown: Print the tables in Markdown, as docs/compiler-report.md shows them.
         json_file: Where to write all reports.
         dump: Folder for the text of every stage, by target, kernel and case.
         jobs: How many kernels to compile, or to run, at a time; one a core unless given.

@@ -1,4 +1,4 @@
-"""README.md's section of results, made from the newest run of each device; nothing in it is typed by hand."""
+"""The results in docs/benchmarks.md, made from the newest run of each device; nothing of them is typed by hand."""
 
 from __future__ import annotations
 
@@ -12,30 +12,31 @@ from benchmarks.wording import GOALS, bytes_text, time_text, workload_name
 from vitkernels import _interrupt
 from vitkernels.console import UserError
 
+PAGE = ROOT / "docs" / "benchmarks.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 
 
-def update(readme: Path = ROOT / "README.md", kept: Path = RESULTS, *, write: bool = True) -> bool:
-    """Bring the section of ``readme`` up to date with the runs in ``kept``; return whether it was not.
+def update(page: Path = PAGE, kept: Path = RESULTS, *, write: bool = True) -> bool:
+    """Bring the results in ``page`` up to date with the runs in ``kept``; return whether they were not.
 
     Raises:
-        UserError: The README lacks the lines between which the section stands.
+        UserError: The page lacks the lines between which the results stand.
     """
-    text = readme.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     head, begin, rest = text.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
-        raise UserError(f"{readme} has no lines {BEGIN} and {END}: put them where the results belong")
+        raise UserError(f"{page} has no lines {BEGIN} and {END}: put them where the results belong")
     new = f"{head}{BEGIN}\n{section(kept)}\n{END}{tail}"
     if write and new != text:
         with _interrupt.writing():
-            readme.write_text(new, encoding="utf-8")
+            page.write_text(new, encoding="utf-8")
     return new != text
 
 
 def section(kept: Path) -> str:
-    """Return the section in Markdown: a part a device, each from its newest run."""
+    """Return the results in Markdown: a part a device, each from its newest run."""
     runs = [load(max(folder.glob("*.json"), key=lambda file: load(file).date)) for folder in _folders(kept)]
     runs.sort(key=lambda results: results.device["kind"] == "cpu")  # GPUs first
     return "\n\n".join(part for results in runs for part in _parts(results)) or "No run is kept yet."

@@ -16,7 +16,8 @@ from vitkernels.testing.cases import Case
 def launches(case: Case, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """Return, by op, a function that launches its kernels as a training step of ``case`` would.
 
-    The functions make their tensors on device ``cuda`` and are for :func:`vitkernels.aot.compile_launches`.
+    The functions make their tensors on device ``cuda``. Call them through :func:`vitkernels.aot.trace`, under which
+    these tensors need no GPU.
     """
     B, N, C, F, H, D = case.batch, case.tokens, case.channels, case.hidden, case.heads, case.head_dim
     sums = wide_dtype(dtype)

@@ -1,0 +1,39 @@
+"""The pages of docs/tutorials, run as they stand: each page's blocks of Python, in order, in one namespace."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "docs" / "index.md", *sorted((ROOT / "docs" / "tutorials").glob("*.md"))]
+NEEDS = {"accelerate": "timm", "fine-tune": "timm", "index": "timm", "verify-in-your-ci": "timm"}
+ON_KERNELS = ("verify-in-your-ci", "read-an-inspect-report")  # the others' kernels are tested elsewhere
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_page(page, request, monkeypatch):
+    if page.stem in NEEDS:
+        pytest.importorskip(NEEDS[page.stem])
+    if page.stem in ON_KERNELS:
+        pytest.importorskip("triton")
+        plugin = importlib.import_module("vitkernels.verify.pytest_plugin")
+        monkeypatch.setattr(plugin, "SECONDS", 2.0)
+    else:
+        request.getfixturevalue("computed_by_pytorch")
+    blocks = [match for match in re.finditer(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)]
+    assert blocks
+    names = {"__name__": page.stem}
+    for block in blocks:
+        line = block.string.count("\n", 0, block.start(1))
+        exec(compile("\n" * line + block[1], str(page), "exec"), names)  # errors name the line of the page
+    for name, value in list(names.items()):
+        if name.startswith("test_"):
+            value(request.getfixturevalue("vitkernels_verify"))
+
+
+def test_ruff_is_of_one_version():
+    pinned = re.search(r"^ruff==(.+)$", (ROOT / "constraints.txt").read_text(), re.M)[1]
+    config = (ROOT / ".pre-commit-config.yaml").read_text()
+    assert re.search(r"ruff-pre-commit\n\s+rev: v(.+)$", config, re.M)[1] == pinned

@@ -16,7 +16,7 @@ HF = ["transformers>=4.50", "safetensors"]
 COMPILER = ["ziglang; platform_system == 'Linux'"]  # for the emulator's engine, where a machine has no C++ compiler
 DEMO = [*TRITON, *COMPILER, "matplotlib", "pillow>=10.1", "rich", "safetensors", "scikit-learn"]
 BENCH = [*TRITON, *TIMM, "matplotlib", "pytest-benchmark", "rich"]  # benchmarks/ runs from a checkout
-DOCS = ["mkdocs", "mkdocs-material", "mkdocstrings[python]"]
+DOCS = ["mkdocs", "mkdocs-material", "mkdocstrings[python]", "ruff"]  # ruff lays out signatures
 TEST = [
     *DEMO,
     *TIMM,
@@ -72,7 +72,7 @@ setup(
         "bench": BENCH,
         "test": TEST,
         "docs": DOCS,
-        "dev": [*TEST, *DOCS, "pre-commit", "ruff"],
+        "dev": [*TEST, *DOCS, "pre-commit"],
     },
     entry_points={
         "console_scripts": ["vitkernels = vitkernels.__main__:main"],

@@ -13,7 +13,10 @@ from pathlib import Path
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
+WIDE = {"compiler-report.md", "coverage.md", "hostile-inputs.md", "mutants.md", "ops.md"}  # tables, no table of contents
 OF_THE_ROOT = ("CHANGELOG.md", "CONTRIBUTING.md")  # pages of the site, too
+ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):(<code>)~?")  # of docstrings, as Sphinx has them
+SEVERAL = re.compile(r"<code>\((<autoref .*?</autoref>)\)</code>")  # of "ValueError, TypeError: …", which is taken for a tuple
 LINK = re.compile(r"(?<!!)\[(?P<text>[^\]]*)\]\((?P<to>[^):#\s]+)(?P<anchor>#[^)\s]*)?\)")
 
 
@@ -31,6 +34,8 @@ def on_page_markdown(markdown: str, page, config, files: Files) -> str:
         FileNotFoundError: A link leads to no file of the repository.
     """
     name = page.file.src_uri
+    if name in WIDE:
+        page.meta["hide"] = ["toc"]
     folder = "" if name in OF_THE_ROOT else posixpath.join("docs", posixpath.dirname(name))
 
     def link(match: re.Match) -> str:
@@ -47,3 +52,8 @@ def on_page_markdown(markdown: str, page, config, files: Files) -> str:
     # Not within blocks of code.
     parts = re.split(r"(^```.*?^```|^(?: {4}[^\n]*\n)+)", markdown, flags=re.M | re.S)
     return "".join(part if i % 2 else LINK.sub(link, part) for i, part in enumerate(parts))
+
+
+def on_page_content(html: str, page, config, files: Files) -> str:
+    """Show names in docstrings as code alone."""
+    return SEVERAL.sub(r"<code>\1</code>", ROLE.sub(r"\1", html))

@@ -1,7 +1,7 @@
 """Hooks of mkdocs: pages of the repository's root join the site, and links to its source become plain text.
 
-On a disk or a forge every link of docs/*.md, CONTRIBUTING.md and CHANGELOG.md leads to a file. The site has no files but
-its pages: of a link to anything else it shows the text, and the path where the text does not tell.
+On a disk or a forge every link of docs/*.md, CONTRIBUTING.md and CHANGELOG.md leads to a file. The site has its pages
+alone: of a link to anything else it shows the text, and the path where the text does not tell.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from pathlib import Path
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-WIDE = {"compiler-report.md", "coverage.md", "hostile-inputs.md", "mutants.md", "ops.md"}  # tables, no table of contents
+WIDE = {"compiler-report.md", "coverage.md", "hostile-inputs.md", "mutants.md", "ops.md"}  # get the whole width
 OF_THE_ROOT = ("CHANGELOG.md", "CONTRIBUTING.md")  # pages of the site, too
 ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):(<code>)~?")  # of docstrings, as Sphinx has them
-SEVERAL = re.compile(r"<code>\((<autoref .*?</autoref>)\)</code>")  # of "ValueError, TypeError: …", which is taken for a tuple
+SEVERAL = re.compile(r"<code>\((<autoref .*?</autoref>)\)</code>")  # "ValueError, TypeError: …" is taken for a tuple
 LINK = re.compile(r"(?<!!)\[(?P<text>[^\]]*)\]\((?P<to>[^):#\s]+)(?P<anchor>#[^)\s]*)?\)")
 
 

@@ -22,7 +22,7 @@ def test_page(page, request, monkeypatch):
         monkeypatch.setattr(plugin, "SECONDS", 2.0)
     else:
         request.getfixturevalue("computed_by_pytorch")
-    blocks = [match for match in re.finditer(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)]
+    blocks = list(re.finditer(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S))
     assert blocks
     names = {"__name__": page.stem}
     for block in blocks:

@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         "fault, 3 nothing was verified.",
     )  # fmt: skip
     level = verify.add_mutually_exclusive_group()
-    level.add_argument("--quick", action="store_true", help="what fits in a minute on a CPU (the default)")
+    level.add_argument("--quick", action="store_true", help="what fits in a few minutes on a CPU (the default)")
     level.add_argument(
         "--full",
         action="store_true",

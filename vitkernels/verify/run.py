@@ -35,7 +35,7 @@ class Plan:
     """What is asked for.
 
     Attributes:
-        full: Everything, not what fits in a minute.
+        full: Everything, not what fits in a few minutes.
         device: What the kernels run on: a GPU, or the CPU that emulates one.
         dtypes: Names in :data:`vitkernels.testing.cases.DTYPES`; none for the level's own choice.
         seed: Of all that is drawn.

@@ -33,6 +33,14 @@ def test_page(page, request, monkeypatch):
             value(request.getfixturevalue("vitkernels_verify"))
 
 
+def test_links_lead_to_files():
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    assert len(pages) > len(PAGES)
+    for page in pages:
+        for to in re.findall(r"\]\(([^):#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / to).exists(), f"{page.relative_to(ROOT)}: {to}"
+
+
 def test_ruff_is_of_one_version():
     pinned = re.search(r"^ruff==(.+)$", (ROOT / "constraints.txt").read_text(), re.M)[1]
     config = (ROOT / ".pre-commit-config.yaml").read_text()

@@ -13,8 +13,10 @@ from vitkernels.ops.swiglu.config import MAX_FUSED_K, choose_config, padded
 from vitkernels.runtime import DeviceFacts
 from vitkernels.testing import check_op
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+HALVES = [torch.float16, torch.bfloat16]
 ACTIVATIONS = [None, *reference.ACTIVATIONS]
+USUAL = (2, 50, 36, 72)  # images, tokens, channels and hidden features of fp16 and bf16, which our kernels multiply
+SMALL = (2, 7, 20, 36)  # of fp32, which PyTorch multiplies
 FORWARD, BACKWARD = (sys.modules[f"vitkernels.ops.swiglu.{part}"] for part in ("forward", "backward"))
 
 
@@ -57,21 +59,20 @@ def check_swiglu(tensors, *, upstream=torch.randn_like, recompute=False, **optio
     return check_op(ours, flat(reference.swiglu_mlp), tensors, options=options, upstream=upstream)
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_epilogues_in_shares_of_columns(parts, device, monkeypatch):
-    """One on sm_80; four on sm_90, as elsewhere here."""
+def test_epilogues_in_shares_of_columns(device, monkeypatch):
+    """Four, as of tiles of 128 columns; the tiles elsewhere here are taken whole or in two."""
 
     def choose(*args, **kwargs):
-        return dataclasses.replace(choose_config(*args, **kwargs), parts=parts)
+        return dataclasses.replace(choose_config(*args, **kwargs), parts=4)
 
     for file in (FORWARD, BACKWARD):
         monkeypatch.setattr(file, "choose_config", choose)
-    check_swiglu(layers(1, 21, 36, 130, dtype=torch.bfloat16, device=device))
+    check_swiglu(layers(*USUAL, dtype=torch.bfloat16, device=device))
 
 
 @pytest.fixture(params=["fused", "cublas"])
 def provider(request, monkeypatch):
-    """Both ways to multiply."""
+    """Both ways to multiply fp16 and bf16."""
 
     def choose(*args, **kwargs):
         config = choose_config(*args, **kwargs)
@@ -86,29 +87,26 @@ YES_NO = [True, False]
 
 
 @pytest.mark.parametrize(
-    ("epilogue", "packed", "norm", "dtype", "provider"),
-    drawn(8, YES_NO, YES_NO, YES_NO, DTYPES, ["fused", "cublas"]),
+    ("epilogue", "packed", "norm", "recompute", "dtype", "provider"),
+    drawn(6, YES_NO, YES_NO, YES_NO, YES_NO, HALVES, ["fused", "cublas"]),
     indirect=["provider"],
     ids=str,
 )
-def test_forms(epilogue, packed, norm, dtype, provider, device):
-    tensors = layers(2, 50, 36, 72, dtype=dtype, device=device, packed=packed, norm=norm, epilogue=epilogue)
-    check_swiglu(tensors)
-    check_swiglu(tensors, recompute=True)
+def test_forms(epilogue, packed, norm, recompute, dtype, provider, device):
+    tensors = layers(*USUAL, dtype=dtype, device=device, packed=packed, norm=norm, epilogue=epilogue)
+    check_swiglu(tensors, recompute=recompute)
 
 
 @pytest.mark.parametrize(
-    ("activation", "dtype", "provider"),
-    drawn(6, ACTIVATIONS, DTYPES, ["fused", "cublas"]),
+    ("activation", "dtype", "provider", "packed"),
+    drawn(6, ACTIVATIONS, HALVES, ["fused", "cublas"], YES_NO),
     indirect=["provider"],
     ids=str,
 )
-def test_activations(activation, dtype, provider, device):
+def test_activations(activation, dtype, provider, packed, device):
     # 300 rows: in 40 the errors of a bf16 gradient are a matter of luck, 3 of 100 seeds fail.
-    packed = layers(2, 150, 24, 64, dtype=dtype, device=device)
-    check_swiglu(packed, activation=activation)
-    separate = layers(2, 150, 24, 72, dtype=dtype, device=device, packed=False)
-    check_swiglu(separate, activation=activation, gate_last=True, recompute=True)
+    tensors = layers(2, 150, *USUAL[2:], dtype=dtype, device=device, packed=packed)
+    check_swiglu(tensors, activation=activation, gate_last=not packed, recompute=not packed)
 
 
 def test_reference():
@@ -135,9 +133,8 @@ def test_reference():
     ("shape", "dtype"),
     [
         ((1, 1, 20, 30, 12), torch.float16),
-        ((2, 197, 48, 96), torch.float32),
         ((1, 257, 36, 77), torch.bfloat16),
-        ((1, 5, 24, 5632), torch.float32),
+        ((2, 7, 20, 5640), torch.float32),
     ],
     ids=str,
 )
@@ -145,21 +142,20 @@ def test_shapes(shape, dtype, device):
     check_swiglu(layers(*shape, dtype=dtype, device=device))
 
 
-@pytest.mark.parametrize(("packed", "dtype"), [(True, torch.float32), (False, torch.bfloat16)], ids=str)
-def test_width_of_eva02(packed, dtype, device):
+def test_width_of_eva02(device):
     """2730 hidden features and the norm over them, in rows of 2736."""
-    check_swiglu(layers(1, 20, 24, 2730, dtype=dtype, device=device, packed=packed, norm=True))
+    check_swiglu(layers(1, 70, 36, 2730, dtype=torch.bfloat16, device=device, norm=True))
 
 
-@pytest.mark.parametrize("missing", [["b12"], ["b3"], ["b12", "b3", "residual"], ["b3", "layer_scale"]], ids=str)
-def test_optional_inputs(missing, provider, device):
-    tensors = layers(2, 7, 20, 36, device=device)
+@pytest.mark.parametrize("missing", [["b12", "b3", "residual"], ["b3", "layer_scale"]], ids=str)
+def test_optional_inputs(missing, device):
+    tensors = layers(*SMALL, device=device)
     check_swiglu({name: t for name, t in tensors.items() if name not in missing})
 
 
 @pytest.mark.parametrize("missing", [["norm_w"], ["norm_b"], ["b1", "b2"]], ids=str)
 def test_optional_inputs_with_a_norm(missing, device):
-    tensors = layers(2, 7, 20, 36, device=device, packed=False, norm=True)
+    tensors = layers(*SMALL, device=device, packed=False, norm=True)
     check_swiglu({name: t for name, t in tensors.items() if name not in missing})
 
 
@@ -172,7 +168,7 @@ NAMES = ["x", "w1", "b1", "w2", "b2", "w3", "b3", "layer_scale", "residual"]
     "wanted", [[name] for name in NAMES] + [["w3", "layer_scale"], ["x", "b3"], ["b1", "w2"]], ids=str
 )
 def test_frozen_inputs(wanted, norm, recompute, device):
-    tensors = layers(2, 7, 20, 36, device=device, packed=False, norm=norm)
+    tensors = layers(*SMALL, device=device, packed=False, norm=norm)
     for name, tensor in tensors.items():
         tensor.requires_grad_(name in wanted)
     check_swiglu(tensors, recompute=recompute)
@@ -180,7 +176,7 @@ def test_frozen_inputs(wanted, norm, recompute, device):
 
 @pytest.mark.parametrize("wanted", ["norm_w", "norm_b"])
 def test_frozen_but_for_the_norm(wanted, device):
-    tensors = layers(2, 7, 20, 36, device=device, norm=True)
+    tensors = layers(*SMALL, device=device, norm=True)
     for name, tensor in tensors.items():
         tensor.requires_grad_(name == wanted)
     check_swiglu(tensors)
@@ -195,7 +191,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("norm", [False, True], ids=["", "norm"])
-def test_layouts_of_inputs_and_upstream(layout, norm, provider, device):
+def test_layouts_of_inputs_and_upstream(layout, norm, device):
     strided = LAYOUTS[layout]
     # Weights of equal rows would let the norm add all their errors up, PyTorch's too: there it is a matter of luck.
     dims = 2 if layout == "expanded" and norm else 1
@@ -208,7 +204,7 @@ def test_layouts_of_inputs_and_upstream(layout, norm, provider, device):
 
 
 @pytest.mark.parametrize("norm", [False, True], ids=["", "norm"])
-def test_empty_batch_gives_zero_gradients(norm, provider, device):
+def test_empty_batch_gives_zero_gradients(norm, device):
     tensors = layers(0, 5, 20, 36, device=device, norm=norm)
     y = flat(ops.swiglu_mlp)(**tensors)
     assert y.shape == (0, 5, 20)
@@ -226,13 +222,9 @@ def gradcheck(device, *, packed=False, norm=False, **options):
     return torch.autograd.gradcheck(call, list(tensors.values()), eps=1e-6)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gradcheck(activation, device):
-    assert gradcheck(device, activation=activation)
-
-
-def test_gradcheck_packed(provider, device):
-    assert gradcheck(device, packed=True, gate_last=True)
+@pytest.mark.parametrize(("activation", "packed"), [(None, True), ("silu", False)], ids=str)
+def test_gradcheck(activation, packed, device):
+    assert gradcheck(device, activation=activation, packed=packed, gate_last=packed)
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recompute"])
@@ -240,24 +232,22 @@ def test_gradcheck_norm(recompute, device):
     assert gradcheck(device, norm=True, recompute=recompute)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_layer_scale_of_1e_5(dtype, device):
-    tensors = layers(2, 9, 24, 48, dtype=dtype, device=device)
-    tensors["layer_scale"] = torch.full((24,), 1e-5, device=device, requires_grad=True)
+def test_layer_scale_of_1e_5(device):
+    tensors = layers(*USUAL, dtype=torch.float16, device=device)
+    tensors["layer_scale"] = torch.full((36,), 1e-5, device=device, requires_grad=True)
     check_swiglu(tensors, upstream=lambda y: 1024 * torch.randn_like(y))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_norm_in_fp32(dtype, device):
-    tensors = layers(2, 9, 24, 48, dtype=dtype, device=device, norm=True)
-    tensors |= {name: make(48, device=device) for name in ("norm_w", "norm_b")}
+def test_norm_in_fp32(device):
+    tensors = layers(*USUAL, dtype=torch.bfloat16, device=device, norm=True)
+    tensors |= {name: make(72, device=device) for name in ("norm_w", "norm_b")}
     check_swiglu(tensors)
 
 
 def test_recompute_keeps_the_pre_activations_alone(device):
     saved, results = {}, {}
     for norm in (False, True):
-        tensors = layers(2, 50, 24, 96, device=device, norm=norm)
+        tensors = layers(2, 7, 20, 48, device=device, norm=norm)
         for recompute in (False, True):
             kept = saved[norm, recompute] = []
             with torch.autograd.graph.saved_tensors_hooks(
@@ -267,7 +257,7 @@ def test_recompute_keeps_the_pre_activations_alone(device):
             results[recompute] = [y, *torch.autograd.grad(y.square().sum(), list(tensors.values()))]
         for kept, recomputed in zip(results[False], results[True], strict=True):
             torch.testing.assert_close(recomputed, kept, rtol=1e-6, atol=1e-6)
-    hidden = 2 * 50 * 96
+    hidden = 2 * 7 * 48
     assert {k: v.count(hidden) for k, v in saved.items()} == {
         (False, False): 1, (False, True): 0, (True, False): 2, (True, True): 0,
     }  # fmt: skip
@@ -276,16 +266,16 @@ def test_recompute_keeps_the_pre_activations_alone(device):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("norm", [False, True], ids=["", "norm"])
-def test_a_bad_row_stays_in_its_row(value, norm, provider, device):
-    tensors = {name: t.detach() for name, t in layers(1, 6, 20, 36, device=device, norm=norm).items()}
+def test_a_bad_row_stays_in_its_row(value, norm, device):
+    tensors = {name: t.detach() for name, t in layers(*SMALL, device=device, norm=norm).items()}
     tensors["x"][0, 2, 3] = value
     y, want = flat(ops.swiglu_mlp)(**tensors), flat(reference.swiglu_mlp)(**tensors)
     assert torch.equal(y.isnan(), want.isnan()) and torch.equal(y.isinf(), want.isinf())
-    assert y[0, [0, 1, 3, 4, 5]].isfinite().all()
+    assert y[0, [0, 1, 3, 4, 5, 6]].isfinite().all() and y[1].isfinite().all()
 
 
 def test_reruns_agree_bit_for_bit(provider, device):
-    tensors = layers(1, 300, 24, 72, device=device, norm=False)
+    tensors = layers(2, 150, *USUAL[2:], dtype=torch.bfloat16, device=device)
     runs = []
     for _ in range(3):
         y = flat(ops.swiglu_mlp)(**tensors)
@@ -295,7 +285,7 @@ def test_reruns_agree_bit_for_bit(provider, device):
 
 @pytest.mark.parametrize(("norm", "dtype"), [(False, torch.float16), (True, torch.bfloat16)], ids=str)
 def test_autocast(norm, dtype, device):
-    tensors = layers(2, 9, 24, 48, device=device, packed=False, norm=norm)
+    tensors = layers(*USUAL, device=device, packed=False, norm=norm)
 
     def under_autocast(function):
         def call(**tensors):
@@ -307,7 +297,7 @@ def test_autocast(norm, dtype, device):
 
     leaves = {name: t.detach().to(dtype).float().requires_grad_() for name, t in tensors.items()}
     ours, theirs = under_autocast(ops.swiglu_mlp), under_autocast(reference.swiglu_mlp)
-    upstream = torch.randn(2, 9, 24, device=device, dtype=dtype)
+    upstream = torch.randn(2, 50, 36, device=device, dtype=dtype)
     truth = {name: t.detach().double().requires_grad_() for name, t in leaves.items()}
     want = flat(reference.swiglu_mlp)(**truth)
     for y, function in ((ours(**leaves), "ours"), (theirs(**leaves), "PyTorch's")):
@@ -322,9 +312,10 @@ def test_autocast(norm, dtype, device):
     assert all(a <= 1.5 * b + 1e-7 for a, b in zip(mine, errors, strict=True)), (mine, errors)
 
 
-@pytest.mark.parametrize("norm", [False, True], ids=["", "norm"])
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "separate"])
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recompute"])
+@pytest.mark.parametrize(
+    ("recompute", "packed", "norm"),
+    [(False, True, False), (False, False, True), (True, True, True), (True, False, False)],
+)
 def test_compiled_equals_eager(recompute, packed, norm, device, computed_by_pytorch):
     tensors = layers(2, 9, 24, 40, device=device, packed=packed, norm=norm)
 
@@ -339,14 +330,14 @@ def test_compiled_equals_eager(recompute, packed, norm, device, computed_by_pyto
         torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("hidden", [32, 30])
-def test_opcheck_and_agreement_with_pytorch(hidden, provider, device):
+@pytest.mark.parametrize("hidden", [48, 36])
+def test_opcheck_and_agreement_with_pytorch(hidden, device):
     """Each registered op as torch.library wants it, and the same without kernels."""
     P = padded(hidden)
     x, w1, w2, w3, dy = (
-        torch.randn(*s, device=device) for s in ((2, 5, 16), (hidden, 16), (hidden, 16), (8, P), (2, 5, 8))
+        torch.randn(*s, device=device) for s in ((2, 7, 20), (hidden, 20), (hidden, 20), (20, P), (2, 7, 20))
     )
-    b1, b2, gamma = (torch.randn(s, device=device) for s in (hidden, hidden, 8))
+    b1, b2, gamma = (torch.randn(s, device=device) for s in (hidden, hidden, 20))
     w3[:, hidden:] = 0.0
     narrow = w3[:, :hidden]
     h, z = ops.swiglu.glu_fwd(x, w1, b1, w2, b2, "silu", False, True)
@@ -355,7 +346,7 @@ def test_opcheck_and_agreement_with_pytorch(hidden, provider, device):
         ("glu_fwd", (x, torch.cat([w1, w2]), None, None, None, "gelu", True, False)),
         ("glu_gate", (z, "silu", True)),
         ("swiglu_mlp_fwd", (x, w1, b1, w2, b2, narrow, None, None, None, gamma, dy, "silu", True)),
-        ("swiglu_mlp_fwd", (x, w1, b1, w2, b2, narrow, gamma, b1, b2, None, None, "silu", False, 1e-6)),
+        ("swiglu_mlp_fwd", (x, w1, b1, w2, b2, narrow, gamma, b1, b2, None, None, "silu", False, 1e-3)),
         ("glu_bwd", (h, None, None, z, "silu", False, False, True)),
         ("glu_bwd", (dy, w3, gamma, z, "quick_gelu", True, True, False)),
     ]
@@ -436,7 +427,7 @@ def test_bad_input(case, no_launch):
 
 
 def test_double_backward_is_an_error(device):
-    tensors = layers(1, 3, 8, 16, device=device, epilogue=False)
+    tensors = layers(*SMALL, device=device)
     (dx,) = torch.autograd.grad(flat(ops.swiglu_mlp)(**tensors).square().sum(), tensors["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="differentiated again"):
         dx.sum().backward()

@@ -14,16 +14,18 @@ from vitkernels.testing import check_op
 
 FILE = sys.modules["vitkernels.ops.layer_norm"]  # the package's attribute of that name is the function
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+USUAL = (4, 7, 20)  # samples, tokens and channels, where they are not the subject
+C = USUAL[-1]
 
 
 def make(*shape, dtype=torch.float32, device="cpu", grad=True):
     return torch.randn(*shape, dtype=torch.float64).to(device, dtype).requires_grad_(grad)
 
 
-SHAPES = [(2, 197, 192), (1, 50, 387), (3, 1, 72), (257, 100), (48,), (5, 1)]
+SHAPES = [(2, 197, 192), (1, 50, 387), (257, 100), (48,), (5, 1)]
 
 
-@pytest.mark.parametrize(("shape", "dtype"), drawn(9, SHAPES, DTYPES), ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), drawn(len(SHAPES), SHAPES, DTYPES), ids=str)
 def test_layer_norm(shape, dtype, device):
     C = shape[-1]
     tensors = {"x": make(*shape, dtype=dtype, device=device)}
@@ -32,7 +34,7 @@ def test_layer_norm(shape, dtype, device):
 
 
 @pytest.mark.parametrize(
-    ("shape", "scaled", "dtype"), drawn(9, [(2, 197, 96), (3, 50, 387), (4, 1, 72)], [True, False], DTYPES), ids=str
+    ("shape", "scaled", "dtype"), drawn(4, [(2, 197, 96), (3, 50, 387), (4, 1, 72)], [True, False], DTYPES), ids=str
 )
 def test_add_layer_norm(shape, scaled, dtype, device):
     C = shape[-1]
@@ -44,13 +46,15 @@ def test_add_layer_norm(shape, scaled, dtype, device):
     check_op(ops.add_layer_norm, reference.add_layer_norm, tensors)
 
 
-@pytest.mark.parametrize("given", ["weight", "bias", ""])
-def test_parameters_may_be_missing(given, device):
-    tensors = {"x": make(6, 50, device=device), "weight": None, "bias": None}
+@pytest.mark.parametrize(("given", "add"), [("weight", False), ("bias", False), ("", False), ("", True)])
+def test_parameters_may_be_missing(given, add, device):
+    tensors = {"x": make(*USUAL, device=device), "weight": None, "bias": None}
     if given:
-        tensors[given] = make(50, device=device)
-    check_op(ops.layer_norm, reference.layer_norm, tensors)
-    check_op(ops.add_layer_norm, reference.add_layer_norm, tensors | {"residual": make(6, 50, device=device)})
+        tensors[given] = make(C, device=device)
+    if add:
+        check_op(ops.add_layer_norm, reference.add_layer_norm, tensors | {"residual": make(*USUAL, device=device)})
+    else:
+        check_op(ops.layer_norm, reference.layer_norm, tensors)
 
 
 @pytest.mark.parametrize("C", [8192 + 24, 2 * 8192 + 1])
@@ -65,7 +69,7 @@ LAYOUTS = {
     "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
     "last dim strided": lambda x: x.repeat_interleave(2, -1)[..., ::2],
     "expanded": lambda x: x[:1].expand_as(x),
-    "sliced": lambda x: torch.cat([x, x], -1)[..., x.shape[-1] :],
+    "sliced": lambda x: torch.cat([x[..., :4], x], -1)[..., 4:],
     "misaligned": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
 }
 
@@ -73,8 +77,8 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_inputs_and_upstream(layout, device):
     strided = LAYOUTS[layout]
-    tensors = {name: strided(make(4, 7, 40, device=device, grad=False)) for name in ("x", "residual")}
-    tensors |= {name: make(40, device=device) for name in ("weight", "bias", "layer_scale")}
+    tensors = {name: strided(make(*USUAL, device=device, grad=False)) for name in ("x", "residual")}
+    tensors |= {name: make(C, device=device) for name in ("weight", "bias", "layer_scale")}
     for name in ("x", "residual"):
         tensors[name].requires_grad_()
     check_op(ops.add_layer_norm, reference.add_layer_norm, tensors, upstream=lambda y: strided(torch.randn_like(y)))
@@ -83,7 +87,7 @@ def test_layouts_of_inputs_and_upstream(layout, device):
 
 
 def test_stride_zero_upstream(device):
-    x, w = make(6, 40, device=device), make(40, device=device)
+    x, w = make(*USUAL, device=device), make(C, device=device)
     ops.layer_norm(x, w).sum().backward()
     tensors = {"x": x.detach().requires_grad_(), "weight": w.detach().requires_grad_()}
     check_op(ops.layer_norm, reference.layer_norm, tensors, upstream=lambda y: y.new_ones(()).expand_as(y))
@@ -103,24 +107,24 @@ def test_empty_batch_gives_zero_gradients(shape, device, computed_by_pytorch):
 
 @pytest.mark.parametrize("frozen", ["x", "residual", "weight", "bias", "layer_scale"])
 def test_frozen_inputs_cost_nothing(frozen, device, monkeypatch):
-    tensors = {name: make(4, 7, 40, device=device) for name in ("x", "residual")}
-    tensors |= {name: make(40, device=device) for name in ("weight", "bias", "layer_scale")}
+    tensors = {name: make(*USUAL, device=device) for name in ("x", "residual")}
+    tensors |= {name: make(C, device=device) for name in ("weight", "bias", "layer_scale")}
     tensors[frozen].requires_grad_(False)
     check_op(ops.add_layer_norm, reference.add_layer_norm, tensors)
     flags = []
     backward = FILE.layer_norm_bwd
     monkeypatch.setattr(FILE, "layer_norm_bwd", lambda *a: flags.append(a[-2]) or backward(*a))
-    ops.add_layer_norm(**tensors)[0].sum().backward()
+    outputs = ops.add_layer_norm(**tensors)
+    torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])
     order = ["x", "residual", "weight", "bias", "layer_scale"]
     assert flags == [[*(name != frozen for name in order), False, False]]
     assert tensors[frozen].grad is None
 
 
-@pytest.mark.parametrize("path", [False, True])
-def test_gradcheck(path, device):
+def test_gradcheck(device):
     tensors = [make(2, 1, 7, dtype=torch.float64, device=device) for _ in range(2)]
     tensors += [make(7, dtype=torch.float64, device=device) for _ in range(3)]
-    scale = torch.tensor([0.5, 2.0], dtype=torch.float64, device=device) if path else None
+    scale = torch.tensor([0.5, 2.0], dtype=torch.float64, device=device)
 
     def add(x, residual, w, b, gamma):
         return ops.add_layer_norm(x, residual, w, b, layer_scale=gamma, drop_path_scale=scale)
@@ -136,14 +140,14 @@ def test_only_one_output_used(device):
         assert torch.autograd.gradcheck(lambda x, r, i=i: ops.add_layer_norm(x, r)[i], tensors, eps=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_mixed_dtypes(dtype, device):
-    x = make(4, 9, 72, dtype=dtype, device=device)
-    w, b = make(72, device=device), make(72, device=device)
+def test_mixed_dtypes(device):
+    dtype = torch.bfloat16
+    x = make(*USUAL, dtype=dtype, device=device)
+    w, b = make(C, device=device), make(C, device=device)
     y = ops.layer_norm(x, w, b)
     y.sum().backward()
     assert (y.dtype, x.grad.dtype, w.grad.dtype) == (dtype, dtype, torch.float32)
-    residual = make(4, 9, 72, device=device)
+    residual = make(*USUAL, device=device)
     normed, total = ops.add_layer_norm(x, residual, w, b)
     torch.autograd.backward([normed, total], [torch.randn_like(normed), torch.randn_like(total)])
     assert (normed.dtype, total.dtype, residual.grad.dtype) == (torch.float32, torch.float32, torch.float32)
@@ -151,30 +155,32 @@ def test_mixed_dtypes(dtype, device):
 
 
 def test_constant_row_gives_the_bias_and_eps_zero_is_exact(device):
-    x = torch.full((3, 48), 7.0, device=device)
-    b = torch.randn(48, device=device)
-    torch.testing.assert_close(ops.layer_norm(x, None, b), b.expand(3, 48), rtol=0, atol=0)
-    x = make(3, 48, device=device, grad=False)
-    torch.testing.assert_close(ops.layer_norm(x, eps=0.0), torch.nn.functional.layer_norm(x, (48,), eps=0.0))
+    x = torch.full((5, C), 7.0, device=device)
+    b = torch.randn(C, device=device)
+    torch.testing.assert_close(ops.layer_norm(x, None, b), b.expand(5, C), rtol=0, atol=0)
+    x = make(5, C, device=device, grad=False)
+    torch.testing.assert_close(ops.layer_norm(x, eps=0.0), torch.nn.functional.layer_norm(x, (C,), eps=0.0))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_bad_row_stays_in_its_row(value, device):
-    x = make(5, 48, device=device, grad=False)
+    x = make(5, C, device=device, grad=False)
     x[2, 3] = value
     y = ops.layer_norm(x)
     assert y[2].isnan().all() and y[[0, 1, 3, 4]].isfinite().all()
 
 
 def test_a_bad_row_reaches_the_gradients_of_the_parameters(device):
-    x, weight, bias = make(5, 48, device=device, grad=False), make(48, device=device), make(48, device=device)
-    x[2, 3] = float("nan")
-    dweight, dbias = torch.autograd.grad(ops.layer_norm(x, weight, bias).sum(), [weight, bias])
+    x, weight, bias = make(5, C, device=device), make(C, device=device), make(C, device=device)
+    with torch.no_grad():
+        x[2, 3] = float("nan")
+    y = ops.layer_norm(x, weight, bias)
+    dweight, dbias = torch.autograd.grad(y, [weight, bias], torch.ones_like(y))
     assert dweight.isnan().all() and dbias.isfinite().all()
 
 
 def test_eps_beside_a_small_variance(device):
-    tensors = {"x": 1e-3 * make(5, 48, device=device), "weight": make(48, device=device)}
+    tensors = {"x": 1e-3 * make(5, C, device=device), "weight": make(C, device=device)}
     tensors["x"] = tensors["x"].detach().requires_grad_()
     check_op(ops.layer_norm, reference.layer_norm, tensors)
 
@@ -242,9 +248,7 @@ def test_double_backward_and_forward_mode_are_errors(device, computed_by_pytorch
         ops.layer_norm(torch.autograd.forward_ad.make_dual(x, x))
 
 
-@pytest.mark.parametrize(
-    ("rms", "affine", "C"), [(True, False, 96), (False, True, 96), (True, True, 8192 + 32), (False, False, 8192 + 32)]
-)
+@pytest.mark.parametrize(("rms", "affine", "C"), [(True, True, 96), (False, False, 8192 + 32)])
 def test_padded_rows(rms, affine, C, device):
     """The registered op with ``width``, as swiglu_mlp calls it: padding stays zero and counts for nothing."""
     width = C - 22

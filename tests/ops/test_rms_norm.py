@@ -10,6 +10,8 @@ from vitkernels.ops import _registry
 from vitkernels.testing import check_op
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+USUAL = (4, 7, 20)  # samples, tokens and channels, where they are not the subject
+C = USUAL[-1]
 
 
 def make(*shape, dtype=torch.float32, device="cpu", grad=True):
@@ -30,18 +32,22 @@ def test_reference():
     torch.testing.assert_close(got, (formula(total), total))
 
 
-SHAPES = [(2, 197, 192), (1, 50, 387), (3, 1, 72), (257, 100), (48,), (5, 6)]
+SHAPES = [(2, 197, 192), (1, 50, 387), (48,), (5, 6)]
 
 
-@pytest.mark.parametrize(("shape", "dtype"), drawn(6, SHAPES, DTYPES), ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), drawn(len(SHAPES), SHAPES, DTYPES), ids=str)
 def test_rms_norm(shape, dtype, device):
     tensors = {"x": make(*shape, dtype=dtype, device=device), "weight": make(shape[-1], dtype=dtype, device=device)}
     check_op(ops.rms_norm, reference.rms_norm, tensors)
+
+
+def test_a_larger_eps(device):
+    tensors = {"x": make(*USUAL, device=device), "weight": make(C, device=device)}
     check_op(ops.rms_norm, reference.rms_norm, tensors, options={"eps": 0.3})
 
 
 @pytest.mark.parametrize(
-    ("shape", "scaled", "dtype"), drawn(6, [(2, 197, 96), (3, 50, 387), (4, 1, 72)], [True, False], DTYPES), ids=str
+    ("shape", "scaled", "dtype"), drawn(4, [(2, 197, 96), (3, 50, 387), (4, 1, 72)], [True, False], DTYPES), ids=str
 )
 def test_add_rms_norm(shape, scaled, dtype, device):
     C = shape[-1]
@@ -66,9 +72,9 @@ def test_one_channel(device):
 
 
 def test_the_weight_may_be_missing(device):
-    x = {"x": make(6, 50, device=device)}
+    x = {"x": make(*USUAL, device=device)}
     check_op(ops.rms_norm, reference.rms_norm, x)
-    check_op(ops.add_rms_norm, reference.add_rms_norm, x | {"residual": make(6, 50, device=device)})
+    check_op(ops.add_rms_norm, reference.add_rms_norm, x | {"residual": make(*USUAL, device=device)})
 
 
 @pytest.mark.parametrize("C", [8192 + 24, 2 * 8192 + 1])
@@ -83,15 +89,15 @@ LAYOUTS = {
     "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
     "last dim strided": lambda x: x.repeat_interleave(2, -1)[..., ::2],
     "expanded": lambda x: x[:1].expand_as(x),
-    "sliced": lambda x: torch.cat([x, x], -1)[..., x.shape[-1] :],
+    "sliced": lambda x: torch.cat([x[..., :4], x], -1)[..., 4:],
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_inputs_and_upstream(layout, device):
     strided = LAYOUTS[layout]
-    tensors = {name: strided(make(4, 7, 40, device=device, grad=False)).requires_grad_() for name in ("x", "residual")}
-    tensors |= {name: make(40, device=device) for name in ("weight", "layer_scale")}
+    tensors = {name: strided(make(*USUAL, device=device, grad=False)).requires_grad_() for name in ("x", "residual")}
+    tensors |= {name: make(C, device=device) for name in ("weight", "layer_scale")}
     check_op(ops.add_rms_norm, reference.add_rms_norm, tensors, upstream=lambda y: strided(torch.randn_like(y)))
     check_op(ops.add_rms_norm, reference.add_rms_norm, tensors, upstream=lambda y: y.new_ones(()).expand_as(y))
 
@@ -104,19 +110,18 @@ def test_empty_batch_gives_zero_gradients(shape, device):
     assert torch.equal(weight.grad, torch.zeros(64, device=device))
 
 
-@pytest.mark.parametrize("frozen", ["x", "residual", "weight", "layer_scale"])
+@pytest.mark.parametrize("frozen", ["residual", "weight"])
 def test_frozen_inputs(frozen, device):
-    tensors = {name: make(4, 7, 40, device=device) for name in ("x", "residual")}
-    tensors |= {name: make(40, device=device) for name in ("weight", "layer_scale")}
+    tensors = {name: make(*USUAL, device=device) for name in ("x", "residual")}
+    tensors |= {name: make(C, device=device) for name in ("weight", "layer_scale")}
     tensors[frozen].requires_grad_(False)
     check_op(ops.add_rms_norm, reference.add_rms_norm, tensors)
 
 
-@pytest.mark.parametrize("path", [False, True])
-def test_gradcheck(path, device):
+def test_gradcheck(device):
     tensors = [make(2, 1, 7, dtype=torch.float64, device=device) for _ in range(2)]
     tensors += [make(7, dtype=torch.float64, device=device) for _ in range(2)]
-    scale = torch.tensor([0.5, 2.0], dtype=torch.float64, device=device) if path else None
+    scale = torch.tensor([0.5, 2.0], dtype=torch.float64, device=device)
 
     def add(x, residual, weight, gamma):
         return ops.add_rms_norm(x, residual, weight, layer_scale=gamma, drop_path_scale=scale)
@@ -126,16 +131,16 @@ def test_gradcheck(path, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
-def test_eps_none_is_pytorchs(dtype, device):
+def test_eps_none_is_pytorchs(dtype, device, computed_by_pytorch):
     x = (1e-3 * make(6, 50, device=device, grad=False)).to(dtype)
     torch.testing.assert_close(ops.rms_norm(x, eps=None), F.rms_norm(x, (50,)))
     torch.testing.assert_close(ops.add_rms_norm(x, x, eps=None)[0], F.rms_norm(x + x, (50,)))
     assert not torch.allclose(ops.rms_norm(x), F.rms_norm(x, (50,)), rtol=0.02)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_weight_in_fp32(dtype, device):
-    x, weight = make(4, 9, 72, dtype=dtype, device=device), make(72, device=device)
+def test_weight_in_fp32(device):
+    dtype = torch.bfloat16
+    x, weight = make(*USUAL, dtype=dtype, device=device), make(C, device=device)
     y = ops.rms_norm(x, weight)
     y.sum().backward()
     assert (y.dtype, x.grad.dtype, weight.grad.dtype) == (dtype, dtype, torch.float32)
@@ -144,15 +149,15 @@ def test_weight_in_fp32(dtype, device):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_bad_row_stays_in_its_row(value, device):
-    x = make(5, 48, device=device, grad=False)
+    x = make(5, C, device=device, grad=False)
     x[2, 3] = value
     y = ops.rms_norm(x)
-    assert torch.equal(y.isfinite(), F.rms_norm(x, (48,), eps=1e-6).isfinite())
+    assert torch.equal(y.isfinite(), F.rms_norm(x, (C,), eps=1e-6).isfinite())
     assert y[[0, 1, 3, 4]].isfinite().all() and not y[2].isfinite().all()
 
 
 def test_reruns_agree_bit_for_bit(device):
-    x, weight = make(200, 72, device=device), make(72, device=device)
+    x, weight = make(200, C, device=device), make(C, device=device)
     runs = []
     for _ in range(3):
         y = ops.rms_norm(x, weight)
@@ -175,7 +180,7 @@ def test_compiled_equals_eager(device, computed_by_pytorch):
 
 def test_opcheck_and_agreement_with_pytorch(device):
     """The shared op's RMSNorm: as torch.library wants an op, and the same without kernels."""
-    x, w, dy = (make(*shape, device=device, grad=False) for shape in ((2, 5, 16), (16,), (2, 5, 16)))
+    x, w, dy = (make(*shape, device=device, grad=False) for shape in (USUAL, (C,), USUAL))
     forward, backward = torch.ops.vitkernels.layer_norm_fwd.default, torch.ops.vitkernels.layer_norm_bwd.default
     arguments = (x, dy, w, None, w, None, 1e-6, torch.float32, True)
     _, r, mean, rstd = forward(*arguments)
@@ -214,7 +219,7 @@ def test_bad_input(case, no_launch):
 
 
 def test_double_backward_is_an_error(device):
-    x = make(3, 8, device=device)
+    x = make(*USUAL, device=device)
     (dx,) = torch.autograd.grad(ops.rms_norm(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiated again"):
         dx.sum().backward()

@@ -1,6 +1,7 @@
 """What PyTorch does with ops and modules, done to a block on a GPU's kernels, emulated if need be."""
 
 import copy
+import functools
 import os
 import sys
 
@@ -77,12 +78,12 @@ def test_export_of_a_model(device):
     torch.testing.assert_close(program.module()(images), model(images), rtol=0, atol=0)
 
 
-SIZES = [(16, 16), (24, 16), (16, 40), (32, 32)]  # the first is the model's own
+SIZES = [(16, 16), (24, 16), (16, 40)]  # the first is the model's own
 
 
 @pytest.mark.parametrize(
     ("exported", "backend", "strict"),
-    [(SIZES[0], KERNELS, False), (SIZES[1], KERNELS, True), (SIZES[0], "torch", True), (SIZES[1], "torch", False)],
+    [(SIZES[0], KERNELS, False), (SIZES[1], KERNELS, True), (SIZES[0], "torch", True)],
 )
 def test_export_of_a_model_for_every_size(exported, backend, strict, device):
     """One program, whatever the size it was exported at, the model's own or another one."""
@@ -114,7 +115,7 @@ def test_export_of_other_positions_for_every_size(options, device):
     with torch.no_grad():
         images = torch.randn(2, 3, 24, 32, device=device)
         program = torch.export.export(model, (images,), dynamic_shapes=(size,))
-        for size in ((16, 24), (24, 16), (40, 40)):
+        for size in ((16, 24), (40, 16)):
             images = torch.randn(2, 3, *size, device=device)
             torch.testing.assert_close(program.module()(images), model(images), rtol=0, atol=0)
 
@@ -125,7 +126,7 @@ def test_a_compiled_model_takes_every_size(device):
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
     with torch.no_grad():
-        for n, size in enumerate([(24, 32), (16, 16), (16, 40), (8, 8)], start=1):
+        for n, size in enumerate([(24, 32), (16, 16), (8, 8)], start=1):
             images = torch.randn(n, 3, *size, device=device)
             torch.testing.assert_close(compiled(images), model(images))
 
@@ -209,6 +210,7 @@ def test_meta_and_fake_tensors():
         assert (y.device.type, y.dtype, y.shape) == ("cuda", torch.bfloat16, (2, 10, 32))
 
 
+@functools.cache
 def opcheck_cases(device):
     """Each registered op with arguments, taken from what a forward and a backward of everything calls."""
     calls = {}
@@ -225,41 +227,31 @@ def opcheck_cases(device):
         return torch.randn(*shape, device=device, requires_grad=True)
 
     with Record():
-        x, w = randn(2, 5, 16), randn(16)
+        x, w = randn(2, 7, 20), randn(20)
         outputs = [ops.layer_norm(x, w, w), *ops.add_layer_norm(x, x, w, w, layer_scale=w)]
-        outputs += [ops.linear(x, randn(8, 16), randn(8), activation="gelu"), ops.linear(x, randn(16, 16), residual=x)]
-        outputs += [ops.mlp(x, randn(24, 16), randn(24), randn(16, 24), randn(16), layer_scale=w)]
+        outputs += [
+            ops.linear(x, randn(12, 20), randn(12), activation="gelu"),
+            ops.linear(x, randn(20, 20), residual=x),
+        ]
+        outputs += [ops.mlp(x, randn(36, 20), randn(36), randn(20, 36), w, residual=x, layer_scale=w)]
         outputs += [ops.rms_norm(x, w), *ops.add_rms_norm(x, x, w, layer_scale=w)]
-        last = randn(16, 24), randn(16)
-        outputs += [ops.swiglu_mlp(x, randn(48, 16), randn(48), *last, layer_scale=w)]
-        outputs += [ops.swiglu_mlp(x, (randn(24, 16), randn(24, 16)), None, *last, norm=(randn(24), randn(24), 1e-6),
+        last = randn(20, 36), w
+        outputs += [ops.swiglu_mlp(x, randn(72, 20), randn(72), *last, residual=x, layer_scale=w)]
+        outputs += [ops.swiglu_mlp(x, (randn(36, 20), randn(36, 20)), None, *last, norm=(randn(36), randn(36), 1e-3),
                                    gate_last=True, recompute=True)]  # fmt: skip
         outputs += [ops.attention(*(randn(2, 2, 5, 16) for _ in range(3)))]
         outputs += [ops.attention_qkvpacked(randn(2, 5, 3, 2, 16))]
         prepared = {"rope": (randn(5, 16).detach(), randn(5, 16).detach(), True), "q_norm": (randn(16),)}
         outputs += [ops.attention_qkvpacked(randn(2, 5, 3, 2, 16), attn_mask=randn(2, 5, 5), **prepared)]
         outputs += [ops.attention(*(randn(2, 2, 5, 16) for _ in range(3)), **prepared)]
-        outputs += [ops.patch_embed(randn(2, 3, 8, 8), randn(16, 3, 4, 4), randn(16), pos_embed=randn(1, 4, 16),
-                                    pos_embed_prefix=False, prefix_tokens=randn(1, 1, 16))]  # fmt: skip
-        sum(o.sum() for o in outputs).backward()
+        outputs += [ops.patch_embed(randn(2, 3, 12, 8), randn(36, 3, 4, 4), randn(36), pos_embed=randn(1, 6, 36),
+                                    pos_embed_prefix=False, prefix_tokens=randn(1, 1, 36))]  # fmt: skip
+        torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])
         with torch.no_grad():
-            ops.mlp(x, randn(24, 16), None, randn(16, 24), None)
-            ops.swiglu_mlp(x, randn(48, 16), randn(48), *last, layer_scale=w, residual=x)
-            ops.swiglu_mlp(x, (randn(23, 16), randn(23, 16)), None, randn(16, 23), None, norm=(randn(23), None, 1e-6))
+            ops.mlp(x, randn(36, 20), None, randn(20, 36), None)
+            ops.swiglu_mlp(x, randn(72, 20), randn(72), *last, layer_scale=w, residual=x)
+            ops.swiglu_mlp(x, (randn(36, 20), randn(36, 20)), None, randn(20, 36), None, norm=(randn(36), None, 1e-3))
     return calls
-
-
-def test_opcheck(device):
-    calls = opcheck_cases(device)
-    registered = {
-        name.split("::")[1].split(".")[0]
-        for name in torch._C._dispatch_get_all_op_names()
-        if name.startswith("vitkernels::")
-    }
-    assert {f.name().split("::")[1] for f in calls} == registered, "an op is never called here"
-    for op, argument_lists in calls.items():
-        for args in argument_lists[:1] + argument_lists[1:][-1:]:  # the first and the last: each takes half a second
-            torch.library.opcheck(op, args)
 
 
 def test_registered_ops_without_kernels_agree(device):
@@ -274,6 +266,19 @@ def test_registered_ops_without_kernels_agree(device):
             for g, w in zip(got, want, strict=True):
                 assert (g.shape, g.stride(), g.dtype) == (w.shape, w.stride(), w.dtype), op
                 torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4, msg=lambda m, op=op: f"{op}: {m}")
+
+
+def test_opcheck(device):
+    calls = opcheck_cases(device)
+    registered = {
+        name.split("::")[1].split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("vitkernels::")
+    }
+    assert {f.name().split("::")[1] for f in calls} == registered, "an op is never called here"
+    for op, argument_lists in calls.items():
+        for args in argument_lists[:1] + argument_lists[1:][-1:]:  # the first and the last: each takes half a second
+            torch.library.opcheck(op, args)
 
 
 def test_backend_is_chosen_by_thread_and_checked(x, monkeypatch):
@@ -311,16 +316,16 @@ def test_compiled_ops_follow_the_environment(x, monkeypatch):
 
 
 def test_contiguous_results_on_either_backend(device):
-    x, w = torch.randn(2, 5, 8, device=device), torch.randn(8, 8, device=device)
-    strided = torch.randn(5, 2, 8, device=device).transpose(0, 1)
-    images = torch.randn(2, 3, 8, 8, device=device)
+    x, w = torch.randn(2, 7, 20, device=device), torch.randn(20, 20, device=device)
+    strided = torch.randn(7, 2, 20, device=device).transpose(0, 1)
+    images = torch.randn(2, 3, 12, 8, device=device)
     for name in (KERNELS, "torch"):
         with use_backend(name):
             results = [
                 ops.linear(x, w, residual=strided),
                 ops.mlp(x, w, None, w, None, residual=strided),
                 *ops.add_layer_norm(x, strided),
-                ops.patch_embed(images, torch.randn(6, 3, 4, 4, device=device)),
+                ops.patch_embed(images, torch.randn(36, 3, 4, 4, device=device)),
             ]
         assert all(r.is_contiguous() for r in results), name
 
@@ -364,7 +369,7 @@ def test_drop_path_under_autocast_keeps_its_scale(init_values, device):
         block.attn.proj.bias.fill_(1.0)
         if init_values:
             block.ls1.gamma.fill_(1.0)
-    x = torch.zeros(16, 3, 32, device=device)
+    x = torch.zeros(10, 2, 32, device=device)
     with torch.autocast(device.type, dtype=torch.bfloat16):
         got = set(block(x).flatten().tolist())
     rounded = torch.tensor(1 / 0.9, dtype=torch.float32 if init_values else torch.bfloat16).item()

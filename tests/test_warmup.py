@@ -149,7 +149,7 @@ def test_inputs(shapes, inputs, names, training, device):
     assert (call["inputs"], call["names"]) == (inputs, names)
 
 
-def test_dtype_and_autocast(model):
+def test_dtype_and_autocast(model, computed_by_pytorch):
     recorder = Recorder(model[0])
     warmup(model.double(), (2, 3, 16, 16))
     warmup(model.float(), (2, 3, 16, 16), torch.float32, autocast=torch.bfloat16)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -138,15 +137,17 @@ def _write(results, out: Path, before=None) -> None:
 
 
 def _keep(path: Path) -> Path:
+    """Keep what was measured, in the place of the device's last run; return the file."""
     from benchmarks.environment import ROOT, folder_name
-    from benchmarks.schema import load
+    from benchmarks.schema import load, save
 
     results = load(path)
+    results.rows = [row for row in results.rows if row.status != "counted"]  # as no machine changes what is counted
     name = f"{results.date[:10]}-{results.commit or 'unknown'}.json"
     kept = ROOT / "benchmarks" / "results" / folder_name(results) / name
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with _interrupt.writing():
-        shutil.copyfile(path, kept)
+    save(results, kept)
+    for older in set(kept.parent.glob("*.json")) - {kept}:
+        older.unlink()
     return kept
 
 

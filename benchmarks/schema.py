@@ -129,13 +129,21 @@ class Results:
 
 def save(results: Results, path: Path) -> None:
     """Write ``results`` so that ``path`` holds valid JSON at every moment, whatever ends the process."""
-    text = json.dumps(dataclasses.asdict(results), indent=1, allow_nan=False)
+    text = _text(results)
     check(json.loads(text), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     with _interrupt.writing():  # nor is the other left behind
         temporary.write_text(text + "\n", encoding="utf-8")
         os.replace(temporary, path)
+
+
+def _text(results: Results) -> str:
+    """JSON with a row a line, so that a difference between two runs can be read."""
+    document = dataclasses.asdict(results)
+    rows = ",\n".join("  " + json.dumps(row, allow_nan=False) for row in document.pop("rows"))
+    head = json.dumps(document, indent=1, allow_nan=False).removesuffix("\n}")
+    return f'{head},\n "rows": [\n{rows}\n ]\n}}'
 
 
 def load(path: Path) -> Results:

@@ -5,9 +5,10 @@ import dataclasses
 
 import pytest
 
-from benchmarks.__main__ import main
+from benchmarks import environment
+from benchmarks.__main__ import _keep, main
 from benchmarks.report import Table, _blocks, changed, duels, markdown_table, to_html, to_markdown, write_report
-from benchmarks.schema import Row, Times, save
+from benchmarks.schema import Row, Times, load, save
 from benchmarks.wording import GOALS, bytes_text, time_text
 
 VIT_B = "vit_base_patch16_224"
@@ -77,7 +78,7 @@ def test_a_wrong_row_is_listed_with_its_reason_and_no_time(results):
 def test_goals(results):
     verdicts = {goal.text: goal.verdict(results) for goal in GOALS}
     (calls,) = [v for text, v in verdicts.items() if "launches, no grad" in text]
-    assert calls == ("74 (block)", "not met")
+    assert calls == ("74", "not met")
     (inference,) = [v for text, v in verdicts.items() if "inference, bf16, batch 256" in text]
     assert inference == ("0.75", "not met")
     results.rows[0].time = Times(1000.0, 1000.0, 1000.0, 9)
@@ -161,3 +162,19 @@ def test_wording():
     assert [time_text(us) for us in (0.5, 81.24, 1234.0, 2.5e6)] == ["0.5 µs", "81.2 µs", "1.23 ms", "2.5 s"]
     assert [bytes_text(n) for n in (10, 2048, 3 * 2**30)] == ["10 B", "2 KiB", "3 GiB"]
     assert markdown_table(Table(("a", "b"), [("x|y", "1")])).splitlines()[1:] == ["| --- | ---: |", "| x¦y | 1 |"]
+
+
+def test_what_is_kept_is_measured_and_the_devices_newest(results, tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    counted = [row for row in results.rows if row.status == "counted"]
+    assert counted
+    for date in ("2026-11-27", "2026-11-28"):
+        results.date = f"{date}T12:00:00+00:00"
+        save(results, tmp_path / "run.json")
+        kept = _keep(tmp_path / "run.json")
+    assert [*kept.parent.iterdir()] == [kept] and kept.name.startswith("2026-11-28")
+    rows = load(kept).rows
+    assert rows == [row for row in results.rows if row not in counted]
+    assert sum(line.lstrip().startswith('{"kind"') for line in kept.read_text().splitlines()) == len(rows), (
+        "a row a line"
+    )

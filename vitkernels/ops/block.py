@@ -22,7 +22,8 @@ from vitkernels import reference, runtime
 from vitkernels.ops._checks import alike, check_integer, check_like, check_scale, check_shape, check_tensor
 from vitkernels.ops._once import once_differentiable
 from vitkernels.ops._registry import needs_grad, uses_kernels
-from vitkernels.ops.attention import MAX_HEAD_DIM, attention_qkvpacked_bwd, attention_qkvpacked_fwd
+from vitkernels.ops.attention.checks import MAX_HEAD_DIM
+from vitkernels.ops.attention.registered import attention_qkvpacked_bwd, attention_qkvpacked_fwd
 from vitkernels.ops.layer_norm import check_layer_norm, layer_norm_bwd, layer_norm_fwd
 from vitkernels.ops.linear import check_activation, check_weights, linear_bwd, linear_fwd
 from vitkernels.ops.mlp import mlp_bwd, mlp_fwd

@@ -10,7 +10,7 @@ import dataclasses
 from torch import Tensor, nn
 
 from vitkernels.layers import fused
-from vitkernels.ops.attention import MAX_HEAD_DIM
+from vitkernels.ops.attention.checks import MAX_HEAD_DIM
 
 _SILU, _IDENTITY = nn.SiLU(), nn.Identity()
 

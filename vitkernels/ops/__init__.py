@@ -11,11 +11,10 @@ from vitkernels.ops.attention import (
     attention_weights,
 )
 from vitkernels.ops.block import block
-from vitkernels.ops.layer_norm import add_layer_norm, layer_norm
+from vitkernels.ops.layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from vitkernels.ops.linear import linear
 from vitkernels.ops.mlp import mlp
 from vitkernels.ops.patch_embed import patch_embed
-from vitkernels.ops.rms_norm import add_rms_norm, rms_norm
 from vitkernels.ops.swiglu import swiglu_mlp
 
 __all__ = [

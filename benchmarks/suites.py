@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import costs, counted
+from benchmarks import counts, host_costs
 from benchmarks.compete import Session
 from benchmarks.environment import Missing, clocks, make_timer, measure_ceilings, new_results
 from benchmarks.models.bench_vit import MODELS, Model, flops, measure_model
@@ -57,9 +57,9 @@ def plan(suite: str, device: torch.device) -> list[Job]:
 def _quick(device: torch.device) -> list[Job]:
     case = CASES[VIT_B]
     host = [
-        Job("call of each op", lambda session: 20.0, costs.call_rows),
-        Job("imports", lambda session: 12.0, costs.import_rows),
-        Job("accelerate", lambda session: 4.0, lambda session: costs.accelerate_rows()),
+        Job("call of each op", lambda session: 20.0, host_costs.call_rows),
+        Job("imports", lambda session: 12.0, host_costs.import_rows),
+        Job("accelerate", lambda session: 4.0, lambda session: host_costs.accelerate_rows()),
     ]
     if device.type == "cuda":
         return [
@@ -88,13 +88,13 @@ def _counts() -> list[Job]:
         Job(
             f"passes over the activations, {model}",
             lambda session: 4.0,
-            lambda session, model=model: counted.traffic_rows(model),
+            lambda session, model=model: counts.traffic_rows(model),
         )
         for model in (VIT_B, "vit_base_patch14_dinov2", "deit3_base_patch16_224")
     ]
-    compiler = functools.partial(counted.compiler_rows, "sm_90", CASES[VIT_B])
+    compiler = functools.partial(counts.compiler_rows, "sm_90", CASES[VIT_B])
     jobs.append(Job("compiler's report for sm_90", lambda session: 15.0, lambda session: compiler()))
-    work = functools.partial(counted.work_rows, list(all_ops().values()), list(CASES.values()))
+    work = functools.partial(counts.work_rows, list(all_ops().values()), list(CASES.values()))
     return [*jobs, Job("work of each op", lambda session: 1.0, lambda session: work())]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import vitkernels
-from benchmarks import costs
+from benchmarks import host_costs
 from benchmarks.environment import Missing, find_device, load_timm
 from benchmarks.judge import judge_op
 from benchmarks.ops import all_ops
@@ -73,5 +73,5 @@ def test_accelerate(benchmark):
     except Missing as why:
         pytest.skip(str(why))
     with torch.device("meta"):
-        model = timm.create_model(costs.LARGEST)
+        model = timm.create_model(host_costs.LARGEST)
     benchmark.pedantic(vitkernels.accelerate, (model,), setup=lambda: vitkernels.restore(model) and None, rounds=20)

@@ -208,8 +208,8 @@ def test_classes_of_one_kind_have_one_forward():
             same.setdefault((code.co_code, code.co_names, code.co_varnames), []).append(original.__name__)
     # DINOv3's layer differs from DINOv2's by the name of its positions alone, ViT-MAE's patches in 4.5x from ViT's by
     # the words of an error.
-    expected = {"_kinds_4.SizedPatchEmbeddings": 2} if OLD else {"_kinds.Dinov2Layer": 2}
+    expected = {"_mixins_4.SizedPatchEmbeddings": 2} if OLD else {"_mixins.Dinov2Layer": 2}
     originals = {name for same in forwards.values() for names in same.values() for name in names}
     # Until 4.51 these have a class for each implementation.
-    expected |= {f"_kinds_4.{cls}Attention": 2 for cls in ("CLIP", "Siglip") if f"{cls}SdpaAttention" in originals}
+    expected |= {f"_mixins_4.{cls}Attention": 2 for cls in ("CLIP", "Siglip") if f"{cls}SdpaAttention" in originals}
     assert {kind: len(same) for kind, same in forwards.items() if len(same) > 1} == expected, forwards

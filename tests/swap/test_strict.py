@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from vitkernels import accelerate, explain
-from vitkernels.swap._left import part_of
+from vitkernels.swap._parts import part_of
 
 timm = pytest.importorskip("timm")
 

@@ -80,7 +80,7 @@ def check_scale(op: str, scale: float | None, D: int) -> float:
     return scale
 
 
-def alike(x: Tensor, *others: Tensor | None) -> bool:
+def dtypes_and_devices_match(x: Tensor, *others: Tensor | None) -> bool:
     """Tell whether ``others`` (None aside) are plain dense tensors on the device and of the dtype of ``x``, checked.
 
     The usual case, by few reads, as a call has up to a dozen tensors. Where it is another, :func:`check_like` says what

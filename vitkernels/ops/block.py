@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 
 from vitkernels import reference, runtime
-from vitkernels.ops._checks import alike, check_integer, check_like, check_scale, check_shape, check_tensor
+from vitkernels.ops._checks import (
+    check_integer,
+    check_like,
+    check_scale,
+    check_shape,
+    check_tensor,
+    dtypes_and_devices_match,
+)
 from vitkernels.ops._once import once_differentiable
 from vitkernels.ops._registry import needs_grad, uses_kernels
 from vitkernels.ops.attention.checks import MAX_HEAD_DIM
@@ -204,30 +211,30 @@ def _check(x, norm1, qkv, proj, norm2, fc1, fc2, layer_scale, num_heads, scale, 
     if not isinstance(eps, tuple | list) or len(eps) != 2:
         raise TypeError(f"{op}: eps is {eps!r}; expected a pair of numbers, of norm1 and norm2")
     check_tensor(op, "x", x)
-    known = alike(x, *norm1, *qkv, *proj, *norm2, *fc1, *fc2, *layer_scale)
-    check_layer_norm(op, x, *norm1, eps[0], known)
-    check_layer_norm(op, x, *norm2, eps[1], known)
+    matched = dtypes_and_devices_match(x, *norm1, *qkv, *proj, *norm2, *fc1, *fc2, *layer_scale)
+    check_layer_norm(op, x, *norm1, eps[0], matched)
+    check_layer_norm(op, x, *norm2, eps[1], matched)
     if x.ndim != 3 or x.shape[1] == 0:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}; expected (batch, tokens ≥ 1, channels)")
     check_activation(op, activation)
     C = x.shape[-1]
     dtype = runtime.autocast_dtype(x)
     strict = dtype is None
-    check_weights(op, "qkv weight", qkv[0], "qkv bias", qkv[1], x, C, known, strict)
+    check_weights(op, "qkv weight", qkv[0], "qkv bias", qkv[1], x, C, matched, strict)
     rows = qkv[0].shape[0]
     width = rows // (3 * num_heads) if num_heads > 0 else 0
     if not width or rows % (3 * num_heads):
         raise ValueError(f"{op}: the qkv weight has {qkv[0].shape[0]} rows; expected 3 · {num_heads} heads · head dim")
     if width > MAX_HEAD_DIM:
         raise NotImplementedError(f"{op}: the head dim is {width}; the kernels take up to {MAX_HEAD_DIM}")
-    check_weights(op, "proj weight", proj[0], "proj bias", proj[1], x, num_heads * width, known, strict)
-    check_weights(op, "fc1 weight", fc1[0], "fc1 bias", fc1[1], x, C, known, strict)
-    check_weights(op, "fc2 weight", fc2[0], "fc2 bias", fc2[1], x, fc1[0].shape[0], known, strict)
+    check_weights(op, "proj weight", proj[0], "proj bias", proj[1], x, num_heads * width, matched, strict)
+    check_weights(op, "fc1 weight", fc1[0], "fc1 bias", fc1[1], x, C, matched, strict)
+    check_weights(op, "fc2 weight", fc2[0], "fc2 bias", fc2[1], x, fc1[0].shape[0], matched, strict)
     for name, (weight, _) in (("proj", proj), ("fc2", fc2)):
         check_shape(op, f"{name} weight", weight, (C, weight.shape[1]), "the residual's width in front")
     for name, gamma in zip(("layer_scale[0]", "layer_scale[1]"), layer_scale, strict=True):
         if gamma is not None:
-            if not known:
+            if not matched:
                 check_like(op, name, gamma, "x", x, dtype=False)
             check_shape(op, name, gamma, (C,), "the channels of x")
     return num_heads, check_scale(op, scale, width), dtype

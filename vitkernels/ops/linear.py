@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vitkernels import reference, runtime
 from vitkernels.ops import _tile
-from vitkernels.ops._checks import alike, check_like, check_shape, check_tensor
+from vitkernels.ops._checks import check_like, check_shape, check_tensor, dtypes_and_devices_match
 from vitkernels.ops._once import once_differentiable
 from vitkernels.ops._product import product, within_reach
 from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
@@ -309,9 +309,9 @@ def linear(
     *lead, K = check_input(op, x)
     check_activation(op, activation)
     dtype = runtime.autocast_dtype(x)
-    known = alike(x, weight, bias, residual, layer_scale)
-    N = check_weights(op, "weight", weight, "bias", bias, x, K, known, dtype is None)
-    check_epilogue(op, residual, layer_scale, x, lead, N, known)
+    matched = dtypes_and_devices_match(x, weight, bias, residual, layer_scale)
+    N = check_weights(op, "weight", weight, "bias", bias, x, K, matched, dtype is None)
+    check_epilogue(op, residual, layer_scale, x, lead, N, matched)
     if not uses_kernels(x):
         y = reference.linear(x, weight, bias, activation=activation, residual=residual, layer_scale=layer_scale)
         return y.contiguous()
@@ -348,15 +348,15 @@ def check_weights(
     bias: Tensor | None,
     x: Tensor,
     K: int,
-    known: bool,
+    matched: bool,
     dtype: bool,
 ) -> int:
     """Require a (N, K) weight with N ≥ 1, a (N,) bias or None, on ``x``'s device and, with ``dtype``, of its dtype.
 
     Returns N.
-    ``known`` tells that they are :func:`alike`, so that their shapes alone are left.
+    ``matched`` tells that they are :func:`dtypes_and_devices_match`, so that their shapes alone are left.
     """
-    if not known or weight is None:
+    if not matched or weight is None:
         check_like(op, name, weight, "x", x, dtype=dtype)
         if bias is not None:
             check_like(op, bias_name, bias, "x", x, dtype=dtype)
@@ -369,14 +369,14 @@ def check_weights(
 
 
 def check_epilogue(
-    op: str, residual: Tensor | None, layer_scale: Tensor | None, x: Tensor, lead: list[int], N: int, known: bool
+    op: str, residual: Tensor | None, layer_scale: Tensor | None, x: Tensor, lead: list[int], N: int, matched: bool
 ) -> None:
     """Require a residual of the output's shape, (*lead, N), and a LayerScale of N features, on ``x``'s device."""
     if residual is not None:
-        if not known:
+        if not matched:
             check_like(op, "residual", residual, "x", x, dtype=False)
         check_shape(op, "residual", residual, (*lead, N), "the output's shape")
     if layer_scale is not None:
-        if not known:
+        if not matched:
             check_like(op, "layer_scale", layer_scale, "x", x, dtype=False)
         check_shape(op, "layer_scale", layer_scale, (N,), "the output's width")

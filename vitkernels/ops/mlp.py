@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vitkernels import reference, runtime
-from vitkernels.ops._checks import alike
+from vitkernels.ops._checks import dtypes_and_devices_match
 from vitkernels.ops._once import once_differentiable
 from vitkernels.ops._product import product, product_dact
 from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
@@ -184,10 +184,10 @@ def mlp(
     *lead, C = check_input(op, x)
     check_activation(op, activation)
     dtype = runtime.autocast_dtype(x)
-    known = alike(x, w1, b1, w2, b2, residual, layer_scale)
-    F = check_weights(op, "w1", w1, "b1", b1, x, C, known, dtype is None)
-    C_out = check_weights(op, "w2", w2, "b2", b2, x, F, known, dtype is None)
-    check_epilogue(op, residual, layer_scale, x, lead, C_out, known)
+    matched = dtypes_and_devices_match(x, w1, b1, w2, b2, residual, layer_scale)
+    F = check_weights(op, "w1", w1, "b1", b1, x, C, matched, dtype is None)
+    C_out = check_weights(op, "w2", w2, "b2", b2, x, F, matched, dtype is None)
+    check_epilogue(op, residual, layer_scale, x, lead, C_out, matched)
     if not uses_kernels(x):
         y = reference.mlp(x, w1, b1, w2, b2, activation=activation, residual=residual, layer_scale=layer_scale)
         return y.contiguous()

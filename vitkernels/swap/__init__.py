@@ -18,7 +18,7 @@ from torch import nn
 
 from vitkernels.layers import _own
 from vitkernels.swap import _rules
-from vitkernels.swap._left import part_of
+from vitkernels.swap._parts import part_of
 from vitkernels.swap.estimate import Estimate, estimate_time
 from vitkernels.swap.report import Kept, Report, Swapped
 

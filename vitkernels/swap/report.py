@@ -36,7 +36,7 @@ class Kept:
         reason: Why, for a person.
         known: Whether modules of this class are swapped where nothing speaks against it.
         part: What it is that is left: ``attention``, ``a norm``, ``an MLP``, ``a patch embedding``, as its class's name
-            or what it is made of tells (``swap/_left.py``); None for what is none of these, or is known.
+            or what it is made of tells (``swap/_parts.py``); None for what is none of these, or is known.
     """
 
     module: str

@@ -11,11 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from vitkernels.ops._checks import (
     FLOATING,
-    alike,
     check_integer,
     check_like,
     check_number,
     check_shape,
+    dtypes_and_devices_match,
 )
 from vitkernels.ops.attention.prepare import QKNorm, Rope
 
@@ -51,7 +51,7 @@ def check_operands(op: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, 
 
 
 def check_like_q(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
-    if k is None or v is None or not alike(q, k, v):
+    if k is None or v is None or not dtypes_and_devices_match(q, k, v):
         check_like(op, "k", k, "q", q)
         check_like(op, "v", v, "q", q)
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from vitkernels import reference, runtime
-from vitkernels.ops._checks import alike, check_like, check_number, check_shape, check_tensor
+from vitkernels.ops._checks import check_like, check_number, check_shape, check_tensor, dtypes_and_devices_match
 from vitkernels.ops._once import once_differentiable
 from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
 from vitkernels.ops.layer_norm.backward import layer_norm_backward
@@ -274,7 +274,7 @@ def add_rms_norm(
 def norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, rms: bool = False) -> Tensor:
     """The public function ``op``, LayerNorm or RMSNorm."""
     check_tensor(op, "x", x)
-    check_layer_norm(op, x, weight, bias, eps, alike(x, weight, bias))
+    check_layer_norm(op, x, weight, bias, eps, dtypes_and_devices_match(x, weight, bias))
     if not uses_kernels(x):
         return _reference_norm(x, weight, bias, eps, rms)
     out_dtype = torch.promote_types(x.dtype, torch.float32) if autocasts(x) else None
@@ -298,14 +298,14 @@ def add_norm(
     """The public function ``op``, either norm behind a residual sum."""
     tensors = (x, residual, weight, bias, layer_scale, drop_path_scale)
     check_tensor(op, "x", x)
-    known = residual is not None and alike(x, residual, weight, bias, layer_scale)
-    if not known:
+    matched = residual is not None and dtypes_and_devices_match(x, residual, weight, bias, layer_scale)
+    if not matched:
         check_like(op, "residual", residual, "x", x, dtype=False)
     check_shape(op, "residual", residual, x.shape, "x's shape")
     wider = residual if residual.dtype.itemsize >= x.dtype.itemsize else x
-    check_layer_norm(op, wider, weight, bias, eps, known)
+    check_layer_norm(op, wider, weight, bias, eps, matched)
     if layer_scale is not None:
-        if not known:
+        if not matched:
             check_like(op, "layer_scale", layer_scale, "x", x, dtype=False)
         check_shape(op, "layer_scale", layer_scale, x.shape[-1:], "the last dim of x")
     if drop_path_scale is not None:
@@ -344,15 +344,15 @@ def autocasts(x: Tensor) -> bool:
     return runtime.device_type(x) != "cpu" and runtime.autocast_dtype(x) is not None
 
 
-def check_layer_norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, known: bool) -> None:
-    """Require at least one channel, parameters as many, and a usable eps; ``known`` as for :func:`check_parameter`."""
+def check_layer_norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, matched: bool) -> None:
+    """Require at least one channel, parameters as many, and a usable eps; ``matched``: see :func:`check_parameter`."""
     shape = x.shape
     if not shape or shape[-1] == 0:
         raise ValueError(f"{op}: x has shape {tuple(shape)}; expected at least one channel in the last dim")
     if weight is not None:
-        check_parameter(op, "weight", weight, x, shape[-1], known)
+        check_parameter(op, "weight", weight, x, shape[-1], matched)
     if bias is not None:
-        check_parameter(op, "bias", bias, x, shape[-1], known)
+        check_parameter(op, "bias", bias, x, shape[-1], matched)
     check_eps(op, "eps", eps)
 
 
@@ -363,13 +363,13 @@ def check_eps(op: str, name: str, eps: float) -> None:
 
 
 def check_parameter(
-    op: str, name: str, parameter: Tensor, x: Tensor, size: int, known: bool, why: str = "the last dim of x"
+    op: str, name: str, parameter: Tensor, x: Tensor, size: int, matched: bool, why: str = "the last dim of x"
 ) -> None:
     """Require a norm's parameter (size,) on ``x``'s device, of its dtype or, beside half inputs, fp32.
 
-    ``known`` tells that it is :func:`alike`, so that its shape alone is left.
+    ``matched`` tells that it is :func:`dtypes_and_devices_match`, so that its shape alone is left.
     """
-    if not known:
+    if not matched:
         check_like(op, name, parameter, "x", x, dtype=False)
         mixed = x.dtype.itemsize == 2 and parameter.dtype == torch.float32
         if parameter.dtype != x.dtype and not mixed and not autocasts(x):

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from vitkernels import reference, runtime
-from vitkernels.ops._checks import FLOATING, alike, check_like, check_shape, check_tensor
+from vitkernels.ops._checks import FLOATING, check_like, check_shape, check_tensor, dtypes_and_devices_match
 from vitkernels.ops._once import once_differentiable
 from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
 from vitkernels.ops.patch_embed.backward import empty_gradients, patch_embed_backward
@@ -255,9 +255,9 @@ def _check(
     dtype = _product_dtype(weight, autocast)
     if not normalized and _product_dtype(images, autocast) != dtype:
         raise TypeError(f"{op}: images have dtype {images.dtype}, weight has {weight.dtype}; expected the same dtype")
-    known = alike(weight, bias, prefix_tokens, pos_embed)
+    matched = dtypes_and_devices_match(weight, bias, prefix_tokens, pos_embed)
     if bias is not None:
-        if not known:
+        if not matched:
             check_like(op, "bias", bias, "weight", weight, dtype=False)
             if _product_dtype(bias, autocast) != dtype:
                 raise TypeError(
@@ -267,11 +267,11 @@ def _check(
 
     R = 0
     if prefix_tokens is not None:
-        if not known:
+        if not matched:
             check_like(op, "prefix_tokens", prefix_tokens, "weight", weight, dtype=autocast is None)
         R = _check_tokens(op, "prefix_tokens", prefix_tokens, C)
     if pos_embed is not None:
-        if not known:
+        if not matched:
             check_like(op, "pos_embed", pos_embed, "weight", weight, dtype=autocast is None)
         wanted = R + N if pos_embed_prefix else N
         if _check_tokens(op, "pos_embed", pos_embed, C) != wanted:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from vitkernels import reference, runtime
-from vitkernels.ops._checks import alike, check_shape
+from vitkernels.ops._checks import check_shape, dtypes_and_devices_match
 from vitkernels.ops._once import once_differentiable
 from vitkernels.ops._registry import OPS, needs_grad, reference_gradients, register, uses_kernels
 from vitkernels.ops.layer_norm import check_eps, check_parameter, layer_norm_bwd, layer_norm_fwd
@@ -300,10 +300,10 @@ def swiglu_mlp(
     *lead, C = check_input(op, x)
     check_activation(op, activation)
     dtype = runtime.autocast_dtype(x)
-    known = alike(x, w1, b1, w2, b2, w3, b3, residual, layer_scale)
-    hidden = _check_first(op, x, C, w1, b1, w2, b2, known, dtype is None)
-    C_out = check_weights(op, "w3", w3, "b3", b3, x, hidden, known, dtype is None)
-    check_epilogue(op, residual, layer_scale, x, lead, C_out, known)
+    matched = dtypes_and_devices_match(x, w1, b1, w2, b2, w3, b3, residual, layer_scale)
+    hidden = _check_first(op, x, C, w1, b1, w2, b2, matched, dtype is None)
+    C_out = check_weights(op, "w3", w3, "b3", b3, x, hidden, matched, dtype is None)
+    check_epilogue(op, residual, layer_scale, x, lead, C_out, matched)
     if norm is not None:
         for name, parameter in (("norm's weight", norm_w), ("norm's bias", norm_b)):
             if parameter is not None:
@@ -341,14 +341,14 @@ def _first_layer(op, w12, b12):
     return w12[0], b12[0], w12[1], b12[1]
 
 
-def _check_first(op, x, C, w1, b1, w2, b2, known, strict):
+def _check_first(op, x, C, w1, b1, w2, b2, matched, strict):
     """Check the first layer's weights; return the hidden features."""
     if w2 is None:
-        rows = check_weights(op, "w12", w1, "b12", b1, x, C, known, strict)
+        rows = check_weights(op, "w12", w1, "b12", b1, x, C, matched, strict)
         if rows % 2:
             raise ValueError(f"{op}: w12 has shape {tuple(w1.shape)}; expected an even number of rows, two halves")
         return rows // 2
-    hidden = check_weights(op, "w12[0]", w1, "b12[0]", b1, x, C, known, strict)
-    check_weights(op, "w12[1]", w2, "b12[1]", b2, x, C, known, strict)
+    hidden = check_weights(op, "w12[0]", w1, "b12[0]", b1, x, C, matched, strict)
+    check_weights(op, "w12[1]", w2, "b12[1]", b2, x, C, matched, strict)
     check_shape(op, "w12[1]", w2, (hidden, C), "the shape of w12[0]")
     return hidden

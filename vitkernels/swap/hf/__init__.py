@@ -1,7 +1,7 @@
 """What is swapped of transformers: the layers of its Vision Transformers, and what those are made of.
 
 transformers writes every model out in full: DeiT's classes are ViT's under other names. So each kind of module has its
-fused forward once, as a mixin in front of the original class (``_kinds``; of releases 4.5x alone, ``_kinds_4``), and
+fused forward once, as a mixin in front of the original class (``_mixins``; of releases 4.5x alone, ``_mixins_4``), and
 the tables here tell which classes may be of which kinds. A class is of the first whose arguments its forward takes;
 where there is none, as in a release to come, it is not swapped.
 
@@ -21,9 +21,9 @@ import sys
 from torch import nn
 
 from vitkernels.swap._rules import PARAMETERS, Rule, add
-from vitkernels.swap.hf import _kinds as new
-from vitkernels.swap.hf import _kinds_4 as old
-from vitkernels.swap.hf._kinds import IMPLEMENTATIONS
+from vitkernels.swap.hf import _mixins as new
+from vitkernels.swap.hf import _mixins_4 as old
+from vitkernels.swap.hf._mixins import IMPLEMENTATIONS
 
 __all__ = ["IMPLEMENTATIONS"]
 

@@ -1,4 +1,4 @@
-"""What an op's call costs the host, on any machine: ``python -m benchmarks.calls SECONDS``.
+"""What an op's call costs the host, on any machine: ``python -m benchmarks.host_time SECONDS``.
 
 The public function, called with a bench's arguments, runs as it does on a GPU, through its checks, autograd, the
 dispatcher, the plan of its launches (``vitkernels/ops/_plan.py``) and Triton, up to the launch itself: a driver for

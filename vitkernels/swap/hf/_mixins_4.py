@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from vitkernels import ops
 from vitkernels.swap._rules import runs_fused
-from vitkernels.swap.hf import _kinds as new
-from vitkernels.swap.hf._kinds import Kind, activation, add_norm, attention_options, layer_options, mlp_options
+from vitkernels.swap.hf import _mixins as new
+from vitkernels.swap.hf._mixins import Kind, activation, add_norm, attention_options, layer_options, mlp_options
 
 
 class SelfAttention(new._Attention):

@@ -49,8 +49,8 @@ def run_script(arguments: list[str], seconds: float, **environment: str) -> str:
 
 
 def call_rows(session: Session, seconds: float = 12.0) -> Iterator[Row]:
-    """Measure an op's call but for its launches, and the least that PyTorch takes; see ``benchmarks/calls.py``."""
-    printed = run_script(["-m", "benchmarks.calls", str(seconds)], session.left())
+    """Measure an op's call but for its launches, and the least that PyTorch takes; see ``benchmarks/host_time.py``."""
+    printed = run_script(["-m", "benchmarks.host_time", str(seconds)], session.left())
     for name, times in json.loads(printed).items():
         provider, op, mode = name.split(", ")
         yield Row("cost", "call but for launches", op, provider, mode, time=Times(**times))

@@ -1,7 +1,7 @@
 """The kinds of module that transformers' Vision Transformers are made of, each with its fused forward, as mixins.
 
 A mixin stands in front of the class of transformers that it is fused into; see the folder's ``__init__``. Kinds that
-releases 4.5x alone have are in ``_kinds_4``.
+releases 4.5x alone have are in ``_mixins_4``.
 """
 
 from __future__ import annotations

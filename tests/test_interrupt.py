@@ -100,7 +100,7 @@ ALL_COMMANDS = {
     "everything": ["-m", "benchmarks", "everything"],
     "tune": ["-m", "benchmarks", "tune"],
     "report": ["-m", "benchmarks", "report", "results.json"],
-    "readme": ["-m", "benchmarks", "readme", "--check"],
+    "page": ["-m", "benchmarks", "page", "--check"],
 }
 
 

@@ -96,6 +96,7 @@ def test_benchmarks_folders(tmp_path, monkeypatch, capsys):
     def started(*args, **kwargs):
         raise AssertionError("the work was started")
 
+    monkeypatch.setenv("VITKERNELS_BACKEND", "auto")
     monkeypatch.setattr(suites, "run_suite", started)
     (tmp_path / "file").touch()
     assert __main__.main(["--out", str(tmp_path / "file")]) == 2

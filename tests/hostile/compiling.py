@@ -121,9 +121,9 @@ def no_driver(driver) -> dict:
             raise PermissionError(13, "Permission denied", knobs.cache.dir)
         return x.clone()
 
-    from vitkernels.ops import _registry
+    from vitkernels.ops import _plan, _registry
 
-    launch = _registry._on_its_device(launcher)
+    launch = _registry._on_its_device(_plan.Plans(launcher))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         launch(torch.zeros(1))

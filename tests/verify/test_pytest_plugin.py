@@ -65,7 +65,7 @@ def test_a_good_model_passes(pytester):
 def test_a_defect_fails_by_name_with_its_error_and_how_to_repeat_it(pytester):
     from vitkernels.verify.mutants import Mutant, seeded_defect
 
-    scale = "attend(qkv, scale"
+    scale = "attention_qkvpacked_fwd(qkv, scale"
     with seeded_defect(Mutant("scale", "ops.block:_forward", f"{scale})", f"{scale} * 1.001)", "block", tests="")):
         result = run(pytester, AGREES)
     result.assert_outcomes(failed=1)

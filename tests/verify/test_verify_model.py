@@ -179,7 +179,7 @@ DEFECTS = {
         "ops.block:_forward", "    h2, r, mean2", "    branch = branch * 1.001\n    h2, r, mean2", "proj.weight",
     ),
     "scores off by 0.1 %": (
-        "ops.block:_forward", "attend(qkv, scale)", "attend(qkv, scale * 1.001)",
+        "ops.block:_forward", "_fwd(qkv, scale)", "_fwd(qkv, scale * 1.001)",
         "qkv.weight",
     ),
     "no gradient of a bias": (

@@ -39,6 +39,7 @@ class _Missing:
         raise RuntimeError(f"a vitkernels kernel was launched, but Triton cannot be used: {MISSING}")
 
 
+_COMPILE_LOCK = threading.RLock()
 _watchers = threading.local()
 
 
@@ -86,7 +87,15 @@ if MISSING is None:
                 seen(self, None if warmup else compiled, grid, kwargs)
             return compiled
 
-        def _do_compile(self, *args, **kwargs):
+        def _do_compile(self, key, signature, device, *args, **kwargs):
+            # In two threads at once Python's own parser fails now and then (SystemError: AST constructor recursion
+            # depth mismatch), and both would compile the same.
+            with _COMPILE_LOCK:
+                return self.device_caches[device][0].get(key) or self._compile_alone(
+                    key, signature, device, *args, **kwargs
+                )
+
+        def _compile_alone(self, *args, **kwargs):
             # Loading a kernel would spoil the capture, on ROCm in silence.
             if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
@@ -96,8 +105,9 @@ if MISSING is None:
                 )
             self.ASTSource = _Source
             kernel = None
+            compile_ = super()._do_compile
             try:
-                kernel = super()._do_compile(*args, **kwargs)
+                kernel = compile_(*args, **kwargs)
                 if kernel is not None and not kwargs.get("warmup", args[-1]):
                     _ = kernel.run  # loads the binary, as the launch would do next: it may be broken
             except Exception as error:
@@ -105,7 +115,7 @@ if MISSING is None:
                 if not broken and not is_of_the_cache(error):
                     raise
                 with another_cache(error):
-                    return super()._do_compile(*args, **kwargs)
+                    return compile_(*args, **kwargs)
             return kernel
 
     class _Decorators:

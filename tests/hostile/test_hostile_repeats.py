@@ -216,6 +216,14 @@ def repeated(launcher, *args):
     return plans("here", *args), plan
 
 
+def test_strides_of_dims_of_size_1():
+    def launcher(x):
+        return x.new_empty([2, 1, 3]), torch.empty_strided((2, 1, 3), (3, 7, 1)), torch.empty_like(x)
+
+    got, plan = repeated(launcher, torch.zeros(3, 2).t())
+    assert [y.stride() for y in got] == [(3, 3, 1), (3, 7, 1), (1, 2)] and plan is not None
+
+
 def many_ops(x, y, flag, sizes):
     total = torch.empty_like(x)
     total.copy_(x)  # in place, and nothing reads what it returns

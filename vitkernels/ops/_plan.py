@@ -27,7 +27,9 @@ from vitkernels.ops._triton import current_stream, launches_are_hooked, watching
 MAX_PLANS = 1024  # of an op; past it all are made anew
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _aten = torch.ops.aten
-_ALLOCATE = frozenset({_aten.empty.memory_format, _aten.empty_like.default, _aten.new_empty.default})
+_ALLOCATE = frozenset(
+    {_aten.empty.memory_format, _aten.empty_like.default, _aten.empty_strided.default, _aten.new_empty.default}
+)
 # PyTorch's functions take half the time of the ops that they call.
 _SHORTER = {
     _aten.add.Tensor: torch.add, _aten.addmm.default: torch.addmm, _aten.cat.default: torch.cat,
@@ -259,7 +261,7 @@ class _Watch(TorchDispatchMode):
     def _allocation(self, made: Tensor, slot: int) -> _Step:
         """The shortest way to a tensor like ``made``: what it came of, the launcher looked up."""
         size, options = list(made.shape), {"dtype": made.dtype, "device": made.device}
-        if not made.is_contiguous():
+        if made.stride() != torch.empty(made.shape, device="meta").stride():  # of dims of size 1, too
             return _Step("empty", torch.empty_strided, [size, list(made.stride())], options, set(), slot, kept=False)
         for i, given in enumerate(self._tensors[: self._given]):
             if given.dtype is made.dtype and given.device == made.device:

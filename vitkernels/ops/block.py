@@ -31,9 +31,9 @@ from vitkernels.ops._once import once_differentiable
 from vitkernels.ops._registry import needs_grad, uses_kernels
 from vitkernels.ops.attention.checks import MAX_HEAD_DIM
 from vitkernels.ops.attention.registered import attention_qkvpacked_bwd, attention_qkvpacked_fwd
-from vitkernels.ops.layer_norm import check_layer_norm, layer_norm_bwd, layer_norm_fwd
-from vitkernels.ops.linear import check_activation, check_weights, linear_bwd, linear_fwd
-from vitkernels.ops.mlp import mlp_bwd, mlp_fwd
+from vitkernels.ops.layer_norm import NormWanted, check_layer_norm, layer_norm_bwd, layer_norm_fwd
+from vitkernels.ops.linear import LinearWanted, check_activation, check_weights, linear_bwd, linear_fwd
+from vitkernels.ops.mlp import MlpWanted, mlp_bwd, mlp_fwd
 
 
 class BlockFunction(torch.autograd.Function):
@@ -74,30 +74,32 @@ class BlockFunction(torch.autograd.Function):
         d_qkv_w = d_qkv_b = d_proj_w = d_proj_b = d_gamma1 = d_n1_w = d_n1_b = dx = None
         dh2, d_w1, d_b1, d_w2, _, d_gamma2 = mlp_bwd(
             dy, h2, w1, w2, None, gamma2, z, act, activation,
-            [need_h2 or need_dy_sum, need_w1, need_b1, need_w2, False, need_gamma2],
+            list(MlpWanted(need_h2 or need_dy_sum, need_w1, need_b1, need_w2, dgamma=need_gamma2)),
         )  # fmt: skip
         d_n2_w = d_n2_b = d_b2 = None
         if need_h2 or need_dy_sum:
             _, dr, d_n2_w, d_n2_b, _, dy_sum, dr_sum = layer_norm_bwd(
                 dh2, dy, r, None, n2_w, None, None, mean2, rstd2, eps2, r.dtype,
-                [False, need_r, need_n2_w, need_n2_b, False, need_dy_sum, need_dr_sum],
+                list(NormWanted(dresidual=need_r, dweight=need_n2_w, dbias=need_n2_b, dr_sum=need_dy_sum,
+                                dresidual_sum=need_dr_sum)),
             )  # fmt: skip
             d_b2, d_gamma2 = _bias_and_gamma(dy_sum, b2, gamma2, d_gamma2, need_b2, need_gamma2)
         if need_r:
             do, d_proj_w, _, d_gamma1 = linear_bwd(
-                dr, o.flatten(2), proj_w, None, None, gamma1, None, [need_qkv, need_proj_w, False, need_gamma1]
-            )
+                dr, o.flatten(2), proj_w, None, None, gamma1, None,
+                list(LinearWanted(need_qkv, need_proj_w, dgamma=need_gamma1)),
+            )  # fmt: skip
             d_proj_b, d_gamma1 = _bias_and_gamma(dr_sum, proj_b, gamma1, d_gamma1, need_proj_b, need_gamma1)
         if need_qkv:
             dqkv, d_qkv_b, _ = attention_qkvpacked_bwd(do.view(o.shape), qkv, o, lse, scale, need_qkv_b)
             d_qkv_b = d_qkv_b.flatten()
             dh1, d_qkv_w, _, _ = linear_bwd(
-                dqkv.flatten(2), h1, qkv_w, None, None, None, None, [need_h1, need_qkv_w, False, False]
+                dqkv.flatten(2), h1, qkv_w, None, None, None, None, list(LinearWanted(need_h1, need_qkv_w))
             )
         if need_h1:
             _, dx, d_n1_w, d_n1_b, *_ = layer_norm_bwd(
                 dh1, dr, x, None, n1_w, None, None, mean1, rstd1, eps1, x.dtype,
-                [False, need_x, need_n1_w, need_n1_b, False, False, False],
+                list(NormWanted(dresidual=need_x, dweight=need_n1_w, dbias=need_n1_b)),
             )  # fmt: skip
         grads = (dx, d_n1_w, d_n1_b, d_qkv_w, d_qkv_b, d_proj_w, d_proj_b, d_gamma1,
                  d_n2_w, d_n2_b, d_w1, d_b1, d_w2, d_b2, d_gamma2)  # fmt: skip

@@ -12,6 +12,8 @@ Sources: GELU arXiv 1606.08415, LayerScale arXiv 2103.17239.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -181,9 +183,18 @@ def linear_forward(x, weight, bias, gamma, residual, activation, out_dtype=None,
     return y.view(*x.shape[:-1], N), z.view(*x.shape[:-1], N) if save_z else z
 
 
+class LinearWanted(NamedTuple):
+    """Which gradients of :func:`linear` are wanted, in the order in which they come."""
+
+    dx: bool = False
+    dweight: bool = False
+    dbias: bool = False
+    dgamma: bool = False
+
+
 def linear_backward(dy, x, weight, bias, z, gamma, activation, needed):
-    """Launch the backward: gradients of (x, weight, bias, gamma), empty where not ``needed``."""
-    needs_dx, needs_dweight, needs_dbias, needs_dgamma = needed
+    """Launch the backward and return what :class:`LinearWanted`'s fields name, empty where it is not ``needed``."""
+    needs_dx, needs_dweight, needs_dbias, needs_dgamma = LinearWanted(*needed)
     M, K, N = x.shape[:-1].numel(), x.shape[-1], weight.shape[0]
     rows, dy = x.reshape(M, K), dy.reshape(M, N).to(x.dtype)
     if activation is None:

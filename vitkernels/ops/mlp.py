@@ -12,6 +12,8 @@ M·F elements. db1 is summed inside that product: one row of shares a block of r
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -39,12 +41,23 @@ def mlp_forward(x, w1, b1, w2, b2, gamma, residual, activation, out_dtype=None, 
     return y, z, act if save_act else x.new_empty(0)
 
 
+class MlpWanted(NamedTuple):
+    """Which gradients of :func:`mlp` are wanted, in the order in which they come."""
+
+    dx: bool = False
+    dw1: bool = False
+    db1: bool = False
+    dw2: bool = False
+    db2: bool = False
+    dgamma: bool = False
+
+
 def mlp_backward(dy, x, w1, w2, b2, gamma, z, act, activation, needed):
-    """Launch the backward: gradients of (x, w1, b1, w2, b2, gamma), empty where not ``needed``.
+    """Launch the backward and return what :class:`MlpWanted`'s fields name, empty where it is not ``needed``.
 
     ``act`` is None where it is to be computed again.
     """
-    needs_dx, needs_dw1, needs_db1, needs_dw2, needs_db2, needs_dgamma = needed
+    needs_dx, needs_dw1, needs_db1, needs_dw2, needs_db2, needs_dgamma = MlpWanted(*needed)
     M = x.shape[:-1].numel()
     rows, z, dy = x.reshape(M, x.shape[-1]), z.reshape(M, w1.shape[0]), dy.reshape(M, w2.shape[0]).to(x.dtype)
     make_act = act is None and (needs_dw2 or needs_dgamma)
@@ -92,9 +105,10 @@ def _reference_backward(dy, x, w1, w2, b2, gamma, z, act, activation, needed):
     dz, dw2, db2, dgamma = reference_gradients(tail, inputs, (dy.to(x.dtype),), (True, *needed[3:]))
     F, C = w1.shape
     dz = dz.reshape(-1, F)
-    dx = (dz @ w1).view(x.shape) if needed[0] else x.new_empty(0)
-    dw1 = dz.t() @ x.reshape(-1, C) if needed[1] else x.new_empty(0)
-    db1 = dz.sum(0) if needed[2] else x.new_empty(0)
+    wanted = MlpWanted(*needed)
+    dx = (dz @ w1).view(x.shape) if wanted.dx else x.new_empty(0)
+    dw1 = dz.t() @ x.reshape(-1, C) if wanted.dw1 else x.new_empty(0)
+    db1 = dz.sum(0) if wanted.db1 else x.new_empty(0)
     return dx, dw1, db1, dw2, db2, dgamma.to(wide_dtype(x.dtype))
 
 

@@ -24,6 +24,7 @@ from vitkernels import reference, runtime
 from vitkernels.ops._checks import check_like, check_number, check_shape, check_tensor, dtypes_and_devices_match
 from vitkernels.ops._once import once_differentiable
 from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
+from vitkernels.ops.layer_norm.backward import NormWanted as NormWanted
 from vitkernels.ops.layer_norm.backward import layer_norm_backward
 from vitkernels.ops.layer_norm.config import choose_config as choose_config
 from vitkernels.ops.layer_norm.forward import forward_outputs, layer_norm_forward
@@ -52,6 +53,7 @@ def _reference_norm(x, weight, bias, eps, rms):
 
 
 def _reference_backward(dy, dr, r, x, weight, gamma, path, mean, rstd, eps, x_dtype, needed, rms=False, width=None):
+    wanted = NormWanted(*needed)
     statistics = rstd.dtype
     wide_r, wide_dy, wide_weight = _cast(statistics, r, dy, weight)
     bias = None if rms else torch.zeros(width or r.shape[-1], dtype=statistics, device=r.device)
@@ -61,27 +63,27 @@ def _reference_backward(dy, dr, r, x, weight, gamma, path, mean, rstd, eps, x_dt
         return torch.constant_pad_nd(y, (0, r.shape[-1] - y.shape[-1]))
 
     d_sum, dweight, dbias = reference_gradients(
-        norm, (wide_r, wide_weight, bias), (wide_dy,), (True, needed[2], needed[3])
+        norm, (wide_r, wide_weight, bias), (wide_dy,), (True, wanted.dweight, wanted.dbias)
     )
     dweight, dbias = (
         torch.constant_pad_nd(g, (0, r.shape[-1] - g.shape[0])) if n else g
-        for g, n in zip((dweight, dbias), needed[2:4], strict=True)
+        for g, n in ((dweight, wanted.dweight), (dbias, wanted.dbias))
     )
     rows = tuple(range(r.ndim - 1))
-    dr_sum = dr.sum(rows, dtype=statistics) if needed[5] else d_sum.new_empty(0)
+    dr_sum = dr.sum(rows, dtype=statistics) if wanted.dr_sum else d_sum.new_empty(0)
     if dr is not None:
         d_sum = d_sum + dr
     branch = d_sum if path is None else d_sum * path.reshape(-1, *[1] * (r.ndim - 1))
-    dgamma = (branch * x).sum(rows) if needed[4] else d_sum.new_empty(0)
+    dgamma = (branch * x).sum(rows) if wanted.dgamma else d_sum.new_empty(0)
     dx = (branch if gamma is None else branch * gamma).to(x_dtype, copy=True)
     return (
-        dx if needed[0] else dx.new_empty(0),
-        d_sum.to(r.dtype, copy=True) if needed[1] else r.new_empty(0),
+        dx if wanted.dx else dx.new_empty(0),
+        d_sum.to(r.dtype, copy=True) if wanted.dresidual else r.new_empty(0),
         dweight,
         dbias,
         dgamma.to(statistics),
         dr_sum,
-        d_sum.sum(rows) if needed[6] else d_sum.new_empty(0),
+        d_sum.sum(rows) if wanted.dresidual_sum else d_sum.new_empty(0),
     )
 
 
@@ -89,8 +91,9 @@ def _fake_backward(dy, dr, r, x, weight, gamma, path, mean, rstd, eps, x_dtype, 
     def empty(shape, dtype, n):
         return torch.empty(shape if n else (0,), dtype=dtype, device=r.device)
 
-    parameters = [empty(r.shape[-1:], rstd.dtype, n) for n in needed[2:]]
-    return empty(r.shape, x_dtype, needed[0]), empty(r.shape, r.dtype, needed[1]), *parameters
+    wanted = NormWanted(*needed)
+    parameters = [empty(r.shape[-1:], rstd.dtype, n) for n in wanted[2:]]
+    return empty(r.shape, x_dtype, wanted.dx), empty(r.shape, r.dtype, wanted.dresidual), *parameters
 
 
 def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
@@ -138,14 +141,13 @@ class LayerNormFunction(torch.autograd.Function):
         if dy is None:
             dy = torch.zeros_like(r)
         if ctx.plain:
-            needed = [False, needs_x]
+            wanted = NormWanted(False, needs_x, *needs_parameters)
         else:
             # Without LayerScale and DropPath both gradients are the same tensor.
             shared = gamma is None and path is None and ctx.x_dtype == r.dtype
-            needed = [needs_x and not shared, needs_residual or (needs_x and shared)]
-        needed += [*needs_parameters, False, False]
+            wanted = NormWanted(needs_x and not shared, needs_residual or (needs_x and shared), *needs_parameters)
         dx, dresidual, *parameters = layer_norm_bwd(
-            dy, dr, r, x, weight, gamma, path, mean, rstd, ctx.eps, ctx.x_dtype, needed, ctx.rms
+            dy, dr, r, x, weight, gamma, path, mean, rstd, ctx.eps, ctx.x_dtype, list(wanted), ctx.rms
         )
         grads = [
             g.to(dtype) if n else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -175,6 +177,22 @@ def _row_means(
     return g_total / width, gx_total / width
 
 
+class NormWanted(NamedTuple):
+    """Which of what the backward can give is wanted, in the order in which it comes.
+
+    The last two are sums over rows, of the upstream gradient ``dr``, which must be given, and of the residual's
+    gradient: the gradients of the biases of the linear layers around, at no pass of their own.
+    """
+
+    dx: bool = False
+    dresidual: bool = False
+    dweight: bool = False
+    dbias: bool = False
+    dgamma: bool = False
+    dr_sum: bool = False
+    dresidual_sum: bool = False
+
+
 def layer_norm_backward(
     dy: Tensor,
     dr: Tensor | None,
@@ -191,26 +209,25 @@ def layer_norm_backward(
     rms: bool = False,
     width: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """Launch the backward: gradients of (x, residual, weight, bias, gamma), then sums over rows.
+    """Launch the backward and return what :class:`NormWanted`'s fields name, empty where ``needed`` does not want it.
 
-    The sums are those of dr, which must be given, and of the residual's gradient: the bias gradients of the linear
-    layers around, at no pass of their own. What is not ``needed``, by position, is empty. Gradients of parameters
-    and sums come in the statistics' dtype. ``width`` is as in the forward: ``dy`` must be zero in the padding, where
-    all gradients are zero.
+    Gradients of parameters and sums come in the statistics' dtype. ``width`` is as in the forward: ``dy`` must be zero
+    in the padding, where all gradients are zero.
     """
-    needs_dx, needs_dresidual, *needs_sums = needed
+    wanted = NormWanted(*needed)
+    sums_wanted = wanted[2:]
     C = r.shape[-1]
     rows, dy_rows = as_rows(r), as_rows(dy)
     dr_rows = rows if dr is None else as_rows(dr)
     x_rows = rows if x is None else as_rows(x)
     M = rows.shape[0]
-    dx = torch.empty(r.shape if needs_dx else (0,), dtype=x_dtype, device=r.device)
-    dresidual = torch.empty(r.shape if needs_dresidual else (0,), dtype=r.dtype, device=r.device)
+    dx = torch.empty(r.shape if wanted.dx else (0,), dtype=x_dtype, device=r.device)
+    dresidual = torch.empty(r.shape if wanted.dresidual else (0,), dtype=r.dtype, device=r.device)
     if M == 0:
-        shares = [torch.zeros((1, C), dtype=rstd.dtype, device=r.device) for _ in needs_sums]
+        shares = [torch.zeros((1, C), dtype=rstd.dtype, device=r.device) for _ in sums_wanted]
     else:
         config = choose_config(M, C, runtime.device_facts(r.device))
-        shares = [torch.empty((config.programs if n else 0, C), dtype=rstd.dtype, device=r.device) for n in needs_sums]
+        shares = [torch.empty((config.programs if n else 0, C), dtype=rstd.dtype, device=r.device) for n in sums_wanted]
         _layer_norm_bwd_kernel[(config.programs,)](
             dy_ptr=dy_rows,
             dr_ptr=dr_rows,
@@ -242,13 +259,13 @@ def layer_norm_backward(
             HAS_WEIGHT=weight is not None,
             HAS_GAMMA=gamma is not None,
             HAS_PATH=path is not None,
-            NEEDS_DRESIDUAL=needs_dresidual,
-            NEEDS_DX=needs_dx,
-            NEEDS_DWEIGHT=needs_sums[0],
-            NEEDS_DBIAS=needs_sums[1],
-            NEEDS_DGAMMA=needs_sums[2],
-            NEEDS_DR_SUM=needs_sums[3],
-            NEEDS_DRESIDUAL_SUM=needs_sums[4],
+            NEEDS_DRESIDUAL=wanted.dresidual,
+            NEEDS_DX=wanted.dx,
+            NEEDS_DWEIGHT=wanted.dweight,
+            NEEDS_DBIAS=wanted.dbias,
+            NEEDS_DGAMMA=wanted.dgamma,
+            NEEDS_DR_SUM=wanted.dr_sum,
+            NEEDS_DRESIDUAL_SUM=wanted.dresidual_sum,
             ACC=_tile.accumulator(r.dtype),
             BLOCK_M=config.block_m,
             BLOCK_C=config.block_c,
@@ -256,5 +273,5 @@ def layer_norm_backward(
             # It holds several tiles at once, where the forward holds one.
             num_warps=min(16, 2 * config.num_warps),
         )
-    sums = (share.sum(0) if n else rstd.new_empty(0) for share, n in zip(shares, needs_sums, strict=True))
+    sums = (share.sum(0) if n else rstd.new_empty(0) for share, n in zip(shares, sums_wanted, strict=True))
     return dx, dresidual, *sums

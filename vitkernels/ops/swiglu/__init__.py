@@ -27,7 +27,7 @@ from vitkernels import reference, runtime
 from vitkernels.ops._checks import check_shape, dtypes_and_devices_match
 from vitkernels.ops._once import once_differentiable
 from vitkernels.ops._registry import OPS, needs_grad, reference_gradients, register, uses_kernels
-from vitkernels.ops.layer_norm import check_eps, check_parameter, layer_norm_bwd, layer_norm_fwd
+from vitkernels.ops.layer_norm import NormWanted, check_eps, check_parameter, layer_norm_bwd, layer_norm_fwd
 from vitkernels.ops.linear import (
     check_activation,
     check_epilogue,
@@ -183,7 +183,7 @@ class SwigluMlpFunction(torch.autograd.Function):
             if need_h:
                 _, dh, d_norm_w, d_norm_b, *_ = layer_norm_bwd(
                     dnormed, None, h, None, norm_w, None, None, mean, rstd, eps, h.dtype,
-                    [False, need_z, need_norm_w, need_norm_b, False, False, False], False, _width(hidden),
+                    list(NormWanted(dresidual=need_z, dweight=need_norm_w, dbias=need_norm_b)), False, _width(hidden),
                 )  # fmt: skip
                 d_norm_w, d_norm_b = d_norm_w[:hidden], d_norm_b[:hidden]
             if need_z:

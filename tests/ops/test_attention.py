@@ -13,7 +13,7 @@ from vitkernels.ops.attention.operands import LOG2_E, addressing
 from vitkernels.runtime import DeviceFacts
 from vitkernels.testing import check_op
 
-FILE = sys.modules["vitkernels.ops.attention"]  # the package's attribute of that name is the function
+FILE = sys.modules["vitkernels.ops.attention.registered"]  # vitkernels.ops.attention is the function
 OPERANDS = sys.modules["vitkernels.ops.attention.operands"]
 BACKWARD = sys.modules["vitkernels.ops.attention.backward"]
 KERNELS = (

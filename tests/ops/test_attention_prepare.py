@@ -9,7 +9,7 @@ from drawn import drawn
 from vitkernels import ops, reference
 from vitkernels.testing import check_op
 
-FILE = sys.modules["vitkernels.ops.attention"]
+FILE = sys.modules["vitkernels.ops.attention.registered"]
 PREPARE = sys.modules["vitkernels.ops.attention.prepare"]
 TABLES = {
     "all": lambda B, H, n, D: (n, D),

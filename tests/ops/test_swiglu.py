@@ -190,14 +190,14 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("norm", [False, True], ids=["", "norm"])
-def test_layouts_of_inputs_and_upstream(layout, norm, device):
+@pytest.mark.parametrize(("norm", "dtype"), [(False, torch.float16), (True, torch.float32)], ids=["fused", "norm"])
+def test_layouts_of_inputs_and_upstream(layout, norm, dtype, device):
     strided = LAYOUTS[layout]
     # Weights of equal rows would let the norm add all their errors up, PyTorch's too: there it is a matter of luck.
     dims = 2 if layout == "expanded" and norm else 1
     tensors = {
         name: strided(t.detach()).requires_grad_() if t.ndim > dims else t
-        for name, t in layers(3, 7, 20, 36, device=device, packed=False, norm=norm).items()
+        for name, t in layers(3, 7, 20, 36, dtype=dtype, device=device, packed=False, norm=norm).items()
     }
     upstreams = {"expanded": lambda y: y.new_ones(()).expand_as(y)}
     check_swiglu(tensors, upstream=upstreams.get(layout, lambda y: strided(torch.randn_like(y))))

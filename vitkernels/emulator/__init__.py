@@ -1,15 +1,15 @@
-"""An emulated GPU: what Triton compiles, executed on a CPU and looked at instruction by instruction.
+"""An emulated GPU: it executes the PTX that Triton compiles on a CPU, and checks and counts each instruction.
 
-It knows Triton and PTX, and nothing of this library's kernels.
+It knows Triton and PTX, but nothing about this library's kernels.
 
     devices.py        the GPUs that can be emulated, and how much each does at most
-    launch.py         a driver for Triton: launches of a thread that emulates go to the emulator
-    execute.py        one kernel over its grid: what it computed, what it did wrong, what it counted
-    ptx.py            reads PTX; flow.py, encode.py and instructions.py write it as the engine takes it
-    descriptors.py    tensor maps, which a GPU's driver makes
+    launch.py         a driver for Triton that sends the launches of an emulating thread to the emulator
+    execute.py        runs one kernel over its grid, and returns its findings and counts
+    ptx.py            reads PTX; flow.py, encode.py and instructions.py encode it for the engine
+    descriptors.py    tensor maps, which on a GPU the CUDA driver makes
     pipes.py          which part of a multiprocessor executes an instruction
-    lists.py          the names that engine and Python share, read from engine/lists.h
+    lists.py          the names that the engine and Python share, read from engine/lists.h
     build.py          compiles the engine, engine/*, at its first use
 
-Nothing of Triton is imported here: ``devices`` is all that a process takes in that emulates nothing.
+This file imports nothing: a process that does not emulate imports ``devices`` alone, and no Triton.
 """

@@ -16,13 +16,13 @@ from pathlib import Path
 
 from vitkernels.emulator.lists import ENGINE
 
-# Two roundings of a fused multiplication and addition would be one: no contraction. Registers are 32-bit and 64-bit
-# integers and floats in turn: no strict aliasing.
+# Contraction would fuse a multiplication and an addition, and round once instead of twice. Strict aliasing would
+# miscompile the registers, which the engine reads as 32-bit and 64-bit integers and floats in turn.
 FLAGS = [
     *("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fwrapv", "-fno-strict-aliasing"),
     *("-shared", "-fPIC"),
 ]
-# Where the compiler takes them; the engine is right without them, and slower.
+# Tried in this order until the compiler accepts one; the engine is correct without them, but slower.
 FASTER = [["-march=native", "-mprefer-vector-width=512"], ["-march=native"], ["-mcpu=native"], []]
 
 
@@ -31,7 +31,7 @@ class NoCompiler(RuntimeError):
 
 
 def compilers() -> list[list[str]]:
-    """Commands that may compile C++, the preferred first."""
+    """Return the commands that may compile C++, the preferred one first."""
     named = os.environ.get("CXX", "").split()
     found = [named] if named else []
     found += [[path] for name in ("c++", "g++", "clang++") if (path := shutil.which(name))]
@@ -41,7 +41,7 @@ def compilers() -> list[list[str]]:
 
 
 def cache_directory() -> Path:
-    """Where compiled engines are kept: $VITKERNELS_CACHE, $XDG_CACHE_HOME/vitkernels or ~/.cache/vitkernels."""
+    """Return the engines' cache folder: $VITKERNELS_CACHE, $XDG_CACHE_HOME/vitkernels or ~/.cache/vitkernels."""
     if own := os.environ.get("VITKERNELS_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vitkernels"
@@ -52,7 +52,7 @@ def _run(command: list[str]) -> subprocess.CompletedProcess:
 
 
 def _processor() -> str:
-    """What ``-march=native`` depends on: a cache may be shared by different machines."""
+    """Return what ``-march=native`` depends on: different machines may share one cache."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -62,7 +62,11 @@ def _processor() -> str:
 
 
 def build() -> Path:
-    """The engine's shared library, compiled if the cache has none of these sources, compiler, flags and machine."""
+    """Return the engine's shared library; compile it unless the cache has it for this compiler and machine.
+
+    Raises:
+        NoCompiler: No C++ compiler was found, or it failed.
+    """
     sources = sorted(ENGINE.glob("*.h")) + sorted(ENGINE.glob("*.cpp"))
     failures = []
     for compiler in compilers():
@@ -80,7 +84,7 @@ def build() -> Path:
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
         for faster in FASTER:
-            # in the same directory, so that the rename is atomic: another process may compile the same
+            # Another process may compile the same engine now: a rename within one directory is atomic.
             handle, name = tempfile.mkstemp(suffix=".so", dir=target.parent)
             os.close(handle)
             done = _run([*compiler, *FLAGS, *faster, "-o", name, str(ENGINE / "engine.cpp")])
@@ -99,7 +103,7 @@ def build() -> Path:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The engine. Its calls release the GIL; a machine belongs to one thread at a time."""
+    """Load the engine. Its calls release the GIL; only one thread at a time may use a machine."""
     lib = ctypes.CDLL(str(build()))
     pointer, i32, u32, i64, u64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_uint32, ctypes.c_int64, ctypes.c_uint64
     for name, result, *arguments in (

@@ -1,4 +1,4 @@
-"""Host-side tensor descriptors: the 128-byte tensor map that the engine understands, and what goes with it."""
+"""Host-side tensor descriptors, encoded as the 128-byte tensor maps that the engine reads."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ SIZE = struct.calcsize(LAYOUT)
 
 
 def is_descriptor(value) -> bool:
-    """Whether a launch's argument is a ``TensorDescriptor`` of Triton or of Gluon."""
+    """Return whether a launch's argument is a ``TensorDescriptor`` of Triton or Gluon."""
     return all(hasattr(value, name) for name in ("base", "shape", "strides", "block_shape"))
 
 
 def _tiling(descriptor, meta: dict | None) -> tuple[list[int], int]:
-    """The box, and the swizzle (0 none, 1 to 3: 32 to 128 bytes), as the compiler chose them or would."""
+    """Return the box and the swizzle (0: none, 1 to 3: 32 to 128 bytes): the compiler's, or what it would choose."""
     if meta:
         return list(meta["block_size"]), meta["swizzle"]
     size = descriptor.base.element_size()
@@ -42,7 +42,8 @@ def tensor_map(descriptor, address: int, meta: dict | None = None) -> bytes:
     """Encode a descriptor.
 
     Args:
-        address: Where the kernel sees ``descriptor.base``.
+        descriptor: Triton's or Gluon's.
+        address: Address of ``descriptor.base`` in the kernel.
         meta: The descriptor's entry of ``kernel.metadata.tensordesc_meta``.
     """
     base = descriptor.base
@@ -63,12 +64,13 @@ def tensor_map(descriptor, address: int, meta: dict | None = None) -> bytes:
 
 
 def expanded(arguments: Sequence, meta: Sequence[dict] | None, tma: bool, address: Callable) -> list:
-    """Arguments as the compiled kernel takes them: each descriptor followed by its shape and strides.
+    """Return the arguments that the compiled kernel takes: each descriptor is followed by its shape and strides.
 
     Args:
-        meta: ``kernel.metadata.tensordesc_meta``, an entry a descriptor.
-        tma: Whether the kernel takes tensor maps (Hopper and later), or pointers.
-        address: Where the kernel sees a tensor.
+        arguments: The launch's.
+        meta: ``kernel.metadata.tensordesc_meta``, one entry per descriptor.
+        tma: Whether the kernel takes tensor maps (Hopper and later) or pointers.
+        address: Returns a tensor's address in the kernel.
     """
     out, number = [], 0
     for value in arguments:

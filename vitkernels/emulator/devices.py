@@ -1,4 +1,4 @@
-"""NVIDIA's GPUs, those of them that are emulated, and their rates. No Triton and no engine is imported here."""
+"""NVIDIA GPUs, which of them can be emulated, and their peak rates. Imports neither Triton nor the engine."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """A GPU, as launch configurations and Triton's JIT see it.
+    """The facts about a GPU that launch configurations and Triton's JIT use.
 
     Attributes:
         arch: ``sm_90`` and the like.
-        name: The product's.
-        capability: Compute capability, without the point.
+        name: The product's name.
+        capability: Compute capability without the point: 90 for 9.0.
         num_sms: Streaming multiprocessors.
         shared_memory: Bytes of shared memory that one program may use.
     """
@@ -34,21 +34,21 @@ GPUS = {
         Device("sm_120", "RTX 5090", 120, 170, 99 << 10),
     )
 }
-DEVICES = {arch: GPUS[arch] for arch in ("sm_80", "sm_90", "sm_120")}  # the engine knows no tcgen05
+DEVICES = {arch: GPUS[arch] for arch in ("sm_80", "sm_90", "sm_120")}  # emulated; the engine has no tcgen05
 
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """How much a GPU does at most.
+    """A GPU's peak rates.
 
     Attributes:
-        clock: Highest clock of its specification, GHz.
-        tensor: TFLOP/s of dense products with sums in fp32 (fp64 for fp64), by the operands' type.
-        mma_sync: What share of that ``mma.sync`` reaches; the rest takes ``wgmma``.
-        fma, alu, mufu: Lanes a clock and multiprocessor: 32-bit multiply-adds, 32-bit integer and bit operations,
+        clock: Highest specified clock, GHz.
+        tensor: TFLOP/s of dense products with fp32 accumulation (fp64 for fp64), by the operands' type.
+        mma_sync: The share of ``tensor`` that ``mma.sync`` reaches; only ``wgmma`` reaches all of it.
+        fma, alu, mufu: Lanes per clock and multiprocessor: 32-bit multiply-adds, 32-bit integer and bit operations,
             special functions.
-        shared: Bytes of shared memory a clock and multiprocessor.
-        l2: Bytes a clock between L2 and all multiprocessors; None where no figure is known.
+        shared: Bytes of shared memory per clock and multiprocessor.
+        l2: Bytes per clock between L2 and all multiprocessors together; None if unknown.
         dram: TB/s.
     """
 
@@ -63,12 +63,12 @@ class Rates:
     dram: float
 
 
-WARPS_ISSUED = 4  # a clock and multiprocessor, of compute capability 7.0 and later
+WARPS_ISSUED = 4  # per clock and multiprocessor, from compute capability 7.0 on
 
 # Clocks, products and DRAM: NVIDIA's whitepapers on the A100 (the SXM of 80 GB), the H100 (SXM5) and the RTX Blackwell
 # GPUs. Lanes: CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions"; the whitepaper for sm_120's
-# integers. Shared memory: 32 banks of 4 bytes. L2: the A100's whitepaper; the H100's tells none, and its L2 is taken
-# to be as wide. mma.sync on Hopper: arXiv 2402.13499, measured.
+# integers. Shared memory: 32 banks of 4 bytes. L2: the A100's whitepaper; the H100's gives no figure, so we assume the
+# same width. mma.sync on Hopper: measured in arXiv 2402.13499.
 RATES = {
     "sm_80": Rates(
         clock=1.41, tensor={"f16": 312, "bf16": 312, "tf32": 156, "f64": 19.5}, mma_sync=1, fma=64, alu=64, mufu=16,

@@ -1,4 +1,4 @@
-"""Encode PTX instructions for the engine: a row of integers each, operands as slots of 32 lanes."""
+"""Encode PTX instructions for the engine: each becomes a row of integers; an operand is a slot of 32 lanes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FALSE, TRUE = -2, -3  # constants as predicates
 NEGATED = 1 << NUMBERS["NEGATED_BIT"]
 SHARED_BASE = NUMBERS["SHARED_BASE"]
 PARAM_BASE = 1 << NUMBERS["PARAM_BASE_BITS"]
-# What PTX calls a modifier, by the name of its flag.
+# The name of the flag for each modifier of PTX.
 MODIFIERS = {name: name for name in FLAGS} | {
     "satfinite": "sat", "NaN": "nan", "rzi": "rz", "rmi": "rm", "rpi": "rp",
 }  # fmt: skip
@@ -27,14 +27,14 @@ class Unsupported(Exception):
 
 
 class Constants:
-    """Values that are the same in all lanes, each kept once."""
+    """Values that are the same in all lanes; each is stored once."""
 
     def __init__(self):
         self.rows = 0
         self.at: dict[tuple[int, int], int] = {}
 
     def operand(self, value: int, bits: int) -> int:
-        """The operand of a constant of up to 32, or of 64, bits."""
+        """Return the operand for a constant of up to 32 bits, or of 64."""
         wide = bits == 64
         key = value & ((1 << (64 if wide else 32)) - 1), wide
         if key not in self.at:
@@ -53,7 +53,7 @@ class Constants:
 
 
 def split_operands(text: str) -> list[str]:
-    """Split at the commas outside brackets."""
+    """Split ``text`` at the commas outside brackets."""
     out, depth, now = [], 0, ""
     for ch in text:
         depth += (ch in "{[(") - (ch in "}])")
@@ -68,7 +68,7 @@ def split_operands(text: str) -> list[str]:
 
 
 class Encoder:
-    """Takes a kernel's statements one by one."""
+    """Encodes a kernel's statements, which it is given one by one."""
 
     def __init__(self, parameters):
         self.parameters = parameters
@@ -84,7 +84,7 @@ class Encoder:
         self.jumps: list[tuple[int, str]] = []
         self.tables: list[tuple[int, str]] = []  # operands that are labels
         self._last_label = ""
-        self.accesses: list[int] = []  # bytes of accesses to shared memory
+        self.accesses: list[int] = []  # bytes of each access to shared memory
         self._ranges: list[tuple[str, str, int]] = []  # %r<20>: prefix, type, count
         self._scopes: list[dict[str, tuple[str, str]]] = []
         self._scope_count = 0
@@ -111,7 +111,7 @@ class Encoder:
             self._instruction(text, number, place)
 
     def _label(self, name: str) -> str:
-        """Labels that do not begin with ``$`` may recur, one a scope."""
+        """Return a label's unique name: labels without ``$`` may occur once in each scope."""
         return name if name.startswith("$") else f"{name}@{self._scope_count}"
 
     def _declare(self, text: str) -> None:
@@ -145,7 +145,7 @@ class Encoder:
         encode(self, parts, split_operands(rest))
 
     def finish(self) -> None:
-        """Resolve the labels, and end the kernel with a return."""
+        """Resolve the labels and append a return."""
         for row, label in self.jumps:
             self.rows[row][7] = self.labels[label]
         for operand, label in self.tables:
@@ -170,7 +170,7 @@ class Encoder:
     # -------------------------------------------------------------------------------------------- operands
 
     def lookup(self, name: str) -> tuple[str, str] | None:
-        """A register's full name and type."""
+        """Return a register's full name and type, or None."""
         for scope in reversed(self._scopes):
             if name in scope:
                 return scope[name]
@@ -193,7 +193,7 @@ class Encoder:
         return BITS[self._found(name)[1]]
 
     def register(self, name: str) -> int:
-        """The slot of a register, a new one at first sight; ``_`` is none."""
+        """Return a register's slot, a new one at its first use; no operand for ``_``."""
         if name == "_":
             return NO_OPERAND
         full, kind = self._found(name)
@@ -205,13 +205,13 @@ class Encoder:
         return self.registers[full]
 
     def temporary(self, bits: int) -> int:
-        """A new register of the encoder's own."""
+        """Return a new register for the encoder's own use."""
         name = f"%temporary@{len(self._kinds)}"
         self._kinds[name] = f"b{bits}"
         return self.register(name)
 
     def predicate(self, text: str) -> int:
-        """A predicate, negated under ``!``, or a constant; ``_`` is none."""
+        """Return the operand for a predicate (``!`` negates it) or a constant; no operand for ``_``."""
         negated, name = text.startswith("!"), text.lstrip("!")
         if name == "_":
             return NO_OPERAND
@@ -224,7 +224,7 @@ class Encoder:
 
     @staticmethod
     def number(text: str, ty: str) -> int:
-        """The bits of a literal."""
+        """Return the bits of a literal."""
         raw = re.fullmatch(r"0[fF]([0-9a-fA-F]{8})|0[dD]([0-9a-fA-F]{16})", text)
         if raw:
             return int(raw.group(1) or raw.group(2), 16)
@@ -244,7 +244,7 @@ class Encoder:
         return int(value)
 
     def _symbol(self, text: str) -> int | None:
-        """The address of ``global_smem`` or of a parameter, with an offset."""
+        """Return the address of ``global_smem`` or a parameter, plus its offset; None for other texts."""
         found = re.fullmatch(r"([\w$]+)\s*(?:\+\s*(\d+))?", text)
         if not found:
             return None
@@ -256,7 +256,7 @@ class Encoder:
         return None
 
     def source(self, text: str, ty: str) -> int:
-        """A register or a constant that is read as type ``ty``."""
+        """Return the operand for a register or a constant that is read as type ``ty``."""
         if text == "_":
             return NO_OPERAND
         symbol = self._symbol(text)
@@ -269,7 +269,7 @@ class Encoder:
         return self.constants.operand(self.number(text, ty), BITS[ty])
 
     def address(self, text: str, bits: int) -> tuple[int, int]:
-        """``[base + offset]``: operand of the base (none for a constant address), and offset in bytes."""
+        """Return ``[base + offset]`` as the base's operand (none for a constant address) and the offset in bytes."""
         inner = text.strip()[1:-1].strip()
         symbol = self._symbol(inner)
         if symbol is not None:
@@ -292,7 +292,7 @@ class Encoder:
 
     @staticmethod
     def flags(parts: list[str]) -> int:
-        """The flags of a mnemonic's modifiers."""
+        """Return the flags of a mnemonic's modifiers."""
         flags = 0
         for part in parts:
             if part in MODIFIERS:
@@ -312,16 +312,16 @@ class Encoder:
         self.classes.append(cls)
 
     def jump(self, label: str) -> None:
-        """The next row's target is a label."""
+        """Make a label the target of the next row."""
         self.jumps.append((len(self.rows), self._label(label)))
 
     def table(self, labels: list[str]) -> None:
-        """The last operands of the last row are labels."""
+        """Make the last operands of the last row labels."""
         first = len(self.operands) - len(labels)
         self.tables += [(first + i, self._label(label)) for i, label in enumerate(labels)]
 
     def plus(self, base: int, offset: int, ty: str) -> int:
-        """An operand for a register plus a constant."""
+        """Return an operand for a register plus a constant."""
         if offset == 0:
             return base
         sum_ = self.temporary(BITS[ty])

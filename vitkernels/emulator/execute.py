@@ -1,4 +1,4 @@
-"""Run one kernel's PTX over a grid of programs on CPU tensors: what was found, and what was counted."""
+"""Run one kernel's PTX over a grid of programs on CPU tensors, and return findings and counts."""
 
 from __future__ import annotations
 
@@ -29,20 +29,21 @@ SHARED_LIMITS = {device.capability: device.shared_memory for device in GPUS.valu
 
 @dataclasses.dataclass
 class Finding:
-    """Something a GPU would not report, at its first occurrence.
+    """A defect that a GPU would not report, with its first occurrence.
 
     Attributes:
         kernel: The kernel's name.
+        kind: What is wrong.
         line, text: PTX line and instruction.
         place: Source line, from ``.loc``: ``file.py:12:34``.
         program: Linear number of the program (CTA).
-        warp, lane: -1 is no lane of its own.
-        other: Warp, program, barrier or register that it clashed with; what it is depends on the kind.
-        address: As the kernel saw it; in bytes from the start for shared memory.
-        argument: Which tensor argument a global address belongs to, or is nearest to.
+        warp, lane: Lane -1 means that no single lane is at fault.
+        other: Number of the warp, program, barrier or register that it conflicts with, depending on the kind.
+        address: The kernel's; for shared memory in bytes from its start.
+        argument: Number of the tensor argument that contains a global address, or is nearest to it.
         offset: Bytes from that tensor's first element.
-        count: How often the instruction did so.
-        tensor: That argument's name, where it is known.
+        count: How often the instruction caused it.
+        tensor: That argument's name, if known.
     """
 
     kernel: str
@@ -77,15 +78,15 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """What a tensor argument covers of its storage: equal for arguments that cover the same.
+    """The part of its storage that a tensor argument covers. Views of the same part are equal.
 
     Attributes:
-        storage: Its number among the launch's.
+        storage: The storage's number in the launch.
         capacity: Bytes of the storage.
-        offset: Bytes from its start to the first element.
+        offset: Bytes from the storage's start to the first element.
         itemsize: Bytes of an element.
-        axes: (elements, bytes from one to the next) of each axis that has several, the widest step first. Axes whose
-            elements are all the same one (an expanded tensor's) are left out.
+        axes: (size, stride in bytes) of each axis of size 2 or more, the largest stride first. Axes of stride 0 (of an
+            expanded tensor) are left out.
     """
 
     storage: int
@@ -103,11 +104,11 @@ class View:
 
     @property
     def bytes(self) -> int:
-        """Different bytes that it covers, where no two elements overlap."""
+        """Number of distinct bytes covered, if no two elements overlap."""
         return math.prod(n for n, _ in self.axes) * self.itemsize
 
     def covers(self, at: np.ndarray) -> bool:
-        """Whether some byte of ``at``, offsets in the storage, is of an element."""
+        """Return whether any of the byte offsets ``at`` in the storage lies in an element of the view."""
         rest = at - self.offset
         for n, step in self.axes:
             rest = rest - np.clip(rest // step, 0, n - 1) * step
@@ -116,17 +117,17 @@ class View:
 
 @dataclasses.dataclass
 class Run:
-    """One launch.
+    """The result of one launch.
 
     Attributes:
         programs: How many of the grid's programs ran.
         counts: Warp instructions by class; sectors, wavefronts and phases of the memory classes; bytes read and written
-            (different 32-byte sectors of global memory).
-        pipes: Warp instructions by the pipe that executes them (:mod:`vitkernels.emulator.pipes`).
-        flops: Multiplications and additions of the tensor cores, by instruction and type of the operands.
-        reads, writes: The views among the arguments of which some byte was read, or written, where they were asked for.
+            (distinct 32-byte sectors of global memory).
         lines: Figures of each memory instruction.
         shared: Bytes of dynamic shared memory.
+        pipes: Warp instructions by the pipe that executes them (:mod:`vitkernels.emulator.pipes`).
+        flops: Multiplications and additions of the tensor cores, by instruction and type of the operands.
+        reads, writes: The arguments' views of which some byte was read, or written; empty unless asked for.
     """
 
     kernel: str
@@ -153,7 +154,7 @@ class Run:
 
 
 def extent(t: torch.Tensor) -> tuple[int, int]:
-    """First byte of a view, and the end, in its storage."""
+    """Return the offsets in its storage of a view's first byte and of its end."""
     start = t.storage_offset() * t.element_size()
     if t.numel() == 0:
         return start, start
@@ -162,7 +163,7 @@ def extent(t: torch.Tensor) -> tuple[int, int]:
 
 @dataclasses.dataclass
 class _Storage:
-    """Memory that one or several tensor arguments view."""
+    """Memory that one or more tensor arguments view."""
 
     address: int
     size: int
@@ -173,7 +174,7 @@ class _Storage:
 
     @property
     def granule(self) -> int:
-        """log2 of the bytes that are told apart."""
+        """log2 of the bytes that the engine's checks treat as one unit."""
         return min(self.element.bit_length() - 1, 2)
 
 
@@ -193,7 +194,7 @@ def _storages(arguments: Iterable) -> dict[int, _Storage]:
 
 
 class _Machine:
-    """The engine's machine for one run; releases it at the end."""
+    """Context manager for the engine's machine of one run."""
 
     def __init__(self, prog: ptx.Program, shared: int, arch: int):
         self.lib = library()
@@ -204,7 +205,7 @@ class _Machine:
         )  # fmt: skip
         if not self.handle:
             raise MemoryError("no memory for the emulator")
-        self.tensors: list = []  # by argument; what is none stays what it is
+        self.tensors: list = []  # the arguments, descriptors replaced by their base tensors
         self.storages: list[_Storage] = []
 
     def __enter__(self):
@@ -214,7 +215,7 @@ class _Machine:
         self.lib.emu_free(self.handle)
 
     def give(self, arguments: Sequence, scratch: torch.Tensor | None, descriptors: Sequence[dict] | None) -> None:
-        """Hand over the tensors, and pack the parameters."""
+        """Pass the tensors to the engine and pack the parameters."""
         self.tensors = [a.base if is_descriptor(a) else a for a in arguments]
         self.storages = list(_storages([*self.tensors, scratch]).values())
         tma = any(p.size == TENSOR_MAP_BYTES for p in self.prog.parameters)
@@ -233,7 +234,7 @@ class _Machine:
         self.lib.emu_params(self.handle, self.params.ctypes.data, len(self.params))
 
     def address(self, tensor: torch.Tensor) -> int:
-        """Where the kernel sees a tensor."""
+        """Return a tensor's address in the kernel."""
         base = tensor.untyped_storage().data_ptr()
         number = next(i for i, s in enumerate(self.storages) if s.address == base)
         return self.lib.emu_address(number, tensor.data_ptr() - base)
@@ -275,7 +276,7 @@ class _Machine:
         at = ctypes.c_int64()
         number = self.lib.emu_locate(address, ctypes.byref(at))
         if 0 <= number < len(self.storages):
-            # the view that the byte is in, else the one it is nearest to
+            # The view that contains the byte, or else the nearest one.
             views = self.storages[number].views
             argument, first, _ = min(views, key=lambda v: max(v[1] - at.value, at.value - v[2] + 1, 0))
             offset = at.value - first
@@ -320,7 +321,7 @@ class _Machine:
         return counts, dict(pipes), dict(flops), lines
 
     def touched(self) -> tuple[int, int]:
-        """Bytes read and written, in different sectors of 32."""
+        """Return the bytes read and the bytes written, in whole distinct sectors of 32 bytes."""
         sectors = np.zeros((len(self.storages), 2), np.uint64)
         for i in range(len(self.storages)):
             self.lib.emu_touched(self.handle, i, sectors[i].ctypes.data)
@@ -328,14 +329,14 @@ class _Machine:
         return int(read) * 32, int(written) * 32
 
     def views(self) -> list[frozenset[View]]:
-        """Of the arguments, those that were read, and those that were written."""
+        """Return the views that were read and the views that were written."""
         views = [set(), set()]
         for i, s in enumerate(self.storages):
             sectors = self._marks(self.lib.emu_sectors(self.handle, i), np.uint8, (s.size >> 5) + 1)
             known = {View.of(self.tensors[argument], i) for argument, _, _ in s.views if argument < len(self.tensors)}
             for written in (0, 1):
                 marked = np.flatnonzero(sectors & 1 << written)
-                if len(known) > 1:  # their elements may lie in turn, within a sector too
+                if len(known) > 1:  # elements of several views may interleave, even within a sector
                     granule = s.granule
                     marks = self._marks(
                         self.lib.emu_granules(self.handle, i, written), np.uint64, (s.size >> granule) + 1
@@ -360,29 +361,29 @@ def execute(
     scratch: int = 0, descriptors: Sequence[dict] | None = None, names: Sequence[str] | None = None,
     counted: bool = True, views: bool = False,
 ) -> Run:  # fmt: skip
-    """Run the kernel of ``text``.
+    """Run the kernel in ``text``.
 
     Args:
-        text: PTX with one kernel, as Triton compiles it.
-        arguments: What the kernel takes: tensors, tensor descriptors, ints and floats, without Triton's two scratch
+        text: PTX of one kernel, from Triton.
+        arguments: The kernel's arguments: tensors, tensor descriptors, ints and floats, without Triton's two scratch
             pointers.
         grid: Programs in x, y, z.
         shared: Bytes of dynamic shared memory.
         arch: Compute capability, 80 for 8.0.
         ctas: Linear numbers of the programs to run, in this order; all by default.
         order_seed: Shuffles the order of warps between barriers.
-        check_warp: Report an exchange through shared memory within a warp that no bar.warp.sync orders.
-        limit: Warp instructions after which the run is given up.
-        constants: Kept with the result.
-        scratch: Bytes of global memory that each program wants (``kernel.metadata.global_scratch_size``).
+        check_warp: Report data that lanes of a warp exchange through shared memory without a bar.warp.sync.
+        limit: Warp instructions after which the run is aborted.
+        constants: Stored in the result.
+        scratch: Bytes of global memory for each program (``kernel.metadata.global_scratch_size``).
         descriptors: ``kernel.metadata.tensordesc_meta``; without it, tensor descriptors are tiled by their own layout.
-
-        names: Of the arguments, for what is found.
-        counted: Add up what was executed; without, ``counts``, ``pipes``, ``flops`` and ``lines`` stay empty.
-        views: Also tell which views were read and written, for which all of what they cover is looked through.
+        names: Names of the arguments, for findings.
+        counted: Count what was executed; if False, ``counts``, ``pipes``, ``flops`` and ``lines`` stay empty.
+        views: Also return which views were read and written; this scans all memory that they cover.
 
     Raises:
         Unsupported: An instruction that the engine does not know; the message names its line.
+        MemoryError: The engine has too little memory.
         NoCompiler: The engine could not be compiled.
         ValueError: More shared memory than a program may have, or arguments that do not fit the parameters.
     """

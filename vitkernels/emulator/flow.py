@@ -1,8 +1,8 @@
-"""The order in which the lanes of a warp that diverged run: so that they meet again before they go on.
+"""The order in which the engine runs the lanes of a diverged warp, so that they reconverge.
 
-A GPU lets lanes that took different branches meet where their paths join. The engine runs those first that are furthest
-behind, for which "behind" must follow the control flow and not the text, in which a loop's end may stand before its
-middle.
+On a GPU, lanes that took different branches reconverge where their paths join. The engine therefore always runs the
+lanes that are furthest behind. "Behind" must follow the control flow, not the text: in the text a loop's end may stand
+before its middle.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 
 def components(nodes: list[int], successors: dict[int, list[int]]) -> list[list[int]]:
-    """Strongly connected components in topological order (Tarjan's algorithm, with a stack of its own)."""
+    """Return the strongly connected components in topological order (Tarjan's algorithm without recursion)."""
     number: dict[int, int] = {}
     lowest: dict[int, int] = {}
     stack, on_stack, found = [], set(), []
@@ -47,10 +47,10 @@ def components(nodes: list[int], successors: dict[int, list[int]]) -> list[list[
 
 
 def arranged(nodes: Iterable[int], successors: dict[int, list[int]], entry: int) -> list[int]:
-    """Blocks, each after those that lead to it, a loop's together: its first, the rest, then what follows the loop."""
+    """Order blocks: each after those that lead to it; a loop's blocks together, its entry first."""
     nodes = [entry, *sorted(set(nodes) - {entry})]
     inside = set(nodes)
-    # the edges back to the entry make this region a loop
+    # Without the edges back to the entry, the region is no loop.
     forward = {n: [s for s in successors[n] if s in inside and s != entry] for n in nodes}
     order = []
     for component in components(nodes, forward):
@@ -64,12 +64,12 @@ def arranged(nodes: Iterable[int], successors: dict[int, list[int]], entry: int)
 
 
 def order_of(length: int, targets: dict[int, list[int]], ends: set[int]) -> list[int]:
-    """The place of each instruction in the order.
+    """Return each instruction's place in the order.
 
     Args:
         length: Number of instructions.
-        targets: Where each jump may go, and the next instruction if it may go on there.
-        ends: Instructions after which no other follows.
+        targets: For each jump, the instructions that may run next; the following one too, if the jump may not be taken.
+        ends: Instructions after which the program ends.
     """
     starts = {0, *(t for to in targets.values() for t in to), *(p + 1 for p in (*targets, *ends) if p + 1 < length)}
     blocks = sorted(starts)

@@ -1,4 +1,4 @@
-"""How each PTX instruction is encoded, by the first part of its mnemonic (PTX ISA, "Instruction Set")."""
+"""One encoder for each PTX instruction, by the first part of its mnemonic (PTX ISA, "Instruction Set")."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _class_of(ty: str) -> str:
     return {"f32": "fp32", "f64": "fp64", "f32x2": "fp32"}.get(ty, "half") if ty.startswith(("f", "bf")) else "alu"
 
 
-# Operands of an instruction, the destination among them; two where it is not listed. One more would be left unread.
+# Number of operands, with the destination; 2 for instructions not listed. The encoder would ignore a further operand.
 OPERANDS = {
     **dict.fromkeys(("add", "sub", "mul", "mulhi", "div", "rem", "min", "max", "copysign"), 3),
     **dict.fromkeys(("fma", "mad", "madhi", "prmt"), 4),
@@ -33,7 +33,7 @@ OPERANDS = {
 
 
 def _plain(e, op, parts, ops, cls=None, **more):
-    """An operation whose operands all have the mnemonic's last type."""
+    """Encode an operation whose operands all have the mnemonic's last type."""
     ty = parts[-1]
     expected = 3 if op == "lop3" else OPERANDS.get(op, 2)
     if len(ops) != expected:
@@ -77,7 +77,7 @@ def _cvta(e, parts, ops):
 
 
 @_encodes("mapa")
-def _mapa(e, parts, ops):  # a cluster of one program: the address is its own
+def _mapa(e, parts, ops):  # the cluster has one program: the address stays the same
     if ops[2] not in ("0", "0x0") and not e.lookup(ops[2]):
         raise e.unsupported("another program of a cluster")
     e.emit("mov", parts[-1], [e.register(ops[0]), e.source(ops[1], parts[-1])])
@@ -101,7 +101,7 @@ def _arithmetic(e, parts, ops):
             e.emit("cvt", "f32", [operands[-1], e.source(operand, narrow)], ty2=narrow, cls="cvt")
         operands.append(e.source(ops[-1], "f32"))
         return e.emit(parts[0], "f32", operands, flags=e.flags(parts), cls="fp32")
-    if parts[0] in ("min", "max") and narrow == "f32" and len(ops) == 4:  # of three, from sm_100 on
+    if parts[0] in ("min", "max") and narrow == "f32" and len(ops) == 4:  # of three values, from sm_100 on
         operands = [e.register(ops[0])] + [e.source(o, "f32") for o in ops[1:]]
         return e.emit(f"{parts[0]}3", "f32", operands, flags=e.flags(parts), cls="fp32")
     return _plain(e, parts[0], parts, ops)
@@ -130,7 +130,7 @@ def _multiplication(e, parts, ops):
     return _plain(e, "fma" if op == "mad" and ty in ("f32", "f64") else op, parts, ops)
 
 
-# Truth tables of lop3: its operands are 0xF0, 0xCC and 0xAA.
+# Truth tables for lop3, whose operands stand for 0xF0, 0xCC and 0xAA.
 TABLES = {"and": 0xC0, "or": 0xFC, "xor": 0x3C, "not": 0x0F}
 
 
@@ -318,7 +318,7 @@ def _cp(e, parts, ops):
 
 
 def _shared(e, text: str) -> int:
-    """An address in shared memory as one operand."""
+    """Return an address in shared memory as one operand."""
     base, offset = e.address(text, 32)
     if base == NONE:
         return e.constants.operand(offset, 32)
@@ -333,7 +333,7 @@ def _global(e, text: str) -> int:
 
 
 def _bulk(e, parts, ops):
-    """cp.async.bulk: the groups, plain copies and tiles of tensors."""
+    """Encode cp.async.bulk: its groups, plain copies, and copies of tensor tiles."""
     if "commit_group" in parts:
         return e.emit("bulkcommit", cls="async")
     if "wait_group" in parts:
@@ -436,7 +436,7 @@ def _elect(e, parts, ops):
 def _barrier(e, parts, ops):
     if parts[1] == "warp":
         return e.emit("warpsync", cls="barrier")
-    if parts[1] == "cluster":  # of one program
+    if parts[1] == "cluster":  # which has one program
         return e.emit("barsync" if "wait" in parts else "nop", imm=16, cls="barrier")
     if parts[1] not in ("sync", "arrive") and parts[1:3] not in (["cta", "sync"], ["cta", "arrive"]):
         raise e.unsupported("barrier")

@@ -1,8 +1,8 @@
-"""A driver for Triton under which launches run in the emulator, on CPU tensors.
+"""A driver for Triton that runs launches in the emulator, on CPU tensors.
 
-Triton's JIT binds, specialises, compiles and caches a launch as ever; it asks the active driver for the target, the
-device, the loader of a binary and the launcher, and these are the emulator's. Nothing is assembled: the kernel is the
-PTX. Who emulates, and how, is each thread's own: a launch of another thread reaches the GPU.
+Triton's JIT binds, specialises, compiles and caches a launch as usual. It asks the active driver for the target, the
+device, the binary loader and the launcher; here these belong to the emulator. ptxas does not run: the PTX is the
+binary. Emulation is set for each thread: a launch of a thread that does not emulate reaches the GPU.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from triton.backends.compiler import GPUTarget
 from vitkernels.emulator.devices import DEVICES, Device
 from vitkernels.emulator.execute import Kind, Run, execute
 
-# By the letter of PTX this is undefined. ptxas sees it in the registers' dataflow, and waits behind each product (its
-# message C7515), which costs the overlap. (What the note `unfenced_operand` tells of, it mends by a warpgroup.arrive of
-# its own: C7519. So it does where the accumulator is copied behind the fence.)
+# PTX leaves this undefined, but ptxas detects it in the dataflow of the registers and waits after each product (its
+# message C7515): the result is right, the overlap is lost. (The note `unfenced_operand`, and an accumulator copied
+# after the fence, ptxas repairs by inserting a warpgroup.arrive: C7519.)
 LEFT_TO_PTXAS = frozenset({Kind.accumulator_in_flight})
 
 
 class EmulationError(RuntimeError):
-    """A kernel did what a GPU does not forgive: each finding names where."""
+    """A kernel has defects that a GPU may punish; each finding names its place."""
 
 
 @dataclasses.dataclass
@@ -42,16 +42,16 @@ class Emulation:
     """How this thread's launches are emulated.
 
     Attributes:
-        device: The GPU that is emulated.
-        programs: How many programs of a launch run, the first and the last among them; the others leave their outputs
-            as they were. None for all.
-        seed: Of the order of programs and of warps; None runs them in turn.
-        runs: Takes what each launch found and counted, where it is a list.
+        device: The emulated GPU.
+        programs: How many programs of a launch run, the first and the last among them; the outputs of the others stay
+            unchanged. None for all.
+        seed: Seed of the order of programs and warps; None runs them in turn.
+        runs: A list to which each launch's findings and counts are appended, or None.
         raises: Whether findings raise an :class:`EmulationError`.
-        strict: Whether those do, too, that ptxas mends, at the cost of speed.
-        memory: Fills the memory that an argument without any, a fake tensor, gets for one launch: takes each as a flat
-            tensor of zeros in its dtype. None for zeros.
-        edit: Gives the PTX that runs for a kernel: one with a defect put in.
+        strict: Whether defects that ptxas repairs at the cost of speed also raise.
+        memory: Fills the memory that a fake tensor gets for one launch: called with each storage as a flat tensor of
+            zeros in the argument's dtype. None leaves the zeros.
+        edit: Returns the PTX to run instead of a kernel's own, for instance with a seeded defect.
     """
 
     device: Device
@@ -64,10 +64,10 @@ class Emulation:
     edit: Callable[[Kernel], str] | None = None
 
     def launch(self, kernel: Kernel, arguments: list[Any], grid: tuple[int, int, int], **options) -> None:
-        """Run ``kernel`` over ``grid``; ``options`` as :func:`execute` takes them.
+        """Run ``kernel`` over ``grid``; ``options`` are passed to :func:`execute`.
 
         Raises:
-            EmulationError: A finding.
+            EmulationError: The emulator found a defect.
         """
         seed = None if self.seed is None else next(self._seeds)
         run = execute(
@@ -89,7 +89,7 @@ class Emulation:
             raise EmulationError(f"{run.kernel} on an emulated {self.device.name}, grid {grid}:\n{found}")
 
     def _with_memory(self, arguments: list[Any]) -> list[Any]:
-        """``arguments``, fake tensors with memory: one storage for all that share one, laid out as they are."""
+        """Return ``arguments``, fake tensors replaced by real ones with the same layouts and shared storages."""
         if not any(isinstance(a, FakeTensor) for a in arguments):
             return arguments
         storages: dict[int, torch.Tensor] = {}
@@ -117,7 +117,7 @@ class Emulation:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A loaded binary."""
+    """What the driver loads as a kernel's binary: its PTX, and its bytes of shared memory."""
 
     name: str
     ptx: str
@@ -125,7 +125,7 @@ class Kernel:
 
 
 def chosen_programs(grid: tuple[int, int, int], most: int | None, seed: int | None) -> list[int] | None:
-    """Return the programs of ``grid`` to run, in order; None for all in turn."""
+    """Return the programs of ``grid`` to run, in order; None means all in turn."""
     total = grid[0] * grid[1] * grid[2]
     some = most is not None and most < total
     if not some and seed is None:
@@ -154,8 +154,8 @@ def emulating(arch: str = "sm_90", kind: type[Emulation] | None = None, **change
 
     Args:
         arch: Name in :data:`vitkernels.emulator.devices.DEVICES`.
-        kind: Another class of emulation than that of the block around, or :class:`Emulation`.
-        **changes: Attributes of :class:`Emulation`; those not given are as in the block around, if there is one.
+        kind: Class of emulation to create; None keeps the enclosing block's, or :class:`Emulation`.
+        **changes: Attributes of the emulation. Without ``kind``, the others come from the enclosing block, if any.
     """
     _install()
     before = _thread.emulation
@@ -164,7 +164,8 @@ def emulating(arch: str = "sm_90", kind: type[Emulation] | None = None, **change
     else:
         emulation = dataclasses.replace(before, device=DEVICES[arch], **changes)
         if "seed" not in changes and before.seed is not None:
-            emulation._seeds = before._seeds  # go on, or every launch would have the same order
+            # A fresh iterator would start over: every block's launches would run in the same order.
+            emulation._seeds = before._seeds
     _thread.emulation = emulation
     try:
         yield emulation
@@ -173,7 +174,7 @@ def emulating(arch: str = "sm_90", kind: type[Emulation] | None = None, **change
 
 
 class _Launcher:
-    """What the JIT calls with a launch of one compiled kernel."""
+    """The launcher of one compiled kernel, which the JIT calls for each launch."""
 
     def __init__(self, src, metadata):
         self.kinds = list(src.signature.values())
@@ -194,17 +195,17 @@ class _Launcher:
 
 
 def _taken(arguments: Iterable, kinds: Iterable) -> Iterator[Any]:
-    """Those of ``arguments`` that the kernel takes: no constants, and a tuple's one by one."""
+    """Yield the ``arguments`` that the kernel takes: constants are left out, tuples are flattened."""
     for argument, kind in zip(arguments, kinds, strict=True):
         if isinstance(kind, tuple):
-            parts = [argument] * len(kind) if isinstance(argument, str) else argument  # a name, of all of them
+            parts = [argument] * len(kind) if isinstance(argument, str) else argument  # one name for all its parts
             yield from _taken(parts, kind)
         elif kind != "constexpr":
             yield argument
 
 
 class _Utils:
-    """What the JIT asks of a driver's library."""
+    """The functions that the JIT calls in a driver's library."""
 
     @staticmethod
     def load_binary(name, binary, shared, device):
@@ -224,7 +225,7 @@ class _Utils:
 
 
 class _Driver:
-    """The emulator, as Triton knows its drivers."""
+    """The emulator, with the interface of a Triton driver."""
 
     utils = _Utils
     launcher_cls = _Launcher
@@ -243,7 +244,7 @@ class _Driver:
 
 
 class _ByThread:
-    """The emulator in threads that emulate, and in others the driver that was there."""
+    """A driver that forwards to the emulator in threads that emulate, and else to the previous driver."""
 
     def __init__(self, given):
         self._given = given
@@ -256,7 +257,7 @@ _installed = threading.Lock()
 
 
 def _install() -> None:
-    """Put the emulator before Triton's driver and behind its compiler; once, as other threads may be under way."""
+    """Install the emulator's driver and compiler hook, once for all threads: another thread may be launching now."""
     config = triton.runtime.driver
     with _installed:
         if isinstance(config._active, _ByThread):
@@ -267,18 +268,18 @@ def _install() -> None:
 
 
 class _Stages:
-    """Tells Triton's compiler, where a thread emulates, to stop at PTX: it takes that for the binary."""
+    """A compiler hook: in a thread that emulates, Triton stops at PTX and takes it as the binary."""
 
     def __init__(self, given):
         self._given = given
-        # Behind another version of this a kernel must not be taken from the cache on disk.
+        # Without this hash, Triton would load kernels from its disk cache that another version of this file made.
         self._hash = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
     def __call__(self, *arguments):
         found = self._given(*arguments) if self._given is not None else ("", None)
         if _thread.emulation is None:
             return found
-        if not arguments:  # asked for what tells apart what comes of it
+        if not arguments:  # the compiler asks for the hook's part of the cache key
             key = f"{found[0]} emulated {self._hash}"
             return key, hashlib.sha256(key.encode()).hexdigest()
         _, stages, *_ = arguments

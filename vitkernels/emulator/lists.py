@@ -1,4 +1,4 @@
-"""The lists that the engine's C++ and Python share, read from ``engine/lists.h``: each is written once, there."""
+"""The lists that the C++ engine and Python share, read from ``engine/lists.h``, their only definition."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ENGINE = Path(__file__).parent / "engine"
 
 
 def _entries(name: str) -> list[tuple[str, ...]]:
-    """The arguments of each ``X(...)`` of a list."""
+    """Return the arguments of each ``X(...)`` of a list."""
     text = (ENGINE / "lists.h").read_text()
     body = re.search(rf"#define {name}\(X\)((?:.*\\\n)*.*\n)", text).group(1)
     found = re.findall(r'X\((\w+)(?:, (\d+))?(?:, "([^"]*)", (\w+))?\)', body)
@@ -31,5 +31,5 @@ OPS = {name: i for i, (name,) in enumerate(_entries("PTX_OPS"))}
 Kind = enum.Enum("Kind", [(name, i) for i, (name, _, _) in enumerate(_entries("PTX_FINDINGS"))], module=__name__)
 Kind.__doc__ = "What the engine reports; DESCRIPTIONS has it in words."
 DESCRIPTIONS = {Kind[name]: text for name, text, _ in _entries("PTX_FINDINGS")}
-# Reported, and no error by themselves.
+# Findings that are reported but are no errors.
 NOTES = frozenset(Kind[name] for name, _, severity in _entries("PTX_FINDINGS") if severity == "note")

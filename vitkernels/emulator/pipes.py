@@ -1,10 +1,10 @@
-"""Which of a multiprocessor's pipes executes an instruction of PTX.
+"""Which of a multiprocessor's pipes executes a PTX instruction.
 
-As Nsight Compute's documentation tells the pipes apart ("Metrics Decoder", pipelines): FMA multiplies and adds,
-integers too; ALU does integer and bit operations, comparisons, minima and conversions; MUFU (XU there) is the special
-functions'; LSU takes loads, stores and shuffles. ptxas maps PTX to machine instructions, and not one to one: it drops
-moves, folds address arithmetic, and expands divisions and 64-bit integers. Tensor, MUFU and LSU instructions it cannot
-do without.
+The pipes are those of Nsight Compute's documentation ("Metrics Decoder", pipelines). FMA multiplies and adds, integers
+too. ALU does integer and bit operations, comparisons, minima and conversions. MUFU (there: XU) computes special
+functions. LSU does loads, stores and shuffles. ptxas does not map PTX to machine instructions one to one: it drops
+moves, folds address arithmetic, and expands divisions and 64-bit integers. It cannot drop tensor, MUFU and LSU
+instructions.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _MOVES = ("mov", "movp", "pack", "unpack", "special", "nop")
 
 
 def pipe_of(code: Sequence[int], cls: str) -> str:
-    """Return the pipe, of :data:`PIPES`, of an encoded instruction.
+    """Return an encoded instruction's pipe, one of :data:`PIPES`.
 
-    Those of no pipe that is told apart are ``barrier`` (where warps wait for each other), ``move`` (what ptxas mostly
-    drops) and ``other``.
+    Three of them are not hardware pipes: ``barrier`` (warps wait for each other), ``move`` (ptxas drops most of them)
+    and ``other``.
 
     Args:
-        code: The row of :class:`vitkernels.emulator.ptx.Program`.
-        cls: Its class.
+        code: The instruction's row in :class:`vitkernels.emulator.ptx.Program`.
+        cls: The instruction's class.
     """
     op, ty = _OP[int(code[0])], _TYPE[int(code[1])]
     if cls in _BY_CLASS:
@@ -49,7 +49,7 @@ def pipe_of(code: Sequence[int], cls: str) -> str:
     if ty == "f64":
         return "other"
     if cls == "div":
-        return "mufu"  # a reciprocal, with what refines it
+        return "mufu"  # a reciprocal and its refinement
     if cls in ("fp32", "half"):
         return "fma" if op in (*_ADDS, *_MULTIPLIES) else "alu"
     if cls == "alu":
@@ -58,9 +58,9 @@ def pipe_of(code: Sequence[int], cls: str) -> str:
 
 
 def flops_of(code: Sequence[int]) -> tuple[str, int]:
-    """Return what kind of tensor product an encoded mma or wgmma is, and the operations of one warp's part of it.
+    """Return the kind of an encoded mma or wgmma, and the FLOPs of one warp's part of it.
 
-    Twice the product of rows, columns and depth; a warp of the four that share a wgmma has 16 of its 64 rows.
+    The FLOPs are 2 · rows · columns · depth. Four warps share a wgmma: each has 16 of its 64 rows.
     """
     op, ty, imm = _OP[int(code[0])], _TYPE[int(code[1])], int(code[7])
     if op == "wgmma":

@@ -1,4 +1,4 @@
-"""Read the PTX of a kernel: its statements, parameters and attributes, and the program encoded from them."""
+"""Read a kernel's PTX (statements, parameters, attributes) and encode it as a program for the engine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Parameter", "Program", "Unsupported", "parse", "program", "statement
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """A kernel's parameter: where it lies, in bytes from the first."""
+    """A kernel's parameter: its offset from the first one and its size, in bytes."""
 
     offset: int
     size: int
@@ -25,17 +25,21 @@ class Parameter:
 
 @dataclasses.dataclass
 class Program:
-    """A kernel as the engine takes it.
+    """A kernel, encoded for the engine.
 
     Attributes:
-        code: (n, 9) int64, a row an instruction: ``Instruction`` of ``engine/machine.h``.
+        name: The kernel's.
+        threads: Threads of a program (CTA).
+        parameters: In order.
+        code: (n, 9) int64, one row per instruction: ``Instruction`` of ``engine/machine.h``.
         order: int32, the place of each instruction in the control flow (:mod:`vitkernels.emulator.flow`).
         operands: int32; rows index into it.
         constants: (rows, 32) uint32, one value for all lanes; 64-bit ones take two rows.
         slots: Registers of 32 x 32 bits; 64-bit registers take two.
-        granule: log2 of the bytes of shared memory that are told apart.
+        predicates: Predicate registers.
+        granule: log2 of the bytes of shared memory that the engine's checks treat as one unit.
         lines, texts, places: PTX line, its text and the source line (from ``.loc``) of each instruction.
-        classes: What each instruction counts as.
+        classes: The class under which each instruction is counted.
     """
 
     name: str
@@ -59,7 +63,7 @@ class Program:
 
 
 def statements(text: str) -> Iterator[tuple[int, str, str]]:
-    """Yield (line number, statement, source line); labels as ``name:``, scopes as ``{`` and ``}``."""
+    """Yield (line number, statement, source line). Labels come as ``name:``, scopes as ``{`` and ``}``."""
     place, buffer, start = "", "", 0
     for number, line in enumerate(text.splitlines(), 1):
         code, _, comment = line.partition("//")
@@ -87,7 +91,7 @@ def statements(text: str) -> Iterator[tuple[int, str, str]]:
 
 
 def _parameters(text: str) -> dict[str, Parameter]:
-    """Parameters in order: ``.param .u64 .ptr .global .align 1 name`` or ``.param .align 64 .b8 name[128]``."""
+    """Parse declarations such as ``.param .u64 .ptr .global .align 1 name`` and ``.param .align 64 .b8 name[128]``."""
     found, offset = {}, 0
     for declaration in filter(str.strip, text.split(",")):
         words = declaration.split()
@@ -151,5 +155,5 @@ def _parsed(text: str) -> Program:
 
 
 def program(text: str) -> Program:
-    """:func:`parse`, once for each text."""
+    """Return :func:`parse`'s result, from a cache of recent texts."""
     return _parsed(text)

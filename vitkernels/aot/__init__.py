@@ -1,4 +1,4 @@
-"""Compile the kernels for a GPU that is not there, read what came out, and hold it to a contract."""
+"""Compile the kernels without a GPU, read figures from the compiler's output, and check them against a contract."""
 
 from vitkernels.aot.build import TARGETS, Launch, Target, compile_launch, trace
 from vitkernels.aot.launches import launches

@@ -1,7 +1,7 @@
-"""What a launch would compile, found on tensors that are not there, and compiled for a GPU that is not there.
+"""Trace launches on fake tensors, and compile them for a target without a GPU.
 
-A launch goes through Triton's JIT itself, with a driver that only names its target: the JIT binds the arguments and
-specialises on them (divisible by 16, equal to 1), and hands over, through its own hook, what it would compile next.
+A launch goes through Triton's JIT with a driver that does nothing but name its target. The JIT binds the arguments and
+specialises on them (divisible by 16, equal to 1). Its own hook then reports what it would compile.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Target:
     """An architecture: Triton's name for it, the facts that launch configurations depend on, and its limits.
 
     Attributes:
-        triton: Backend, architecture, lanes a warp.
-        facts: As :func:`vitkernels.runtime.device_facts` would give them.
-        shared_memory: Bytes of shared memory (LDS) a multiprocessor (compute unit) has for all its programs.
-        max_warps: Warps (waves) that a multiprocessor holds.
-        max_blocks: Programs that it holds.
+        triton: Backend, architecture, lanes per warp.
+        facts: What :func:`vitkernels.runtime.device_facts` would return.
+        shared_memory: Bytes of shared memory (LDS) of a multiprocessor (compute unit), for all its programs.
+        max_warps: Most warps (waves) on a multiprocessor.
+        max_blocks: Most programs on a multiprocessor.
     """
 
     triton: GPUTarget
@@ -45,12 +45,12 @@ class Target:
 def _cuda(arch: str, max_warps: int, max_blocks: int) -> Target:
     gpu = GPUS[arch]
     facts = DeviceFacts(arch, arch, gpu.num_sms, gpu.shared_memory)
-    # One KiB of each program's shared memory is the system's.
+    # The system takes 1 KiB of shared memory for each program.
     return Target(GPUTarget("cuda", gpu.capability, 32), facts, gpu.shared_memory + (1 << 10), max_warps, max_blocks)
 
 
-# Warps and programs that a multiprocessor holds: CUDA C++ Programming Guide, "Technical Specifications per Compute
-# Capability". The MI300X: LLVM's AMDGPUBaseInfo.cpp.
+# Most warps and programs on a multiprocessor: CUDA C++ Programming Guide, "Technical Specifications per Compute
+# Capability"; for the MI300X LLVM's AMDGPUBaseInfo.cpp.
 TARGETS = {
     "sm_80": _cuda("sm_80", 64, 32),
     "sm_90": _cuda("sm_90", 64, 32),
@@ -62,7 +62,7 @@ TARGETS = {
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """What the JIT would compile: hashable, and fit to be sent to another process.
+    """What the JIT would compile for a launch; hashable and picklable.
 
     Attributes:
         target: Name in :data:`TARGETS`.
@@ -76,22 +76,22 @@ class Launch:
 
     @property
     def name(self) -> str:
-        """The kernel's, without its module."""
+        """The kernel's name without its module."""
         return self.kernel.rpartition(".")[2]
 
 
 def trace(launcher: Callable[[], object], target: str) -> list[Launch]:
-    """Call ``launcher()`` with fake CUDA tensors allowed, and return its launches in order; nothing runs.
+    """Call ``launcher()`` on fake CUDA tensors and return its launches in order; no kernel is compiled or run.
 
     Args:
-        launcher: Makes its tensors on device ``cuda`` and calls a launcher of an op file.
+        launcher: Creates tensors on device ``cuda`` and calls a launcher of an op file.
         target: Name in :data:`TARGETS`.
     """
     found = []
 
     def record(*, fn, compile, **_):
         found.append(Launch(target, f"{fn.module}.{fn.name}", compile["specialization_data"]))
-        return True  # neither compiled nor launched
+        return True  # the JIT then neither compiles nor launches
 
     with _named_driver(target, "trace"), knobs.runtime.scope(), on_fake_tensors(TARGETS[target]):
         knobs.runtime.jit_cache_hook = record
@@ -101,14 +101,14 @@ def trace(launcher: Callable[[], object], target: str) -> list[Launch]:
 
 @contextlib.contextmanager
 def on_fake_tensors(target: Target) -> Iterator[None]:
-    """Have launchers choose for ``target``, on CUDA tensors without memory, within a ``with`` block."""
+    """Within a ``with`` block, make launchers configure for ``target`` and tensors on ``cuda`` fake."""
     cuda = target.triton.backend == "cuda"
     with (
         unittest.mock.patch.object(runtime, "device_facts", return_value=target.facts),
-        # What PyTorch computes and what a kernel may depend on PyTorch's build.
+        # Whether PyTorch or a kernel computes something may depend on PyTorch's build.
         unittest.mock.patch.object(torch.version, "cuda", "12.8" if cuda else None),
         unittest.mock.patch.object(torch.version, "hip", None if cuda else "6.4"),
-        # The JIT and some launchers ask whether addresses divide by 16. Storages are aligned; a view may not be.
+        # The JIT and some launchers ask whether an address is divisible by 16: true for storages, not for all views.
         unittest.mock.patch.object(FakeTensor, "data_ptr", lambda t: t.storage_offset() * t.element_size()),
         FakeTensorMode(),
     ):
@@ -116,7 +116,7 @@ def on_fake_tensors(target: Target) -> Iterator[None]:
 
 
 def compile_launch(launch: Launch):
-    """Compile ``launch``: Triton's ``CompiledKernel``, from its cache on disk where it lies there."""
+    """Compile ``launch`` and return Triton's ``CompiledKernel``; Triton may load it from its disk cache."""
     module, _, name = launch.kernel.rpartition(".")
     kernel = getattr(importlib.import_module(module), name)
     with _named_driver(launch.target, "compile"):
@@ -125,14 +125,14 @@ def compile_launch(launch: Launch):
 
 @contextlib.contextmanager
 def _named_driver(target: str, purpose: str) -> Iterator[None]:
-    """Make Triton believe that the current device is ``target``; launch nothing meanwhile."""
+    """Make Triton take ``target`` for the current device. Nothing may be launched meanwhile."""
 
     class Named:
         def get_current_target(self):
             return TARGETS[target].triton
 
         def get_current_device(self):
-            # The key of the JIT's own cache: what one purpose compiled, the hook of the other would not see.
+            # The key of the JIT's cache. With one key for both, trace's hook would not see what compile has cached.
             return f"{target}, {purpose}"
 
         def get_current_stream(self, device):

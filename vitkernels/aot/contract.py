@@ -1,9 +1,9 @@
-"""The contract: rules that every kernel holds on every architecture, and figures that no change may make worse.
+"""The contract: rules that every kernel keeps on every architecture, and figures that no change may make worse.
 
-One JSON file an architecture, ``contract/<target>.json``: the Triton version that its figures are of, the figures by
-kernel and case, and exceptions from the rules, each with its reason. Figures are those of one compiler: under another
-version of Triton the rules are checked, the figures are not. A case has the compiler's figures, and may have what was
-counted on an emulated GPU: that is checked, and taken in, only where it was counted anew.
+Each architecture has a JSON file ``contract/<target>.json``. It holds the Triton version of its figures, the figures by
+kernel and case, and exceptions from the rules, each with its reason. The figures depend on the compiler: under another
+version of Triton only the rules are checked. A case has the compiler's figures and optionally counts from an emulated
+GPU; counts are checked and updated only in runs that count.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vitkernels.aot.read import Report
 
 FOLDER = Path(__file__).parent / "contract"
 
-# What each rule forbids, with the figure that breaks it.
+# What each rule forbids; {} is the figure that breaks it.
 RULES = {
     "spilled_bytes": "spills {} bytes",
     "narrow_in_loop": "has {} loads or stores of global memory of 8 or 16 bits in a loop",
@@ -34,10 +34,10 @@ RULES = {
     "address_bits": "computes addresses in {} bits",
     "blocks": "does not fit on a multiprocessor",
 }
-# The figures that a file keeps, and which way is worse.
+# The compiler's figures in a file, and whether a higher figure is worse.
 HIGHER_IS_WORSE = {"registers": True, "blocks": False, "narrow": True}
-# And those of :class:`Counts`, of all launches of the kernel together, of which more is worse. No sectors a request:
-# wider accesses have more of them, and are better.
+# The figures of :class:`Counts` in a file, over all launches of the kernel; higher is worse. Sectors per request is not
+# among them: wider accesses have more, and are better.
 COUNTED = (
     "tensor", "fma", "alu", "mufu", "lsu", "excess_sectors", "conflicts", "l2_bytes", "dram_bytes", "barriers",
 )  # fmt: skip
@@ -48,7 +48,7 @@ Figures = dict[str, int]
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What a check found, a line a finding: breaches, exceptions that were used, and figures that got better."""
+    """What a check found, one line each: breaches, used exceptions, and figures that got better."""
 
     broken: list[str]
     excepted: list[str]
@@ -56,7 +56,7 @@ class Verdict:
 
 
 def broken_rules(report: Report) -> dict[str, int]:
-    """Return the figure that breaks each rule that ``report`` breaks."""
+    """Return the rules that ``report`` breaks, each with the figure that breaks it."""
     available = TARGETS[report.target].facts.shared_memory
     found = {rule: getattr(report, rule) for rule in ("spilled_bytes", "narrow_in_loop", "slow_products", "atomics")}
     found |= {
@@ -69,7 +69,7 @@ def broken_rules(report: Report) -> dict[str, int]:
 
 
 def unfit(report: Report) -> list[str]:
-    """Return why ``report``'s kernel could not run at all, a line a reason."""
+    """Return why ``report``'s kernel cannot run at all, one line per reason."""
     return [
         RULES[rule].format(figure)
         for rule, figure in broken_rules(report).items()
@@ -78,7 +78,7 @@ def unfit(report: Report) -> list[str]:
 
 
 def figures_of(reports: Iterable[Report]) -> Figures:
-    """Return the worst of each kept figure over ``reports``."""
+    """Return the worst value over ``reports`` of each figure that a file keeps."""
     reports = list(reports)
     return {
         name: (max if higher else min)(getattr(r, name) for r in reports) for name, higher in HIGHER_IS_WORSE.items()
@@ -86,16 +86,16 @@ def figures_of(reports: Iterable[Report]) -> Figures:
 
 
 def counted_figures(counts: Sequence[Counts]) -> Figures:
-    """Return the kept figures of one kernel's launches: their sums, but the most barriers of a program."""
+    """Return the kept figures of one kernel's launches: sums over the launches, but for barriers the maximum."""
     totals = {name: sum(getattr(c, name) for c in counts) for name in COUNTED}
     return totals | {"barriers": max(c.barriers for c in counts)}
 
 
 def load(target: str, folder: Path = FOLDER) -> dict:
-    """Return the contract of ``target``, empty where there is none yet.
+    """Return the contract of ``target``, an empty one if there is no file yet.
 
     Raises:
-        ValueError: The file is not of the form that :func:`save` writes.
+        ValueError: The file does not have the form that :func:`save` writes.
     """
     path = folder / f"{target}.json"
     if not path.exists():
@@ -125,7 +125,7 @@ def load(target: str, folder: Path = FOLDER) -> dict:
 
 
 def save(target: str, contract: dict, folder: Path = FOLDER) -> None:
-    """Write the contract of ``target``, a case a line, so that a diff shows what changed."""
+    """Write the contract of ``target``, one case per line, so that a diff shows what changed."""
 
     def block(items: Iterable[str], brackets: str, indent: int) -> str:
         items = list(items)
@@ -158,13 +158,13 @@ def check(
     *,
     complete: bool,
 ) -> Verdict:
-    """Hold ``measured`` and ``counted`` to ``contract``.
+    """Check ``measured`` and ``counted`` against ``contract``.
 
     Args:
-        contract: As :func:`load` returns it.
+        contract: From :func:`load`.
         measured: The reports of one architecture.
-        counted: What was counted on it, where it was.
-        complete: Whether these are all there are, so that a figure without a report is out of date.
+        counted: Its counts, if any were taken.
+        complete: Whether ``measured`` has all kernels and cases; then a figure without a report is out of date.
     """
     broken, excepted, better = [], [], []
     same_compiler = contract["triton"] == triton.__version__
@@ -203,11 +203,11 @@ def update(
     complete: bool,
     accept_worse: bool,
 ) -> dict:
-    """Return ``contract`` with what is new or better, and with ``accept_worse`` what is worse; as :func:`check`.
+    """Return ``contract`` with new and better figures, and worse ones if ``accept_worse``; arguments as :func:`check`.
 
-    Nothing that breaks a rule without an exception is taken in, and what was not counted anew stays. What is launched
-    no more is dropped where ``measured`` is ``complete``, as are exceptions that nothing needs, but for those of
-    another Triton.
+    A case that breaks a rule without an exception keeps its old figures, and counts that were not taken again stay. If
+    ``complete``, cases that are no longer launched are dropped, and so are unused exceptions, except those for another
+    version of Triton.
     """
     figures = {} if complete else {kernel: dict(cases) for kernel, cases in contract["figures"].items()}
     needed = []

@@ -1,12 +1,12 @@
-"""What a launch executes, counted on an emulated GPU, and how long a GPU needs for that at the least.
+"""Count what a launch executes on an emulated GPU, and bound its time on a GPU from below.
 
-A few programs of each launch run with the configuration, code and addresses of the whole one, and what they did is
-multiplied up to the grid: counts of N programs times the grid over N. Of a grid whose programs differ (tiles at an edge
-that read less, causal rows that look at fewer keys) that is an estimate, from programs spread evenly over it.
+A few programs of each launch run, with the configuration, code and addresses of the whole launch. Their counts are
+scaled to the grid: the counts of N programs times grid / N. If the programs differ (edge tiles that read less, causal
+rows that attend to fewer keys), this is an estimate, from programs spread evenly over the grid.
 
-The instructions are PTX's. ptxas makes others of them: it drops moves, folds address arithmetic and fuses. So what FMA,
-ALU and issue slots take is an estimate, and may lie above what a GPU needs. The bound is of what ptxas can neither drop
-nor hasten: products on tensor cores, special functions, wavefronts of shared memory, and bytes.
+The instructions are PTX. ptxas changes them: it drops moves, folds address arithmetic and fuses. So the times of FMA,
+ALU and issue slots are estimates, and may be longer than a GPU's. The bound uses only what ptxas can neither drop nor
+speed up: tensor core products, special functions, wavefronts of shared memory, and bytes.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from vitkernels.runtime import cdiv
 from vitkernels.testing.cases import DTYPES, Case
 
 SECTOR = 32  # bytes
-PROGRAMS = 8  # of a launch, at most
-# Warp instructions of a launch after which no further program is begun: those of long programs differ the least.
+PROGRAMS = 8  # most programs of a launch that run
+# After so many warp instructions, no further program of the launch starts: long programs differ the least.
 ENOUGH = 150_000
 
-# How long each pipe needs at the least, and what is an estimate.
+# The pipes whose times are lower bounds, and those whose times are estimates.
 BOUNDS = ("tensor", "mufu", "lsu", "l2", "dram")
 ESTIMATES = ("fma", "alu", "issue")
 
@@ -43,21 +43,21 @@ class Counts:
         target: Name in :data:`vitkernels.emulator.devices.DEVICES`.
         grid: Programs of the launch.
         programs: How many of them ran.
-        tensor, fma, alu, mufu, lsu, issue: Warp instructions by pipe (:mod:`vitkernels.emulator.pipes`), and all but
-            moves.
-        flops: Operations of tensor cores, padding included, by instruction and type.
-        requests: A warp's loads and stores of global memory; cp.async too.
-        sectors: The sectors of 32 bytes that these touch, request by request.
-        excess_sectors: Those beyond what the bytes asked for fill.
-        wavefronts: Clocks of a multiprocessor's shared memory and L1: accesses to shared memory, shuffles, and 128
-            bytes of global memory each.
-        conflicts: Wavefronts beyond those without a bank conflict.
-        l2_bytes: The sectors' bytes, as if L1 kept none.
-        l2_least: Those that pass L1 in any case: stores, atomics and cp.async of 16 bytes.
-        dram_bytes: Different bytes of the tensors that are read, and of those that are written: what passes DRAM once
-            where L2 holds nothing of them at the start.
+        tensor, fma, alu, mufu, lsu: Warp instructions by pipe (:mod:`vitkernels.emulator.pipes`).
+        issue: All warp instructions but moves.
+        flops: FLOPs of the tensor cores, padding included, by instruction and type.
+        requests: Loads and stores of global memory, one per warp; cp.async, atomics and bulk copies too.
+        sectors: 32-byte sectors that each request touches, summed over the requests.
+        excess_sectors: Sectors beyond those that the requested bytes fill.
+        wavefronts: Clocks of a multiprocessor's shared memory and L1: one for each wavefront of an access to shared
+            memory, each shuffle, and each 128 bytes of global memory.
+        conflicts: Wavefronts caused by bank conflicts.
+        l2_bytes: Bytes of the sectors: the traffic of L2 if L1 never hits.
+        l2_least: Bytes that bypass L1 in any case: stores, atomics and cp.async of 16 bytes.
+        dram_bytes: Distinct bytes of the tensors read plus those of the tensors written: the traffic of DRAM if L2 is
+            cold and every byte passes once.
         barriers: Barriers that a warp of a program waits at.
-        errors: What the emulator found that a GPU does not forgive.
+        errors: The emulator's findings, without those that ptxas repairs.
     """
 
     kernel: str
@@ -84,19 +84,19 @@ class Counts:
 
     @property
     def sectors_per_request(self) -> float:
-        """4 where 32 lanes take 4 bytes each that lie in a row, 16 where they take 16, 32 where all lie apart."""
+        """4 if 32 lanes access 4 contiguous bytes each, 16 if 16 bytes each, 32 if every lane hits another sector."""
         return self.sectors / self.requests if self.requests else 0.0
 
     @property
     def times_us(self) -> dict[str, float]:
         """Microseconds that each of :data:`BOUNDS` and :data:`ESTIMATES` takes at its full rate.
 
-        A multiprocessor's own pipes are taken to be as busy as those of the busiest one, which gets
-        ceil(grid / multiprocessors) programs; L2 and DRAM are one for all.
+        For the pipes of a multiprocessor, this is the time of the busiest one, which gets ceil(grid / multiprocessors)
+        programs. All multiprocessors share L2 and DRAM.
         """
         rates, sms = RATES[self.target], DEVICES[self.target].num_sms
-        share = cdiv(self.grid, sms) / self.grid  # of the launch, on the busiest multiprocessor
-        clock = rates.clock * 1e3  # a microsecond
+        share = cdiv(self.grid, sms) / self.grid  # the busiest multiprocessor's part of the launch
+        clock = rates.clock * 1e3  # clocks per microsecond
 
         def clocks(count: float, a_clock: float) -> float:
             return count * share / a_clock / clock
@@ -114,14 +114,14 @@ class Counts:
         return {name: times[name] for name in (*BOUNDS, *ESTIMATES)}
 
     def _tensor_rate(self, kind: str) -> float:
-        """Operations a microsecond on all multiprocessors."""
+        """Return the FLOPs per microsecond of all multiprocessors together."""
         instruction, operands = kind.split()
         rates = RATES[self.target]
         return rates.tensor[operands] * 1e6 * (rates.mma_sync if instruction == "mma" else 1)
 
     @property
     def bound_us(self) -> float:
-        """No GPU of this kind is faster: the longest of :data:`BOUNDS`."""
+        """Lower bound of the time on this GPU: the longest of :data:`BOUNDS`."""
         return max(self.times_us[name] for name in BOUNDS)
 
     @property
@@ -130,13 +130,13 @@ class Counts:
 
     @property
     def roofline_us(self) -> float:
-        """What its products at the tensor cores' peak, or its bytes at DRAM's, take: the longer of the two."""
+        """Time of the products at the tensor cores' peak or of the bytes at DRAM's peak, whichever is longer."""
         products = sum(n / (RATES[self.target].tensor[kind.split()[1]] * 1e6) for kind, n in self.flops.items())
         return max(products, self.times_us["dram"])
 
     @property
     def roofline_share(self) -> float:
-        """The roofline over the bound: less than 1 where another pipe, or the last wave of programs, takes longer."""
+        """Roofline time over the bound; below 1 if another pipe or a partial last wave of programs takes longer."""
         return self.roofline_us / self.bound_us if self.bound_us else 1.0
 
     def to_dict(self) -> dict[str, object]:
@@ -154,17 +154,17 @@ def count_op(case: Case, op: str, dtype: str, target: str, kernel: str | None = 
     """Return what each launch of an op, forward and backward at ``case``, executes on ``target``.
 
     Args:
-        case: Its shapes.
-        op: Of those that :func:`vitkernels.aot.launches.launches` names.
+        case: The shapes.
+        op: Key of :func:`vitkernels.aot.launches.launches`.
         dtype: Name in :data:`vitkernels.testing.cases.DTYPES`.
         target: Name in :data:`vitkernels.emulator.devices.DEVICES`.
-        kernel: Only kernels whose name holds this.
+        kernel: Only kernels whose name contains this.
     """
 
     def fill(t: torch.Tensor) -> None:
         if t.dtype == torch.int32:  # where packed images start
             t.copy_(torch.arange(t.numel()) * case.tokens)
-        elif t.dtype == torch.bool:  # masks that hide nothing
+        elif t.dtype == torch.bool:  # masks: all True hides nothing
             t.fill_(True)
 
     return count(launches(case, DTYPES[dtype])[op], target, kernel=kernel, fill=fill)
@@ -180,10 +180,10 @@ def count(
     """Return what each launch of ``launcher`` executes on ``target``.
 
     Args:
-        launcher: Makes its tensors on device ``cuda`` and calls a launcher of an op file.
+        launcher: Creates tensors on device ``cuda`` and calls a launcher of an op file.
         target: Name in :data:`vitkernels.emulator.devices.DEVICES`.
-        kernel: Only kernels whose name holds this.
-        fill: Gives a flat integer tensor its values, which are 0 otherwise.
+        kernel: Only kernels whose name contains this.
+        fill: Fills a flat integer or bool tensor, whose values are 0 otherwise.
     """
     sampled = emulate(launcher, target, fill=fill, kind=_Sampling, kernel=kernel)
     return [_times_the_grid(runs, target) for runs in sampled]
@@ -191,10 +191,10 @@ def count(
 
 @dataclasses.dataclass
 class _Sampling(Emulation):
-    """Runs single programs of each launch, and keeps a list of runs a launch.
+    """Runs single programs of each launch, and appends one list of runs per launch.
 
     Attributes:
-        kernel: Only launches of kernels whose name holds this.
+        kernel: Only launches of kernels whose name contains this.
     """
 
     kernel: str | None = None
@@ -217,9 +217,9 @@ class _Sampling(Emulation):
 
 
 def spread(grid: int, most: int = PROGRAMS) -> Iterator[int]:
-    """Yield up to ``most`` different programs of ``grid``, all of a small one, any first few of them evenly spread.
+    """Yield up to ``most`` distinct programs of ``grid``, evenly spread however few the caller takes.
 
-    By multiples of the golden ratio: programs in equal steps would all be the same tile of their image or row.
+    They follow multiples of the golden ratio: in equal steps, all could be the same tile of their image or row.
     """
     if grid <= most:
         yield from range(grid)
@@ -280,7 +280,7 @@ SHARED = ("lds", "sts", "ldmatrix", "stmatrix", "cpasync")
 
 
 def _bytes(views: Iterable[View]) -> int:
-    """Different bytes of ``views``; those of one storage that overlap in part hold no more than it does."""
+    """Return the distinct bytes of ``views``, per storage at most its size, as views may overlap."""
     of: dict[int, list[View]] = {}
     for view in views:
         of.setdefault(view.storage, []).append(view)

@@ -1,8 +1,8 @@
-"""Launches of an op at the sizes of a real model, executed in part on an emulated GPU.
+"""Run an op's launches at the sizes of a real model, in part, on an emulated GPU.
 
-The tensors need no memory until a kernel takes them; what PyTorch computes between the kernels is not computed. Each
-launch gets memory of its own, laid out as its arguments are, and runs a few programs of its grid: with the very
-configuration, code and addresses of the whole one.
+The tensors are fake: they have no memory, and PyTorch's ops between the kernels compute nothing. Each launch gets
+memory of its own in the layout of its arguments, and runs a few programs of its grid, with the configuration, code and
+addresses of the whole launch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vitkernels.aot.build import TARGETS, on_fake_tensors
 from vitkernels.emulator.execute import Run
 from vitkernels.emulator.launch import Emulation, emulating
 
-LARGEST_FILL = 1 << 22  # bytes; more is left zero, for the time that it takes
+LARGEST_FILL = 1 << 22  # bytes; filling a larger tensor takes too long, so it stays zero
 
 
 def emulate(
@@ -28,15 +28,16 @@ def emulate(
     kind: type[Emulation] | None = None,
     **changes,
 ) -> list[Run]:
-    """Call ``launcher()`` as :func:`vitkernels.aot.trace` does, and return what each launch did on ``target``.
+    """Call ``launcher()`` on fake CUDA tensors, and return each launch's run on ``target``.
 
     Args:
-        launcher: Makes its tensors on device ``cuda`` and calls a launcher of an op file.
+        launcher: Creates tensors on device ``cuda`` and calls a launcher of an op file.
         target: Name in :data:`vitkernels.emulator.devices.DEVICES`.
         programs: How many programs of each launch run, the first and the last among them.
-        seed: Of their order, and of that of their warps; None runs them in turn.
-        fill: Gives a flat integer tensor its values, which are 0 otherwise; numbers are random where they are few.
-        kind: How launches are emulated, if in a way of its own.
+        seed: Seed of the order of programs and warps; None runs them in turn.
+        fill: Fills a flat integer or bool tensor, whose values are 0 otherwise. Floating-point tensors of up to
+            :data:`LARGEST_FILL` bytes are random.
+        kind: Class of emulation, if not the default.
         **changes: Attributes of ``kind``.
     """
     generator = torch.Generator().manual_seed(0)

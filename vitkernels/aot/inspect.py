@@ -1,4 +1,4 @@
-"""``vitkernels inspect``: compile every kernel at every named case, show what came out, and hold it to the contract."""
+"""``vitkernels inspect``: compile every kernel at every named case, print figures, and check the contract."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from vitkernels.emulator.devices import DEVICES
 from vitkernels.ops.attention.config import choose_config, useful_share
 from vitkernels.testing.cases import CASES
 
-# fp16 compiles as bf16 does; fp32 takes other paths (TF32, or no tensor cores at all), at one case. So does fp64, which
-# is for gradients to be checked in: that each op compiles and fits is enough.
+# fp16 compiles like bf16. fp32 takes other paths (TF32, or no tensor cores at all): one case is enough. fp64 exists for
+# gradient checks: each op only has to compile and to fit on a multiprocessor.
 COMPILED = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 FP32_CASE = "vit_base_patch16_224"
 FP64_OPS = {
@@ -40,7 +40,7 @@ FP64_OPS = {
     "aimv2_large_patch14_224": {"rms_norm"},
 }  # fmt: skip
 
-COUNTED = ("bf16", "fp32")  # what runs on an emulated GPU under --run
+COUNTED = ("bf16", "fp32")  # the dtypes that --run runs on an emulated GPU
 
 Use = tuple[str, str, str]  # case, op, dtype
 
@@ -60,24 +60,25 @@ def inspect(
     accept_worse: bool = False,
     folder: Path = contract.FOLDER,
 ) -> bool:
-    """Compile the kernels for ``targets``, print a table of each, and return whether all hold the contract.
+    """Compile the kernels for ``targets``, print a table for each, and return whether all keep the contract.
 
     Args:
         targets: Names in :data:`vitkernels.aot.TARGETS`.
-        kernel: Only kernels whose name holds this.
+        kernel: Only kernels whose name contains this.
         cases: Only these of :data:`vitkernels.testing.cases.CASES`.
-        every: Show each launch, not a row a kernel.
+        every: Show one row per launch instead of one per kernel.
         markdown: Print the tables in Markdown, as docs/compiler-report.md shows them.
-        json_file: Where to write all reports.
+        json_file: File for all reports.
         dump: Folder for the text of every stage, by target, kernel and case.
-        jobs: How many kernels to compile, or to run, at a time; one a core unless given.
-        run: Run some programs of each launch on an emulated GPU, too, and count what they execute.
-        update: Take what is new or better into the contract.
-        accept_worse: Take what is worse into it, too.
-        folder: Where the contracts lie.
+        jobs: How many kernels to compile, or ops to run, at a time; by default one per core.
+        run: Also run some programs of each launch on an emulated GPU and count what they execute.
+        update: Add new and better figures to the contract.
+        accept_worse: Add worse figures, too.
+        folder: Folder of the contracts.
 
     Raises:
-        UserError: A name is unknown, ``jobs`` is less than 1, a file cannot be written, or a target not emulated.
+        UserError: A name is unknown, ``jobs`` is less than 1, a file cannot be written, ``run`` is asked for a target
+            that cannot be emulated, or no C++ compiler is found for it.
     """
     unknown = set(cases or ()) - set(CASES)
     if unknown:
@@ -150,7 +151,7 @@ def inspect(
 
 
 def find_launches(targets: Iterable[str], cases: Iterable[str], kernel: str | None = None) -> dict[Launch, list[Use]]:
-    """Return each distinct launch of the library at ``cases``, with where it comes from."""
+    """Return each distinct launch of the library at ``cases``, with the (case, op, dtype) that make it."""
     found: dict[Launch, list[Use]] = {}
     plan = [
         (target, case, op, dtype, launcher)
@@ -172,7 +173,7 @@ def find_launches(targets: Iterable[str], cases: Iterable[str], kernel: str | No
 def compile_all(
     uses: Mapping[Launch, list[Use]], dump: Path | None = None, jobs: int | None = None
 ) -> dict[Launch, Report | str]:
-    """Compile and read each launch, ``jobs`` at a time; of one that does not compile, what the compiler said."""
+    """Compile and read each launch, ``jobs`` at a time; for one that fails to compile, return the compiler's error."""
     places = {launch: dump and _place(dump, launch, of) for launch, of in uses.items()}
     found = _each(_compile_and_read, places.items(), f"Compiling {len(uses)} kernels", jobs)
     return dict(zip(uses, found, strict=True))
@@ -181,16 +182,16 @@ def compile_all(
 def count_all(
     uses: Mapping[Launch, list[Use]], kernel: str | None = None, jobs: int | None = None
 ) -> dict[tuple[str, str, str, str], list[Counts] | str]:
-    """Count what ``uses`` execute, by target, case, op and dtype; of one that cannot be run, why."""
+    """Count what ``uses`` execute, by target, case, op and dtype; for one that cannot run, return the reason."""
     wanted = {(launch.target, *use): None for launch, of in uses.items() for use in of if use[2] in COUNTED}
     found = _each(_count, [(*use, kernel) for use in wanted], f"Running {len(wanted)} ops", jobs)
     return dict(zip(wanted, found, strict=True))
 
 
 def _each(function: Callable, items: Iterable[tuple], text: str, jobs: int | None) -> list:
-    """``function`` of each of ``items``, in order, ``jobs`` of them at a time."""
+    """Return ``function(*item)`` for each of ``items``, in order; ``jobs`` run at a time."""
     items = list(items)
-    workers = min(jobs or len(os.sched_getaffinity(0)), len(items) // 4)  # starting one takes as long as four kernels
+    workers = min(jobs or len(os.sched_getaffinity(0)), len(items) // 4)  # a worker's start costs as much as 4 kernels
     if workers < 2:
         return [function(*item) for item in track(items, text)]
     with _interrupt.pool(workers, "spawn") as pool:
@@ -210,19 +211,19 @@ def _compile_and_read(launch: Launch, place: Path | None) -> Report | str:
         for stage, text in stages.items():
             part = place / f".{launch.name}.{stage}"
             part.write_bytes(text.encode() if isinstance(text, str) else text)
-            part.replace(place / part.name[1:])  # at once: this process may be killed
+            part.replace(place / part.name[1:])  # atomic: if this process is killed, no file is cut short
     return report
 
 
 def _count(target: str, case: str, op: str, dtype: str, kernel: str | None) -> list[Counts] | str:
     try:
         return count_op(CASES[case], op, dtype, target, kernel)
-    except Exception as error:  # PTX that the emulator does not know, and whatever a launcher raises
+    except Exception as error:  # unknown PTX, or whatever a launcher raises
         return f"{type(error).__name__}: {one_line(error)}"
 
 
 def _check_can_run(targets: Iterable[str]) -> None:
-    """Raise UserError where kernels of a target, or any, cannot run here."""
+    """Raise UserError if a target cannot be emulated, or if the engine cannot be compiled here."""
     others = [target for target in targets if target not in DEVICES]
     if others:
         raise UserError(f"--run cannot run {', '.join(others)}: the GPUs that are emulated are {', '.join(DEVICES)}")
@@ -233,7 +234,7 @@ def _check_can_run(targets: Iterable[str]) -> None:
 
 
 def _place(dump: Path, launch: Launch, uses: list[Use]) -> Path:
-    # Launches of one op and case may differ in their constants alone.
+    # Launches of one op and case may differ only in constants: without the hash they would share a folder.
     number = hashlib.sha256(launch.specialization.encode()).hexdigest()[:8]
     return dump / launch.target / launch.name / "-".join([*uses[0], number])
 
@@ -287,13 +288,13 @@ TIMES_HEADER = ("kernel", "tensor", "MUFU", "LSU", "L2", "DRAM", "at least", "by
 
 
 def _show_counts(target: str, counted: Mapping[contract.Key, list[Counts]], every: bool, markdown: bool) -> None:
-    """Print what launches execute, and how long they take at the least."""
+    """Print what launches execute, and lower bounds of their times."""
     groups: dict[str, list[Counts]] = collections.defaultdict(list)
     for (name, use), counts in counted.items():
         if every or use.endswith(" bf16"):
             groups[f"{name} {use}" if every else name] += counts
     groups = dict(sorted(groups.items()))
-    if not groups:  # all in fp32
+    if not groups:  # all counts are fp32's
         return
 
     def cells(group: list[Counts]) -> list[str]:
@@ -337,7 +338,7 @@ _PIPES = {"tensor": "tensor", "mufu": "MUFU", "lsu": "LSU", "l2": "L2", "dram": 
 
 
 def _span(values: Iterable[float]) -> str:
-    """The least and the largest of ``values``, or the one that they are."""
+    """Format the smallest and the largest of ``values``, or one number if they look the same."""
     values = list(values)
     low, high = (f"{v:.3g}" if v < 1000 else f"{v:.0f}" for v in (min(values), max(values)))
     return low if low == high else f"{low}–{high}"
@@ -352,7 +353,7 @@ def _print(header: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool)
 
 
 def _show_useful_work(target: str, reports: Iterable[Launch], uses: Mapping[Launch, list[Use]]) -> None:
-    """Print, by case, how much of the scores that attention's forward computes is no padding."""
+    """Print for each case which share of the scores in attention's forward is not padding."""
     attended = {case for launch in reports for case, op, _ in uses[launch] if op == "attention"}
     shares = collections.defaultdict(list)
     for name in (name for name in CASES if name in attended):

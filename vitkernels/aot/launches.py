@@ -1,4 +1,4 @@
-"""Every op's forward and backward at a case's shapes, on tensors that need no memory: what there is to compile."""
+"""The launches of every op's forward and backward at a case's shapes, on fake tensors: what there is to compile."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from vitkernels.testing.cases import Case
 
 
 def launches(case: Case, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """Return, by op, a function that launches its kernels as a training step of ``case`` would.
+    """Return for each op a function that launches its kernels as a training step of ``case`` does.
 
-    The functions make their tensors on device ``cuda``. Call them through :func:`vitkernels.aot.trace`, under which
-    these tensors need no GPU.
+    The functions create their tensors on device ``cuda``. Call them through :func:`vitkernels.aot.trace`, which makes
+    these tensors fake, so that they need no GPU.
     """
     B, N, C, F, H, D = case.batch, case.tokens, case.channels, case.hidden, case.heads, case.head_dim
     sums = wide_dtype(dtype)
@@ -76,7 +76,7 @@ def launches(case: Case, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         if dtype.itemsize == 2:
             for save_z in (False, True):
                 run("glu_fwd", x, *first, case.activation, False, save_z)
-        else:  # PyTorch multiplies, which needs a GPU
+        else:  # here PyTorch computes the products; only the gate is our kernel
             run("glu_gate", z, case.activation, False)
         run("linear_fwd", h, w3, new(C), gamma(), x, None, dtype, False)
         if not case.mlp_norm:
@@ -146,7 +146,7 @@ def launches(case: Case, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         prefix = new(1, case.prefix, C) if case.prefix else None
         planar = new(B, 3, side, side, dtype=torch.uint8)
         channels_last = new(B, side, side, 3, dtype=torch.uint8).permute(0, 3, 1, 2)  # as decoders write
-        # One layout is enough to see every kernel, and one case to see the other.
+        # One layout compiles every kernel; only cases that list attention variants compile the other one, too.
         for images in (planar, channels_last) if case.attention else (planar,):
             run("patch_embed_fwd", images, weight, new(C), new(1, N, C), prefix, True, constants, dtype)
             run("patch_embed_bwd", new(B, N, C), images, weight, False, True, constants)

@@ -1,7 +1,7 @@
-"""Read what the compiler made of a kernel: registers, spills, memory accesses, products, addresses.
+"""Read figures from a compiled kernel: registers, spills, memory accesses, products, addresses.
 
-The machine code is the witness for what runs (SASS of NVIDIA's, assembly of AMD's), Triton's own stages for what was
-meant: the products in TTGIR, the address arithmetic in TTIR.
+What runs is read from the machine code (SASS for NVIDIA, assembly for AMD). What the source asks for is read from
+Triton's own stages: products from TTGIR, address arithmetic from TTIR.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from vitkernels.runtime import cdiv
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What the compiler made of one launch.
+    """Figures of one compiled launch.
 
     Attributes:
         kernel: The kernel's name.
-        target: The architecture's.
-        num_warps: Warps (waves) a program.
-        registers: Registers a thread; vector registers, accumulation ones included, on AMD's.
-        spilled_bytes: Bytes a thread that spills store and load; of scratch memory on AMD's.
-        shared_bytes: Shared memory (LDS) a program uses.
-        blocks: Programs that a multiprocessor (compute unit) holds at once.
+        target: The architecture's name.
+        num_warps: Warps (waves) per program.
+        registers: Registers per thread; on AMD vector registers, with the accumulation registers.
+        spilled_bytes: Bytes per thread that spills store and load; on AMD bytes of scratch memory.
+        shared_bytes: Bytes of shared memory (LDS) per program.
+        blocks: Programs that fit on a multiprocessor (compute unit) at once.
         wgmma, mma_sync, tcgen05, mfma: Matrix instructions, by kind.
-        slow_products: 16-bit products in 64 rows or more that miss the chip's best matrix unit.
+        slow_products: 16-bit products with 64 rows or more that miss the chip's best matrix unit.
         tma: Copies by the tensor memory accelerator.
         cp_async: Asynchronous copies to shared memory.
         narrow: 8- and 16-bit loads and stores of global memory outside loops.
-        narrow_in_loop: Those inside.
+        narrow_in_loop: The same inside loops.
         atomics: Atomic instructions.
         tf32: Products that round fp32 operands to TF32.
-        address_bits: 32 where a program's number is multiplied by a size in 32 bits, else 64.
-        reach_checked: Whether the launcher chooses the width of offsets by how far a tensor reaches.
+        address_bits: 32 if the program id is multiplied by a size in 32 bits, else 64.
+        reach_checked: Whether the launcher chooses the width of offsets from the tensor's largest offset.
     """
 
     kernel: str
@@ -68,7 +68,7 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """A machine instruction: its name, its operands, and whether it can run twice."""
+    """A machine instruction: its name, its operands, and whether it is in a loop."""
 
     name: str
     operands: str
@@ -76,7 +76,7 @@ class Instruction:
 
 
 def read_kernel(launch: Launch, compiled) -> tuple[Report, dict[str, str | bytes]]:
-    """Read a kernel that :func:`vitkernels.aot.compile_launch` compiled: its report, and its text by stage."""
+    """Return the report and the text of each stage of a kernel from :func:`vitkernels.aot.compile_launch`."""
     target = TARGETS[launch.target]
     metadata = compiled.metadata
     stages = {name: compiled.asm[name] for name in ("ttir", "ttgir", "llir")}
@@ -106,12 +106,12 @@ def read_kernel(launch: Launch, compiled) -> tuple[Report, dict[str, str | bytes
 
 
 def blocks(target: Target, num_warps: int, registers: int, shared_bytes: int, tmem_columns: int = 0) -> int:
-    """Return how many programs a multiprocessor (compute unit) holds at once.
+    """Return how many programs fit on a multiprocessor (compute unit) at once.
 
-    NVIDIA's: 64 K registers, given to a warp in units of 256; 1 KiB of shared memory a program for the system (CUDA C++
-    Programming Guide; the occupancy calculator of cuda_occupancy.h); 512 columns of tensor memory on sm_100.
-    AMD's CDNA 3: four SIMDs, each with 512 vector registers a lane given in units of 8, and at most 8 waves; LDS in
-    units of 512 bytes (LLVM's AMDGPUBaseInfo.cpp, getNumWavesPerEUWithNumVGPRs and getMaxWorkGroupsPerCU).
+    NVIDIA: 64 K registers, allocated to a warp in units of 256; the system takes 1 KiB of shared memory per program
+    (CUDA C++ Programming Guide; the occupancy calculator of cuda_occupancy.h); 512 columns of tensor memory on sm_100.
+    AMD CDNA 3: four SIMDs, each with 512 vector registers per lane, allocated in units of 8, and at most 8 waves; LDS
+    in units of 512 bytes (LLVM's AMDGPUBaseInfo.cpp, getNumWavesPerEUWithNumVGPRs and getMaxWorkGroupsPerCU).
     """
     if target.triton.backend == "cuda":
         warps = (1 << 16) // (cdiv(32 * registers, 256) * 256)
@@ -125,7 +125,7 @@ def blocks(target: Target, num_warps: int, registers: int, shared_bytes: int, tm
 
 
 def disassemble(cubin: bytes) -> tuple[str, int]:
-    """Return the SASS of ``cubin`` and its registers a thread, by the tools that Triton brings."""
+    """Return the SASS of ``cubin`` and its registers per thread, using the tools that Triton ships."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -135,11 +135,11 @@ def disassemble(cubin: bytes) -> tuple[str, int]:
             return subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
 
         usage = said(tools / "cuobjdump", "--dump-resource-usage")
-        # Without the analysis of who jumps where through registers, a third of its time: nothing here does.
+        # -ndf skips the analysis of jumps through registers, a third of the time: our kernels have none.
         return said(tools / "nvdisasm", "-c", "-ndf"), int(re.search(r"REG:(\d+)", usage).group(1))
 
 
-# For Blackwell some releases print what the instruction waits for behind its operands: &req={1}, ?trans4.
+# For Blackwell some releases print after the operands what the instruction waits for: &req={1}, ?trans4.
 _SASS = re.compile(
     r"^\s*/\*[0-9a-f]+\*/\s+(?P<when>@\S+\s+)?(?P<name>[A-Z][\w.]*)\s*(?P<operands>[^;]*?)(\s+[&?]\S+)*\s*;", re.M
 )
@@ -148,10 +148,10 @@ _LABEL = re.compile(r"^(?P<label>[.\w$]+):", re.M)
 
 
 def instructions(listing: str) -> list[Instruction]:
-    """Return the instructions of a listing in SASS or in AMD's assembly."""
+    """Return the instructions of a listing in SASS or AMD assembly."""
     sass = _SASS.search(listing) is not None
     found: list[tuple[str, str, str | None]] = []  # name, operands, where it may jump
-    ends: set[int] = set()  # what the next instruction does not follow
+    ends: set[int] = set()  # instructions that never go on to the next one
     labels: dict[str, int] = {}
     for line in listing.splitlines():
         if label := _LABEL.match(line):
@@ -169,7 +169,7 @@ def instructions(listing: str) -> list[Instruction]:
 
 
 def _loops(jumps: list[int | None], ends: set[int], labelled: set[int]) -> set[int]:
-    """Indices that can be reached from themselves: from i to i + 1 unless it ends, and to jumps[i]."""
+    """Return the indices reachable from themselves; i leads to jumps[i], and to i + 1 unless it is in ``ends``."""
     starts = sorted({0} | labelled | {i + 1 for i, j in enumerate(jumps) if j is not None or i in ends})
     starts = [s for s in starts if s < len(jumps)]
     last = dict(zip(starts, [*(s - 1 for s in starts[1:]), len(jumps) - 1], strict=True))
@@ -194,7 +194,7 @@ def _loops(jumps: list[int | None], ends: set[int], labelled: set[int]) -> set[i
 
 
 def sass_counts(code: Iterable[Instruction]) -> dict[str, int]:
-    """Count what a :class:`Report` tells of, in SASS."""
+    """Count a :class:`Report`'s instructions in SASS."""
     return _count(
         code,
         wgmma=r"[HQIB]GMMA",
@@ -207,7 +207,7 @@ def sass_counts(code: Iterable[Instruction]) -> dict[str, int]:
 
 
 def ptx_counts(ptx: str) -> dict[str, int]:
-    """Count atomics and products in TF32, in PTX: SASS shows the tensor memory allocator's own atomics on sm_100."""
+    """Count atomics and TF32 products in PTX; on sm_100 SASS also has atomics of the tensor memory allocator."""
     return {
         "atomics": len(re.findall(r"^\s*(?:@\S+\s+)?(?:atom|red|multimem\.red|cp\.reduce)\.", ptx, re.M)),
         "tf32": len(re.findall(r"\b(?:wg)?mma\S*\.tf32|\.kind::tf32", ptx)),
@@ -220,7 +220,7 @@ def _sass_width(name: str) -> int:
 
 
 def amdgcn_counts(code: Iterable[Instruction]) -> dict[str, int]:
-    """Count what a :class:`Report` tells of, in AMD's assembly."""
+    """Count a :class:`Report`'s instructions in AMD assembly."""
     counts = _count(
         code,
         mfma=r"v_(s?mfmac?)_",
@@ -250,10 +250,10 @@ def _yaml(assembly: str, key: str) -> int:
 
 
 def slow_products(target: str, ttir: str, ttgir: str, matrix: int) -> int:
-    """Count 16-bit products in 64 rows or more that miss the best matrix unit of the chip.
+    """Count 16-bit products with 64 rows or more that miss the chip's best matrix unit.
 
-    On sm_90 and sm_100 those are wgmma and tcgen05, which alone leave no ``tt.dot`` in TTGIR; elsewhere a kernel that
-    multiplies must show some matrix instruction.
+    On sm_90 that is wgmma, on sm_100 tcgen05: a product that uses it leaves no ``tt.dot`` in TTGIR. On other targets it
+    is enough that a kernel with products has any matrix instruction.
     """
 
     def rows(text: str) -> list[int]:
@@ -266,17 +266,17 @@ def slow_products(target: str, ttir: str, ttgir: str, matrix: int) -> int:
 
 
 def address_bits(ttir: str) -> int:
-    """Return 32 where TTIR multiplies a program's number by a size in 32 bits, else 64.
+    """Return 32 if TTIR multiplies the program id by a size in 32 bits, else 64.
 
-    Such a product exceeds 32 bits once a tensor holds 2³¹ elements. The program's number times a constant, once, is a
-    row or column (BLOCK_M · pid) and holds; times a size or a stride, or times a second constant, it is an address.
+    Such a product overflows once a tensor holds 2³¹ elements. The program id times one constant is a row or a column
+    (pid · BLOCK_M) and fits. Times a size, a stride or a second constant, it is an address.
     """
     constants: set[str] = set()
-    depth: dict[str, int] = {}  # 1: depends on the program's number; 2: on that, times a constant
+    depth: dict[str, int] = {}  # 1: depends on the program id; 2: on the program id times a constant
     lines = [line.partition(" loc(")[0].strip() for line in ttir.splitlines()]
-    for line in [*lines, *lines]:  # twice, as a loop hands values to its own beginning
+    for line in [*lines, *lines]:  # twice: a loop passes values back to its own start
         if line == "module {":
-            regions: list[tuple[str, list[str]]] = []  # of each open one: what it results in, what it carries
+            regions: list[tuple[str, list[str]]] = []  # the result and the carried values of each open region
         result, equals, rest = line.partition(" = ")
         if not equals or not result.startswith("%"):
             result, rest = "", line
@@ -292,7 +292,7 @@ def address_bits(ttir: str) -> int:
 
         if operation == "arith.constant" or (operation in ("tt.splat", "tt.broadcast") and operands[0] in constants):
             constants.add(result)
-        elif operation == "scf.for":  # the first that it carries is its counter
+        elif operation == "scf.for":  # the first of ``carried`` is its counter
             for name, start in carried:
                 depth[name] = max(depth.get(name, 0), depth.get(start, 0))
         elif operation == "scf.yield" and regions:

@@ -1,4 +1,4 @@
-"""``python -m vitkernels`` and ``vitkernels``: the command line, with Ctrl-C answered before anything is imported."""
+"""``python -m vitkernels`` and ``vitkernels``: the command line. Ctrl-C is handled before the heavy imports."""
 
 import sys
 
@@ -6,7 +6,7 @@ from vitkernels import _interrupt
 
 
 def main() -> int:
-    """Run the process's command line; return its exit status."""
+    """Run this process's command line and return its exit status."""
     _interrupt.start()
     from vitkernels import cli
 

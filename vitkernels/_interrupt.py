@@ -1,12 +1,12 @@
-"""Ctrl-C, answered: it ends a command at once, with every process that it started, and exit status 130.
+"""Make Ctrl-C end a command at once, with every process that it started, and exit status 130.
 
-Python would raise KeyboardInterrupt in the main thread, between two steps of its own: not while a compiler or a product
-runs, and otherwise anywhere, as within an import, in a destructor that swallows it, or where a pool waits for what its
-workers have in hand. And as a terminal sends SIGINT to each process of a command, each would print its traceback.
+Python itself raises KeyboardInterrupt in the main thread between two bytecodes. That is too late while a compiler or a
+matrix product runs, and otherwise it can happen anywhere: within an import, in a destructor that swallows it, or while
+a pool waits for its workers. A terminal also sends SIGINT to each process of a command, and each prints a traceback.
 
-So SIGINT is blocked here, and children are born deaf to it. One thread waits for it, ends the whole tree below this
-process, and then the process. SIGTERM is handed on to that thread. All this is for Linux, where Triton runs:
-elsewhere :func:`start` does nothing, and KeyboardInterrupt comes as ever.
+So this module blocks SIGINT, and children inherit the blocked signal. One thread waits for SIGINT, ends all processes
+below this one, and then the process itself. The handler of SIGTERM wakes that thread, too. All this works on
+Linux, where Triton runs; elsewhere :func:`start` does nothing, and Python raises KeyboardInterrupt as usual.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-STATUS = 130  # 128 + SIGINT, as shells count
-PATIENCE_S = 1.0  # for a file that is being written, and again for children to be gone
+STATUS = 130  # 128 + SIGINT, a shell's convention
+PATIENCE_S = 1.0  # longest wait for a file that is being written, and again for children to end
 
 _watch: _Watch | None = None
 _writing = threading.RLock()
 
 
 def start() -> None:
-    """Answer SIGINT and SIGTERM from now on, to the process's end; in the main thread alone."""
+    """Handle SIGINT and SIGTERM until the process ends. Does nothing outside the main thread."""
     global _watch
     main = threading.current_thread() is threading.main_thread()
     if _watch is None and main and os.path.exists("/proc/self/stat"):
@@ -37,7 +37,7 @@ def start() -> None:
 
 @contextlib.contextmanager
 def answered() -> Iterator[None]:
-    """Answer SIGINT and SIGTERM within, as :func:`start` does, and leave all as it was before."""
+    """Handle SIGINT and SIGTERM within a ``with`` block, as :func:`start` does, and restore the old state after it."""
     global _watch
     before = _watch
     start()
@@ -51,9 +51,10 @@ def answered() -> Iterator[None]:
 
 @contextlib.contextmanager
 def at_the_end(do: Callable[[], None]) -> Iterator[None]:
-    """Call ``do`` last where an interrupt comes within: beside the main thread, which has been halted anywhere.
+    """Call ``do`` as the last step if an interrupt comes within the block.
 
-    It must import nothing and take no lock; it may replace the process by another.
+    ``do`` runs in the watching thread, while the main thread has stopped at an arbitrary point. So it must import
+    nothing and take no lock; it may replace the process by another.
     """
     if _watch is None:
         yield
@@ -67,18 +68,18 @@ def at_the_end(do: Callable[[], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing() -> Iterator[None]:
-    """Let an interrupt wait, though no longer than a second, until the file that is written within is whole."""
+    """Make an interrupt wait, for at most a second, until the block has written its file."""
     with _writing:
         yield
 
 
 @contextlib.contextmanager
 def pool(workers: int, method: str) -> Iterator:
-    """Yield an executor of ``workers`` processes, which an exception that leaves the block kills and does not wait for.
+    """Yield an executor of ``workers`` processes; if the block raises, the processes are killed, not waited for.
 
     Args:
-        workers: How many.
-        method: ``fork`` or ``spawn``, as :func:`multiprocessing.get_context` takes it.
+        workers: Number of processes.
+        method: ``fork`` or ``spawn``, for :func:`multiprocessing.get_context`.
     """
     import concurrent.futures
     import multiprocessing
@@ -102,25 +103,25 @@ def _leave_it_to_the_parent() -> None:
 
 
 def _quiet_resource_tracker() -> None:
-    """Start what removes a pool's semaphores when all is over; killed workers leave some, of which it would warn."""
+    """Start multiprocessing's resource tracker without its warnings about semaphores that killed workers leave."""
     from multiprocessing import resource_tracker
 
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    sys.warnoptions.append("ignore:resource_tracker")  # which it takes over
-    resource_tracker.ensure_running()  # which unblocks SIGINT, whoever blocked it
+    sys.warnoptions.append("ignore:resource_tracker")  # the tracker's process inherits the option
+    resource_tracker.ensure_running()  # unblocks SIGINT, even if the caller has blocked it: the mask is restored below
     sys.warnoptions.pop()
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 class _Watch:
-    """The thread that waits for SIGINT, and what was before it."""
+    """The thread that waits for SIGINT, and the signal state to restore."""
 
     def __init__(self):
         self.pid, self.ending, self.over = os.getpid(), False, False
         self.last: Callable[[], None] | None = None
         self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        # SIGINT's is for threads from before, which do not block it. A shell starts what runs in the background with
-        # SIGINT ignored: that ends here.
+        # Threads that exist already do not block SIGINT: they need its handler. The handler also replaces SIG_IGN, with
+        # which a shell starts background processes.
         self.handlers = {number: signal.signal(number, self._hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
         self.thread = threading.Thread(target=self._wait, name="Ctrl-C", daemon=True)
         self.thread.start()
@@ -134,9 +135,9 @@ class _Watch:
         signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
 
     def _hand_on(self, *_) -> None:
-        if os.getpid() != self.pid:  # forked, and without the thread
+        if os.getpid() != self.pid:  # a forked child, which does not have the thread
             os._exit(STATUS)
-        while self.ending:  # nothing more may be printed or written: all children are about to fail
+        while self.ending:  # children are being killed: the main thread must not print their failures
             time.sleep(PATIENCE_S)
         signal.pthread_kill(self.thread.ident, signal.SIGINT)
 
@@ -146,22 +147,22 @@ class _Watch:
             return
         _writing.acquire(timeout=PATIENCE_S)
         self.ending = True
-        _thread.interrupt_main()  # to halt it
+        _thread.interrupt_main()  # the handler above then stops the main thread
         _end_trees(pid for pid, (parent, _) in _processes().items() if parent == self.pid)
         if os.isatty(2):
             os.write(2, b"\x1b[?25h")  # a progress bar hides the cursor
         if self.last is not None:
-            # Some senders, as timeout(1), send it twice.
+            # Some senders, such as timeout(1), send SIGINT twice: the second one must not reach ``last``.
             while signal.sigtimedwait({signal.SIGINT}, 0) is not None:
                 pass
             self.last()
-        os._exit(STATUS)  # no handler of the exit, and no pool, to wait for
+        os._exit(STATUS)  # sys.exit would wait for exit handlers and pools
 
 
 def _end_trees(roots: Iterable[int]) -> None:
-    """Kill the processes ``roots`` with all below them, and wait until they are gone.
+    """Kill the processes ``roots`` and all their descendants, and wait until they have ended.
 
-    They are stopped first: one that starts others meanwhile would leave them behind as nobody's children.
+    All are stopped first: otherwise a process that starts a child meanwhile would leave it behind as an orphan.
     """
     known: set[int] = set()
     found = {pid for pid in roots if not _tracks_resources(pid)}
@@ -195,7 +196,7 @@ def _processes() -> dict[int, tuple[int, str]]:
 
 
 def _tracks_resources(pid: int) -> bool:
-    """Tell whether ``pid`` is the process of multiprocessing that cleans up, and ends, when all others are gone."""
+    """Return whether ``pid`` is multiprocessing's resource tracker, which cleans up and ends after all others."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:
         return b"multiprocessing.resource_tracker" in file.read()
     return False

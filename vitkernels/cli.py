@@ -1,4 +1,4 @@
-"""The command ``vitkernels``. What a subcommand needs is imported when it runs."""
+"""The command ``vitkernels``. Each subcommand imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ OUTPUTS = ("out", "json", "junit", "html")  # options that name a file to write
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``argv``; return 0, 1 where a check fails, 2 where the user has something to put right.
+    """Run the command line ``argv``; return 0, 1 if a check fails, 2 if the user must correct something.
 
-    Ctrl-C ends the process, and all that it started, with status 130.
+    ``verify`` returns its own exit codes. Ctrl-C ends the process and all that it started, with status 130.
     """
-    with _interrupt.answered():  # PyTorch's import, too
+    with _interrupt.answered():  # also while PyTorch is imported
         return _run(argv)
 
 
@@ -29,7 +29,7 @@ def _run(argv: Sequence[str] | None) -> int:
     from vitkernels.console import UserError, give_blas_one_thread, why_not_imported
 
     if args.runs_kernels:
-        if args.run is _verify:  # each of its workers
+        if args.run is _verify:  # its workers would each start a BLAS thread per core
             give_blas_one_thread()
         _emulate_without_gpu(even_with=getattr(args, "cpu", False))
     try:
@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
-    """Raise UserError before the work where what it makes could not be written, or would lie on another file."""
+    """Raise UserError before the work starts if an output cannot be written, or would overwrite another file."""
     from vitkernels.console import UserError, check_can_write
 
     outputs = [path for path in (getattr(args, name, None) for name in OUTPUTS) if isinstance(path, Path)]
@@ -165,7 +165,7 @@ def _explain(args: argparse.Namespace) -> None:
 
 
 def _without_weights(name: str):
-    """Build the model that ``name`` stands for on the meta device."""
+    """Build the model named ``name`` on the meta device."""
     import torch
 
     from vitkernels.console import UserError, import_timm, import_transformers, near, one_line
@@ -182,7 +182,7 @@ def _without_weights(name: str):
                 )
                 with torch.device("meta"):
                     return transformers.AutoModel.from_config(config_object, trust_remote_code=False)
-            except Exception as error:  # each class of transformers has its own errors for what it cannot use
+            except Exception as error:  # each class of transformers raises its own errors for a bad config
                 raise UserError(f"{config} describes no model: {type(error).__name__}: {one_line(error)}") from error
         timm, architecture = import_timm(), described["architecture"]
         if not (isinstance(architecture, str) and architecture):
@@ -268,7 +268,7 @@ def _traffic(args: argparse.Namespace) -> bool:
 
 
 def _emulate_without_gpu(*, even_with: bool) -> None:
-    """Let the kernels run on a CPU, in this process and those that it starts, unless the user chose a backend."""
+    """Select the emulator, here and in child processes, without a GPU or ``even_with`` one, unless a backend is set."""
     import torch
 
     gpu = torch.cuda.is_available() or torch.xpu.is_available()

@@ -1,4 +1,4 @@
-"""What the commands say: errors that a user can act on, tables, and progress. Pretty where rich is installed."""
+"""The commands' input and output: errors that a user can act on, files, tables and progress (rich if installed)."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ except ImportError:
 
 
 class UserError(Exception):
-    """Something that the user can put right; its text is one line, and is all that is shown."""
+    """An error that the user can correct. Its text is one line, and the command shows nothing else."""
 
 
 def one_line(error: BaseException) -> str:
-    """Return the first line of ``error``'s text, with the next where it ends in a colon, or its class's name."""
+    """Return the first line of ``error``'s text (and the next one after a colon), or its class's name if empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[: 1 + lines[0].endswith(":")]) if lines else type(error).__name__
 
 
 def warn(text: str) -> None:
-    """Tell of something that goes on otherwise than was asked."""
+    """Print a warning: the command goes on, but not as the user asked."""
     print(f"vitkernels: warning: {text}", file=sys.stderr)
 
 
-_DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}  # where a package is installed by another name
+_DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}  # packages that pip installs under another name
 
 
 def not_imported(error: ImportError, extra: str) -> str:
-    """Return ``cannot be imported``, why, and what to install: a package, or an extra of vitkernels that brings it."""
+    """Return ``cannot be imported``, the reason, and what to install: the package, or an extra of vitkernels."""
     package = (error.name or "").partition(".")[0]
     words = [_DISTRIBUTIONS.get(package, package)] if package else []
     if words and not isinstance(error, ModuleNotFoundError):
-        words.insert(0, "--force-reinstall")  # it is there, and broken
+        words.insert(0, "--force-reinstall")  # it is installed, but broken
     each = f"pip install {' '.join(words)}, or " if words else ""
     return f"cannot be imported ({one_line(error)}): {each}install vitkernels with its extra [{extra}]"
 
 
 def why_not_imported(command: str, error: ImportError, extra: str) -> str:
-    """Return what ``command`` misses, in a line.
+    """Return in one line which package ``command`` needs.
 
     Raises:
-        ImportError: ``error`` itself, where it is one of our own modules that cannot be imported: a bug.
+        ImportError: ``error`` itself, if one of our own modules cannot be imported, which is a bug.
     """
     package = (error.name or "").partition(".")[0]
     if package in ("vitkernels", "benchmarks"):
@@ -61,16 +61,18 @@ def why_not_imported(command: str, error: ImportError, extra: str) -> str:
 
 
 def near(name: str, names: Iterable[str]) -> str:
-    """Return ``; did you mean …?`` with what is like ``name`` among ``names``, or nothing."""
+    """Return ``; did you mean …?`` with the ``names`` that resemble ``name``, or an empty string."""
     alike = difflib.get_close_matches(name, list(names), n=3)
     return f"; did you mean {', '.join(alike)}?" if alike else ""
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write ``content`` to ``path``, whole or not at all: an older file stays as it was until then.
+    """Write ``content`` to ``path`` whole or not at all: an older file stays until the new one is complete.
+
+    Links and devices are written in place.
 
     Raises:
-        UserError: It cannot be written.
+        UserError: The file cannot be written.
     """
 
     def write(to: Path) -> None:
@@ -92,10 +94,10 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 
 def check_can_write(path: Path) -> None:
-    """Find out before the work whether :func:`write_file` can write to ``path`` after it; nothing is left there.
+    """Check, before long work, that :func:`write_file` will be able to write ``path``; leave nothing there.
 
     Raises:
-        UserError: It cannot: there is no such folder, it is a folder itself, or may not be written.
+        UserError: It cannot: the folder is missing, ``path`` is a folder, or permission is denied.
     """
     try:
         if path.is_dir():
@@ -111,10 +113,10 @@ def check_can_write(path: Path) -> None:
 
 
 def check_can_fill(folder: Path) -> None:
-    """Make ``folder`` where there is none, and find out before the work whether files can be written there.
+    """Create ``folder`` if it is missing, and check, before long work, that files can be written there.
 
     Raises:
-        UserError: They cannot.
+        UserError: The folder cannot be created, or files cannot be written there.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -125,7 +127,7 @@ def check_can_fill(folder: Path) -> None:
 
 
 def _is_written_in_place(path: Path) -> bool:
-    """Tell whether another file at ``path`` would not be the same: a link, or a device such as /dev/stdout."""
+    """Return whether ``path`` must not be replaced by a new file: a link, or a device such as /dev/stdout."""
     return path.is_symlink() or (path.exists() and not path.is_file())
 
 
@@ -141,7 +143,7 @@ def _why_not_written(path: Path, error: OSError) -> str:
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print ``rows`` under ``header``."""
     rows = list(rows)
-    # Where no terminal says how wide it is, rich would cut at 80 columns.
+    # Without a terminal, rich would cut lines at 80 columns.
     if rich is None or not sys.stdout.isatty():
         widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
         for row in (header, *rows):
@@ -150,12 +152,12 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     table = rich.table.Table(*header, box=None, padding=(0, 2, 0, 0))
     for row in rows:
         table.add_row(*row)
-    # Names of models and classes are text, not rich's markup.
+    # With markup=True, rich would read brackets in names of models and classes as markup.
     rich.console.Console(markup=False, highlight=False).print(table)
 
 
 def track(items: Iterable, text: str, total: int | None = None) -> Iterator:
-    """Yield ``items``, ``total`` or ``len(items)`` of them, while a progress bar, or one plain line, says how far."""
+    """Yield ``items`` (``total``, or ``len(items)``, of them) and show a progress bar; without rich print one line."""
     if rich is None:
         print(f"{text} …", file=sys.stderr, flush=True)
         yield from items
@@ -165,7 +167,7 @@ def track(items: Iterable, text: str, total: int | None = None) -> Iterator:
 
 
 def busy(text: str) -> contextlib.AbstractContextManager:
-    """Say ``text`` while something of unknown length goes on."""
+    """Show ``text`` while work of unknown length runs."""
     if rich is None:
         print(f"{text} …", file=sys.stderr, flush=True)
         return contextlib.nullcontext()
@@ -173,20 +175,20 @@ def busy(text: str) -> contextlib.AbstractContextManager:
 
 
 def give_blas_one_thread() -> None:
-    """Keep NumPy and PyTorch from taking every core for each process.
+    """Keep NumPy's and PyTorch's BLAS from starting a thread per core in each process.
 
-    Its BLAS reads this once, when NumPy is imported, which PyTorch does: this must come before.
+    BLAS reads these variables once, when NumPy is imported, and PyTorch imports NumPy. So call this before both.
     """
     for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(variable, "1")
 
 
 def import_torchvision():
-    """Return torchvision, also where its wheel was built for another build of PyTorch, as PyPI's is for CUDA.
+    """Return torchvision, even if its wheel was built for another build of PyTorch (PyPI's wheel is built for CUDA).
 
-    Its binary cannot be loaded there, and its Python, all that timm needs, stops at two ops that nobody has defined.
-    They are defined then, for the rest of this process, without an implementation. So this is for commands and tests,
-    whose process is their own: ``import vitkernels`` never comes here.
+    Then its binary cannot be loaded, and the import of its Python code, which is all that timm needs, fails at two
+    undefined ops. This function defines the two, without an implementation, for the rest of the process. So only
+    commands and tests, which own their process, may call it; ``import vitkernels`` never does.
     """
     global _torchvision_ops
     try:
@@ -203,17 +205,17 @@ def import_torchvision():
     return torchvision
 
 
-_torchvision_ops = None  # they live as long as this does
+_torchvision_ops = None  # keeps the library alive: its ops disappear with it
 
 
 def prepare_torchvision() -> None:
-    """Import torchvision as :func:`import_torchvision` does, where it can be, for what imports it next."""
+    """Call :func:`import_torchvision` and ignore errors, so that a later ``import torchvision`` works if it can."""
     with contextlib.suppress(ImportError, OSError, RuntimeError):
         import_torchvision()
 
 
 def import_transformers():
-    """Return transformers, whose models look for torchvision.
+    """Return transformers; prepare torchvision first, which its models import.
 
     Raises:
         UserError: transformers cannot be imported.
@@ -227,7 +229,7 @@ def import_transformers():
 
 
 def import_timm():
-    """Return timm, with torchvision as :func:`import_torchvision` imports it.
+    """Return timm; prepare torchvision first (:func:`import_torchvision`).
 
     Raises:
         UserError: timm, or the torchvision that it needs, cannot be imported; the message says what to install.

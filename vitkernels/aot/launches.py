@@ -76,7 +76,7 @@ def launches(case: Case, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         if dtype.itemsize == 2:
             for save_z in (False, True):
                 run("glu_fwd", x, *first, case.activation, False, save_z)
-        else:  # here PyTorch computes the products; only the gate is our kernel
+        else:  # PyTorch computes the products, which needs a GPU; only the gate is our kernel
             run("glu_gate", z, case.activation, False)
         run("linear_fwd", h, w3, new(C), gamma(), x, None, dtype, False)
         if not case.mlp_norm:

@@ -1,18 +1,18 @@
-"""How often a transformer block passes over its activations, counted from what really enters and leaves each op.
+"""Count how often a transformer block passes over its activations, from the inputs and outputs of each op.
 
-One pass is T·C elements (T = batch · tokens). The block runs on meta tensors under a dispatch mode, as it is in timm
-and accelerated. Of each op every distinct input is read once and every output written once; an expanded input counts
-what it holds in memory, and views, allocations and no-ops count nothing. An op of vitkernels is looked into: its
-launcher runs, PyTorch's ops inside count like any other, and what a kernel reads and writes is read off its Triton IR,
-so that no table of kernels can go stale. What does not grow with the batch (weights, their gradients, partial sums of
-a bounded number of programs) is counted apart.
+One pass is T·C elements (T = batch · tokens). The block of timm runs on meta tensors under a dispatch mode, plain and
+accelerated. Each op reads every distinct input once and writes every output once. An expanded input counts with its
+elements in memory; views, allocations and no-ops count nothing. For an op of vitkernels, its launcher runs: PyTorch's
+ops inside count like any other, and a kernel's reads and writes are found in its Triton IR, so that there is no table
+of kernels to keep up to date. Tensors that do not grow with the batch (weights, their gradients, partial sums of a
+bounded number of programs) are counted separately.
 
-Least is what the products and attention cannot do without: of a product its operands and its result, of attention
-q, k, v in and o out, backward q, k, v, o, do in and dq, dk, dv out. Extra is all the rest.
+"Least" is what products and attention must read and write: a product its operands and its result; attention q, k, v and
+o, and in backward q, k, v, o, do, dq, dk and dv. "Extra" is the rest.
 
-Two things that no such count sees: a tile read again by another program of the same launch, which is a matter of
-caches; and the inside of PyTorch's own ops, which count as a single kernel even where they launch several (LayerNorm's
-backward, attention's). Both favour PyTorch, whose ops are the larger.
+The count misses two things: a tile that several programs of one launch read, which depends on caches; and the inside of
+PyTorch's ops, which count as one kernel even if they launch several (as the backward of LayerNorm and of attention do).
+Both favour PyTorch, whose ops are the larger.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from vitkernels import runtime, swap
 from vitkernels.aot.build import TARGETS
 from vitkernels.ops._registry import OPS
 
-TARGET = TARGETS["sm_90"]  # what is launched may depend on the device's facts
+TARGET = TARGETS["sm_90"]  # launchers ask for the device's facts
 
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
-# What they are given is overwritten, or asked for its shape alone.
+# Ops that do not read their inputs: they overwrite them or use only their shape.
 FILLS = {
     "zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones",
     "new_full", "zero_", "fill_", "bernoulli_", "uniform_", "normal_",
@@ -52,7 +52,7 @@ FILLS = {
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One op or kernel. Reads, writes and least are passes, ``fixed`` elements that do not grow with the batch."""
+    """One op or kernel: reads, writes and least in passes, ``fixed`` in elements that do not grow with the batch."""
 
     phase: str
     op: str
@@ -74,12 +74,12 @@ class Traffic:
     rows: tuple[Row, ...]
 
     def total(self, column: str, **where: object) -> float:
-        """Sum ``column`` over the rows whose attributes are those in ``where``."""
+        """Return the sum of ``column`` over the rows with the attributes in ``where``."""
         rows = (row for row in self.rows if all(getattr(row, k) == v for k, v in where.items()))
         return sum(getattr(row, column) for row in rows)
 
     def to_dict(self) -> dict[str, object]:
-        """Rows and totals in JSON's types."""
+        """Return rows and totals as JSON types."""
         columns = ("reads", "writes", "least", "extra", "fixed")
         return {
             "rows": [dataclasses.asdict(row) | {"extra": row.extra} for row in self.rows],
@@ -134,17 +134,17 @@ def count(
     train: bool = False,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Traffic:
-    """Count the passes of ``function(x)`` over its activations, x a meta tensor of ``shape``, the batch first.
+    """Count the passes of ``function(x)`` over its activations, for a meta tensor x of ``shape``.
 
     Args:
-        function: Anything on meta tensors; a pass is as many elements as x has.
-        shape: (B, N, C), or any other with B in front.
-        parameters: Of ``function``, on device meta; with ``train`` their gradients are taken too, and x's.
-        train: Count the backward as well.
-        dtype: Of x.
+        function: Anything that runs on meta tensors; one pass is as many elements as x has.
+        shape: Shape of x, (B, N, C) or any other whose first dim is the batch.
+        parameters: Parameters of ``function`` on device meta; ``train`` computes their gradients and x's.
+        train: Also count the backward.
+        dtype: Dtype of x.
 
     Raises:
-        RuntimeError: Other ops run at batch B + 1 than at B, so that it cannot be told what grows with the batch.
+        RuntimeError: Different ops run at batch B + 1 than at B, so that we cannot tell what grows with the batch.
     """
     runs = []
     for more in (0, 1):
@@ -178,7 +178,7 @@ def _row(event: _Event, larger: _Event, unit: int) -> Row:
 
 
 class _Counter(TorchDispatchMode):
-    """Lists what runs: PyTorch's ops as they are dispatched, kernels as :func:`_recorded_launches` reports them."""
+    """Records PyTorch's ops when they are dispatched, and kernels when :func:`_recorded_launches` reports them."""
 
     def __init__(self):
         super().__init__()
@@ -193,7 +193,7 @@ class _Counter(TorchDispatchMode):
         if func.namespace == "vitkernels":
             out = self._look_inside(name, args, kwargs)
         else:
-            # Below autograd, as inside a launcher, an op made of others comes here whole; what it is made of counts.
+            # Below autograd, for instance in a launcher, a composite op arrives undivided: count its parts instead.
             with self:
                 out = func.decompose(*args, **kwargs)
             if out is NotImplemented:
@@ -227,7 +227,7 @@ class _Counter(TorchDispatchMode):
                 read += tensors
         inputs = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
         written += [t for t in _tensors(out) if t.untyped_storage()._cdata not in inputs]
-        if not written:  # a view, or nothing to do
+        if not written:  # a view or a no-op
             return
         event = _Event(self.phase, self.within + name, _accesses(read, False) + _accesses(written, True))
         if name in PRODUCTS:
@@ -257,14 +257,14 @@ def _tensors(tree) -> list[Tensor]:
 
 
 def _accesses(tensors: Sequence[Tensor], written: bool) -> list[_Access]:
-    """One access a storage: its distinct views together, and never more than it holds."""
+    """Return one access per storage: the elements of its distinct views, at most those that it holds."""
     views: dict[int, dict] = {}
     for t in tensors:
         views.setdefault(t.untyped_storage()._cdata, {})[t.storage_offset(), t.shape, t.stride()] = t
     accesses = []
     for distinct in views.values():
         some = next(iter(distinct.values()))
-        # A dim of stride 0 is one element repeated.
+        # A dim of stride 0 repeats one element.
         elements = sum(math.prod(n for n, s in zip(*v[1:], strict=True) if s or not n) for v in distinct)
         held = some.untyped_storage().nbytes() // some.element_size()
         accesses.append(_Access(some.untyped_storage(), min(elements, held), written))
@@ -272,8 +272,8 @@ def _accesses(tensors: Sequence[Tensor], written: bool) -> list[_Access]:
 
 
 def _attention_least(events: list[_Event], inputs: list[Tensor], outputs: list[Tensor]) -> None:
-    """Let what the op itself is given and gives back be the least that its kernels read and write, once each."""
-    # The first input is q, do, or all of qkv; statistics and random states are smaller by a head dim.
+    """Mark as least the op's own inputs and outputs, once each, in the accesses of its kernels."""
+    # The first input is q, do, or all of qkv. Statistics and random states are smaller by a factor of the head dim.
     demanded = [t for t in inputs + outputs if t.numel() > inputs[0].numel() // 6]
     budget = {a.storage._cdata: a.elements for a in _accesses(demanded, False)}
     for event in events:
@@ -285,7 +285,7 @@ def _attention_least(events: list[_Event], inputs: list[Tensor], outputs: list[T
 
 
 class _FlashAttention(TorchFunctionMode):
-    """Runs PyTorch's attention as the fused op that a GPU gets; meta tensors would get products and a softmax."""
+    """Runs PyTorch's attention as the fused op of a GPU; meta tensors would run products and a softmax instead."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -309,7 +309,7 @@ def _fused_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, sc
 
 @contextlib.contextmanager
 def _recorded_launches(counter: _Counter) -> Iterator[None]:
-    """Report each launch to ``counter`` instead of running it, configured as for :data:`TARGET`."""
+    """Report each launch, configured for :data:`TARGET`, to ``counter`` instead of running it."""
 
     def record(kernel, *args, grid, warmup, **kwargs):
         arguments = inspect.signature(kernel.fn).bind(*args, **{k: kwargs[k] for k in kernel.arg_names if k in kwargs})
@@ -324,7 +324,7 @@ def _recorded_launches(counter: _Counter) -> Iterator[None]:
         yield
 
 
-# Triton's names of the dtypes that kernels point to.
+# Triton's names for the dtypes of pointers.
 POINTEES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64",
     torch.uint8: "u8", torch.int8: "i8", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1",
@@ -332,7 +332,7 @@ POINTEES = {
 
 
 def _uses(kernel: triton.JITFunction, arguments: dict[str, object]) -> tuple[set[str], set[str], set[str]]:
-    """Return which pointers ``kernel`` reads, which it writes, and which of the read ones are factors of a product."""
+    """Return the pointers that ``kernel`` reads, those that it writes, and the read ones whose data a product uses."""
     signature, constants = {}, {}
     for parameter in kernel.params:
         name, value = parameter.name, arguments[parameter.name]
@@ -357,7 +357,7 @@ def _read_ir(kernel: triton.JITFunction, signature: tuple, constants: tuple) -> 
     module = ASTSource(kernel, dict(signature), dict(constants)).make_ir(
         TARGET.triton, options, backend.get_codegen_implementation(options), backend.get_module_map(), context
     )
-    # One function, without the loads that nothing uses.
+    # Inline everything into one function, and remove unused loads, which would count as reads.
     manager = ir.pass_manager(context)
     passes.common.add_inliner(manager)
     passes.common.add_canonicalizer(manager)
@@ -372,7 +372,7 @@ def _read_ir(kernel: triton.JITFunction, signature: tuple, constants: tuple) -> 
 
 
 class _Flow:
-    """What flows where in a kernel's IR: addresses from pointer arguments, data from loads through them."""
+    """Data flow in a kernel's IR: addresses derive from pointer arguments, data from loads through addresses."""
 
     def __init__(self, pointers: dict[int, str]):
         self.addresses = {value: {name} for value, name in pointers.items()}
@@ -381,10 +381,10 @@ class _Flow:
         self.loads: list[tuple[int, int]] = []  # address, result
         self.stores: list[int] = []
         self.factors: list[int] = []
-        self.yields: dict[int, tuple[list[int], list[int]]] = {}  # a region's results and its arguments
+        self.yields: dict[int, tuple[list[int], list[int]]] = {}  # results and arguments of each region
 
     def visit(self, op) -> None:
-        """Take ``op`` in, after what lies inside it."""
+        """Add ``op``; the ops in its regions must have been added before."""
         name = op.get_name()
         operands = [op.get_operand(i).id() for i in range(op.get_num_operands())]
         results = [op.get_result(i).id() for i in range(op.get_num_results())]
@@ -441,7 +441,7 @@ class _Stop(Exception):
 
 
 def count_block(model: nn.Module, shape: Sequence[int], *, train: bool) -> Traffic:
-    """Count the first block of ``model`` (timm's names; on device meta) at images of ``shape`` (B, 3, Y, X).
+    """Count the first block of ``model``, a ViT of timm on device meta, at images of ``shape`` (B, 3, Y, X).
 
     Raises:
         ValueError: The model has no ``blocks``.
@@ -476,19 +476,19 @@ def count_block(model: nn.Module, shape: Sequence[int], *, train: bool) -> Traff
 
 
 def run_traffic(model_name: str, *, batch: int = 32, train: bool | None = None) -> dict[str, object]:
-    """Print what a block of timm's ``model_name`` passes over its activations, as it is and accelerated, in bf16.
+    """Print how often a block of timm's ``model_name`` passes over its activations in bf16, plain and accelerated.
 
     Args:
-        model_name: timm's name of a Vision Transformer; its default image size is taken.
-        batch: Images.
-        train: Forward and backward, or inference alone; None counts both.
+        model_name: timm's name of a Vision Transformer, which is counted at its default image size.
+        batch: Number of images.
+        train: True counts forward and backward, False inference; None counts both cases.
 
     Returns:
         ``{"inference" | "training": {"timm" | "vitkernels": Traffic.to_dict()}}``.
 
     Raises:
         ImportError: timm is missing.
-        RuntimeError: timm does not know the name, or as for :func:`count`.
+        RuntimeError: timm does not know the name, or see :func:`count`.
         ValueError: The model is no Vision Transformer, or ``batch`` is below 1.
     """
     import timm

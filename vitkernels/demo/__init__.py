@@ -1,1 +1,1 @@
-"""What ``vitkernels demo`` and ``vitkernels classify`` do: data, comparison, pictures."""
+"""The commands ``vitkernels demo`` and ``vitkernels classify``: data, comparison, pictures."""

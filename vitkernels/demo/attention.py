@@ -1,4 +1,4 @@
-"""What a Vision Transformer looks at, read off its parameters in plain PyTorch."""
+"""A Vision Transformer's attention and position embeddings, computed in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from vitkernels import runtime
 def class_token_attention(model: nn.Module, images: Tensor) -> Tensor:
     """Return how much the class token attends to each patch in the last block: (B, H, rows, columns), on the CPU.
 
-    Args:
-        model: A :class:`vitkernels.models.VisionTransformer`, or timm's with its own Block and Attention, accelerated
-            or not; with a class token.
-        images: (B, I, Y, X), as the model takes them.
+    The softmax of each head sums to 1 over all tokens; the result has only the patches' part, without prefix tokens.
 
-    Each head's row of the softmax sums to 1 over all tokens; the shares of prefix tokens are left out here.
+    Args:
+        model: A :class:`vitkernels.models.VisionTransformer`, or timm's with timm's Block and Attention, accelerated
+            or not. It must have a class token.
+        images: The model's input, (B, I, Y, X).
     """
     block, tokens = model.blocks[-1], []
-    # On the block, not on its attention: a hook inside a block would keep it from running fused.
+    # A hook inside the block would keep it from running fused: hook the block itself.
     hook = block.register_forward_pre_hook(lambda module, args: tokens.append(args[0]))
     try:
         with runtime.use_backend("torch"):
@@ -41,10 +41,9 @@ def class_token_attention(model: nn.Module, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def position_similarity(model: nn.Module) -> Tensor | None:
-    """Return the cosine similarity of each patch's position embedding to each other's.
+    """Return the cosine similarity of every two patches' position embeddings, as in figure 7 of arXiv 2010.11929.
 
-    As in figure 7 of arXiv 2010.11929: (rows, columns, rows, columns), on the CPU. None where the model adds no
-    position embedding to its patches.
+    The shape is (rows, columns, rows, columns), on the CPU. Return None if the model has no position embedding.
     """
     if model.pos_embed is None:
         return None

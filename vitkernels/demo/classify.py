@@ -1,4 +1,4 @@
-"""``vitkernels classify``: any image by any Vision Transformer of timm."""
+"""``vitkernels classify``: classify an image with a Vision Transformer of timm."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from vitkernels.names import read_config, resolve
 
 
 def classify(image_path: Path, name: str, weights: Path | None, out: Path) -> None:
-    """Print the five likeliest classes of an image, and draw ``out``.
+    """Print the five most likely classes of an image, and draw them into ``out``.
 
     Args:
         image_path: PNG, JPEG or WebP.
-        name: A model of timm, as :func:`vitkernels.names.resolve` takes it.
-        weights: A state dict, safetensors or of ``torch.save``, or a training run's checkpoint, whose averaged weights
-            (EMA) are taken where it has any; None for timm's pretrained weights.
-        out: The picture.
+        name: A model of timm, in any form that :func:`vitkernels.names.resolve` accepts.
+        weights: A state dict (safetensors or ``torch.save``) or a training checkpoint, whose averaged weights (EMA) are
+            preferred; None for timm's pretrained weights.
+        out: File for the picture.
 
     Raises:
-        UserError: A file, the name or a package is not as it should be; the text says what is.
+        UserError: A file, the name or a package is wrong or missing; the text says which.
     """
     picture = open_image(image_path)
     timm = import_timm()
@@ -76,7 +76,7 @@ def load_model(timm, name: str, weights: Path | None) -> nn.Module:
     """Build timm's model ``name`` with the weights at ``weights``, or with timm's pretrained ones.
 
     Raises:
-        UserError: No such model, no weights to be had, weights that do not fit, or a model without a head.
+        UserError: The model is unknown or has no head, or the weights are not available or do not fit.
     """
     named = resolve(name, may_download=True)
     if named.kind == "folder" and "architecture" not in read_config(named.name):
@@ -85,7 +85,7 @@ def load_model(timm, name: str, weights: Path | None) -> nn.Module:
     if weights is None:
         try:
             model = timm.create_model(name, pretrained=True)
-        except Exception as error:  # hub, network and cache fail in many ways; all end the same for the user
+        except Exception as error:  # the hub, the network and the cache raise many kinds of errors
             raise UserError(
                 f"no pretrained weights for {name} ({type(error).__name__}: {one_line(error)}); "
                 "check the network, or give a file with --weights FILE"
@@ -96,7 +96,7 @@ def load_model(timm, name: str, weights: Path | None) -> nn.Module:
         options = {} if head is None or head.ndim != 2 else {"num_classes": head.shape[0]}
         try:
             model = timm.create_model(name, pretrained=False, **options)
-        except Exception as error:  # the hub is asked for the config of a model of its own
+        except Exception as error:  # a name of the hub downloads its config, which fails in many ways
             raise UserError(f"timm cannot build {name}: {one_line(error)}") from error
         _check_fits(weights, state, model)
         model.load_state_dict(state)
@@ -106,10 +106,10 @@ def load_model(timm, name: str, weights: Path | None) -> nn.Module:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the state dict at ``path``, as :func:`vitkernels.models.weights.read_weights` does.
+    """Return :func:`vitkernels.models.weights.read_weights` of ``path``.
 
     Raises:
-        UserError: No file, a broken one, or something other than tensors by name.
+        UserError: The file is missing, broken, or does not map names to tensors.
     """
     try:
         state = weights_file.read_weights(path)
@@ -139,7 +139,7 @@ def _check_fits(path: Path, state: dict[str, Tensor], model: nn.Module) -> None:
 
 
 def _class_names(timm, model: nn.Module, classes: int) -> list[str] | None:
-    """Return ImageNet's names where the head has as many classes as one of its versions, else None."""
+    """Return ImageNet's class names if the head has as many classes as one of its versions, else None."""
     subset = timm.data.infer_imagenet_subset(model)
     info = timm.data.ImageNetInfo(subset) if subset else None
     return info.label_descriptions() if info and info.num_classes() == classes else None
@@ -152,6 +152,6 @@ def _has_readable_class_token(timm, model: nn.Module) -> bool:
 
 
 def _as_seen(image: Tensor, config: dict):
-    """Undo the normalisation of ``image`` (3, Y, X): (Y, X, 3) from 0 to 1."""
+    """Undo the normalisation of ``image`` (3, Y, X), and return it as (Y, X, 3) from 0 to 1."""
     mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
     return (image.cpu() * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()

@@ -1,4 +1,4 @@
-"""The digits that scikit-learn ships, split once and for all, and the checkpoint trained on them.
+"""scikit-learn's handwritten digits in a fixed split, and the checkpoint trained on them.
 
 1,797 real scans of 8×8 pixels: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI
 Machine Learning Repository, 1998, doi 10.24432/C50P49.
@@ -30,7 +30,7 @@ class Digits:
 
 
 def load_digits() -> tuple[Digits, Digits]:
-    """Return the 1,347 digits to train on and the 450 held out: always the same, stratified by label."""
+    """Return the 1,347 training digits and the 450 held-out ones: a fixed split, stratified by label."""
     from sklearn import datasets
     from sklearn.model_selection import train_test_split
 
@@ -43,7 +43,7 @@ def load_digits() -> tuple[Digits, Digits]:
 
 
 def fingerprint(digits: Digits) -> str:
-    """Return a digest of the images, by which a checkpoint tells what it has not been trained on."""
+    """Return a hash of the images; a checkpoint stores that of the digits it was not trained on."""
     return hashlib.sha256(digits.images.numpy().tobytes()).hexdigest()
 
 
@@ -58,7 +58,7 @@ def load_model(path: Path = CHECKPOINT) -> VisionTransformer:
     """Build the model that the file at ``path`` describes, load its weights, and return it in eval mode.
 
     Raises:
-        UserError: The file is none that :func:`save_model` wrote.
+        UserError: :func:`save_model` did not write the file, or it is damaged.
     """
     from safetensors import SafetensorError, safe_open
 

@@ -1,4 +1,4 @@
-"""The pictures: predictions, where the class token looks, and how alike the position embeddings are."""
+"""The pictures: predictions, the class token's attention, and the similarity of position embeddings."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def draw_digits(
         logits: (n, 10).
         attention: (n, H, rows, columns), see :func:`vitkernels.demo.attention.class_token_attention`.
         similarity: (rows, columns, rows, columns).
-        title: Above everything.
+        title: Title of the whole picture.
     """
     confidence, predicted = logits.softmax(-1).max(-1)
     wrong = (predicted != labels).nonzero().flatten().tolist()
@@ -85,11 +85,11 @@ def draw_classification(
 
     Args:
         path: A PNG.
-        image: (Y, X, 3), from 0 to 1: what the model saw.
+        image: The model's input before normalisation, (Y, X, 3), from 0 to 1.
         top: Names and probabilities, best first.
-        attention: (H, rows, columns), or None where there is no class token to ask.
-        similarity: (rows, columns, rows, columns), or None where there is no position embedding.
-        title: Above everything.
+        attention: (H, rows, columns), or None without a class token.
+        similarity: (rows, columns, rows, columns), or None without position embeddings.
+        title: Title of the whole picture.
     """
     panels = 2 + (attention is not None) + (similarity is not None)
     with matplotlib.rc_context(STYLE):
@@ -115,7 +115,7 @@ def draw_classification(
 
 
 def _shown(wrong: list[int], n: int, count: int) -> list[int]:
-    """Return ``count`` indices out of ``n``: mistakes first, then the first of the rest."""
+    """Return ``count`` of ``n`` indices: mistakes first (up to half), then the first of the rest."""
     wrong = wrong[: count // 2]
     return wrong + [i for i in range(n) if i not in wrong][: count - len(wrong)]
 
@@ -155,7 +155,7 @@ def _overlay(ax, image: np.ndarray, weights: Tensor) -> None:
 
 
 def _similarity(part, ax, similarity: Tensor) -> None:
-    """Show one small map a position, laid out as the grid of patches, with thin gaps."""
+    """Show one small map per position, arranged like the patches, with thin gaps."""
     rows, columns = similarity.shape[:2]
     scale = max(1, 36 // rows)
     height, width, gap = rows * scale, columns * scale, max(1, rows * scale // 12)

@@ -1,4 +1,4 @@
-"""An image file as the model is to see it: upright, opaque, and in 8 bits of red, green and blue."""
+"""Read an image file for the model: upright, opaque, in 8 bits of red, green and blue."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ if TYPE_CHECKING:
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 ORIENTATION = 0x0112  # EXIF's tag
-NEARLY_WHITE = 192  # of 255: a subject that is brighter stands before black
+NEARLY_WHITE = 192  # of 255: a brighter subject gets a black background
 
 
 def open_image(path: Path) -> Image.Image:
-    """Return the image at ``path`` in RGB, upright, on a background where it has a transparent one.
+    """Return the image at ``path`` upright and in RGB; :func:`to_rgb` puts a background behind transparent parts.
 
-    See :func:`to_rgb`. An orientation that EXIF does not tell rightly is ignored, with a warning.
+    An invalid orientation in the EXIF is ignored with a warning.
 
     Raises:
-        UserError: No file, no image of a known format, a broken one, or one of more pixels than Pillow's limit.
+        UserError: The file is missing, of an unknown format or broken, or has more pixels than Pillow's limit.
     """
     from PIL import Image, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what Pillow says of other metadata than is read here
+            warnings.simplefilter("ignore")  # Pillow warns about metadata that we do not use
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=IMAGE_FORMATS) as image:
                 image.load()
@@ -41,19 +41,19 @@ def open_image(path: Path) -> Image.Image:
         raise UserError(f"{path} has too many pixels to be opened safely: {one_line(error)}") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or one_line(error)}") from error
-    except Exception as error:  # Pillow's readers have many words for bytes that make no sense
+    except Exception as error:  # on broken files Pillow's readers raise many kinds of errors
         raise UserError(f"{path} is a broken image: {one_line(error)}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return ``image``, of any of Pillow's modes, in RGB: what is black there is 0, what is white is 255.
+    """Convert ``image``, of any Pillow mode, to RGB: black becomes 0, white 255.
 
-    Pillow's own conversion cuts integers of 16 and 32 bits and floating-point values off at 255; here they are scaled.
-    White is 65,535 in 16 bits and in a PNG; else the least of 1 (floating-point alone), 255 and 65,535 that no value
-    exceeds. What is transparent lets a white background through, or a black one where the subject is nearly white.
+    Pillow's own conversion clips 16-bit and 32-bit integers and floating-point values at 255; here they are scaled.
+    White is 65,535 in 16 bits and in a PNG; else the smallest of 1 (floating-point only), 255 and 65,535 that no value
+    exceeds. Transparent parts become white, or black if the subject is nearly white.
 
     Raises:
-        ValueError: Values below 0, above 65,535 or that are NaN, which nothing says how to show.
+        ValueError: A value is below 0, above 65,535 or NaN, so that its brightness is unknown.
     """
     from PIL import Image
 
@@ -61,7 +61,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = _to_8_bits(image)
     if not image.has_transparency_data:
         return image.convert("RGB")
-    if image.mode == "La":  # of which Pillow knows no other conversion
+    if image.mode == "La":  # Pillow converts La only to LA
         image = image.convert("LA")
     rgba = image.convert("RGBA")
     alpha, rgb = rgba.getchannel("A"), rgba.convert("RGB")
@@ -70,13 +70,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Return an image of one channel in integers of more bits, or in floating-point, as ``L``, or as ``LA``."""
+    """Convert a one-channel image of wider integers or floating-point values to ``L``, or with transparency ``LA``."""
     import numpy as np
     from PIL import Image
 
     values = np.asarray(image)
     low, high = (values.min(), values.max()) if values.size else (0, 0)
-    if image.mode.startswith("I;16") or image.format == "PNG":  # before Pillow 11 these were of mode I
+    if image.mode.startswith("I;16") or image.format == "PNG":  # before Pillow 11, a 16-bit PNG has mode I
         whites = [65535]
     else:
         whites = [1, 255, 65535] if image.mode == "F" else [255, 65535]
@@ -84,14 +84,14 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     if white is None or not low >= 0:
         raise ValueError(f"mode {image.mode} holds {low:g} to {high:g}; expected 0 to {' or '.join(map(str, whites))}")
     grey = Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
-    transparent = image.info.get("transparency")  # one value, in as many bits
+    transparent = image.info.get("transparency")  # one value, in the image's own bits
     if transparent is not None:
         grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
     return grey
 
 
 def _brightness(rgb: Image.Image, alpha: Image.Image) -> float:
-    """Return the mean of grey, 0 to 255, where ``alpha`` lets it be seen; 0 where nothing is."""
+    """Return the mean grey value, 0 to 255, weighted by ``alpha``; 0 if all is transparent."""
     import numpy as np
 
     weights = np.asarray(alpha, dtype=np.float64)
@@ -99,9 +99,9 @@ def _brightness(rgb: Image.Image, alpha: Image.Image) -> float:
 
 
 def _turn(image: Image.Image, path: Path) -> Image.Transpose | None:
-    """Return what makes ``image`` upright by its EXIF or XMP, None for nothing or where they do not tell.
+    """Return the transposition that makes ``image`` upright by its EXIF or XMP, or None.
 
-    Pillow's ``exif_transpose`` also writes the EXIF anew, all tags of it, which fails on values that it cannot encode.
+    Pillow's ``exif_transpose`` also rewrites all tags of the EXIF, which fails on values that it cannot encode.
     """
     from PIL import Image
     from PIL.Image import Transpose
@@ -120,11 +120,11 @@ def _turn(image: Image.Image, path: Path) -> Image.Transpose | None:
         warnings.simplefilter("always")
         try:
             exif = Image.Exif()
-            exif.load(image.info.get("exif"))  # getexif() keeps what it saw when the file was opened, not what it said
+            exif.load(image.info.get("exif"))  # getexif() has a cache from opening, so Pillow would not warn again
             orientation = exif.get(ORIENTATION)
-            if orientation is None and not said:  # there may be XMP, or a PNG's EXIF as text
+            if orientation is None and not said:  # getexif() also reads XMP, and a PNG's EXIF as text
                 orientation = image.getexif().get(ORIENTATION)
-        except Exception as error:  # struct's, Pillow's SyntaxError, …
+        except Exception as error:  # struct.error, Pillow's SyntaxError, …
             orientation, said = None, [warnings.WarningMessage(error, Warning, "", 0)]
     if orientation in turns:
         return turns[orientation]

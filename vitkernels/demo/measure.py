@@ -1,4 +1,4 @@
-"""The same images through PyTorch and through the kernels: errors against fp64, and images per second."""
+"""Run images through PyTorch and through the kernels: errors against fp64, and images per second."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vitkernels.emulator.build import NoCompiler, library
 from vitkernels.ops import _triton
 
 REPEATS = 20
-MAX_SECONDS = 3.0  # of repeats
+MAX_SECONDS = 3.0  # for all repeats together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +25,11 @@ class Run:
     """One model's run over images.
 
     Attributes:
-        backend: What computed.
-        device: On what.
+        backend: Name of the backend.
+        device: Name of the device.
         logits: (n, K), on the CPU.
-        error: The largest difference of a logit from that of the fp64 model on PyTorch.
-        images_per_second: From the median of several repeats on a GPU and on PyTorch; of one pass emulated.
+        error: Largest absolute difference of a logit from the fp64 model's on PyTorch.
+        images_per_second: From the median of several repeats; on an emulated GPU from a single pass.
     """
 
     backend: str
@@ -40,7 +40,7 @@ class Run:
 
 
 def pick_device() -> torch.device:
-    """Return the GPU if there is one that the kernels know, else the CPU."""
+    """Return the GPU (``cuda`` or ``xpu``) if there is one, else the CPU."""
     for kind in ("cuda", "xpu"):
         if hasattr(torch, kind) and getattr(torch, kind).is_available():
             return torch.device(kind)
@@ -48,15 +48,15 @@ def pick_device() -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """Return a name for people."""
+    """Return the device's name for display."""
     return "CPU" if device.type == "cpu" else runtime.device_facts(device).name
 
 
 def why_no_kernels(device: torch.device) -> str | None:
-    """Return why the kernels do not run on ``device`` in this process, or None where they do.
+    """Return why the kernels do not run on ``device`` in this process, or None if they do.
 
     Raises:
-        UserError: ``VITKERNELS_BACKEND`` makes no sense, or insists on kernels that cannot run.
+        UserError: ``VITKERNELS_BACKEND`` is invalid, or it is ``triton`` and the kernels cannot run.
     """
     try:
         asked = runtime.backend()
@@ -78,7 +78,7 @@ def why_no_kernels(device: torch.device) -> str | None:
 
 
 def _why_not_emulated() -> str | None:
-    import vitkernels.emulator.execute  # noqa: F401  numpy, if it is missing, is named here, not by each launch
+    import vitkernels.emulator.execute  # noqa: F401  a missing numpy fails here, not at a launch
 
     try:
         library()
@@ -88,19 +88,19 @@ def _why_not_emulated() -> str | None:
 
 
 def fp64_logits(model: nn.Module, images: Tensor) -> Tensor:
-    """Return the logits (n, K) of ``model`` in fp64 on PyTorch, on the CPU."""
+    """Return the logits (n, K) of ``model`` in fp64 by PyTorch; they lie on the CPU."""
     with runtime.use_backend("torch"), torch.inference_mode():
         return copy.deepcopy(model).double()(images.double()).cpu()
 
 
 def run_torch(model: nn.Module, images: Tensor, truth: Tensor) -> Run:
-    """Run ``model`` on PyTorch, all ``images`` at once; ``truth`` are their fp64 logits."""
+    """Run ``model`` on PyTorch on all ``images`` at once; ``truth`` is their fp64 logits."""
     with runtime.use_backend("torch"):
         return _run(model, images, truth, "PyTorch")
 
 
 def run_kernels(model: nn.Module, images: Tensor, truth: Tensor) -> Run:
-    """Run ``model`` through the kernels: on a GPU until its time is known, on an emulated one once."""
+    """Run ``model`` through the kernels: repeatedly on a GPU, once on an emulated GPU."""
     if images.device.type != "cpu":
         return _run(model, images, truth, "Triton kernels")
     start = time.perf_counter()
@@ -112,7 +112,7 @@ def run_kernels(model: nn.Module, images: Tensor, truth: Tensor) -> Run:
 
 
 def print_runs(runs: dict[str, Run], labels: Tensor | None = None) -> None:
-    """Print a table of ``runs`` by name, with the accuracy where there are ``labels``, and what its columns mean."""
+    """Print a table of ``runs`` by name, with the accuracy if ``labels`` are given, and explain its columns."""
     header = ["model", "backend", "device", "images", "accuracy", "Δ fp64", "images/s"]
     rows = []
     for name, run in runs.items():

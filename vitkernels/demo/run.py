@@ -1,4 +1,4 @@
-"""``vitkernels demo``: digits that the model has not seen, through PyTorch and through the kernels."""
+"""``vitkernels demo``: classify held-out digits with PyTorch and with the kernels."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ EMULATED_IMAGES = 16
 
 
 def run_demo(out: Path) -> None:
-    """Classify the held-out digits, print how the plain and the accelerated model compare, and draw ``out``.
+    """Classify the held-out digits, print a comparison of plain and accelerated model, and draw ``out``.
 
     Raises:
-        UserError: A package is missing, the backend that is asked for cannot run, or ``out`` cannot be written.
+        ImportError: A package is missing.
+        UserError: The requested backend cannot run, or ``out`` cannot be written.
     """
     device = measure.pick_device()
     no_kernels = measure.why_no_kernels(device)

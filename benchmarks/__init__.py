@@ -1,1 +1,1 @@
-"""What vitkernels costs and gains, measured so that a sceptic would accept it: ``python -m benchmarks --help``."""
+"""Benchmarks of vitkernels against PyTorch, torch.compile and other libraries: ``python -m benchmarks --help``."""

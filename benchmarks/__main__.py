@@ -10,12 +10,15 @@ from pathlib import Path
 
 from vitkernels import _interrupt
 
-RESERVED = 0.1  # of the budget, and at most so many seconds, for writing the report
-RESERVED_S = 12.0
+RESERVED = 0.1  # share of the budget that is kept for writing the report
+RESERVED_S = 12.0  # and at most so many seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``argv``; return 0, 1 for a regression or a wrong result, 2 for what the user can mend."""
+    """Run the command line ``argv``; return 0, 1 for a regression or a wrong result, 2 for an error of the user.
+
+    ``page --check`` returns 1 if the page is out of date.
+    """
     with _interrupt.answered():
         from vitkernels.console import UserError, why_not_imported
 
@@ -94,7 +97,7 @@ def _measure(args: argparse.Namespace, seconds: float, measure) -> int:
     from benchmarks.run import Budget
 
     budget = Budget(seconds, reserve=min(RESERVED_S, RESERVED * seconds))
-    import benchmarks.plots  # noqa: F401  what the report needs must be there before the time is spent
+    import benchmarks.plots  # noqa: F401  if matplotlib is missing, fail before the time is spent
     from benchmarks.environment import ROOT, find_device
     from benchmarks.schema import load
     from vitkernels.console import check_can_fill, check_can_write
@@ -106,7 +109,7 @@ def _measure(args: argparse.Namespace, seconds: float, measure) -> int:
     path.unlink(missing_ok=True)
 
     def report_instead() -> None:
-        # In a process of its own: what this one was importing just then is half in place.
+        # Replace this process: an import may have been interrupted halfway, and its modules are unusable.
         if path.exists():
             os.write(2, b"\nInterrupted: the report of what was measured is written; Ctrl-C leaves without it.\n")
             os.chdir(ROOT)
@@ -137,12 +140,12 @@ def _write(results, out: Path, before=None) -> None:
 
 
 def _keep(path: Path) -> Path:
-    """Keep what was measured, in the place of the device's last run; return the file."""
+    """Store the run in place of the device's last one, and return its file."""
     from benchmarks.environment import ROOT, folder_name
     from benchmarks.schema import load, save
 
     results = load(path)
-    results.rows = [row for row in results.rows if row.status != "counted"]  # as no machine changes what is counted
+    results.rows = [row for row in results.rows if row.status != "counted"]  # counts are the same on every machine
     name = f"{results.date[:10]}-{results.commit or 'unknown'}.json"
     kept = ROOT / "benchmarks" / "results" / folder_name(results) / name
     save(results, kept)

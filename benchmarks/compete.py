@@ -1,4 +1,4 @@
-"""Rivals at one workload: built, judged, and, where right, timed in turns."""
+"""Build the rivals at one workload, judge their results, and time the right ones in turns."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from benchmarks.run import Budget, CpuTimer, GpuTimer, measure
 from benchmarks.schema import OURS, Results, Row
 from vitkernels.console import one_line
 
-CPU_CACHE_BYTES = 128 << 20  # more than this is surely not all in a cache
+CPU_CACHE_BYTES = 128 << 20  # more than any CPU's cache holds
 Judge = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor]], Judgement]
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A rival that is ready: what to time, what it computes, and the memory it peaked at."""
+    """A built rival: the function to time, its results, and its peak memory."""
 
     function: Callable[[], object]
     results: Mapping[str, Tensor]
@@ -29,7 +29,7 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """A rival that may be built: ``build`` runs it once, or raises; ``seconds`` is what that takes, about."""
+    """A rival to build: ``build`` runs it once or raises, and takes about ``seconds``."""
 
     build: Callable[[], Entry]
     seconds: float = 0.0
@@ -37,16 +37,16 @@ class Contender:
 
 @dataclasses.dataclass
 class Session:
-    """What all parts of a run share."""
+    """The state that all parts of a run share."""
 
     device: torch.device
     timer: CpuTimer | GpuTimer
     budget: Budget
     results: Results
-    cap: float = float("inf")  # where the work in hand must end, in seconds spent, so that others get their share
+    cap: float = float("inf")  # the seconds spent at which the current job must end, so that others get their share
 
     def left(self) -> float:
-        """Return the seconds that the work in hand may still take."""
+        """Return the seconds that the current job may still take."""
         return min(self.budget.left(), self.cap - self.budget.spent())
 
 
@@ -61,17 +61,17 @@ def compete(
     seconds: float,
     capture: bool = False,
 ) -> list[Row]:
-    """Build, judge and time ``contenders``; return a row for each that is there.
+    """Build, judge and time ``contenders``; return one row for each that can take part.
 
     Args:
         session: The run.
-        workload: What they compute; its provider is ignored.
-        contenders: By provider, the worthiest first.
-        truth: Results in fp64 by name.
-        yardstick: Plain PyTorch's in the workload's dtype.
-        judge: Compares results with both.
-        seconds: For timing each of them.
-        capture: As for the timer's ``sampler``.
+        workload: The workload; its provider is ignored.
+        contenders: By provider, the most important first.
+        truth: Results in fp64, by name.
+        yardstick: Results of plain PyTorch in the workload's dtype.
+        judge: Compares a contender's results with the yardstick and the truth.
+        seconds: Time to measure each contender.
+        capture: See the timers' ``sampler``.
     """
     rows: dict[str, Row] = {}
     ready: dict[str, Callable[[], object]] = {}
@@ -91,7 +91,7 @@ def compete(
                 del rows[provider]
         except torch.OutOfMemoryError:
             row.status, row.reason = "skipped", "out of memory on the device"
-        except Exception as error:  # a rival's failure is a finding, not the end of the run
+        except Exception as error:  # a rival's failure is a result, and must not end the run
             row.status, row.reason = "failed", f"{type(error).__name__}: {one_line(error)}"
         else:
             row.error, row.error_ratio, row.peak_bytes = verdict.error, verdict.ratio, entry.peak_bytes
@@ -104,14 +104,14 @@ def compete(
         rows[provider].time, rows[provider].host = times, host
     for provider in ready:
         session.results.providers.pop(provider, None)
-    # What fits in a CPU's caches is faster than its memory, of which the ceiling is.
+    # Data in a CPU's caches would beat the ceiling, which is measured from memory: give no roofline.
     in_cache = session.device.type == "cpu" and (workload.bytes or 0) < CPU_CACHE_BYTES
     compare(list(rows.values()), {} if in_cache else session.results.ceilings)
     return list(rows.values())
 
 
 def compare(rows: list[Row], ceilings: Mapping[str, float]) -> None:
-    """Fill in, for rows of one workload, each one's part of the roofline and how ours stand to the best rival."""
+    """Fill in ``of_roofline`` and ``over_best_rival`` of the rows of one workload."""
     rivals = [row.time.median for row in rows if row.time is not None and not row.ours]
     for row in rows:
         if row.time is None:
@@ -122,7 +122,7 @@ def compare(rows: list[Row], ceilings: Mapping[str, float]) -> None:
 
 
 def floor_us(row: Row, ceilings: Mapping[str, float]) -> float | None:
-    """Return the least time that the ceilings allow for the row's FLOPs and bytes, in µs."""
+    """Return the lower bound in µs that the ceilings set for the row's FLOPs and bytes; None if unknown."""
     dtype = "bf16" if row.dtype == "amp" else row.dtype
     tflops, rate = ceilings.get(f"tflops {dtype}"), ceilings.get("gb_per_s")
     if row.flops is None or row.bytes is None or tflops is None or rate is None:

@@ -1,8 +1,8 @@
-"""What ``pytest benchmarks`` needs: one process, for times, and the kernels' own way where there is no GPU."""
+"""Settings for ``pytest benchmarks``: run in a single process, so that times are valid."""
 
 
 def pytest_configure(config):
-    # pytest-benchmark times nothing while tests are spread over processes.
+    # pytest-benchmark disables itself if xdist distributes the tests.
     config.option.dist = "no"
 
 

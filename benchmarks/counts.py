@@ -1,4 +1,4 @@
-"""Figures that need no GPU, and are exact: FLOPs, bytes, passes over the activations, and the compiler's report."""
+"""Exact figures that need no GPU: FLOPs, bytes, passes over the activations, and the compiler's report."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from vitkernels.console import one_line
 from vitkernels.ops import _triton
 from vitkernels.testing.cases import Case
 
-# What a reader asks of a kernel.
+# The figures of the compiler's report that go into a run.
 REPORTED = ("registers", "spilled_bytes", "shared_bytes", "blocks", "narrow_in_loop", "atomics")
 
 
 def work_rows(benches: Sequence[OpBench], cases: Sequence[Case]) -> Iterator[Row]:
-    """Count the FLOPs and the least bytes of every op at every case, in bf16."""
+    """Count the FLOPs and the minimum bytes of every op at every case, in bf16."""
     for bench in benches:
         for case in filter(bench.applies, cases):
             for mode in MODES:
@@ -33,7 +33,7 @@ def work_rows(benches: Sequence[OpBench], cases: Sequence[Case]) -> Iterator[Row
 
 
 def traffic_rows(model: str) -> Iterator[Row]:
-    """Count the passes of one of ``model``'s blocks over its activations, as timm runs it and accelerated.
+    """Count the passes of one of ``model``'s blocks over its activations, plain (timm) and accelerated.
 
     Raises:
         Missing: Triton or timm cannot be imported.
@@ -53,7 +53,7 @@ def traffic_rows(model: str) -> Iterator[Row]:
 
 
 def compiler_rows(target: str, case: Case) -> Iterator[Row]:
-    """Compile each kernel that a training step of ``case`` launches for ``target``, and yield what came out.
+    """Compile for ``target`` each kernel that a training step of ``case`` launches, and yield the compiler's figures.
 
     Raises:
         Missing: Triton cannot be imported.
@@ -70,13 +70,13 @@ def compiler_rows(target: str, case: Case) -> Iterator[Row]:
             try:
                 report, _ = read_kernel(launch, compile_launch(launch))
                 row.figures = {name: float(getattr(report, name)) for name in REPORTED}
-            except Exception as error:  # whatever the compiler raises is a finding about the kernel
+            except Exception as error:  # any error of the compiler is a result about the kernel
                 row.status, row.reason = "failed", f"{type(error).__name__}: {one_line(error)}"
             yield row
 
 
 def require_compiler() -> None:
-    """Require a Triton that compiles.
+    """Raise unless Triton can be imported.
 
     Raises:
         Missing: Triton cannot be imported.

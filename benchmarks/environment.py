@@ -1,4 +1,4 @@
-"""The machine, the versions and the commit of a run, and what this machine can do at most."""
+"""The machine, versions and commit of a run, and the machine's ceilings."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ PACKAGES = (
 
 
 class Missing(Exception):
-    """Why a provider cannot take part."""
+    """A provider or a job cannot take part; the text says why."""
 
 
 def new_results(suite: str, budget_s: float, device: torch.device) -> Results:
-    """Return results without rows: of this machine, now."""
+    """Return results without rows for a run that starts now on this machine."""
     return Results(
         suite=suite,
         budget_s=budget_s,
@@ -42,16 +42,16 @@ def new_results(suite: str, budget_s: float, device: torch.device) -> Results:
 
 
 def find_device() -> torch.device:
-    """Return the GPU where there is one that PyTorch's CUDA interface reaches, else the CPU, on one thread.
+    """Return the GPU if PyTorch's CUDA interface has one, else the CPU; limit PyTorch to one thread there.
 
     Raises:
-        UserError: The CPU would emulate a GPU, whose times are neither's.
+        UserError: The CPU would emulate a GPU, so that times would be meaningless.
     """
     if torch.cuda.is_available():
         return torch.device("cuda")
     if runtime.emulated_arch() is not None:
         raise UserError("an emulated GPU's times are no GPU's: unset VITKERNELS_BACKEND, and PyTorch's are taken")
-    # On a CPU overheads are compared. A second thread tells nothing of them, and waits for whoever else is running.
+    # On a CPU we compare overheads. More threads would not change those, but would add noise from other processes.
     torch.set_num_threads(1)
     return torch.device("cpu")
 
@@ -82,14 +82,14 @@ def describe(device: torch.device) -> dict[str, str | int | float]:
 
 
 def folder_name(results: Results) -> str:
-    """Return the folder of ``benchmarks/results`` for the run's device."""
+    """Return the name of the folder in ``benchmarks/results`` for the run's device."""
     if results.device["kind"] == "cpu":
         return "cpu"
     return tuning.table_name(str(results.device["name"])).removesuffix(".json")
 
 
 def clocks(device: torch.device) -> dict[str, float]:
-    """Return clocks in MHz and power in W as the driver tells them; empty where it does not."""
+    """Return clocks in MHz and the power limit in W, as far as the driver reports them."""
     if device.type != "cuda":
         return {}
     names = {"SM MHz": "clocks.sm", "memory MHz": "clocks.mem", "SM max MHz": "clocks.max.sm", "limit W": "power.limit"}
@@ -121,7 +121,7 @@ def _cpu_name() -> str:
 def versions() -> dict[str, str]:
     found = {
         "python": platform.python_version(),
-        "python's build": f"{platform.python_build()[1]}, {platform.python_compiler()}",  # calls cost by it
+        "python's build": f"{platform.python_build()[1]}, {platform.python_compiler()}",  # changes the cost of calls
         "cuda": torch.version.cuda or "",
         "hip": torch.version.hip or "",
     }
@@ -134,7 +134,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Return the short hash of the checkout, ``-dirty`` behind it where files changed, or nothing."""
+    """Return the checkout's short hash, with ``-dirty`` if files have changed, or an empty string."""
     try:
         run = lambda *args: subprocess.run(  # noqa: E731
             ["git", *args], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True
@@ -146,7 +146,7 @@ def commit() -> str:
 
 
 def measure_ceilings(device: torch.device, timer: CpuTimer | GpuTimer, dtypes: list[str]) -> dict[str, float]:
-    """Return the highest rates seen here: TFLOP/s of a square product by dtype, GB/s of a copy, read and written."""
+    """Measure the ceilings: TFLOP/s of a square product by dtype, and GB/s of a copy (bytes read plus written)."""
     on_gpu = device.type == "cuda"
     n, copied = (8192, 1 << 30) if on_gpu else (1024, 1 << 28)
     source = torch.randn(copied // 4, device=device)
@@ -157,7 +157,7 @@ def measure_ceilings(device: torch.device, timer: CpuTimer | GpuTimer, dtypes: l
         work[dtype] = lambda a=a, b=b: a @ b
     for function in work.values():
         function()
-    # What a machine can do at most is its best sample, not its middle one.
+    # A ceiling is a best case: take the 20th percentile of the times, not the median.
     fastest = {name: times.p20 for name, (times, _) in measure(work, timer, 2.0).items()}
     rates = {f"tflops {dtype}": 2 * n**3 / fastest[dtype] / 1e6 for dtype in dtypes}
     return rates | {"gb_per_s": 2 * copied / fastest["copy"] / 1e3}

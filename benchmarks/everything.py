@@ -1,4 +1,4 @@
-"""What a person with ten minutes on a rented GPU runs: is it right, then tune, then measure."""
+"""One command for ten minutes on a rented GPU: check every op, tune, then measure."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from benchmarks.tune import tune
 from vitkernels.console import one_line
 from vitkernels.testing.cases import CASES, DTYPES, Case
 
-CHECK_SHARE, TUNE_SHARE = 0.25, 0.4  # of the time left at their start
-# Head dims 64, 72 and 128, LayerScale, gates packed and apart, 2730 features, tokens that fill no tile.
+CHECK_SHARE, TUNE_SHARE = 0.25, 0.4  # of the time that is left when they start
+# Covers head dims 64, 72 and 128, LayerScale, packed and separate gates, 2730 features, and partial tiles of tokens.
 CHECKED = (
     "vit_base_patch16_224", "vit_so400m_patch14_siglip_378", "vit_giant_patch14_reg4_dinov2_518",
     "aimv2_large_patch14_224", "eva02_large_patch14_448", "deit3_base_patch16_224",
@@ -27,7 +27,7 @@ CHECKED = (
 
 
 def run_everything(device: torch.device, budget: Budget, path: Path) -> Results:
-    """Check every op on ``device``, tune, and measure the quick suite; what is wrong gets no time."""
+    """Check every op on ``device``, tune, and measure the quick suite; wrong results are not timed."""
     jobs = [
         Job("checks", lambda session: 0.0, check_rows, CHECK_SHARE),
         Job("tuning", lambda session: 0.0, tuning_rows, TUNE_SHARE),
@@ -37,7 +37,7 @@ def run_everything(device: torch.device, budget: Budget, path: Path) -> Results:
 
 
 def check_rows(session: Session) -> Iterator[Row]:
-    """Judge every op at two images of a few cases, until the share of the time is spent."""
+    """Judge every op at a few cases with batch 2, until the checks' share of the time is spent."""
     for name in CHECKED:
         for dtype in ("bf16", "fp32"):
             for bench in all_ops().values():
@@ -53,7 +53,7 @@ def check_rows(session: Session) -> Iterator[Row]:
 
 
 def check(row: Row, bench: OpBench, case: Case, device: torch.device) -> None:
-    """Judge an op's outputs, with and without gradients, and its gradients, and note the verdict in ``row``."""
+    """Judge an op's outputs in inference, and its outputs and gradients in training; write the verdict into ``row``."""
     reasons = []
     tensors = bench.inputs(case, DTYPES[row.dtype], device)
     for upstreams in (None, upstreams_of(bench.reference, case, tensors)):
@@ -61,7 +61,7 @@ def check(row: Row, bench: OpBench, case: Case, device: torch.device) -> None:
         truth = truth_of(bench.reference, case, tensors, upstreams)
         try:
             verdict = judge_op(results_of(bench.ours, case, tensors, upstreams), yardstick, truth)
-        except Exception as error:  # a kernel that cannot run is as wrong as one that errs
+        except Exception as error:  # a kernel that cannot run counts as wrong
             reasons.append(f"{type(error).__name__}: {one_line(error)}")
             continue
         row.error, row.error_ratio = verdict.error, verdict.ratio
@@ -72,7 +72,7 @@ def check(row: Row, bench: OpBench, case: Case, device: torch.device) -> None:
 
 
 def tuning_rows(session: Session) -> Iterator[Row]:
-    """Tune for as long as the share of the time holds, and count the rows of the table."""
+    """Tune until the tuning's share of the time is spent, and count the rows written to the table."""
     lines: list[str] = []
     path = tune(session.device, Budget(session.left()), say=lines.append)
     gained = sum(" × the heuristic" in line for line in lines)

@@ -1,4 +1,4 @@
-"""What vitkernels costs the host: an op's call but for its launches, imports, and accelerate."""
+"""The costs of vitkernels on the host: an op's call without its launches, imports, and accelerate."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.run import summary
 from benchmarks.schema import OURS, Row, Times
 
 LARGEST = "vit_giant_patch14_dinov2"
-# What a user's first lines cost, each after the ones above it.
+# A user's first lines; each is timed after the ones above it.
 IMPORTS = {
     "torch": "import torch",
     "vitkernels": "import vitkernels",
@@ -28,7 +28,7 @@ IMPORTS = {
 
 
 def run_script(arguments: list[str], seconds: float, **environment: str) -> str:
-    """Run Python in a process of its own and return what it printed.
+    """Run Python in a separate process and return what it printed.
 
     Raises:
         Missing: It failed, or took longer than ``seconds``.
@@ -49,7 +49,7 @@ def run_script(arguments: list[str], seconds: float, **environment: str) -> str:
 
 
 def call_rows(session: Session, seconds: float = 12.0) -> Iterator[Row]:
-    """Measure an op's call but for its launches, and the least that PyTorch takes; see ``benchmarks/host_time.py``."""
+    """Measure each op's call without its launches, and PyTorch's minimum; see ``benchmarks/host_time.py``."""
     printed = run_script(["-m", "benchmarks.host_time", str(seconds)], session.left())
     for name, times in json.loads(printed).items():
         provider, op, mode = name.split(", ")
@@ -57,7 +57,7 @@ def call_rows(session: Session, seconds: float = 12.0) -> Iterator[Row]:
 
 
 def import_rows(session: Session, runs: int = 3) -> Iterator[Row]:
-    """Measure imports in fresh processes, after one that fills the file caches."""
+    """Measure imports in fresh processes, after a first process that fills the file caches."""
     lines = ["import time", "stamps = [time.perf_counter()]"]
     for statement in IMPORTS.values():
         lines += [statement, "stamps.append(time.perf_counter())"]
@@ -72,7 +72,7 @@ def import_rows(session: Session, runs: int = 3) -> Iterator[Row]:
 
 
 def accelerate_rows(runs: int = 50) -> Iterator[Row]:
-    """Measure ``accelerate`` on a ViT-g; its weights do not matter, so they lie on the meta device."""
+    """Measure ``accelerate`` on a ViT-g on the meta device, as its weights do not matter."""
     with torch.device("meta"):
         model = load_timm().create_model(LARGEST)
 

@@ -1,18 +1,16 @@
-"""What an op's call costs the host, on any machine: ``python -m benchmarks.host_time SECONDS``.
+"""Time an op's call on the host, without a GPU: ``python -m benchmarks.host_time SECONDS``.
 
-The public function, called with a bench's arguments, runs as it does on a GPU, through its checks, autograd, the
-dispatcher, the plan of its launches (``vitkernels/ops/_plan.py``) and Triton, up to the launch itself: a driver for
-Triton stands in that launches nothing. So the figure leaves out what CUDA's driver takes, about 3 µs a launch, and the
-switch to the tensor's device, which only a GPU has; PyTorch's own ops, on tensors so small that this hardly counts, run
-on the CPU.
+The public function runs with a bench's arguments as it does on a GPU: checks, autograd, the dispatcher, the plan of its
+launches (``vitkernels/ops/_plan.py``) and Triton. Only the launch does nothing: a stand-in replaces Triton's driver. So
+the figure leaves out the time of CUDA's driver, about 3 µs per launch, and the switch to the tensor's device, which
+only a GPU needs. PyTorch's own ops run on the CPU, on tensors so small that their work hardly counts.
 
-Timed are undisturbed samples alone, as :mod:`benchmarks.run` tells them. An interpreter that was compiled without
-profile-guided optimization, as pyenv's is by default, takes about 30 % longer than a distribution's.
+Only undisturbed samples count; :mod:`benchmarks.run` says how they are found. A Python compiled without profile-guided
+optimization, such as pyenv's default, takes about 30 % longer than a distribution's.
 
-Beside the ops stands the least that the way costs on this machine: an op of one tensor, without checks, through
-PyTorch's dispatcher.
+For comparison, the minimum for a call through PyTorch's dispatcher is measured: an op of one tensor without checks.
 
-Runs in a process of its own, as it replaces Triton's driver and the ops' implementations on the CPU.
+This module runs in a process of its own, as it replaces Triton's driver and the ops' CPU implementations.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ import os
 import sys
 from collections.abc import Callable
 
-os.environ["VITKERNELS_BACKEND"] = "emulated"  # what makes a CPU take this way
+os.environ["VITKERNELS_BACKEND"] = "emulated"  # otherwise ops on CPU tensors would run PyTorch's reference
 
 import torch
 import triton
@@ -49,7 +47,7 @@ MODES = ("no grad", "forward and backward")
 
 
 class Nothing:
-    """A driver, as Triton knows them, whose launches do nothing."""
+    """A driver for Triton whose launches do nothing."""
 
     @staticmethod
     def get_current_target():
@@ -79,7 +77,7 @@ class Nothing:
 
 
 def main(seconds: float) -> None:
-    """Print, by provider, op and mode, the microseconds of a call, as JSON."""
+    """Print the microseconds per call, by provider, op and mode, as JSON."""
     torch.set_num_threads(1)
     triton.runtime.driver.set_active(Nothing)
     library = torch.library.Library("vitkernels", "IMPL")
@@ -100,7 +98,7 @@ def main(seconds: float) -> None:
 
 
 def note_calls() -> list[Callable[[], object]]:
-    """Return a list to which each call of a public op is appended from now on, to be made again."""
+    """Return a list to which every later call of a public op is appended, so that it can be repeated."""
     noted: list[Callable[[], object]] = []
 
     def noting(op: Callable) -> Callable:
@@ -117,7 +115,7 @@ def note_calls() -> list[Callable[[], object]]:
 
 
 def call_of(bench: OpBench, mode: str, noted: list[Callable[[], object]]) -> Callable[[], object]:
-    """Return ``bench``'s call of its op, whose plans are made."""
+    """Return ``bench``'s call of its op, warmed up so that its plans exist."""
     case = next(case for case in SMALL if bench.applies(case))
     tensors = bench.inputs(case, torch.bfloat16, torch.device("cpu"))
     with torch.set_grad_enabled(mode == "forward and backward"):
@@ -131,7 +129,7 @@ def call_of(bench: OpBench, mode: str, noted: list[Callable[[], object]]) -> Cal
 
 
 def call_of_block(mode: str) -> Callable[[], object]:
-    """Return the call of :func:`vitkernels.ops.block` on a ViT's tensors, whose plans are made."""
+    """Return a call of :func:`vitkernels.ops.block` on a ViT's tensors, warmed up so that its plans exist."""
     case = SMALL[0]
     C, F = case.channels, case.hidden
     shapes = {"norm1": (C,), "qkv": (3 * C, C), "proj": (C, C), "norm2": (C,), "fc1": (F, C), "fc2": (C, F)}
@@ -153,7 +151,7 @@ def planned(call: Callable[[], object]) -> Callable[[], object]:
 
 
 def an_op_without_checks(library: torch.library.Library) -> Callable[[], object]:
-    """Return the call of an op of one tensor, which allocates its output and checks nothing."""
+    """Return the call of an op of one tensor that allocates its output and checks nothing."""
     library.impl(library.define("empty(Tensor x) -> Tensor"), torch.empty_like, "CPU")
     op = torch.ops.vitkernels_benchmarks.empty.default
     x = torch.empty(1)

@@ -1,4 +1,4 @@
-"""Whether a result is right, before it is timed: errors against fp64, and PyTorch's own as the yardstick."""
+"""Decide whether a result is right before it is timed: its error against fp64, compared with PyTorch's error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MODEL_LIMIT = 1.5
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """Whether a result is right, why not, and its largest error: over the truth's size, and over PyTorch's error."""
+    """Whether a result is right, why not, and its largest error, relative to the truth and as a ratio to PyTorch's."""
 
     right: bool
     reason: str
@@ -23,7 +23,7 @@ class Judgement:
 
 
 def judge_op(got: Mapping[str, Tensor], yardstick: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> Judgement:
-    """Judge outputs and gradients by name, each by the rule of ``vitkernels/testing/compare.py``."""
+    """Judge each output and gradient by the rule of ``vitkernels/testing/compare.py``."""
     verdicts = [check(name, got[name], yardstick[name], truth[name]) for name in truth]
     wrong = [f"{v.name}: {v.detail}" for v in verdicts if not v.passed]
     errors = [_rms(got[n].double() - truth[n]) / max(_rms(truth[n]), 1e-300) for n in truth if _alike(got[n], truth[n])]
@@ -31,9 +31,9 @@ def judge_op(got: Mapping[str, Tensor], yardstick: Mapping[str, Tensor], truth: 
 
 
 def judge_model(got: Mapping[str, Tensor], yardstick: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> Judgement:
-    """Judge a whole network: the RMS error of the output, and of all gradients together, at most 1.5 × PyTorch's.
+    """Judge a whole network: RMS errors of the output and of all gradients together are at most 1.5 × PyTorch's.
 
-    One rounding early in a network moves much of a single small gradient, whoever rounds: together they tell.
+    Gradients are judged together, as one early rounding may change a single small gradient a lot, in PyTorch too.
     """
     parts = {"output": [n for n in truth if n == "output"], "gradients": [n for n in truth if n != "output"]}
     wrong, errors, ratios = [], [], []

@@ -1,4 +1,4 @@
-"""The results in docs/benchmarks.md, made from the newest run of each device; nothing of them is typed by hand."""
+"""Generate the results in docs/benchmarks.md from the newest run of each device."""
 
 from __future__ import annotations
 
@@ -18,10 +18,15 @@ BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 
 
 def update(page: Path = PAGE, kept: Path = RESULTS, *, write: bool = True) -> bool:
-    """Bring the results in ``page`` up to date with the runs in ``kept``; return whether they were not.
+    """Update the results in ``page`` from the runs in ``kept``, and return whether they were out of date.
+
+    Args:
+        page: The file in Markdown.
+        kept: Folder of the runs, one folder per device.
+        write: False only checks.
 
     Raises:
-        UserError: The page lacks the lines between which the results stand.
+        UserError: The page lacks the marker lines around the results.
     """
     text = page.read_text(encoding="utf-8")
     head, begin, rest = text.partition(BEGIN)
@@ -36,7 +41,7 @@ def update(page: Path = PAGE, kept: Path = RESULTS, *, write: bool = True) -> bo
 
 
 def section(kept: Path) -> str:
-    """Return the results in Markdown: a part a device, each from its newest run."""
+    """Return the results in Markdown, one part per device, from its newest run."""
     runs = [load(max(folder.glob("*.json"), key=lambda file: load(file).date)) for folder in _folders(kept)]
     runs.sort(key=lambda results: results.device["kind"] == "cpu")  # GPUs first
     return "\n\n".join(part for results in runs for part in _parts(results)) or "No run is kept yet."

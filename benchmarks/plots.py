@@ -1,4 +1,4 @@
-"""The pictures of a report: each takes results and returns a figure, or None where it has nothing to show."""
+"""The pictures of a report: each function takes results and returns a figure, or None if there is no data for it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CATEGORIES = (
     "#0b7a55", "#35506e", "#d9a441", "#b4653a", "#8c6bb1", "#3b9ec7", "#99a83a", "#c2577b", "#6d6d6d", "#17becf",
     "#e07a5f", "#5c4b51", "#1f3d9c", "#e8b4c8", "#74c476", "#a50f15",
 )  # fmt: skip
-_TICKS = (1, 1.25, 1.6, 2, 3, 5, 8)  # of a decade, where ratios are shown
+_TICKS = (1, 1.25, 1.6, 2, 3, 5, 8)  # ticks in each decade of a ratio's axis
 STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -35,7 +35,7 @@ STYLE = {
 
 
 def draw_all(results: Results) -> dict[str, tuple[str, Figure]]:
-    """Return the caption and the figure of every picture that has something to show, by file name without suffix."""
+    """Return caption and figure of every picture that has data, by file name without suffix."""
     import matplotlib
 
     pictures = {
@@ -77,7 +77,7 @@ def _plain_number(value: float, _=None) -> str:
 
 
 def speed(results: Results) -> Figure | None:
-    """A dot an op and case, a panel a mode: the best rival's time over ours."""
+    """Draw the best rival's time over ours: one dot per op and case, one panel per mode."""
     rows = [row for row in _timed(results, "op") if row.over_best_rival is not None]
     if not rows:
         return None
@@ -89,7 +89,7 @@ def speed(results: Results) -> Figure | None:
         ax.axvline(1, color="#444444", linewidth=1)
         for i, case in enumerate(cases):
             mine = [row for row in rows if row.mode == mode and row.case == case]
-            # Cases of one op lie side by side, not on one another.
+            # Cases of one op would cover each other: shift them.
             offset = 0.0 if len(cases) == 1 else (i / (len(cases) - 1) - 0.5) * 0.6
             places = [ops.index(row.name) + offset for row in mine]
             ratios = [row.over_best_rival for row in mine]
@@ -113,16 +113,16 @@ def speed(results: Results) -> Figure | None:
 
 
 def roofline(results: Results) -> Figure | None:
-    """Rate over intensity: the ceilings as a line, our ops filled, the best rival's hollow."""
+    """Draw rate over intensity: the ceilings as a line, our ops filled, the best rivals' hollow."""
     rows = [row for row in _timed(results, "op") if row.of_roofline is not None]
     if not rows:
         return None
     dtype = _main_dtype(rows)
     rows = _best_of_each_side([row for row in rows if row.dtype == dtype])
-    if any(row.mode == "backward" for row in rows):  # then forward and backward together say nothing new
+    if any(row.mode == "backward" for row in rows):  # then mode "both" adds nothing new
         rows = [row for row in rows if row.mode != "both"]
     peak, rate = results.ceilings[f"tflops {dtype}"], results.ceilings["gb_per_s"]
-    ridge = peak * 1e3 / rate  # FLOPs a byte, where the two ceilings meet
+    ridge = peak * 1e3 / rate  # FLOPs per byte at which the two ceilings meet
     intensities = [row.flops / row.bytes for row in rows]
     left, right = min(*intensities, ridge) / 3, max(*intensities, ridge) * 3
     figure, (ax,) = _new(9, 5)
@@ -162,7 +162,7 @@ def roofline(results: Results) -> Figure | None:
 
 
 def _best_of_each_side(rows: list[Row]) -> list[Row]:
-    """Return, of each workload, our fastest row and the rivals' fastest."""
+    """Return our fastest row and the rivals' fastest row of each workload."""
     best: dict[tuple, Row] = {}
     for row in rows:
         side = (row.workload, row.ours)
@@ -172,7 +172,7 @@ def _best_of_each_side(rows: list[Row]) -> list[Row]:
 
 
 def throughput(results: Results) -> Figure | None:
-    """Images a second by model and provider, a panel a mode and batch."""
+    """Draw images per second by model and provider, one panel per mode and batch."""
     return _bars_by_model(
         results,
         lambda row: row.batch / row.time.median * 1e6,
@@ -182,7 +182,7 @@ def throughput(results: Results) -> Figure | None:
 
 
 def memory(results: Results) -> Figure | None:
-    """Peak memory by model and provider, where the device tells."""
+    """Draw peak memory by model and provider, if the run has it."""
     return _bars_by_model(
         results, lambda row: row.peak_bytes and row.peak_bytes / 2**30, "GiB", lambda row: (row.peak_bytes / 2**30,) * 2
     )
@@ -196,7 +196,7 @@ def _bars_by_model(results: Results, figure_of, unit: str, spread_of) -> Figure 
     colors = _provider_colors(providers)
     panels = _distinct((row.mode, row.batch) for row in rows)[:4]
     rows = [row for row in rows if (row.mode, row.batch) in panels]
-    # Every panel has a place for each bar, so that the names at the left are those of all.
+    # The panels share the names at the left: every panel has a place for each bar.
     places, ticks, bottom = {}, [], 0.0
     for workload in _distinct(workload_name(row, short=True) for row in rows):
         there = {row.provider for row in rows if workload_name(row, short=True) == workload}
@@ -235,7 +235,7 @@ def _provider_colors(providers: list[str]) -> dict[str, str]:
 
 
 def calls(results: Results) -> Figure | None:
-    """Microseconds a call but for its launches, a bar an op, beside PyTorch's least where it was measured."""
+    """Draw microseconds per call without its launches, one bar per op, and PyTorch's minimum if it was measured."""
     rows = [row for row in _timed(results, "cost") if row.name == "call but for launches"]
     if not rows:
         return None
@@ -270,7 +270,7 @@ def calls(results: Results) -> Figure | None:
 
 
 def traffic(results: Results) -> Figure | None:
-    """Extra passes of a block, timm's and ours, a panel a mode."""
+    """Draw the extra passes of timm's and our blocks, one panel per mode."""
     rows = [row for row in results.rows if row.name == "passes over the activations" and row.figures]
     if not rows:
         return None

@@ -1,4 +1,4 @@
-"""A run as Markdown, as an HTML page and as pictures, and two runs side by side."""
+"""Render a run as Markdown, HTML and pictures, and compare two runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.wording import GOALS, bytes_text, spread_text, time_text, worklo
 from vitkernels import _interrupt
 
 DPI = 150
-LISTED = 12  # names in a cell
+LISTED = 12  # most names in a cell
 METHOD = """\
 Rivals take turns, one sample each a round, in an order that rotates; given are the median and the 20th and 80th
 percentile. Inputs are random. On a GPU, device time is taken between two events on a cold L2 cache; of ops below 50 µs
@@ -41,7 +41,10 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Columns after the first ``words`` hold figures. Rows in ``marked`` stand out. ``folded`` titles what unfolds."""
+    """A table; columns after the first ``words`` hold figures.
+
+    Rows in ``marked`` are highlighted. With a text in ``folded``, the table is collapsed under that title.
+    """
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -65,7 +68,7 @@ def write_report(results: Results, out: Path, *, before: Results | None = None) 
 
     Args:
         results: The run.
-        out: A folder, made where it is missing.
+        out: A folder, created if it is missing.
         before: An earlier run to compare with.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -127,14 +130,14 @@ def _pictures(results: Results) -> Iterator[Picture]:
 
 
 def standing(row: Row, rival: Row) -> str:
-    """Tell whether ``row`` is faster or slower than ``rival`` beyond both spreads, or level with it."""
+    """Return whether ``row`` is ``faster`` or ``slower`` than ``rival`` beyond both spreads, or ``level``."""
     if row.time.p80 < rival.time.p20:
         return "faster"
     return "slower" if row.time.p20 > rival.time.p80 else "level"
 
 
 def duels(rows: list[Row]) -> Iterator[tuple[Row, Row]]:
-    """Yield our best row and the best rival's of each workload that both have."""
+    """Yield our best row and the best rival's row of each workload that has both."""
     by_workload: dict[tuple, list[Row]] = collections.defaultdict(list)
     for row in rows:
         if row.kind in ("op", "model") and row.time is not None:
@@ -146,7 +149,7 @@ def duels(rows: list[Row]) -> Iterator[tuple[Row, Row]]:
 
 
 def score(rows: list[Row]) -> str:
-    """Say how ours stand to their best rivals."""
+    """Return a summary of how our rows compare with the best rivals."""
     counts = collections.Counter(standing(*duel) for duel in duels(rows))
     wrong = sum(row.status == "wrong" for row in rows)
     total = sum(counts.values())
@@ -171,7 +174,7 @@ def _losses(rows: list[Row]) -> Iterator[Block]:
 
 
 def _culprit(model: Row, rows: list[Row]) -> str:
-    """Name the op of a losing model that stands worst against its rivals, where the run has ops of that shape."""
+    """Return the op of a slower model that is worst against its rivals, if the run has ops of that shape."""
     if model.kind != "model":
         return model.name
     mode = "forward" if model.mode == "inference" else "both"
@@ -320,7 +323,7 @@ def _listed(names: list[str]) -> str:
 
 
 def comparison(before: Results, after: Results) -> Iterator[Block]:
-    """Yield what changed from ``before`` to ``after``."""
+    """Yield the report's part on what changed from ``before`` to ``after``."""
     yield Heading(f"Against {before.commit or 'the earlier run'}, {before.date}")
     if before.device != after.device:
         yield Text(
@@ -337,7 +340,7 @@ def comparison(before: Results, after: Results) -> Iterator[Block]:
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """One row's figure that moved beyond the spread, or a count that moved at all."""
+    """A row's figure that changed: a time beyond the spread, a result's correctness, or a count by any amount."""
 
     name: str
     what: str
@@ -346,13 +349,13 @@ class Change:
     worse: bool
 
 
-# Counts of which less is better, and those of which more is.
+# For each compared count, whether a higher one is worse.
 WORSE_IF_MORE = {"registers": True, "spilled_bytes": True, "shared_bytes": True, "blocks": False, "extra": True,
                  "narrow_in_loop": True, "atomics": True}  # fmt: skip
 
 
 def changed(before: Results, after: Results) -> list[Change]:
-    """Return what became slower or faster beyond both spreads, right or wrong, or counts otherwise; the worse first."""
+    """Return changes of times beyond both spreads, of correctness and of counts; changes for the worse come first."""
     old = {row.key: row for row in before.rows}
     changes = []
     for row in after.rows:
@@ -373,7 +376,7 @@ def changed(before: Results, after: Results) -> list[Change]:
 
 
 def to_markdown(title: str, blocks: Sequence[Block]) -> str:
-    """Return the report in Markdown; pictures lie beside it."""
+    """Return the report in Markdown, which refers to pictures in the same folder."""
     parts = [f"# {title}"]
     for block in blocks:
         match block:
@@ -415,7 +418,7 @@ figcaption { font-size: .84rem; color: #56616a; } summary { cursor: pointer; col
 
 
 def to_html(title: str, blocks: Sequence[Block]) -> str:
-    """Return the report as one HTML page that needs nothing beside it."""
+    """Return the report as one self-contained HTML page."""
     parts = []
     for block in blocks:
         match block:
@@ -425,7 +428,7 @@ def to_html(title: str, blocks: Sequence[Block]) -> str:
                 parts.append(f"<p>{html.escape(text)}</p>")
             case Picture(_, caption, png):
                 source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-                width = int.from_bytes(png[16:20], "big") * 96 // DPI  # as large as the text around it
+                width = int.from_bytes(png[16:20], "big") * 96 // DPI  # so that its fonts match the text's
                 caption = html.escape(caption)
                 image = f'<img src="{source}" alt="{caption}" width="{width}">'
                 parts.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")

@@ -1,13 +1,13 @@
-"""All timing: how a call is timed on a CPU and on a GPU, how rivals take turns, and when the time is up.
+"""All timing: of calls on a CPU and on a GPU, of rivals in turns, and the budget of a run.
 
-Rivals are timed in turns, one sample each a round, in an order that rotates, so that a machine that slows down slows
-all of them. A sample on the CPU is as many calls as a millisecond holds. On a GPU it is one call between two events
-on a cold L2 cache, where a call takes 50 µs or more; below that as many calls as a millisecond holds, replayed from
-one CUDA graph, over copies of the inputs that L2 cannot hold together: else launches would be measured. The time
-until a call returns is taken beside it.
+Rivals are timed in turns, one sample each per round, in a rotating order, so that a machine that slows down slows all
+of them. On a CPU, a sample is as many calls as fit in a millisecond. On a GPU, a sample of a call of 50 µs or more is
+one call between two events, with a cold L2 cache. Of shorter calls the gaps between launches would be measured: there a
+sample is a millisecond of calls, replayed from one CUDA graph, over copies of the inputs that do not fit in L2
+together. The time until a call returns (host time) is measured as well.
 
-What Python itself costs, a few microseconds, a neighbour on the same core makes longer by a half, for a millisecond or
-a second. A fixed loop, timed between short samples, tells: kept are those samples beside which it ran undisturbed.
+Another process on the same core makes Python's own few microseconds half longer, for a millisecond or a second. To
+detect this, a fixed loop is timed between short samples: only samples next to undisturbed loops count.
 """
 
 from __future__ import annotations
@@ -24,38 +24,38 @@ import torch
 
 from benchmarks.schema import Times
 
-SHORT_US = 50.0  # below, the gaps between launches would count
+SHORT_US = 50.0  # for shorter calls the gaps between launches would count
 SAMPLE_S = 1e-3
-SHORT_SAMPLE_S = 2e-4  # neighbours leave a core alone for a few tenths of a millisecond
-BURST = 16  # samples of one in a row: after another's, code and data come from farther away
-PACE_STEPS = 500  # 15 µs or so
-UNDISTURBED = 1.1  # times the fastest of the fixed loops: alone they lie within 1.05, disturbed beyond 1.3
+SHORT_SAMPLE_S = 2e-4  # other processes leave a core alone for a few tenths of a millisecond
+BURST = 16  # samples of one variant in a row: after another variant, caches do not hold its code and data
+PACE_STEPS = 500  # about 15 µs
+UNDISTURBED = 1.1  # × the fastest fixed loop: undisturbed loops take up to 1.05 ×, disturbed ones more than 1.3 ×
 MIN_ROUNDS = 5
 MAX_ROUNDS = 200
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Microseconds a call: on the device (a CPU's wall clock), and until the call returned (None on a CPU)."""
+    """Microseconds per call: on the device (on a CPU: wall clock), and until the call returned (None on a CPU)."""
 
     device: float
     host: float | None
 
 
 class CpuTimer:
-    """Times calls by ``clock``, in seconds; a sample takes ``sample_s`` of them, or one call."""
+    """Times calls with ``clock`` (in seconds); a sample takes ``sample_s`` seconds, or one call if that is longer."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter, sample_s: float = SAMPLE_S):
         self.clock, self.sample_s = clock, sample_s
 
     def scope(self) -> contextlib.AbstractContextManager:
-        """Return where everything to be timed runs."""
+        """Return the context in which everything to be timed must run."""
         return contextlib.nullcontext()
 
     def sampler(self, function: Callable[[], object], *, capture: bool = False) -> Callable[[], Sample]:
-        """Return what takes one sample of ``function``, which has run before."""
+        """Return a function that takes one sample of ``function``, which must have run before."""
         once = self._seconds(function, 1)
-        if once < self.sample_s:  # a first call may take ten times as long
+        if once < self.sample_s:  # the first call may take ten times as long as later ones
             once = min(once, self._seconds(function, 1), self._seconds(function, 1))
         calls = max(1, min(10_000, math.ceil(self.sample_s / max(once, 1e-9))))
         return lambda: Sample(self._seconds(function, calls) / calls * 1e6, None)
@@ -68,7 +68,7 @@ class CpuTimer:
 
 
 class GpuTimer:
-    """Times calls on the current CUDA (or ROCm) device by its own events."""
+    """Times calls on the current CUDA (or ROCm) device with the device's events."""
 
     clock = staticmethod(time.perf_counter)
 
@@ -77,12 +77,12 @@ class GpuTimer:
         self.stream = torch.cuda.Stream()
 
     def scope(self) -> contextlib.AbstractContextManager:
-        """Return where everything to be timed runs: one stream, for a backward is captured on its forward's alone."""
+        """Return the context, one stream, for all timed work: a backward is captured on its forward's stream only."""
         self.stream.wait_stream(torch.cuda.current_stream())
         return torch.cuda.stream(self.stream)
 
     def sampler(self, function: Callable[[], object], *, capture: bool = False) -> Callable[[], Sample]:
-        """Return what takes one sample of ``function``, which has run before.
+        """Return a function that takes one sample of ``function``, which must have run before.
 
         Args:
             function: Launches work on the current stream.
@@ -118,12 +118,12 @@ class GpuTimer:
 
 
 def l2_bytes() -> int:
-    """Bytes of the current GPU's L2 cache; 128 MiB where the driver does not tell."""
+    """Return the bytes of the first GPU's L2 cache, or 128 MiB if unknown."""
     return getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0) or 128 << 20
 
 
 def rotated(functions: Sequence[Callable[[], object]]) -> Callable[[], object]:
-    """Return a function that calls the next of ``functions`` each time: one a copy of the inputs."""
+    """Return a function whose every call calls the next of ``functions``, each of which has its own inputs."""
     following = itertools.cycle(functions)
     return lambda: next(following)()
 
@@ -147,14 +147,14 @@ def sample_in_turns(
     """Time ``variants`` in turns for about ``seconds``, and at least :data:`MIN_ROUNDS` rounds.
 
     Returns:
-        The samples of each, those of one round at the same place.
+        The samples by variant; samples of the same round have the same index.
     """
     try:
         samplers = {name: timer.sampler(function, capture=capture) for name, function in variants.items()}
     except RuntimeError:
         if not capture:
             raise
-        # One of them does what cannot be captured: then none is, so that all are timed alike.
+        # One variant cannot be captured: capture none, so that all are timed in the same way.
         samplers = {name: timer.sampler(function) for name, function in variants.items()}
     samples: dict[str, list[Sample]] = {name: [] for name in variants}
     names = list(variants)
@@ -184,15 +184,15 @@ def sample_undisturbed(
     """Time short pieces of Python in turns for about ``seconds``, and at least :data:`MIN_ROUNDS` rounds.
 
     Args:
-        variants: What is timed, by name.
-        seconds: To spend on all together.
-        clock: In seconds.
-        pace: The fixed piece of Python that is timed between samples; a loop of :data:`PACE_STEPS` additions.
+        variants: Functions to time, by name.
+        seconds: Time for all of them together.
+        clock: Returns seconds.
+        pace: The fixed loop that is timed between samples, by default :data:`PACE_STEPS` additions.
 
     Returns:
-        Of each the microseconds a call, in the samples before and after which ``pace`` took at most
-        :data:`UNDISTURBED` times its fastest of the run; where those are fewer than :data:`MIN_ROUNDS`, in the least
-        disturbed.
+        The microseconds per call of each variant's undisturbed samples: ``pace``, timed before and after them, took at
+        most :data:`UNDISTURBED` times its fastest (2nd percentile) of the run. If there are fewer than
+        :data:`MIN_ROUNDS`, the least disturbed samples.
     """
     timer = CpuTimer(clock, SHORT_SAMPLE_S)
     samplers = {name: timer.sampler(function) for name, function in variants.items()}
@@ -212,7 +212,7 @@ def sample_undisturbed(
                 paces.append(after)
                 before = after
     paces.sort()
-    limit = UNDISTURBED * paces[len(paces) // 50]  # the fastest of all may be no loop, but a clock that was set
+    limit = UNDISTURBED * paces[len(paces) // 50]  # not the minimum: it may come from a clock adjustment
     kept = {}
     for name, pairs in samples.items():
         pairs.sort()
@@ -224,7 +224,7 @@ def sample_undisturbed(
 def measure(
     variants: Mapping[str, Callable[[], object]], timer: CpuTimer | GpuTimer, seconds: float, *, capture: bool = False
 ) -> dict[str, tuple[Times, Times | None]]:
-    """Time ``variants`` in turns: of each the time on the device and, on a GPU, until the call returned."""
+    """Time ``variants`` in turns; return the times on the device and, on a GPU, until the call returned."""
     if not variants:
         return {}
     measured = {}
@@ -236,7 +236,7 @@ def measure(
 
 @dataclasses.dataclass
 class Budget:
-    """Seconds to spend, by ``clock``, from the moment it is made; ``reserve`` of them are kept for what comes last."""
+    """A time budget in seconds that starts when it is created; ``reserve`` seconds are kept for the final work."""
 
     seconds: float
     reserve: float = 0.0

@@ -1,6 +1,6 @@
-"""What a run leaves behind: the dataclasses below are the schema of the JSON, and decoding checks it.
+"""The JSON of a run: the dataclasses below are its schema, which decoding checks.
 
-Times are microseconds, sizes bytes. A row without a result says why; only a right result has a time.
+Times are in microseconds, sizes in bytes. A row without a result has a reason; only a right result has a time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OURS = "vitkernels"
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Microseconds a call: the median, the 20th and 80th percentile, and how many samples they are of."""
+    """Microseconds per call: the median, the 20th and 80th percentiles, and the number of samples."""
 
     median: float
     p20: float
@@ -36,22 +36,22 @@ class Row:
     """One provider at one workload, or one count.
 
     Attributes:
-        kind: One of :data:`KINDS`: a timed op or model, a cost on the host, a count, a check without a time.
-        name: The op's, the model's, or what is counted.
-        case: Its shape, by the name in ``vitkernels/testing/cases.py``, or what else tells rows of a name apart.
-        provider: Who computed.
+        kind: One of :data:`KINDS`: a timed op or model, a cost on the host, a count, or a check without a time.
+        name: Name of the op or the model, or what is counted.
+        case: Name of the shape in ``vitkernels/testing/cases.py``, or another text that distinguishes rows of one name.
+        provider: The implementation that computed the row.
         mode: ``forward``, ``backward``, ``both``, ``inference``, ``training`` and the like.
         dtype: ``bf16``, ``fp16``, ``fp32``, or ``amp`` for fp32 weights under bf16 autocast.
-        batch: Images.
+        batch: Number of images.
         status: One of :data:`STATUSES`.
-        reason: Why there is no result; empty where there is one.
-        time: On a GPU the device's time, on a CPU the wall's.
-        host: On a GPU the time until the call returned; None on a CPU, where it is the same.
-        flops, bytes: By formula, the least that the workload needs.
-        error: Largest over outputs and gradients of RMS(result − fp64) / RMS(fp64).
-        error_ratio: The error over that of plain PyTorch in the same dtype, largest likewise.
-        peak_bytes: Largest memory in use on the device, parameters and optimizer state included.
-        of_roofline: The time that the ceilings of this run allow, over the time taken.
+        reason: Why there is no result; empty if there is one.
+        time: Device time on a GPU, wall-clock time on a CPU.
+        host: Time until the call returned on a GPU; None on a CPU, where it equals ``time``.
+        flops, bytes: The minimum that the workload needs, by formula.
+        error: RMS(result − fp64) / RMS(fp64), the largest over outputs and gradients.
+        error_ratio: The error over plain PyTorch's in the same dtype, the largest over outputs and gradients.
+        peak_bytes: Peak memory on the device, parameters and optimizer state included.
+        of_roofline: The time that this run's ceilings allow over the measured time.
         over_best_rival: The best rival's time over ours; on our rows only.
         figures: Counts by name.
     """
@@ -78,12 +78,12 @@ class Row:
 
     @property
     def workload(self) -> tuple:
-        """What rivals have in common."""
+        """The fields that rivals of one workload share."""
         return self.kind, self.name, self.case, self.batch, self.mode, self.dtype
 
     @property
     def key(self) -> tuple:
-        """What tells a row from all others of a run."""
+        """The fields that identify a row in a run."""
         return *self.workload, self.provider
 
     @property
@@ -96,17 +96,17 @@ class Results:
     """One run.
 
     Attributes:
-        suite: What was asked for.
+        suite: The suite that was run.
         budget_s, elapsed_s: Seconds given and taken.
-        complete: False where the run was interrupted, or is still going on.
+        complete: False if the run was interrupted or is still running.
         date: UTC, ISO 8601.
-        commit: Short hash, with ``-dirty`` where the tree had changes; empty outside a checkout.
-        device: Its name, kind (``cuda`` or ``cpu``), architecture, driver, memory, threads.
-        clocks: MHz and watts as the driver tells them, at the start and the end.
-        versions: Of all that matters, by package.
-        ceilings: Highest rates seen in this run: ``tflops bf16`` and the like, and ``gb_per_s``.
-        providers: Why a provider never ran.
-        left_out: Why work that was planned was not done, by its title.
+        commit: Short hash, with ``-dirty`` if the tree had changes; empty outside a checkout.
+        device: Name, kind (``cuda`` or ``cpu``), architecture, driver, memory, threads.
+        clocks: MHz and watts that the driver reported, at the start and the end.
+        versions: Versions by package.
+        ceilings: Rates measured in this run: ``tflops bf16`` and the like, and ``gb_per_s``.
+        providers: By provider, why it never ran.
+        left_out: By title, why a planned job was not done.
         rows: In the order of the run.
         schema: :data:`SCHEMA`.
     """
@@ -128,18 +128,18 @@ class Results:
 
 
 def save(results: Results, path: Path) -> None:
-    """Write ``results`` so that ``path`` holds valid JSON at every moment, whatever ends the process."""
+    """Write ``results`` atomically: ``path`` holds valid JSON even if the process is killed."""
     text = _text(results)
     check(json.loads(text), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    with _interrupt.writing():  # nor is the other left behind
+    with _interrupt.writing():  # or Ctrl-C could leave the temporary file behind
         temporary.write_text(text + "\n", encoding="utf-8")
         os.replace(temporary, path)
 
 
 def _text(results: Results) -> str:
-    """JSON with a row a line, so that a difference between two runs can be read."""
+    """Return JSON with one row per line, so that a diff of two runs is readable."""
     document = dataclasses.asdict(results)
     rows = ",\n".join("  " + json.dumps(row, allow_nan=False) for row in document.pop("rows"))
     head = json.dumps(document, indent=1, allow_nan=False).removesuffix("\n}")
@@ -150,7 +150,7 @@ def load(path: Path) -> Results:
     """Read what :func:`save` wrote.
 
     Raises:
-        ValueError: The file is no JSON, or breaks the schema; the message names the place.
+        ValueError: The file is not JSON, or breaks the schema; the message names the place.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What is measured, in the order of its worth, and the run that stops when its time is up."""
+"""The suites: jobs in order of importance, and the run that stops when its budget is spent."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from vitkernels.console import one_line
 from vitkernels.testing.cases import CASES, Case
 
 SUITES = ("ops", "models", "quick", "all")
-SAVE_S = 1.0  # between two saves, about: many counts come at once
-SHARE = 0.4  # of the time left, that one job may take beyond its need
+SAVE_S = 1.0  # least time between two saves: many counts come at once
+SHARE = 0.4  # share of the time left that a job may take beyond its estimate
 VIT_B = "vit_base_patch16_224"
-# The largest batches that a network is asked for, and the smallest, come first.
+# The largest batches come first, then the smallest for inference.
 LOADS = (
     ("inference", 256), ("training", 256), ("inference", 1), ("training", 32), ("inference", 32), ("inference", 8),
     ("training", 8), ("training", 1),
@@ -35,9 +35,9 @@ LOADS = (
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A piece of a run: what it is called, about how many seconds it takes, and the rows it gives one after another.
+    """A part of a run: its title, its estimated seconds, and its rows, which it yields one by one.
 
-    ``share`` is how much of the time left it may take beyond that.
+    It may take ``share`` of the time left beyond its estimate.
     """
 
     title: str
@@ -47,7 +47,7 @@ class Job:
 
 
 def plan(suite: str, device: torch.device) -> list[Job]:
-    """Return the jobs of ``suite``, the worthiest first."""
+    """Return the jobs of ``suite``, the most important first."""
     quick = _quick(device)
     parts = {"quick": quick, "ops": _ops(device), "models": _models(device)}
     parts["all"] = [*quick, *parts["ops"], *parts["models"], *_counts()]
@@ -146,7 +146,7 @@ def _model_job(model: Model, batch: int, dtype: str, mode: str, seconds: float =
 
 
 def _steps(session: Session, work: int, dtype: str) -> float:
-    """Return the seconds that judging and warming up take: about forty times the work, at half the ceiling."""
+    """Estimate the seconds for judging and warming up: about forty times the work, at half the ceiling."""
     ceiling = session.results.ceilings.get(f"tflops {'bf16' if dtype == 'amp' else dtype}", 1.0)
     return 40 * work / (0.5e12 * ceiling)
 
@@ -154,17 +154,17 @@ def _steps(session: Session, work: int, dtype: str) -> float:
 def run_suite(
     suite: str, device: torch.device, budget: Budget, path: Path, *, jobs: list[Job] | None = None
 ) -> Results:
-    """Do what ``suite`` asks for until ``budget`` is spent, and keep ``path`` up to date.
+    """Run the jobs of ``suite`` until ``budget`` is spent, and keep ``path`` up to date.
 
     Args:
-        suite: One of :data:`SUITES`.
+        suite: One of :data:`SUITES`, or any name if ``jobs`` are given.
         device: From :func:`benchmarks.environment.find_device`.
-        budget: Counts already.
-        path: The JSON.
-        jobs: What to do instead of the suite's plan.
+        budget: The running budget.
+        path: File for the JSON.
+        jobs: Jobs to run instead of the suite's plan.
 
     Raises:
-        KeyboardInterrupt: As it came; ``path`` holds what was measured until then.
+        KeyboardInterrupt: The run was interrupted; ``path`` holds what was measured until then.
     """
     results = new_results(suite, budget.seconds, device)
     session = Session(device, make_timer(device), budget, results)
@@ -184,12 +184,12 @@ def run_suite(
 
 
 def run_jobs(jobs: list[Job], session: Session, path: Path, show: Callable) -> None:
-    """Do ``jobs`` in order, leave out those that the time left does not hold, and save what there is all along."""
+    """Run ``jobs`` in order, skip those that do not fit in the time left, and save the results regularly."""
     results, budget = session.results, session.budget
     for number, job in enumerate(jobs):
         show(job.title, number, len(jobs), budget)
         left = budget.left()
-        needed = job.seconds(session) if left > 0 else math.inf  # which takes a while, too, for a network
+        needed = job.seconds(session) if left > 0 else math.inf  # the estimate itself takes a while for a network
         session.cap = budget.spent() + job.share * left + needed
         if needed > left:
             results.left_out[job.title] = "no time left in the budget"
@@ -205,7 +205,7 @@ def run_jobs(jobs: list[Job], session: Session, path: Path, show: Callable) -> N
             results.left_out[job.title] = str(why)
         except torch.OutOfMemoryError:
             results.left_out[job.title] = "out of memory on the device"
-        except Exception as error:  # one job's failure must not cost the others' results
+        except Exception as error:  # a failed job must not lose the others' results
             results.left_out[job.title] = f"{type(error).__name__}: {one_line(error)}"
         results.elapsed_s = round(budget.spent(), 1)
         save(results, path)
@@ -213,7 +213,7 @@ def run_jobs(jobs: list[Job], session: Session, path: Path, show: Callable) -> N
 
 @contextlib.contextmanager
 def progress() -> Iterator[Callable[[str, int, int, Budget], None]]:
-    """Yield what shows a job's title, number and count, and the time left: a bar where rich is installed."""
+    """Yield a function that shows a job's title, number and count, and the time left, as a bar if rich is installed."""
     try:
         import rich.console
         import rich.progress as rich_progress

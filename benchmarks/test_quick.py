@@ -1,4 +1,4 @@
-"""The quick form, by pytest-benchmark: ``pytest benchmarks``. Everything else is ``python -m benchmarks``."""
+"""Quick benchmarks with pytest-benchmark: ``pytest benchmarks``. The full ones are ``python -m benchmarks``."""
 
 import copy
 
@@ -20,7 +20,7 @@ OPS = [(name, who) for name, bench in all_ops().items() if bench.applies(CASE) f
 
 
 def synchronized(function):
-    """Let ``function`` return only when the device is done: pytest-benchmark looks at the wall clock."""
+    """Make ``function`` wait for the device, as pytest-benchmark measures wall-clock time."""
 
     def run():
         result = function()

@@ -1,10 +1,11 @@
-"""Search launch configurations on the GPU that is there, and keep what wins as ``vitkernels/tuning/tables``.
+"""Search launch configurations on this GPU, and write the winners to ``vitkernels/tuning/tables``.
 
-The rows to fill are those that the ops look up at the named cases. Each is searched field by field: all values of a
-field are timed in turns with the best so far, and the field keeps the fastest, until a pass over the fields gains
-nothing or the row's share of the budget is spent. A configuration counts only where its kernels break no rule of the
-contract (``vitkernels/aot/contract.py``) that the heuristic's keep, and its results and gradients are right. The winner
-is timed against the heuristic once more, and becomes a row only where it is faster beyond both spreads.
+The rows to fill are those that the ops look up at the named cases. Each row is searched field by field: all values of a
+field are timed in turns with the best configuration so far, and the fastest value is kept. The search ends when a pass
+over the fields gains nothing, or when the row's share of the budget is spent. A configuration is allowed only if its
+kernels break no rule of the contract (``vitkernels/aot/contract.py``) more than the heuristic's do, and its results and
+gradients are right. The winner is timed against the heuristic once more, and becomes a row only if it is faster beyond
+both spreads.
 """
 
 from __future__ import annotations
@@ -35,15 +36,15 @@ from vitkernels.testing.cases import CASES, DTYPES
 
 VIT_B = "vit_base_patch16_224"
 TABLES = Path(tuning.__file__).parent / "tables"
-USEFUL_S = 20.0  # a place searched for less gains nothing: compiling a kernel takes a second or so
+USEFUL_S = 20.0  # a shorter search of a place gains nothing: compiling one kernel takes about a second
 Config = dict[str, int | str]
 
 
 @dataclasses.dataclass(frozen=True)
 class Space:
-    """The values that each field may take, and configurations to start from, of which the first that is allowed counts.
+    """The values of each field, and the configurations to start from: the search uses the first allowed one.
 
-    The empty one is the heuristic's. Where an op takes whole configurations only, the starts are whole.
+    An empty configuration is the heuristic's. Ops that accept only complete configurations have complete starts.
     """
 
     fields: Mapping[str, tuple[int | str, ...]]
@@ -56,7 +57,7 @@ def _tiling(regime: str, block_m: int, block_n: int, num_warps: int, num_stages:
 
 
 def _tilings(*starts: Config) -> Space:
-    """Tiles of attention: a regime that a shape does not allow gives wrong results, and is refused for them."""
+    """Return attention's search space. A regime that a shape does not allow gives wrong results, and is refused."""
     fields = {
         "regime": ("blocks", "row", "windows"),
         "block_m": (16, 32, 64, 128),
@@ -79,14 +80,14 @@ _PRODUCT = Space(
         "parts": (1, 2, 4, 8),
     }
 )
-# By the op that a row of the table is of.
+# The search space of each op of the table.
 SPACES = {
     "attention_forward": _tilings(_tiling("row", 64, 128, 4, 1), _tiling("windows", 64, 64, 4, 1), *_BLOCKS),
     "attention_backward": _tilings(_tiling("row", 16, 256, 8, 1), _tiling("windows", 64, 64, 8, 1), *_BLOCKS),
     "attention_dq": _tilings(*_BLOCKS),
     "attention_dkv": _tilings(*_BLOCKS),
     "attention_dmask": _tilings(*_BLOCKS),
-    "attention": Space({"provider": ("sdpa",)}),  # beside what is tuned above
+    "attention": Space({"provider": ("sdpa",)}),  # against our kernels, which are tuned above
     "linear": _PRODUCT,
     "swiglu_mlp": _PRODUCT,
     "layer_norm": Space({"block_m": (1, 2, 4, 8, 16), "num_warps": (1, 2, 4, 8, 16)}),
@@ -105,7 +106,7 @@ SPACES = {
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A row of the table, and the workload that it is searched at: op, case and dtype by name."""
+    """A row of the table, and the workload at which it is searched: bench, case and dtype by name."""
 
     op: str
     key: str
@@ -115,21 +116,21 @@ class Place:
 
 
 class Lab(Protocol):
-    """Where configurations are tried: the GPU, or a test's stand-in."""
+    """What tries configurations: the GPU, or a test's stand-in."""
 
     def places(self) -> list[Place]:
-        """Return the rows to fill, the worthiest first."""
+        """Return the rows to fill, the most important first."""
 
     def refusal(self, place: Place, config: Config) -> str:
-        """Return why ``config`` may not be used at ``place``, or nothing. Compiles, and compares with the reference."""
+        """Compile and check ``config`` at ``place``; return why it may not be used there, or an empty string."""
 
     def times(self, place: Place, configs: list[Config], seconds: float) -> list[Times]:
-        """Time ``configs`` in turns; the empty one is the heuristic's."""
+        """Time ``configs`` in turns; the empty one stands for the heuristic's."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What came of one place: the row's configuration and times, or None and the reason."""
+    """The result at one place: the row's configuration and times, or None and the reason."""
 
     place: Place
     config: Config | None
@@ -139,7 +140,7 @@ class Outcome:
 
 
 def search(lab: Lab, budget: Budget, spaces: Mapping[str, Space] = SPACES) -> Iterator[Outcome]:
-    """Search the places of ``lab`` within ``budget``, each within an equal share of the time left, or a useful one."""
+    """Search the places of ``lab``; each gets an equal share of the time left, at least :data:`USEFUL_S`."""
     places = lab.places()
     for number, place in enumerate(places):
         if place.op not in spaces:
@@ -153,7 +154,7 @@ def search(lab: Lab, budget: Budget, spaces: Mapping[str, Space] = SPACES) -> It
 
 
 def _search_place(lab: Lab, place: Place, space: Space, budget: Budget, share: float) -> Outcome:
-    # A fifth of the share is kept for the last comparison, the rest goes in small steps.
+    # A fifth of the share is kept for the final comparison; the rest is spent in small steps.
     until, step = budget.spent() + share * 4 / 5, share / 40
     refusals: dict[str, str] = {}
 
@@ -189,7 +190,7 @@ def table_with(table: dict | None, device_name: str, outcomes: list[Outcome]) ->
     """Return ``table``, or a new one, with a row for each outcome that has a configuration.
 
     Raises:
-        ValueError: The result breaks the schema.
+        ValueError: The new table breaks the schema.
     """
     table = table or {"schema": tuning.SCHEMA, "device": device_name, "entries": {}}
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
@@ -210,11 +211,11 @@ def table_with(table: dict | None, device_name: str, outcomes: list[Outcome]) ->
 
 
 def tune(device: torch.device, budget: Budget, folder: Path = TABLES, say: Callable[[str], None] = print) -> Path:
-    """Search on ``device`` and write its table into ``folder`` after every place; return the file.
+    """Search on ``device``, write its table to ``folder`` after every place, and return the file.
 
     Raises:
         Missing: There is no GPU, or no contract for its architecture.
-        UserError: Nothing can be written to ``folder``.
+        UserError: ``folder`` cannot be written to.
     """
     if device.type != "cuda":
         raise Missing("tuning needs a GPU")
@@ -240,7 +241,7 @@ def tune(device: torch.device, budget: Budget, folder: Path = TABLES, say: Calla
 
 
 class Lookup:
-    """Stands in for ``tuning.lookup``: notes what is asked, and gives the configuration on trial."""
+    """Replaces ``tuning.lookup``: it records what is looked up, and returns the configuration on trial."""
 
     def __init__(self, original: Callable):
         self.original = original
@@ -249,7 +250,7 @@ class Lookup:
 
     @property
     def trial(self) -> tuple[tuple[str, str], Config] | None:
-        """The configuration of a place; set, it is taken from the next call on."""
+        """The (op, key) of a place and the configuration to use there; setting it forgets all plans."""
         return self._trial
 
     @trial.setter
@@ -265,7 +266,7 @@ class Lookup:
 
 
 class GpuLab:
-    """The GPU at hand."""
+    """Tries configurations on the GPU."""
 
     def __init__(self, device: torch.device, lookup: Lookup, timer: GpuTimer):
         from vitkernels.aot import TARGETS
@@ -288,8 +289,8 @@ class GpuLab:
                         ask_who_attends(bench, case.name, dtype, self.device)
                     for op, key in self.lookup.asked:
                         found.setdefault((op, key), Place(op, key, bench, case.name, dtype))
-        # Most of what is to gain lies in the kernels that a product without an epilogue, cuBLAS's, is not.
-        # Who attends is decided when our kernels are as fast as they get.
+        # Plain products come late: they have no epilogue and run on cuBLAS, so there is little to gain. The provider of
+        # attention comes after attention's own kernels, as it is chosen against the tuned ones.
         return sorted(
             found.values(),
             key=lambda p: (p.dtype, p.key.endswith("plain"), p.case != VIT_B, p.op == "attention", p.op),
@@ -306,7 +307,7 @@ class GpuLab:
             got = results_of(all_ops()[place.bench].ours, CASES[place.case], tensors, upstreams)
             verdict = judge_op(got, yardstick, truth)
             return "" if verdict.right else verdict.reason
-        except Exception as error:  # whatever compiler or driver raise rules a configuration out
+        except Exception as error:  # any error of the compiler or the driver rules out a configuration
             return f"{type(error).__name__}: {one_line(error)}"
         finally:
             self.lookup.trial = None
@@ -334,7 +335,7 @@ class GpuLab:
         return trace(launches(CASES[case], DTYPES[dtype])[bench], self.target)
 
     def _breaches(self, place: Place, config: Config) -> dict[tuple[str, str], int]:
-        """Return the worst figure by kernel and rule that the op breaks under ``config``."""
+        """Return the worst breach under ``config`` by kernel and rule."""
         self.lookup.trial = (place.op, place.key), config
         try:
             found = self._trace(place.bench, place.case, place.dtype)
@@ -346,7 +347,7 @@ class GpuLab:
                 worst[launch.name, rule] = max(figure, worst.get((launch.name, rule), 0))
         return worst
 
-    @functools.lru_cache(maxsize=1)  # noqa: B019  one lab a process, and places of one workload come together
+    @functools.lru_cache(maxsize=1)  # noqa: B019  there is one lab per process, and its places are grouped by workload
     def _workload(self, bench: str, case: str, dtype: str) -> tuple[Tensors, list, dict, dict]:
         op, shape = all_ops()[bench], CASES[case]
         torch.manual_seed(0)
@@ -357,7 +358,7 @@ class GpuLab:
 
 
 def ask_who_attends(bench: str, case: str, dtype: str, device: torch.device) -> None:
-    """Call an attention on shapes alone: the public function looks up who attends, which its launcher does not."""
+    """Call an attention op on fake tensors: the public function, not its launcher, looks up the provider."""
     op, shape = all_ops()[bench], CASES[case]
     with FakeTensorMode(), torch.no_grad():
         op.ours(shape, **op.inputs(shape, DTYPES[dtype], device))

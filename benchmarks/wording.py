@@ -1,4 +1,4 @@
-"""How rows are named and figures written, in reports and pictures alike; and the goals that a run is held to."""
+"""Names of rows and texts of figures for reports and pictures, and the goals for a run."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from collections.abc import Callable
 from benchmarks.schema import OURS, Results, Row, Times
 from vitkernels.testing.cases import CASES
 
-GOAL_BLOCK_US = {"no grad": 60.0, "forward and backward": 150.0}  # of a call on the host
+GOAL_BLOCK_US = {"no grad": 60.0, "forward and backward": 150.0}  # per call, on the host
 UNITS_US = ((1e6, "s"), (1e3, "ms"), (1.0, "µs"))
 UNITS_BYTES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
 
 
 def workload_name(row: Row, *, short: bool = False) -> str:
-    """Name what a row is about, without who computed; ``short`` leaves out mode and batch."""
+    """Return a row's name without the provider; ``short`` leaves out mode and batch."""
     words = [row.name, row.case, row.dtype] if short else [row.name, row.case, row.mode, row.dtype]
     name = ", ".join(word for word in words if word)
     return f"{name}, batch {row.batch}" if row.batch and not short else name
 
 
 def time_text(us: float) -> str:
-    """Write microseconds in the unit that suits them."""
+    """Format microseconds in a suitable unit."""
     size, unit = next((s, u) for s, u in UNITS_US if abs(us) >= s or u == "µs")
     return f"{us / size:.3g} {unit}" if us / size < 1000 else f"{us / size:.0f} {unit}"
 
@@ -37,7 +37,10 @@ def bytes_text(size: float) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-    """What is wanted of which kind of device, and how a run's results tell: figures, each with what it is of."""
+    """A goal for one kind of device: its text, its limit, and a function that returns figures and their names.
+
+    Figures must be at least ``limit``, or at most if ``more`` is False.
+    """
 
     text: str
     device: str
@@ -46,7 +49,7 @@ class Goal:
     more: bool = True
 
     def verdict(self, results: Results) -> tuple[str, str]:
-        """Return the worst figure, and whether it meets the goal."""
+        """Return the worst figure and whether it meets the goal, as texts."""
         found = self.figures(results)
         if not found:
             other = self.device != results.device["kind"]
@@ -62,7 +65,7 @@ def _measured(results: Results, **wanted) -> list[Row]:
 
 
 def _over(rivals: str, ours: str = OURS, *, memory: bool = False, **wanted) -> Callable:
-    """Return what finds the best of the rivals, by how their names begin, over the best of ours, in time or memory."""
+    """Return a function that finds the best rival's time or memory over our best; names are matched by prefix."""
 
     def figures(results: Results) -> list[tuple[float, str]]:
         by_workload: dict[tuple, list[Row]] = {}

@@ -1,8 +1,8 @@
-"""timm's Vision Transformers: as they are, compiled, under a CUDA graph, and accelerated.
+"""timm's Vision Transformers: plain, compiled, under a CUDA graph, and accelerated.
 
-``inference`` is a forward without gradients, ``training`` a forward, the cross-entropy's backward and a step of AdamW.
-Every provider has the same weights. In ``amp`` the weights are fp32 and the forward runs under bf16 autocast, else
-weights, images and optimizer state have the dtype named.
+``inference`` is a forward without gradients; ``training`` is a forward, the backward of the cross-entropy and a step of
+AdamW. Every provider has the same weights. In ``amp`` the weights are fp32 and the forward runs under bf16 autocast; in
+other dtypes weights, images and optimizer state have that dtype.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from benchmarks.schema import Row
 from vitkernels.runtime import wide_dtype
 from vitkernels.testing.cases import DTYPES
 
-CHECKED_IMAGES = 8  # results are judged on as many at most: fp64 takes memory
-GRAPH_BATCH = 8  # above, the device is busy without a graph
-# Providers that compile: torch.compile's mode, and about how many seconds it takes.
+CHECKED_IMAGES = 8  # most images whose results are judged: fp64 takes memory
+GRAPH_BATCH = 8  # larger batches keep the device busy without a graph
+# Providers that compile: torch.compile's mode, and its approximate seconds.
 COMPILED = {
     "compile": (None, 40.0),
     "compile reduce-overhead": ("reduce-overhead", 45.0),
@@ -39,7 +39,7 @@ COMPILED = {
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """timm's name, and the image size where it is not the model's own."""
+    """timm's name of a model, and the image size if it is not the model's default."""
 
     name: str
     image: int | None = None
@@ -68,7 +68,7 @@ MODELS = (
 
 
 def build(model: Model, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
-    """Return the network with random weights, as trained ones would not be where no file is at hand."""
+    """Return the network with random weights, so that no download is needed."""
     options = {} if model.image is None else {"img_size": model.image}
     with torch.device(device):
         return load_timm().create_model(model.name, num_classes=1000, **options).to(dtype)
@@ -76,8 +76,8 @@ def build(model: Model, dtype: torch.dtype, device: torch.device | str) -> nn.Mo
 
 @functools.cache
 def forward_flops(model: Model) -> int:
-    """Return the FLOPs of one image's forward, by PyTorch's formula for each product and attention."""
-    # The counter hooks what requires grad, and finds none that a pooling query without grad came from.
+    """Return the FLOPs of a forward of one image, by PyTorch's formulas for products and attention."""
+    # The counter's hooks on tensors that require grad fail for a pooling query, which has no grad_fn: let none require.
     network = build(model, torch.float32, "meta").eval().requires_grad_(False)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.empty(1, 3, *image_size(network), device="meta"))
@@ -89,21 +89,22 @@ def image_size(network: nn.Module) -> tuple[int, int]:
 
 
 def flops(model: Model, mode: str, batch: int) -> int:
-    """The products; backward takes two for each of them."""
+    """Return the FLOPs of all products; backward has two products for each of forward's."""
     return forward_flops(model) * batch * (3 if mode == "training" else 1)
 
 
 def least_bytes(network: nn.Module, mode: str, images: Tensor) -> int:
-    """Read weights and images; in training read the weights twice, and write, read gradients and update all states."""
+    """Return the minimum bytes: images and weights; in training also gradients, and the optimizer's update."""
     weights = sum(p.nbytes for p in network.parameters())
-    # Forward and backward read them; gradients are written and read; weights and two moments are read and written.
+    # Training: forward and backward read the weights (2), gradients are written and read (2), and the optimizer reads
+    # and writes weights and two moments (6).
     return images.nbytes + weights * (10 if mode == "training" else 1)
 
 
 def measure_model(
     session: Session, model: Model, batch: int, dtype: str, mode: str, *, seconds: float = 2.0
 ) -> list[Row]:
-    """Measure ``model`` at ``batch``, for about ``seconds`` a provider.
+    """Measure ``model`` at ``batch``, for about ``seconds`` per provider.
 
     Raises:
         Missing: timm cannot be imported.
@@ -134,7 +135,7 @@ def measure_model(
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What a network is asked for."""
+    """A network's workload: the plain model, images, labels, mode and autocast dtype."""
 
     plain: nn.Module
     images: Tensor
@@ -163,14 +164,14 @@ class Task:
     def results(self, network: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """Return the output for the first images, and in training the gradients of their loss, by name.
 
-        The whole batch runs, as it will be timed: images do not touch each other, and labels of -100 do not count.
+        The whole batch runs, as when it is timed. Images are independent, and the loss ignores labels of -100.
         """
         output = self.forward(network)
         results = {"output": output[:CHECKED_IMAGES].detach().clone()}
         if self.mode == "training":
             labels = self.labels.clone()
             labels[CHECKED_IMAGES:] = -100
-            owner = getattr(network, "_orig_mod", network)  # of a compiled network
+            owner = getattr(network, "_orig_mod", network)  # a compiled network wraps its module
             names, parameters = zip(*owner.named_parameters(), strict=True)
             grads = torch.autograd.grad(_loss(output, labels), parameters, allow_unused=True)
             results |= {f"d{n}": g.clone() for n, g in zip(names, grads, strict=True) if g is not None}
@@ -191,7 +192,7 @@ def _contenders(task: Task) -> dict[str, Contender]:
         return _entry(task, task.accelerated, wrap)
 
     def timm(wrap=None, backends=(SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)):
-        # What flash attention cannot do, such as fp32, goes to the next.
+        # Flash attention does not support everything (fp32, for example): then PyTorch takes the next backend.
         chosen = sdpa_kernel(list(backends), set_priority=True) if task.on_gpu else contextlib.nullcontext()
         with chosen:
             entry = _entry(task, task.plain, wrap)
@@ -215,7 +216,7 @@ def _contenders(task: Task) -> dict[str, Contender]:
 
         def build_it():
             entry = build(wrap)
-            # What a graph holds does not show when it is replayed.
+            # A replay does not show the memory that its graph holds.
             return dataclasses.replace(entry, peak_bytes=None) if mode == "reduce-overhead" else entry
 
         return Contender(gpu_only(build_it), seconds if task.on_gpu else 0.0)
@@ -229,13 +230,13 @@ def _contenders(task: Task) -> dict[str, Contender]:
         provider: compiled(functools.partial(_entry, task, task.plain), *how) for provider, how in COMPILED.items()
     }
     contenders["vitkernels compiled"] = compiled(ours, *COMPILED["compile"])
-    contenders["compile max-autotune"] = contenders.pop("compile max-autotune")  # the dearest to build
+    contenders["compile max-autotune"] = contenders.pop("compile max-autotune")  # last: it takes longest to build
     return contenders
 
 
 def _entry(task: Task, owner: nn.Module, wrap: Callable[[nn.Module], Callable] | None) -> Entry:
     if task.mode == "training":
-        owner = copy.deepcopy(owner)  # steps change weights
+        owner = copy.deepcopy(owner)  # the optimizer's steps would change the shared weights
     network = owner if wrap is None else wrap(owner)
     results = task.results(network)
     held = sum(t.nbytes for t in [*owner.parameters(), *owner.buffers()]) + task.images.nbytes
@@ -243,7 +244,7 @@ def _entry(task: Task, owner: nn.Module, wrap: Callable[[nn.Module], Callable] |
     if task.mode == "inference":
         function = functools.partial(task.forward, network)
     else:
-        # A rate so small that thousands of steps leave the weights random, and the work what it was.
+        # The learning rate is so small that the weights stay random over thousands of steps, and the work the same.
         optimizer = torch.optim.AdamW(owner.parameters(), lr=1e-7, fused=task.on_gpu)
         function = functools.partial(task.train, network, optimizer)
     function()

@@ -1,8 +1,8 @@
-"""Attention: straight from packed qkv, masked, biased, and on images of different sizes in one sequence.
+"""Attention: from packed qkv, masked, biased, and on images of different sizes packed into one sequence.
 
-B images, N tokens, H heads, D head dim. The masked case hides a fifth of each image's keys, another fifth in each, as
-padding does. The varlen case has images of a quarter, a half, the whole and three quarters of the case's tokens, in
-turn, as NaViT packs them (arXiv 2307.06304).
+B images, N tokens, H heads, D head dim. The masked case hides a fifth of the keys, a different fifth in each image, as
+padding does. The images of the varlen case have in turn a quarter, a half, all and three quarters of the case's tokens,
+packed as in NaViT (arXiv 2307.06304).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _packed(case, dtype, device):
 
 def _separate(case, dtype, device):
     qkv = torch.randn(3, case.batch, case.tokens, case.heads, case.head_dim, device=device).to(dtype)
-    # As a qkv projection leaves them: heads inside tokens.
+    # The strides are those of a qkv projection: each token holds all heads.
     return dict(zip(("q", "k", "v"), (x.transpose(1, 2).requires_grad_() for x in qkv), strict=True))
 
 
@@ -61,7 +61,7 @@ def _sdpa_image_by_image(case, q, k, v, cu_seqlens):
 
 
 def _scores(case):
-    """Elements of all score matrices times D."""
+    """Return the number of scores times D."""
     return case.batch * case.tokens**2 * case.channels
 
 
@@ -70,12 +70,12 @@ def _scores_varlen(case):
 
 
 def _flops(scores):
-    """Two products forward; five backward, as the scores are computed again."""
+    """Return the FLOPs: two products in forward; five in backward, which recomputes the scores."""
     return lambda case, mode: by_mode(mode, 4 * scores(case), 10 * scores(case))
 
 
 def _bytes(elements, bias=lambda case: 0):
-    """q, k, v in, o out; backward q, k, v, o and do in, dq, dk, dv out; a bias read, read again, its gradient out."""
+    """Return the bytes: forward has q, k, v, o and the bias, backward also do, dq, dk, dv and the bias' gradient."""
 
     def count(case, mode, itemsize):
         forward, backward = 4 * elements(case) + bias(case), 8 * elements(case) + 2 * bias(case)

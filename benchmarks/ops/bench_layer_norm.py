@@ -13,7 +13,7 @@ def _inputs(case, dtype, device):
 
 
 def inputs_without_bias(case, dtype, device):
-    """x and weight, as RMSNorm takes them."""
+    """Return x and weight, RMSNorm's inputs."""
     return {
         "x": normal((case.batch, case.tokens, case.channels), dtype, device),
         "weight": normal((case.channels,), dtype, device, 0.2, 1.0),
@@ -21,7 +21,7 @@ def inputs_without_bias(case, dtype, device):
 
 
 def with_residual(inputs):
-    """Let ``inputs`` hold the residual too, and LayerScale where the case has it."""
+    """Return a function that adds the residual, and LayerScale if the case has it, to ``inputs``."""
 
     def make(case, dtype, device):
         more = {"residual": normal((case.batch, case.tokens, case.channels), dtype, device)}
@@ -41,7 +41,7 @@ def _elements(case):
 
 
 def flops(case, mode):
-    """Two sums, the centring, the scaling; backward two means and three products more."""
+    """Forward has two sums, the centring and the scaling; backward two means and three more products."""
     return by_mode(mode, 8 * _elements(case), 14 * _elements(case))
 
 

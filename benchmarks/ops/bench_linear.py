@@ -1,4 +1,4 @@
-"""Linear layers of a block: fc1 with its activation, qkv, and proj onto the residual. A GEMM's M, N, K."""
+"""Linear layers of a block: fc1 with its activation, qkv, and proj with the residual. M, N, K as in a GEMM."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def _inputs_with_residual(case, dtype, device):
 
 
 def product_flops(case, mode, N):
-    """One product forward; two backward, for x and the weight."""
+    """One product in forward; two in backward, for x and for the weight."""
     product = 2 * case.batch * case.tokens * case.channels * N
     return by_mode(mode, product, 2 * product)
 
 
 def product_bytes(case, mode, itemsize, N, kept=0, residual=0):
-    """Read x and W, write y (and read the residual); read dy, x, W (and what was kept), write dx and dW."""
+    """Forward reads x, W (and the residual), writes y; backward reads dy, x, W (and saved tensors), writes dx, dW."""
     M, K = case.batch * case.tokens, case.channels
     forward = M * K + N * K + (1 + residual) * M * N
     backward = (1 + kept) * M * N + 2 * M * K + 2 * N * K

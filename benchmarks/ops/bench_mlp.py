@@ -1,4 +1,4 @@
-"""The MLP of a block, onto its residual. M rows (batch · tokens), C channels, F hidden features."""
+"""The MLP of a block with its residual. M rows (batch · tokens), C channels, F hidden features."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def _inputs(case, dtype, device):
 
 
 def flops(case, mode):
-    """Two products forward, four backward."""
+    """Two products in forward, four in backward."""
     products = 4 * case.batch * case.tokens * case.channels * case.hidden
     return by_mode(mode, products, 2 * products)
 
 
 def bytes(case, mode, itemsize):
-    """Two products' operands and results: x, residual, W1, W2, the hidden tensor written and read, y.
+    """Count the operands and results of the two products: x, residual, W1, W2, hidden (written and read), y.
 
-    Backward dy, x, W1, W2, the pre-activation twice (as it was kept, and its gradient written and read twice) and the
-    activation for dW2; written are dx, dW1 and dW2.
+    Backward reads dy, x, W1, W2, the saved pre-activation and, for dW2, the activation. It writes the pre-activation's
+    gradient once and reads it twice. It writes dx, dW1 and dW2.
     """
     M, C, F = case.batch * case.tokens, case.channels, case.hidden
     forward = 3 * M * C + 2 * M * F + 2 * C * F

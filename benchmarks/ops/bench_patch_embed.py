@@ -1,6 +1,6 @@
 """Patch embedding with position and prefix tokens: B images of I = 3 channels to N tokens of C channels.
 
-Once from pixels as a network takes them, once from a decoder's: uint8, channels last, mean and std taken off inside.
+One bench starts from normalised images, the other from a decoder's (uint8, channels last), which the op normalises.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ def _inputs(case, dtype, device):
 
 
 def _uint8_inputs(case, dtype, device):
-    # Channels last, as decoders write.
+    # Channels last, as image decoders return them.
     pixels = torch.randint(256, (case.batch, _side(case), _side(case), 3), device=device, dtype=torch.uint8)
     return _inputs(case, dtype, device) | {"images": pixels.permute(0, 3, 1, 2)}
 
 
 def flops(case, mode):
-    """One product forward; one backward, for the weight: images need no gradient."""
+    """One product in forward; one in backward, for the weight: images need no gradient."""
     product = 2 * case.batch * (case.tokens - case.prefix) * case.channels * 3 * case.patch**2
     return by_mode(mode, product, product)
 
 
 def bytes(case, mode, itemsize, image_itemsize=None):
-    """Read images, weight and position, write tokens; read dtokens and images, write the gradients."""
+    """Forward reads images, weight, position, writes tokens; backward reads dtokens, images, writes the gradients."""
     images = case.batch * 3 * _side(case) ** 2 * (image_itemsize or itemsize)
     parameters = case.channels * 3 * case.patch**2 + case.tokens * case.channels
     tokens = case.batch * case.tokens * case.channels

@@ -8,7 +8,7 @@ from vitkernels import ops, reference
 
 
 def flops(case, mode):
-    """One sum and the scaling; backward one mean and two products more."""
+    """Forward has one sum and the scaling; backward one mean and two more products."""
     elements = case.batch * case.tokens * case.channels
     return by_mode(mode, 4 * elements, 9 * elements)
 

@@ -1,4 +1,4 @@
-"""The gated MLP of a block, onto its residual. M rows (batch · tokens), C channels, F features in each half."""
+"""The gated MLP of a block with its residual. M rows (batch · tokens), C channels, F features in each half."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _inputs(case, dtype, device):
 
 
 def _on(function):
-    """Let ``function`` take the tensors as they are named here."""
+    """Return a function that passes the tensors of :func:`_inputs` to ``function`` under its own names."""
 
     def run(case, *, w12=None, b12=None, norm_weight=None, norm_bias=None, **tensors):
         if w12 is None:
@@ -46,16 +46,16 @@ def _on(function):
 
 
 def flops(case, mode):
-    """Three products forward, six backward."""
+    """Three products in forward, six in backward."""
     products = 6 * case.batch * case.tokens * case.channels * case.hidden
     return by_mode(mode, products, 2 * products)
 
 
 def bytes(case, mode, itemsize):
-    """Three products' operands and results: x, residual, weights, the hidden tensor written and read, y.
+    """Count the operands and results of the three products: x, residual, weights, hidden (written and read), y.
 
-    Backward dy, x and the weights, gate and value as they were kept, their gradients written and read twice, and the
-    hidden tensor for dW3; written are dx and the weights' gradients.
+    Backward reads dy, x, the weights, the saved gate and value and, for dW3, the hidden tensor. It writes the gradients
+    of gate and value once and reads them twice. It writes dx and the gradients of the weights.
     """
     M, C, F = case.batch * case.tokens, case.channels, case.hidden
     forward = 3 * M * C + 2 * M * F + 3 * C * F

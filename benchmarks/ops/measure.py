@@ -1,4 +1,4 @@
-"""An op at a case: ours, plain PyTorch, torch.compile, and whoever else has it."""
+"""Measure an op at a case: ours, plain PyTorch, torch.compile, and other libraries that have it."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ COMPILE_S = {"compile": 5.0, "compile max-autotune": 20.0}
 def measure_op(
     session: Session, bench: OpBench, case: Case, dtype: str, modes: tuple[str, ...] = MODES, *, seconds: float = 0.5
 ) -> Iterator[list[Row]]:
-    """Measure ``bench`` at ``case``, a mode at a time, ``seconds`` for each provider."""
-    torch.compiler.reset()  # past eight shapes of one function it would run uncompiled
+    """Measure ``bench`` at ``case``, one mode after another, for ``seconds`` per provider; yield each mode's rows."""
+    torch.compiler.reset()  # after eight shapes of one function, torch.compile would fall back to eager
     tensors = bench.inputs(case, DTYPES[dtype], session.device)
     functions = {provider: functools.cache(make) for provider, make in _makers(bench, session.device).items()}
     build_s = COMPILE_S if session.device.type == "cuda" else {}
@@ -54,7 +54,7 @@ def measure_op(
 
 
 def results_of(function: Callable, case: Case, tensors: Tensors, upstreams: list[Tensor] | None) -> dict[str, Tensor]:
-    """Return the outputs, and, given their gradients, those of every input that requires one, by name."""
+    """Return the outputs by name and, if ``upstreams`` are given, the gradients of inputs that require grad."""
     with torch.set_grad_enabled(upstreams is not None):
         outputs = _as_tuple(function(case, **tensors))
     results = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
@@ -66,7 +66,7 @@ def results_of(function: Callable, case: Case, tensors: Tensors, upstreams: list
 
 
 def truth_of(reference: Callable, case: Case, tensors: Tensors, upstreams: list[Tensor] | None) -> dict[str, Tensor]:
-    """Return what :func:`results_of` would of ``reference`` on the same numbers in fp64."""
+    """Return :func:`results_of` of ``reference`` on the same values in fp64."""
     wide = {
         name: t.detach().double().requires_grad_(t.requires_grad) if t is not None and t.is_floating_point() else t
         for name, t in tensors.items()
@@ -78,7 +78,7 @@ def _makers(bench: OpBench, device: torch.device) -> dict[str, Callable[[], Call
     def compiled(mode):
         if device.type != "cuda":
             raise Missing("a CPU run compares with plain PyTorch alone")
-        # Whole: a rival compiled in pieces would be a weak one.
+        # fullgraph: with graph breaks the rival would be weaker than it can be.
         return torch.compile(bench.reference, dynamic=False, fullgraph=True, mode=mode)
 
     return {
@@ -92,7 +92,7 @@ def _makers(bench: OpBench, device: torch.device) -> dict[str, Callable[[], Call
 
 def _build(make: Callable[[], Callable], case: Case, tensors: Tensors, mode: str, upstreams) -> Entry:
     function = make()
-    # A compiled backward would otherwise give away what a second backward needs.
+    # A compiled backward may reuse the memory of saved tensors, and mode "backward" runs it again: forbid that there.
     with torch._functorch.config.patch(donated_buffer=mode != "backward"):
         results = results_of(function, case, tensors, upstreams)
         calls = []
@@ -104,7 +104,7 @@ def _build(make: Callable[[], Callable], case: Case, tensors: Tensors, mode: str
 
 
 def _copies(tensors: Tensors) -> Iterator[Tensors]:
-    """Yield ``tensors``, and on a GPU as many copies as L2 cannot hold together."""
+    """Yield ``tensors``, and on a GPU enough copies (31 at most) that L2 cannot hold them all."""
     yield tensors
     some = next(iter(tensors.values()))
     if some.device.type != "cuda":
@@ -118,7 +118,7 @@ def _copies(tensors: Tensors) -> Iterator[Tensors]:
 
 
 def call_of(function: Callable, case: Case, tensors: Tensors, mode: str, upstreams) -> Callable[[], object]:
-    """Return what runs ``function`` once in ``mode``, and can be timed."""
+    """Return a call that runs ``function`` once in ``mode``, for timing."""
     if mode == "forward":
 
         def forward():
@@ -134,13 +134,13 @@ def call_of(function: Callable, case: Case, tensors: Tensors, mode: str, upstrea
 
 
 def upstreams_of(reference: Callable, case: Case, tensors: Tensors) -> list[Tensor]:
-    """Return a random gradient for each output."""
+    """Return a random upstream gradient for each output."""
     with torch.no_grad():
         return [torch.randn_like(o) for o in _as_tuple(reference(case, **tensors))]
 
 
 def leaves_of(tensors: Tensors) -> dict[str, Tensor]:
-    """Return the tensors that require a gradient, by name."""
+    """Return the tensors that require grad, by name."""
     return {name: t for name, t in tensors.items() if t is not None and t.requires_grad}
 
 
@@ -149,5 +149,5 @@ def _as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def with_batch(case: Case, batch: int) -> Case:
-    """Return ``case`` at another batch."""
+    """Return ``case`` with another batch size."""
     return dataclasses.replace(case, batch=batch)

@@ -1,10 +1,9 @@
-"""Write docs/coverage.md: what accelerate() makes of each of timm's models.
+"""Write docs/coverage.md: which modules of each of timm's models accelerate() swaps.
 
     python docs/make_coverage.py
 
-Every name is built without data, on the meta device, explained, accelerated and run there; a module that the report
-calls swapped and that nevertheless runs the forward of its original class stops the script. It takes a quarter of an
-hour.
+The script builds every model on the meta device, without data, and explains, accelerates and runs it there. It stops if
+a module that the report calls swapped still runs the forward of its original class. It takes a quarter of an hour.
 """
 
 from __future__ import annotations
@@ -55,11 +54,11 @@ is no measurement, and not the time that is saved. Families are modules of `timm
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What became of one name."""
+    """The result for one model."""
 
     family: str
-    attention: frozenset[str]  # classes that attend
-    swapped: frozenset[str]  # classes, as they were
+    attention: frozenset[str]  # classes of attention
+    swapped: frozenset[str]  # original classes of the swapped modules
     share: float | None
 
     @property
@@ -68,11 +67,11 @@ class Found:
 
 
 def look_at(timm, name: str) -> Found:
-    """Build ``name`` without data, see what the report says, and that it is so.
+    """Build ``name`` on the meta device, read its report, and check that the report is true.
 
     Raises:
-        RuntimeError: A module that is reported as swapped runs its original forward.
-        Exception: Whatever a model raises that cannot run without data.
+        RuntimeError: ``explain`` and ``accelerate`` disagree, or a swapped module runs its original forward.
+        Exception: The model cannot run on the meta device.
     """
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
@@ -80,7 +79,7 @@ def look_at(timm, name: str) -> Found:
     family = type(model).__module__.rpartition(".")[2]
     attention = frozenset(c.__name__ for c in map(type, model.modules()) if ATTENTION.search(c.__name__))
     report = swap.explain(model)
-    # Not whole, if another block of the class is kept.
+    # A block's class counts as swapped only if no block of that class is kept.
     kept = {entry.cls for entry in report.kept if entry.known}
     swapped = frozenset(entry.was for entry in report.swapped if entry.was not in kept or entry.was not in WHOLE)
     share = None if report.estimate is None else report.estimate.fused_share
@@ -94,13 +93,13 @@ def look_at(timm, name: str) -> Found:
 
 
 def original_forwards(model: nn.Module) -> Counter[str]:
-    """Run ``model`` without data, and count by class the swapped modules that run the forward they had before."""
+    """Run ``model`` on the meta device, and count by class the swapped modules that run their original forward."""
     rules = {id(rule): rule for rule in _rules.RULES.values() if "forward" in vars(rule.fused)}.values()
     by_code = {inspect.unwrap(rule.original.forward).__code__: rule for rule in rules}
     counted: Counter[str] = Counter()
 
     def count(frame: types.FrameType, event: str, _: object) -> None:
-        # Watched from outside: a module whose class is given another forward is fused no more.
+        # Use a profiler: if we patched a class's forward instead, its modules would no longer run fused.
         rule = by_code.get(frame.f_code) if event == "call" else None
         if rule is not None and type(frame.f_locals["self"]) is rule.fused:
             counted[rule.original.__name__] += 1
@@ -115,7 +114,7 @@ def original_forwards(model: nn.Module) -> Counter[str]:
 
 
 def lines(found: dict[str, Found], version: str) -> Iterator[str]:
-    """Yield the page."""
+    """Yield the parts of the page."""
     blocks = Counter(cls for f in found.values() for cls in f.whole)
     yield HEAD.format(
         names=len(found),

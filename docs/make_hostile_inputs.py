@@ -1,8 +1,8 @@
-"""Write docs/hostile-inputs.md: what every hostile input meets, from the marks of tests/hostile.
+"""Write docs/hostile-inputs.md: the answer to every hostile input, from the marks of tests/hostile.
 
     python docs/make_hostile_inputs.py
 
-Nothing is run: pytest collects the tests, and each tells by its mark ``hostile(number, input, answer)`` what it tests.
+No test runs: pytest only collects them, and the mark ``hostile(number, input, answer)`` of each says what it tests.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Test:
 
 
 class _Collected:
-    """A plugin that keeps what pytest collects."""
+    """A plugin for pytest that stores the collected tests."""
 
     def __init__(self):
         self.tests: dict[str, Test] = {}
@@ -80,7 +80,7 @@ def collect() -> list[Test]:
 
 
 def lines(tests: list[Test], all_ops: int) -> Iterator[str]:
-    """Yield the page."""
+    """Yield the parts of the page."""
     yield HEAD
     before = 0
     for test in tests:
@@ -97,7 +97,7 @@ def lines(tests: list[Test], all_ops: int) -> Iterator[str]:
 
 
 def page() -> str:
-    """Return what the page should be."""
+    """Return the text of the page."""
     tests = collect()
     return "".join(lines(tests, max(len(test.ops) for test in tests)))
 

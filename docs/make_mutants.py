@@ -2,9 +2,9 @@
 
     python docs/make_mutants.py [--minutes N]
 
-For each defect of ``vitkernels.verify.mutants`` it runs the check that should show it and then pytest with
-``--mutant NAME``: the test that the defect names, then its file, then the whole suite, until one fails. Where the
-minutes run out, the page says which were not run.
+For each defect of ``vitkernels.verify.mutants``, the script runs the check that should catch it. Then it runs pytest
+with ``--mutant NAME`` until a test fails: first the test that the defect names, then that test's file, then the whole
+suite. The page says which defects were not run because the minutes ran out.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 
 os.environ["VITKERNELS_BACKEND"] = "emulated"
 
-import hypothesis  # noqa: F401  this and _dynamo because each run of pytest would import them
+import hypothesis  # noqa: F401  imported here, like _dynamo, or every forked pytest would import them again
 import pytest
 import torch
 import torch._dynamo
@@ -66,13 +66,13 @@ def main() -> None:
 
 
 def first_failure(mutant: Mutant | CompiledMutant, end: float) -> str | None:
-    """Return the first of the project's tests that fails with ``mutant`` inside, "" for none, None if not run."""
+    """Return the first of the project's tests that fails with ``mutant``; "" if none fails, None if time ran out."""
     file = mutant.tests.partition("::")[0]
     for tests in (f"tests/{mutant.tests}", f"tests/{file}", "tests"):
         if time.monotonic() > end:
             return None
         with tempfile.TemporaryFile() as output:
-            # Forked, so that PyTorch and Triton are imported once.
+            # A fork does not import PyTorch and Triton again.
             process = get_context("fork").Process(target=_pytest, args=(mutant.name, tests, output.fileno()))
             process.start()
             process.join(max(0.0, min(end - time.monotonic(), 3600)))

@@ -1,7 +1,7 @@
-"""Hooks of mkdocs: pages of the repository's root join the site, and links to its source become plain text.
+"""Hooks for mkdocs: add pages from the repository's root to the site, and turn links to source files into plain text.
 
-On a disk or a forge every link of docs/*.md, CONTRIBUTING.md and CHANGELOG.md leads to a file. The site has its pages
-alone: of a link to anything else it shows the text, and the path where the text does not tell.
+In the repository every link of docs/*.md, CONTRIBUTING.md and CHANGELOG.md leads to a file. The site has only pages:
+for a link to anything else it shows the link's text, followed by the path unless the text is the end of the path.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from pathlib import Path
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-WIDE = {"compiler-report.md", "coverage.md", "hostile-inputs.md", "mutants.md", "ops.md"}  # get the whole width
-OF_THE_ROOT = ("CHANGELOG.md", "CONTRIBUTING.md")  # pages of the site, too
-ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):(<code>)~?")  # of docstrings, as Sphinx has them
-SEVERAL = re.compile(r"<code>\((<autoref .*?</autoref>)\)</code>")  # "ValueError, TypeError: …" is taken for a tuple
+WIDE = {"compiler-report.md", "coverage.md", "hostile-inputs.md", "mutants.md", "ops.md"}  # pages at full width
+OF_THE_ROOT = ("CHANGELOG.md", "CONTRIBUTING.md")  # files of the root that are pages of the site
+ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):(<code>)~?")  # Sphinx roles in docstrings
+SEVERAL = re.compile(r"<code>\((<autoref .*?</autoref>)\)</code>")  # "ValueError, TypeError: …" is rendered as a tuple
 LINK = re.compile(r"(?<!!)\[(?P<text>[^\]]*)\]\((?P<to>[^):#\s]+)(?P<anchor>#[^)\s]*)?\)")
 
 
 def on_files(files: Files, config) -> Files:
-    """Add the root's pages."""
+    """Add the pages from the repository's root."""
     for name in OF_THE_ROOT:
         files.append(File.generated(config, name, content=(ROOT / name).read_text(encoding="utf-8")))
     return files
 
 
 def on_page_markdown(markdown: str, page, config, files: Files) -> str:
-    """Let every link lead to a page of the site, or be text.
+    """Make every link lead to a page of the site, or turn it into text.
 
     Raises:
         FileNotFoundError: A link leads to no file of the repository.
@@ -49,11 +49,11 @@ def on_page_markdown(markdown: str, page, config, files: Files) -> str:
         plain = text.strip("`")
         return f"`{plain}`" if path.endswith(plain.rstrip("/")) else f"{text} (`{path}`)"
 
-    # Not within blocks of code.
+    # Code blocks stay as they are.
     parts = re.split(r"(^```.*?^```|^(?: {4}[^\n]*\n)+)", markdown, flags=re.M | re.S)
     return "".join(part if i % 2 else LINK.sub(link, part) for i, part in enumerate(parts))
 
 
 def on_page_content(html: str, page, config, files: Files) -> str:
-    """Show names in docstrings as code alone."""
+    """Show the names in docstrings as plain code, without Sphinx roles and parentheses."""
     return SEVERAL.sub(r"<code>\1</code>", ROLE.sub(r"\1", html))

@@ -36,11 +36,11 @@ BATCH = 64
 LEARNING_RATE = 2e-3
 WEIGHT_DECAY = 0.05
 LABEL_SMOOTHING = 0.1
-WARM_UP = 0.05  # part of all steps
+WARM_UP = 0.05  # share of all steps
 
 
 def build_model() -> VisionTransformer:
-    """Return a fresh model. timm's initial std of 0.02 suits widths near 1,000: a narrow model hardly starts."""
+    """Return a new model. Its initial weights are larger than timm's std of 0.02, which suits widths near 1,000."""
     model = VisionTransformer(**CONFIG)
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -50,7 +50,7 @@ def build_model() -> VisionTransformer:
 
 
 def shift(images: Tensor) -> Tensor:
-    """Move each image (n, 1, 8, 8) by -1, 0 or 1 pixel along each axis; paper comes in at the edge."""
+    """Shift each image (n, 1, 8, 8) by -1, 0 or 1 pixel along each axis, and fill the edge with paper (-1)."""
     n, _, height, width = images.shape
     padded = F.pad(images, (1, 1, 1, 1), value=-1.0)
     down, right = torch.randint(0, 3, (2, n, 1))
@@ -59,7 +59,7 @@ def shift(images: Tensor) -> Tensor:
 
 
 def warp(images: Tensor) -> Tensor:
-    """Turn, stretch and slant every other image (n, 1, 8, 8) a little; the rest keep their sharpness."""
+    """Rotate, scale and shear a random half of the images (n, 1, 8, 8) a little; the others stay sharp."""
     n = len(images)
     angle, slant = (math.radians(12) * _symmetric(n) for _ in range(2))
     size = 1 + 0.06 * _symmetric(n)
@@ -68,7 +68,7 @@ def warp(images: Tensor) -> Tensor:
     matrix[:, 0, 1] = slant - angle.sin()
     matrix[:, 1, 0] = angle.sin()
     grid = F.affine_grid(matrix, images.shape, align_corners=False)
-    # Outside the image, grid_sample finds zeros: paper, once it is zero.
+    # grid_sample pads with zeros: shift the values so that paper is zero.
     warped = F.grid_sample(images + 1, grid, mode="bicubic", align_corners=False).clamp(0, 2) - 1
     return torch.where(torch.rand(n, 1, 1, 1) < 0.5, warped, images)
 
@@ -78,7 +78,7 @@ def _symmetric(n: int) -> Tensor:
 
 
 def train(epochs: int, seed: int) -> VisionTransformer:
-    """Train for ``epochs`` with AdamW, a linear warm-up and a cosine schedule; return the last state."""
+    """Train for ``epochs`` with AdamW, a linear warm-up and a cosine schedule; return the final model."""
     torch.manual_seed(seed)
     digits, _ = load_digits()
     model = build_model()
@@ -108,14 +108,14 @@ def train(epochs: int, seed: int) -> VisionTransformer:
 
 
 def main() -> None:
-    """Train, judge once on the held-out digits, and write the checkpoint."""
+    """Train, evaluate once on the held-out digits, and write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("digits.safetensors"), help="checkpoint (%(default)s)")
     parser.add_argument("--epochs", type=int, default=160, help="passes over the 1,347 digits (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and shifts (%(default)s)")
     args = parser.parse_args()
     try:
-        check_can_write(args.out)  # now, not after minutes of training
+        check_can_write(args.out)  # fail now, not after minutes of training
     except UserError as error:
         parser.error(str(error))
     with vitkernels.use_backend("torch"):

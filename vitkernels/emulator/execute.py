@@ -29,15 +29,15 @@ SHARED_LIMITS = {device.capability: device.shared_memory for device in GPUS.valu
 
 @dataclasses.dataclass
 class Finding:
-    """A defect that a GPU would not report, with its first occurrence.
+    """A defect or a note that a GPU would not report, at its first occurrence.
 
     Attributes:
         kernel: The kernel's name.
-        kind: What is wrong.
+        kind: What happened.
         line, text: PTX line and instruction.
         place: Source line, from ``.loc``: ``file.py:12:34``.
         program: Linear number of the program (CTA).
-        warp, lane: Lane -1 means that no single lane is at fault.
+        warp, lane: -1 if it concerns no single one.
         other: Number of the warp, program, barrier or register that it conflicts with, depending on the kind.
         address: The kernel's; for shared memory in bytes from its start.
         argument: Number of the tensor argument that contains a global address, or is nearest to it.

@@ -34,7 +34,7 @@ LEFT_TO_PTXAS = frozenset({Kind.accumulator_in_flight})
 
 
 class EmulationError(RuntimeError):
-    """A kernel has defects that a GPU may punish; each finding names its place."""
+    """A kernel has defects that may fail on a GPU; each finding names its place."""
 
 
 @dataclasses.dataclass

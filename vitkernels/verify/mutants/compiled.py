@@ -109,7 +109,7 @@ _TESTS = {
     "rms_norm": "ops/test_rms_norm.py", "linear": "ops/test_linear.py", "mlp": "ops/test_mlp.py",
     "swiglu_mlp": "ops/test_swiglu.py", "attention": "ops/test_attention.py",
     "attention_varlen": "ops/test_attention_varlen.py", "prepare": "ops/test_attention_prepare.py",
-    "patch_embed": "ops/test_patch_embed.py",
+    "patch_embed": "ops/test_patch_embed.py", "reach": "fuzz/test_beyond_int32.py",
 }  # fmt: skip
 
 # What is wrong, the edit, how many matches (0: all), the check, and where.
@@ -174,7 +174,8 @@ _EDITS = (
 COMPILED = tuple(
     CompiledMutant(
         f"{site.label}: {what}", site.kernel, old, new, site.op,
-        _TESTS["prepare" if site.kernel.startswith("_prepare") else site.op], site.variant, site.case, count, by,
+        _TESTS[by if by == "reach" else "prepare" if site.kernel.startswith("_prepare") else site.op],
+        site.variant, site.case, count, by,
         site.dtype,
     )
     for what, old, new, count, by, sites in _EDITS

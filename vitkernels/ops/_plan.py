@@ -1,15 +1,16 @@
-"""What a launcher did is remembered, and repeated without it where tensors lie as they did.
+"""Record what a launcher does, and replay it on tensors of the same layout.
 
-A launcher works out tilings, strides, alignment and up to 58 arguments a kernel, which takes the host longer than a
-small batch takes the GPU. It reads no value of a tensor: what it does follows from how its tensors lie, from its
-options and from the device. So it is watched once, PyTorch's ops by a ``TorchDispatchMode`` and the kernels by
-:func:`vitkernels.ops._triton.watching`, and its :class:`Plan` is kept: allocate these outputs, launch these compiled
-kernels on these pointers, sum these shares. Inference, training, compiled and exported calls all come by here, behind
-the checks, autograd and the dispatcher.
+A launcher works out tilings, strides, alignment and up to 58 arguments per kernel. On the host this takes longer than
+a small batch takes on the GPU. The launcher never reads a tensor's values: its actions depend only on tensor layouts,
+options and the device. So one call is recorded: a ``TorchDispatchMode`` records PyTorch's ops,
+:func:`vitkernels.ops._triton.watching` records the kernels. The recording is stored as a :class:`Plan`: allocate these
+outputs, launch these compiled kernels on these pointers, sum these partial results. Inference, training, compiled and
+exported calls all come here, after the checks, autograd and the dispatcher.
 
-A call is watched when its key comes for the second time: shapes that come once, as of images packed, would be watched
-in vain. No plan is made of a call that is given one tensor twice, as the two cannot be told apart, or that uses a
-tensor from elsewhere. A plan holds no tensor, and frees each as soon as the launcher could have.
+A call is recorded when its key occurs for the second time: recording a shape that occurs only once, as with packed
+images, would be wasted work. A call gets no plan if it is given the same tensor twice (the two arguments cannot be
+told apart), or if its launcher uses a tensor from elsewhere. A plan keeps no tensor alive; when it runs, it frees each
+intermediate tensor after its last use.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vitkernels import runtime
 from vitkernels.ops._triton import current_stream, launches_are_hooked, watching
 
-MAX_PLANS = 1024  # of an op; past it all are made anew
+MAX_PLANS = 1024  # keys per op; beyond this, the op forgets all its plans
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 _aten = torch.ops.aten
 _ALLOCATE = frozenset(
     {_aten.empty.memory_format, _aten.empty_like.default, _aten.empty_strided.default, _aten.new_empty.default}
 )
-# PyTorch's functions take half the time of the ops that they call.
+# Calling these PyTorch functions takes half the time of calling the ops directly.
 _SHORTER = {
     _aten.add.Tensor: torch.add, _aten.addmm.default: torch.addmm, _aten.cat.default: torch.cat,
     _aten.clone.default: torch.clone, _aten.mm.default: torch.mm, _aten.mul.Tensor: torch.mul,
@@ -42,15 +43,15 @@ _all: list[Plans] = []
 
 
 def forget() -> None:
-    """Forget every plan: for who replaces a kernel, a launcher or what chooses a configuration."""
+    """Forget every plan; call this after replacing a kernel, a launcher or a function that chooses a configuration."""
     for plans in _all:
         plans.forget()
 
 
 class Plans:
-    """A launcher that remembers: called as ``launcher`` is, and with what names the device before.
+    """A launcher with a cache of plans; called with a device key, then the arguments of ``launcher``.
 
-    Raises what the launcher raises; a call that fails is not remembered.
+    Raises what the launcher raises; a failed call gets no plan.
     """
 
     def __init__(self, launcher: Callable):
@@ -93,7 +94,10 @@ class Plans:
 
 
 def _key(device: Hashable, args: tuple) -> tuple[Hashable | None, list[Tensor]]:
-    """All that a launcher looks at, or None where a tensor is of a class of its own; and the tensors."""
+    """Return the cache key of a call (None if a tensor is of a subclass), and its tensors.
+
+    The key holds everything that a launcher's actions depend on.
+    """
     key: list[Any] = [device]
     tensors = []
     single = False
@@ -101,7 +105,7 @@ def _key(device: Hashable, args: tuple) -> tuple[Hashable | None, list[Tensor]]:
         kind = type(x)
         if kind in _PLAIN:
             dtype = x.dtype
-            # Triton tells an address that 16 divides from another; attention tells all powers of two up to it.
+            # Triton specializes on addresses divisible by 16; attention also looks at smaller powers of two.
             key.append((x.shape, x.stride(), dtype, x.data_ptr() & 15))
             tensors.append(x)
             single = single or dtype is torch.float32
@@ -117,11 +121,11 @@ def _key(device: Hashable, args: tuple) -> tuple[Hashable | None, list[Tensor]]:
 
 
 class Plan(NamedTuple):
-    """What a launcher did, as a function of the tensors.
+    """The recorded actions of a launcher, as a function of the tensors.
 
     Attributes:
-        run: Called with what names the device, and the tensors.
-        source: Its source: read it to see what an op does at a shape.
+        run: The function; its arguments are the device key and the tensors.
+        source: The source of ``run``; it shows what an op does at a given shape.
     """
 
     run: Callable
@@ -129,11 +133,11 @@ class Plan(NamedTuple):
 
 
 class _Unknown(Exception):
-    """A launcher used a tensor that neither was given to it nor came of an op."""
+    """A launcher did something that a plan cannot repeat, such as using a tensor that is no argument or op result."""
 
 
 class _Slot(NamedTuple):
-    """Which tensor an argument is: first come those of the call, then what the steps make."""
+    """Index of a tensor in a plan: the call's tensors come first, then the results of the steps."""
 
     index: int
 
@@ -142,7 +146,7 @@ class _Slot(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """A call that a launcher made: ``reads`` and ``results`` are slots, ``kept`` is one that does more than return."""
+    """One call made by a launcher; ``reads`` and ``results`` are slots, ``kept`` marks a call with side effects."""
 
     name: str
     call: Callable
@@ -157,7 +161,7 @@ _STREAM = object()
 
 
 class _Writer:
-    """Writes a plan's source; what has no literal is a global of its own."""
+    """Writes a plan's source; a value without a literal becomes a global variable."""
 
     def __init__(self):
         self.globals: dict[str, Any] = {"current_stream": current_stream}
@@ -204,15 +208,15 @@ class _Writer:
 
 
 class _Watch(TorchDispatchMode):
-    """Sees what a launcher does."""
+    """Records what a launcher does."""
 
     def __init__(self, tensors: list[Tensor]):
         super().__init__()
-        self._tensors = list(tensors)  # by slot; alive meanwhile, so that an id stays one tensor's
+        self._tensors = list(tensors)  # by slot; kept alive, so that no id is reused
         self._slots = {id(t): i for i, t in enumerate(tensors)}
         self._given = len(tensors)
         self._known = True
-        self._views: dict[int, int] = {}  # of which slot one is a view that begins where it does
+        self._views: dict[int, int] = {}  # view's slot -> slot of its base at the same address
         self._steps: list[_Step] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -224,7 +228,7 @@ class _Watch(TorchDispatchMode):
         return result
 
     def kernel(self, kernel: Any, compiled: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
-        """Note a launch."""
+        """Record a launch."""
         try:
             if compiled is None or grid is None:
                 raise _Unknown
@@ -232,17 +236,17 @@ class _Watch(TorchDispatchMode):
         except _Unknown:
             self._known = False
             return
-        # As the JIT launches, but for its hooks' arguments: where there are hooks no plan is run.
+        # The JIT's launch call without the hook arguments: no plan runs while launch hooks are set.
         launch = [*(*grid, 1, 1)[:3], _STREAM, compiled.function, compiled.packed_metadata, None, None, None, *ordered]
         self._steps.append(_Step(kernel.__name__, compiled.run, launch, {}, _slots_in(ordered), None, kept=True))
 
     def _add(self, func, args: list, kwargs: dict, result: Any) -> None:
         arguments, options = self._to_slots(args), self._to_slots(kwargs)
         if isinstance(result, Tensor):
-            if func is _aten.detach.default:  # as torch.empty() ends with: another handle of the same
+            if func is _aten.detach.default:  # torch.empty() ends with it: a second handle of one tensor
                 self._tensors.append(result)
                 self._slots[id(result)] = self._slots[id(args[0])]
-            if id(result) in self._slots and not func._schema.is_mutable:  # as contiguous() of what is
+            if id(result) in self._slots and not func._schema.is_mutable:  # e.g. contiguous() returned its input
                 return
             results = self._slot_of(result)
             if func.is_view and args[0].data_ptr() == result.data_ptr() and result.numel():
@@ -259,9 +263,9 @@ class _Watch(TorchDispatchMode):
         self._steps.append(_Step(name, _SHORTER.get(func, func), arguments, options, reads, results, kept))
 
     def _allocation(self, made: Tensor, slot: int) -> _Step:
-        """The shortest way to a tensor like ``made``: what it came of, the launcher looked up."""
+        """Return the fastest call that allocates a tensor like ``made``, without the original call's arguments."""
         size, options = list(made.shape), {"dtype": made.dtype, "device": made.device}
-        if made.stride() != torch.empty(made.shape, device="meta").stride():  # of dims of size 1, too
+        if made.stride() != torch.empty(made.shape, device="meta").stride():  # compares dims of size 1, too
             return _Step("empty", torch.empty_strided, [size, list(made.stride())], options, set(), slot, kept=False)
         for i, given in enumerate(self._tensors[: self._given]):
             if given.dtype is made.dtype and given.device == made.device:
@@ -279,7 +283,7 @@ class _Watch(TorchDispatchMode):
             slot = self._slots.get(id(value))
             if slot is None:
                 raise _Unknown
-            while through_views and slot in self._views:  # a kernel takes the address alone
+            while through_views and slot in self._views:  # a kernel uses only the address
                 slot = self._views[slot]
             return _Slot(slot)
         if type(value) in (list, tuple):
@@ -289,7 +293,7 @@ class _Watch(TorchDispatchMode):
         return value
 
     def plan(self, results: Any) -> Plan | None:
-        """What was seen up to the ``results``, or None where that cannot be repeated."""
+        """Return a plan that computes ``results``, or None if the recorded calls cannot be repeated."""
         results_ = list(results) if isinstance(results, (list, tuple)) else [results]
         if not self._known or not all(isinstance(t, Tensor) and id(t) in self._slots for t in results_):
             return None

@@ -1,14 +1,14 @@
-"""Matrix products with an epilogue: what linear.py and mlp.py multiply with.
+"""Matrix products with a fused epilogue, used by linear.py and mlp.py.
 
     product         y = residual + γ · act(z),  z = alpha · a b + bias
     product_dact    dz = alpha · a b · act'(z),  with act(z) and Σ dz on the side
 
-Shapes, as a GEMM's: a (M, K), b (K, N), any strides. Sums are fp32 (fp64 for fp64). On a GPU a product that has
-nothing to fuse goes to torch.mm, which is cuBLAS: a Triton product reaches 0.80 to 0.97 of it (H100, bf16) and
-pays only where its epilogue saves a pass.
+Shapes, as in a GEMM: a (M, K), b (K, N), any strides. Sums are fp32 (fp64 for fp64). On a GPU a product without
+an epilogue goes to torch.mm (cuBLAS): the Triton kernel reaches 0.80 to 0.97 of its speed (H100, bf16), and is worth
+it only if the epilogue saves a pass over memory.
 
-An epilogue goes over its tile in parts of 32 columns where it can: the whole tile's z, act(z) and gradients at once
-would take so many registers that an SM holds one program, whose epilogue nothing overlaps.
+If possible, the epilogue processes its tile in parts of 32 columns: z, act(z) and the gradients of a whole tile would
+take so many registers that an SM could hold only one program, and nothing would overlap with the epilogue.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ MAX_ROW = 1 << 22  # elements from one row to the next
 
 @dataclasses.dataclass(frozen=True)
 class ProductConfig:
-    """Who multiplies (``triton`` or ``torch``), and the kernel's tiles, warps and pipeline stages.
+    """The provider (``triton`` or ``torch``), and the kernel's tile sizes, warps and pipeline stages.
 
-    ``parts``: shares of a tile's columns that the epilogue takes one after the other; a power of two.
+    ``parts``: Number of column ranges of a tile that the epilogue processes in turn; a power of two.
     """
 
     provider: str
@@ -43,26 +43,26 @@ class ProductConfig:
 
 
 def choose_config(M: int, N: int, K: int, dtype: torch.dtype, *, kind: str, facts: DeviceFacts) -> ProductConfig:
-    """Choose how to compute an (M, K) by (K, N) product: by the tuning table, else by a heuristic.
+    """Choose how to compute an (M, K) by (K, N) product: a heuristic, overridden by the tuning table.
 
     Args:
         M, N, K: Rows, columns and the summed dim.
-        dtype: The operands'.
+        dtype: Dtype of the operands.
         kind: ``plain``; ``epilogue``, which saves a pass; or ``dact``, whose epilogue holds three tiles.
-        facts: The device's.
+        facts: Facts of the device.
     """
-    # wgmma and tcgen05 spread every column of a row over the same threads: a share of the columns is a share of each
-    # thread's registers. Elsewhere the shares would go through 64 KiB of shared memory, and 128 columns of dact in one
-    # share would spill.
+    # With wgmma and tcgen05, the same threads hold every column of a row: a range of columns is a range of each
+    # thread's registers. On other chips the split would go through 64 KiB of shared memory, and unsplit, 128 columns
+    # of dact would spill.
     whole_rows = dtype.itemsize == 2 and facts.arch.startswith(("sm_90", "sm_10"))
     if dtype.itemsize == 2:
         block_m, block_n, block_k, num_warps = 128, 128 if whole_rows or kind != "dact" else 64, 64, 8
         if cdiv(M, 128) * cdiv(N, 128) < facts.num_sms:
             block_m, block_n, num_warps = 64, 64, 4
     else:
-        # In fp64 an epilogue's tiles of 64 columns would spill.
+        # In fp64 an epilogue with 64 columns would spill.
         block_m, block_n, block_k, num_warps = 64, 64 if dtype.itemsize == 4 else 32, 128 // dtype.itemsize, 4
-    # A product on tensor cores takes at least 16 in each dim.
+    # Tensor cores need at least 16 in each dim.
     block_m, block_n, block_k = (
         max(16, min(b, next_power_of_2(size))) for b, size in ((block_m, M), (block_n, N), (block_k, K))
     )
@@ -82,7 +82,7 @@ def choose_config(M: int, N: int, K: int, dtype: torch.dtype, *, kind: str, fact
 
 
 def column_parts(block_n: int, in_parts: bool) -> int:
-    """Return in how many shares an epilogue takes ``block_n`` columns: of 32 with ``in_parts``, else one."""
+    """Return the number of parts of ``block_n`` columns: parts of 32 columns with ``in_parts``, else one part."""
     return max(1, block_n // 32) if in_parts else 1
 
 
@@ -209,7 +209,10 @@ def _product_dact_kernel(
 
 @triton.jit
 def _tile_of_program(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Where this program's tile lies: walked eight tiles down, then one across, so that L2 holds both operands."""
+    """Return the tile (row, column) of this program.
+
+    Programs go eight tiles down, then one across, so that both operands stay in L2.
+    """
     GROUP: tl.constexpr = 8
     pid = tl.program_id(0)
     blocks_m = tl.cdiv(M, BLOCK_M)
@@ -241,9 +244,9 @@ def _accumulate(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The (BLOCK_M, BLOCK_N) tile of a b whose first row and column the pointers give.
+    """Return one (BLOCK_M, BLOCK_N) tile of a b; the pointers are at its first row and its first column.
 
-    Offsets within a tile are 32 bits wide, which halves the registers that hold them.
+    Offsets within a tile are 32 bits wide; 64 bits would take twice the registers.
     """
     offs_k = tl.arange(0, BLOCK_K)
     a_ptrs = a_ptr + offs_m[:, None] * stride_a_row + offs_k[None, :] * stride_a_col
@@ -265,7 +268,7 @@ def _accumulate(
 
 @triton.jit
 def _columns(x, PART: tl.constexpr, PARTS: tl.constexpr):
-    """Share PART of a tile's columns, cut into PARTS equal shares; PARTS is a power of two."""
+    """Return part PART of a tile's columns, split into PARTS equal parts; PARTS is a power of two."""
     if PARTS == 1:
         return x
     else:
@@ -289,11 +292,11 @@ def product(
     residual: Tensor | None = None,
     save_z: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """``(residual + γ · act(z), z)`` with ``z = alpha · a b + bias``; z is empty unless saved.
+    """Return ``(residual + γ · act(z), z)`` with ``z = alpha · a b + bias``; z is empty unless ``save_z``.
 
     Args:
         a, b: (M, K) and (K, N), any strides, one dtype.
-        out_dtype: The result's; the operands' if None.
+        out_dtype: Dtype of the first result; that of the operands if None.
         alpha: (1,).
         bias, gamma: (N,).
         residual: (M, N), unit stride along N.
@@ -304,7 +307,7 @@ def product(
     facts = runtime.device_facts(a.device)
     fused = any(t is not None for t in (alpha, activation, gamma, residual))
     config = choose_config(M, N, K, a.dtype, kind="epilogue" if fused else "plain", facts=facts)
-    # torch.mm widens its result on NVIDIA's GPUs only, and then adds no bias.
+    # torch.mm supports out_dtype on NVIDIA GPUs only, and without a bias.
     widened = out_dtype != a.dtype
     if config.provider == "torch" and not fused and (not widened or (torch.version.cuda and bias is None)):
         if widened:
@@ -355,12 +358,12 @@ def product(
 def product_dact(
     a: Tensor, b: Tensor, z: Tensor, activation: str | None, *, alpha: Tensor | None, save_act: bool, sum_dz: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(dz, act(z), Σ dz)`` with ``dz = alpha · a b · act'(z)``: the gradient of a product through an activation.
+    """Return ``(dz, act(z), Σ dz)`` with ``dz = alpha · a b · act'(z)``, the gradient through an activation.
 
     Args:
         a, b: (M, K) and (K, N), any strides.
         z: (M, N), contiguous.
-        save_act, sum_dz: Whether the second and third result are wanted; they are empty otherwise.
+        save_act, sum_dz: Whether to compute the second and the third result; they are empty otherwise.
     """
     (M, K), N = a.shape, b.shape[1]
     a, b = within_reach(a), within_reach(b)
@@ -403,10 +406,10 @@ def product_dact(
 
 
 def within_reach(matrix: Tensor) -> Tensor:
-    """Return ``matrix``, or a copy where 32 bits would not hold the offsets within a tile of 256 rows and columns.
+    """Return ``matrix``, or a contiguous copy if offsets within a tile of 256 rows and columns would overflow 32 bits.
 
     Raises:
-        NotImplementedError: Its rows are so long that no copy helps.
+        NotImplementedError: Its rows are so long that a copy would not help.
     """
     if max(matrix.stride()) < MAX_ROW:
         return matrix

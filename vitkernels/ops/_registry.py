@@ -1,11 +1,11 @@
-"""How an op reaches its kernels: one opaque torch op forward, one backward, by dispatch key.
+"""Registration of ops with PyTorch's dispatcher: one opaque torch op for the forward, one for the backward.
 
-CUDA (ROCm too) and XPU run the launcher; the CPU runs the reference, or the launcher on the GPU that it emulates.
-The differentiation is an ``autograd.Function`` outside, in the op's own file.
-This route costs 2.7 µs a call, against 10 µs for ``torch.library.custom_op``, and alone passes fake
-tensors, export, fullgraph compilation and opcheck with emulated kernels too. The dispatcher also
-negates what is negated lazily, and shows an op to modes and profilers. Below it the launcher is remembered
-(``_plan.py``): what it did is repeated for tensors that lie alike.
+CUDA (and ROCm) and XPU run the launcher; the CPU runs the reference, or the launcher on an emulated GPU. Autograd is
+not registered here: each op's own file has an ``autograd.Function`` that calls the torch ops.
+Such a call costs 2.7 µs; ``torch.library.custom_op`` costs 10 µs. No other way that was tried works with fake tensors,
+export, fullgraph compilation and opcheck, also with emulated kernels. The dispatcher also resolves lazy negation, and
+lets modes and profilers see the op. Below the dispatcher, plans (``_plan.py``) repeat a launcher's actions for tensors
+of the same layout.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _LIBRARY = torch.library.Library("vitkernels", "DEF")
 
 @dataclasses.dataclass(frozen=True)
 class Implementations:
-    """An op's three: on Triton kernels, in PyTorch, and on shapes alone.
+    """The three implementations of an op: Triton kernels, plain PyTorch, and shapes only.
 
-    ``kernels`` is, by device type, what the dispatcher calls there, where that runs the launcher.
+    ``kernels`` maps a device type to the function that the dispatcher calls for it.
     """
 
     launcher: Callable
@@ -44,12 +44,12 @@ def register(schema: str, *, launcher: Callable, reference: Callable, fake: Call
     """Define ``vitkernels::<schema>`` and return it as a callable.
 
     Args:
-        schema: The op's signature, a tensor first; no input is mutated and no output aliases an input. Behind a
-            release an op whose arguments change needs a new name: saved exports call the old ones, and Inductor's cache
-            on disk keeps compiled calls under a key that leaves out arguments at their defaults.
+        schema: The op's signature. The first argument is a tensor; the op mutates no input, and no output aliases an
+            input. Once released, an op whose arguments change needs a new name: saved exports call the old signature,
+            and the keys of Inductor's disk cache leave out arguments that have their default values.
         launcher: Runs the Triton kernels.
-        reference: The same in PyTorch, for CPUs.
-        fake: The same on shapes alone: gives empty outputs of the right shape, stride and dtype.
+        reference: Computes the same in PyTorch, for CPUs.
+        fake: Returns empty outputs of the right shape, stride and dtype.
     """
     name = _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
 
@@ -72,7 +72,7 @@ def _on_its_device(plans: Plans) -> Callable:
             except OSError as error:
                 if not _triton.is_of_the_cache(error):
                     raise
-                # Triton's driver, too, is compiled into the cache, before any kernel.
+                # Triton also compiles its driver into the cache, before any kernel.
                 with _triton.another_cache(error):
                     return plans(device, x, *args)
 
@@ -84,7 +84,7 @@ def _on_emulated_gpu(plans: Plans, reference: Callable) -> Callable:
         arch = runtime.emulated_arch()
         if arch is None:
             return reference(x, *args)
-        from vitkernels.emulator.launch import emulating  # asks for Triton, which is there by now
+        from vitkernels.emulator.launch import emulating  # imports Triton, which is installed if this runs
 
         with emulating(arch):
             return plans(arch, x, *args)
@@ -93,14 +93,14 @@ def _on_emulated_gpu(plans: Plans, reference: Callable) -> Callable:
 
 
 def uses_kernels(x: torch.Tensor) -> bool:
-    """Tell whether an op on ``x`` runs the Triton kernels, under the backend of :func:`vitkernels.backend`.
+    """Tell whether an op on ``x`` runs the Triton kernels under the backend of :func:`vitkernels.backend`.
 
-    Under ``torch.jit.trace`` (the older ONNX export, too) none does: sizes are tensors there, and what is recorded is
-    to run without vitkernels.
+    Under ``torch.jit.trace`` (also used by the older ONNX export) no op does: sizes are tensors there, and the traced
+    model must run without vitkernels.
 
     Raises:
-        RuntimeError: The kernels are asked for, or are due on this device, and cannot run: Triton is missing, or
-            ``triton`` is asked for on a CPU. There is no silent fallback on a GPU.
+        RuntimeError: The backend or the device requires the kernels, but they cannot run: Triton is missing, or the
+            backend is ``triton`` and ``x`` is on a CPU. A GPU never falls back to PyTorch silently.
     """
     asked = runtime.backend()
     if asked == "torch" or torch.jit.is_tracing():
@@ -126,13 +126,13 @@ def uses_kernels(x: torch.Tensor) -> bool:
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
-    """Tell whether autograd must see an op on ``tensors``.
+    """Tell whether an op on ``tensors`` must go through its ``autograd.Function``.
 
-    torch.func's transforms must too: an autograd.Function refuses them with an error, where a bare op would silently
-    return zeros.
+    It must also under torch.func's transforms: there the ``autograd.Function`` raises an error, but the torch op alone
+    would silently return zeros.
 
     Raises:
-        NotImplementedError: One is a dual number of forward-mode differentiation, of which there is none here.
+        NotImplementedError: A tensor is a dual tensor of forward-mode differentiation, which no op supports.
     """
     if not is_compiling():
         if torch._C._are_functorch_transforms_active():
@@ -144,7 +144,7 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
                 "forward-mode differentiation (jvp) of a vitkernels op; expected reverse mode: backward"
             )
     if torch.is_grad_enabled():
-        for t in tensors:  # any() of a generator takes twice as long
+        for t in tensors:  # any() with a generator takes twice as long
             if t is not None and t.requires_grad:
                 return True
     return False
@@ -153,9 +153,9 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
 def reference_gradients(
     function: Callable, inputs: Sequence[torch.Tensor | None], upstream: Sequence[torch.Tensor], needed: Sequence[bool]
 ) -> tuple[torch.Tensor, ...]:
-    """Differentiate ``function(*inputs)`` with PyTorch: the CPU side of a registered backward.
+    """Differentiate ``function(*inputs)`` with PyTorch's autograd: the CPU implementation of a registered backward.
 
-    Returns one tensor an input, empty where the gradient is not needed.
+    Returns one tensor per input; it is empty if that gradient is not needed.
     """
     with torch.enable_grad():
         leaves = [None if t is None else t.detach().requires_grad_(n) for t, n in zip(inputs, needed, strict=True)]

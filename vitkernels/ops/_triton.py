@@ -1,4 +1,4 @@
-"""Triton, or a stand-in with which the op files still import where Triton is missing."""
+"""Triton, or a stand-in for it that lets the op files be imported without Triton."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ try:
     import triton as _triton
     import triton.language as tl
 
-    if _triton.knobs.runtime.interpret:  # Triton's own functions cannot be compiled then
+    if _triton.knobs.runtime.interpret:  # in this mode Triton cannot compile its own functions
         raise ImportError("TRITON_INTERPRET is set, and these kernels are compiled: unset it")
 except ImportError as error:
     MISSING: ImportError | None = error.with_traceback(None)
@@ -27,7 +27,7 @@ else:
 
 
 class _Missing:
-    """Decorates and annotates like Triton; a launch, which the backend choice rules out, says what is missing."""
+    """Stand-in for Triton's decorators and types; a launch, which ``uses_kernels`` should prevent, raises an error."""
 
     def jit(self, fn):
         return fn
@@ -45,9 +45,9 @@ _watchers = threading.local()
 
 @contextlib.contextmanager
 def watching(seen: Callable) -> Iterator[None]:
-    """Call ``seen(kernel, compiled, grid, arguments)`` after each launch of this thread meanwhile.
+    """Within a ``with`` block, call ``seen(kernel, compiled, grid, arguments)`` after each launch by this thread.
 
-    ``compiled`` is Triton's ``CompiledKernel``, or None where nothing was launched; ``arguments`` are by name.
+    ``compiled`` is Triton's ``CompiledKernel``, or None if nothing was launched; ``arguments`` is a dict by name.
     """
     _watchers.seen = seen
     try:
@@ -57,20 +57,20 @@ def watching(seen: Callable) -> Iterator[None]:
 
 
 def launches_are_hooked() -> bool:
-    """Tell whether someone, such as Triton's profiler, is called before or after each launch."""
+    """Tell whether Triton has launch hooks, as its profiler sets them."""
     hooks = _triton.knobs.runtime
     return bool(hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls)
 
 
 def current_stream(device: int | str) -> int:
-    """Return the handle of the stream that the JIT would launch on; ``device`` is a GPU's number."""
+    """Return the handle of the stream that the JIT would launch on; ``device`` is a GPU's index."""
     return _triton.runtime.driver.active.get_current_stream(device)
 
 
 if MISSING is None:
 
     class _Source(_triton.compiler.ASTSource):
-        """A kernel's source that knows whether it was compiled: it was not where the kernel lay in the cache."""
+        """A kernel's source; ``compiled`` tells whether Triton compiled it (True) or found it in the cache (False)."""
 
         compiled = False
 
@@ -79,7 +79,7 @@ if MISSING is None:
             return super().make_ir(*args, **kwargs)
 
     class _Kernel(_triton.JITFunction):
-        """A kernel that minds what is around it when it is compiled or read from disk; warm launches are as ever."""
+        """A kernel with checks around compilation and disk cache; launches of loaded kernels are unchanged."""
 
         def run(self, *args, grid, warmup, **kwargs):
             compiled = super().run(*args, grid=grid, warmup=warmup, **kwargs)
@@ -88,15 +88,15 @@ if MISSING is None:
             return compiled
 
         def _do_compile(self, key, signature, device, *args, **kwargs):
-            # In two threads at once Python's own parser fails now and then (SystemError: AST constructor recursion
-            # depth mismatch), and both would compile the same.
+            # Without the lock, two threads would compile the same kernel, and Python's parser sometimes fails when two
+            # threads use it at once (SystemError: AST constructor recursion depth mismatch).
             with _COMPILE_LOCK:
                 return self.device_caches[device][0].get(key) or self._compile_alone(
                     key, signature, device, *args, **kwargs
                 )
 
         def _compile_alone(self, *args, **kwargs):
-            # Loading a kernel would spoil the capture, on ROCm in silence.
+            # Loading a kernel would break the capture, on ROCm silently.
             if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
                     f"{self.fn.__name__} is launched for the first time, with these dtypes and sizes, while a CUDA "
@@ -109,7 +109,7 @@ if MISSING is None:
             try:
                 kernel = compile_(*args, **kwargs)
                 if kernel is not None and not kwargs.get("warmup", args[-1]):
-                    _ = kernel.run  # loads the binary, as the launch would do next: it may be broken
+                    _ = kernel.run  # loads the binary early, to catch a broken one here
             except Exception as error:
                 broken = kernel is not None and isinstance(error, RuntimeError) and not kernel.src.compiled
                 if not broken and not is_of_the_cache(error):
@@ -119,7 +119,7 @@ if MISSING is None:
             return kernel
 
     class _Decorators:
-        """What op files call ``triton``."""
+        """The object that op files import as ``triton``."""
 
         @staticmethod
         def jit(fn):
@@ -134,7 +134,7 @@ else:
 HAS_TRITON = MISSING is None
 
 
-_CACHE_LOCK = threading.RLock()  # where the cache lies is one setting for all threads
+_CACHE_LOCK = threading.RLock()  # all threads share the setting of the cache directory
 
 
 @functools.cache
@@ -143,12 +143,12 @@ def _own_cache() -> tempfile.TemporaryDirectory:
 
 
 def is_of_the_cache(error: Exception) -> bool:
-    """Tell whether ``error`` came of reading or writing Triton's cache, and of no program that it cannot compile."""
+    """Tell whether reading or writing Triton's cache raised ``error``, rather than compiling a program."""
     if isinstance(error, OSError):
-        if error.filename is None:  # as where a disk is full
+        if error.filename is None:  # e.g. a full disk
             return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
         return os.fsdecode(error.filename).startswith(os.fspath(_triton.knobs.cache.dir))
-    # What lay there is taken apart in these two places, and nothing else is: Triton 3.6 minds no broken index.
+    # Only these two places parse cache files; Triton 3.6 itself does not handle a broken index.
     entry = _triton.compiler.CompiledKernel.__init__.__code__
     index = "triton.runtime.cache"
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
@@ -157,7 +157,7 @@ def is_of_the_cache(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def another_cache(error: Exception) -> Iterator[None]:
-    """Give Triton a cache of this process's own meanwhile, and warn that its own could not be used for ``error``."""
+    """Within a ``with`` block, give Triton a temporary cache; then warn that ``error`` made its own cache unusable."""
     knobs = _triton.knobs.cache
     given = knobs.dir
     with _CACHE_LOCK, knobs.scope():
@@ -173,7 +173,10 @@ def another_cache(error: Exception) -> Iterator[None]:
 
 @contextlib.contextmanager
 def compilations() -> Iterator[list[tuple[str, float, bool]]]:
-    """List what Triton compiles meanwhile, in any thread: name, seconds, and whether it lay in the cache on disk."""
+    """List the kernels that any thread compiles or loads within a ``with`` block.
+
+    Each is a tuple of name, seconds, and whether Triton found it in the cache on disk.
+    """
     found: list[tuple[str, float, bool]] = []
     if not HAS_TRITON:
         yield found

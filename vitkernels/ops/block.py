@@ -1,16 +1,17 @@
-"""A pre-norm transformer block as one node of autograd, so that its backward passes over no tensor twice.
+"""Pre-norm transformer block as one autograd node, which saves passes over memory in the backward.
 
 Forward (arXiv 2010.11929, LayerScale 2103.17239):
     r = x + γ1 · (attention(norm1(x) Wqkvᵀ + bqkv) Wpᵀ + bp)
     y = r + γ2 · mlp(norm2(r))
-Backward is that of the ops it is made of. One node can do what a chain of nodes cannot:
-    - the residual's gradient enters the backward of each LayerNorm, instead of being added in a pass of its own;
-    - bias gradients are sums over rows of what some kernel has at hand anyway: db2 of dy and dbp of dr in norm2's
-      backward, dbqkv of dqkv in attention's;
-    - γ1 sits in the projection's product both ways, by the identity in linear.py, and meets no activation.
+The backward runs the backwards of the ops above. One node can do what a chain of nodes cannot:
+    - the backward of each LayerNorm adds the residual's gradient, which would otherwise take a pass of its own;
+    - a kernel that has the rows loaded anyway also sums them for a bias gradient: norm2's backward sums dy (for db2)
+      and dr (for dbp), attention's backward sums dqkv (for dbqkv);
+    - the projection's products apply γ1 in both directions, by the identity in linear.py, without a pass over an
+      activation.
 
 Shapes: B batch, N tokens, C channels, H heads, D head dim, F hidden features. Saved for backward: x, r, both normed
-tensors, qkv, o, lse, z and act(z) (z alone with ``recompute``), and the statistics.
+tensors, qkv, o, lse, z and act(z) (only z with ``recompute``), and the LayerNorm statistics.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from vitkernels.ops.mlp import MlpWanted, mlp_bwd, mlp_fwd
 
 
 class BlockFunction(torch.autograd.Function):
-    """Autograd for :func:`block`; the weights are in the products' dtype."""
+    """Autograd for :func:`block`; the caller has cast the weights to the dtype of the products."""
 
     @staticmethod
     def forward(ctx, x, n1_w, n1_b, qkv_w, qkv_b, proj_w, proj_b, gamma1, n2_w, n2_b, w1, b1, w2, b2, gamma2, options):
@@ -45,7 +46,7 @@ class BlockFunction(torch.autograd.Function):
         y, saved = _forward(tensors, options, save=True)
         ctx.save_for_backward(*saved)
         ctx.emulated = runtime.emulated_arch()
-        ctx.unsaved = (n1_b, qkv_b, n2_b, b1)  # in h1, qkv, h2 and z
+        ctx.unsaved = (n1_b, qkv_b, n2_b, b1)  # already added in h1, qkv, h2 and z
         ctx.options = options
         ctx.dtypes = [None if t is None else t.dtype for t in tensors]
         return y
@@ -62,12 +63,12 @@ class BlockFunction(torch.autograd.Function):
             need_x, need_n1_w, need_n1_b, need_qkv_w, need_qkv_b, need_proj_w, need_proj_b, need_gamma1,
             need_n2_w, need_n2_b, need_w1, need_b1, need_w2, need_b2, need_gamma2,
         ) = ctx.needs_input_grad[:15]  # fmt: skip
-        # Which gradients of activations are needed for what lies in front of them.
+        # A gradient of an activation is needed if anything before it in the forward needs a gradient.
         need_h1 = need_x or need_n1_w or need_n1_b
         need_qkv = need_h1 or need_qkv_w or need_qkv_b
         need_r = need_qkv or need_proj_w or need_proj_b or need_gamma1
         need_h2 = need_r or need_n2_w or need_n2_b
-        # A sum of dy is wanted by b2, and by gamma2 through b2; norm2's backward makes it, so it must run.
+        # b2 needs the sum of dy, and so does gamma2 if there is a b2; norm2's backward computes it, so it must run.
         need_dy_sum = need_b2 or (need_gamma2 and b2 is not None)
         need_dr_sum = need_proj_b or (need_gamma1 and proj_b is not None)
 
@@ -109,7 +110,7 @@ class BlockFunction(torch.autograd.Function):
 
 
 def _forward(tensors, options, *, save):
-    """Return the output, and what the backward takes out of ``ctx.saved_tensors``."""
+    """Return the output, and the tensors to save for the backward."""
     x, n1_w, n1_b, qkv_w, qkv_b, proj_w, proj_b, gamma1, n2_w, n2_b, w1, b1, w2, b2, gamma2 = tensors
     heads, scale, eps1, eps2, activation, recompute = options
     dtype = qkv_w.dtype
@@ -131,7 +132,7 @@ def _forward(tensors, options, *, save):
 def _bias_and_gamma(
     upstream_sum: Tensor, bias: Tensor | None, gamma: Tensor | None, d_gamma: Tensor, need_bias: bool, need_gamma: bool
 ) -> tuple[Tensor | None, Tensor]:
-    """Gradients of b and γ in ``γ · (product + b)``, where ``d_gamma`` holds the product's share of the second."""
+    """Return the gradients of b and γ in ``γ · (product + b)``; the argument ``d_gamma`` is the product's part only."""
     d_bias = None
     if need_bias:
         d_bias = upstream_sum if gamma is None else upstream_sum * gamma.to(upstream_sum.dtype)
@@ -161,24 +162,24 @@ def block(
     Args:
         x: (B, N, C), fp16, bf16, fp32 or fp64; B may be 0.
         norm1, norm2: LayerNorm's weight and bias, (C,) each or None, in ``x``'s dtype (or fp32 with half inputs).
-        qkv: Weight (3·H·D, C) and bias (3·H·D,) or None, in ``x``'s dtype, as are the next three.
+        qkv: Weight (3·H·D, C) and bias (3·H·D,) or None; qkv, proj, fc1 and fc2 are in ``x``'s dtype.
         proj: Weight (C, H·D) and bias (C,) or None.
         fc1: Weight (F, C) and bias (F,) or None.
         fc2: Weight (C, F) and bias (C,) or None.
         layer_scale: γ1 and γ2, (C,) each or None, any floating dtype.
         num_heads: H.
-        scale: Of the scores; 1/√D if None.
-        eps: Added to the variance in norm1 and norm2, ≥ 0.
+        scale: Factor of the scores; 1/√D if None.
+        eps: Terms added to the variance in norm1 and norm2, ≥ 0.
         activation: As for :func:`vitkernels.ops.mlp`.
         recompute: As for :func:`vitkernels.ops.mlp`.
 
     Returns:
-        (B, N, C), contiguous. Under autocast the products are taken in autocast's dtype and the residual stream keeps
-        that of ``x``, as PyTorch does on a GPU.
+        (B, N, C), contiguous. Under autocast the products run in autocast's dtype, and the residual stream keeps the
+        dtype of ``x``, as in PyTorch on a GPU.
 
     Raises:
         ValueError: A shape, device, eps or activation does not fit.
-        TypeError: A dtype does not fit, or what is to be a pair is none.
+        TypeError: A dtype does not fit, or a pair argument is not a pair.
         NotImplementedError: The head dim is above 256, or a tensor is nested, sparse or quantized.
 
     Reference: arXiv 2010.11929.

@@ -1,8 +1,8 @@
-"""Fused forward passes over modules that have timm's attribute names.
+"""Fused forward passes for modules with timm's attribute names.
 
-These functions read parameters where they lie and keep no state, so that the layers here and the modules
-that :func:`vitkernels.accelerate` swaps in share one implementation. What they may be called on is decided
-by the caller; shapes are (B, N, C).
+These functions read the modules' own parameters and keep no state. So the layers here and the modules that
+:func:`vitkernels.accelerate` swaps in share one implementation. The caller checks that a module is supported; shapes
+are (B, N, C).
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ _NO_NORM = (nn.Identity, type(None))
 
 
 def activation_name(act: nn.Module) -> str | None:
-    """Return the name by which the ops know the activation module ``act``, or None where they do not know it."""
+    """Return the ops' name for the activation module ``act``, or None if they do not support it."""
     if type(act) is nn.GELU:
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(act.approximate)
     if type(act) is nn.SiLU:
         return "silu"
-    # Other libraries' classes, by name: none of them is needed here.
+    # Compare other libraries' classes by name, so that nothing imports these libraries.
     return {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu"}.get(
         type(act).__name__ if type(act).__module__.startswith(("timm.", "vitkernels.", "open_clip.")) else ""
     )
 
 
 class Packed(NamedTuple):
-    """Images of different size in one row of tokens, in the place of a mask.
+    """Images of different sizes packed into one row of tokens; passed in place of a mask.
 
     Attributes:
         cu_seqlens: (images + 1,): image i has tokens ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``.
-        max_seqlen: Tokens of the longest image, or more.
+        max_seqlen: Number of tokens of the longest image, or an upper bound of it.
     """
 
     cu_seqlens: Tensor
@@ -46,11 +46,11 @@ class Packed(NamedTuple):
 def drop_path_scale(
     drop_path: nn.Module, x: Tensor, gamma: Tensor | None = None, images: Packed | None = None
 ) -> Tensor | None:
-    """Draw the scale (B,) of each sample's branch: 0 or 1/keep; None where nothing is dropped.
+    """Draw the scale (B,) of each sample's branch, 0 or 1/keep; return None if nothing is dropped.
 
-    Drawn exactly as timm's DropPath draws it on ``x · gamma``, so that a seed gives the same masks; in the dtype of
-    that product, as 1/keep rounded to bf16 would scale every branch wrongly. With ``images`` x is (T, 1, C), and each
-    token gets its image's.
+    The random numbers are drawn exactly as timm's DropPath draws them on ``x · gamma``: a seed gives the same masks.
+    The scale has the dtype of that product, since 1/keep rounded to bf16 would scale every branch wrongly. With
+    ``images``, x is (T, 1, C), and each token gets the scale of its image.
     """
     if not _drops(drop_path):
         return None
@@ -75,7 +75,7 @@ def rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def norm(module: nn.Module, x: Tensor) -> Tensor:
-    """LayerNorm, RMSNorm (whatever is no ``nn.LayerNorm``) or, where ``module`` is an ``nn.Identity``, ``x``."""
+    """Apply ``module``: an ``nn.Identity``, an ``nn.LayerNorm``, or else an RMSNorm."""
     if isinstance(module, nn.Identity):
         return x
     return layer_norm(module, x) if isinstance(module, nn.LayerNorm) else rms_norm(module, x)
@@ -89,7 +89,7 @@ def add_norm(
     layer_scale: Tensor | None = None,
     drop_path_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``r = x + drop_path_scale · layer_scale · branch``; returns ``(norm(r), r)``, in one pass."""
+    """Return ``(norm(r), r)`` with ``r = x + drop_path_scale · layer_scale · branch``, in one pass."""
     scales = {"layer_scale": layer_scale, "drop_path_scale": drop_path_scale}
     if isinstance(norm, nn.LayerNorm):
         return ops.add_layer_norm(branch, x, norm.weight, norm.bias, norm.eps, **scales)
@@ -104,10 +104,11 @@ def attention(
     is_causal: bool = False,
     rope: ops.Rope | None = None,
 ) -> Tensor:
-    """Self-attention with ``qkv``, or ``q_proj``, ``k_proj`` and ``v_proj``, and ``proj`` of ``attn``.
+    """Self-attention with the layers of ``attn``: ``qkv`` (or ``q_proj``, ``k_proj`` and ``v_proj``) and ``proj``.
 
-    QK-norm, the norm and the gate in front of ``proj``, and dropout are those of ``attn`` where it has any; ``rope``
-    leaves its ``num_prefix_tokens`` alone. With :class:`Packed`, x is (1, T, C) and tables broadcast to (H, T, D).
+    If ``attn`` has them, its QK-norm, its norm and gate before ``proj``, and its dropout are applied. ``rope`` does not
+    rotate the first ``attn.num_prefix_tokens`` tokens. With :class:`Packed`, x is (1, T, C), and the tables of ``rope``
+    broadcast to (H, T, D).
     """
     B, N, _ = x.shape
     options = {"scale": _scale(attn), "is_causal": is_causal, "dropout_p": attention_dropout(attn), "rope": rope}
@@ -129,7 +130,7 @@ def attention(
             for proj in (attn.q_proj, attn.k_proj, attn.v_proj)
         )
         groups = getattr(attn, "num_kv_groups", 1)
-        if groups > 1:  # grouped queries: each head of k and v serves several of q (arXiv 2305.13245)
+        if groups > 1:  # grouped-query attention: q heads share a k and v head (arXiv 2305.13245)
             k, v = (t.repeat_interleave(groups, dim=2) for t in (k, v))
         if not packed:
             out = ops.attention(*(t.transpose(1, 2) for t in (q, k, v)), **options).transpose(1, 2)
@@ -145,23 +146,23 @@ def attention(
 
 
 def qkv_bias(attn: nn.Module) -> Tensor | None:
-    """Return the bias of packed queries, keys and values; EVA keeps it in three parts, the keys' being zero."""
+    """Return the bias of packed queries, keys and values; EVA stores it in three parts (that of the keys is zero)."""
     if getattr(attn, "q_bias", None) is None:
         return attn.qkv.bias
     return torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
 
 
 def _scale(attn: nn.Module) -> float | None:
-    # timm's fused attention is PyTorch's, with 1/√D; its ``scale`` counts in the other branch alone.
+    # With ``fused_attn``, timm calls PyTorch's attention, which scales by 1/√D and ignores ``attn.scale``.
     return None if getattr(attn, "fused_attn", False) else attn.scale
 
 
 def attention_dropout(attn: nn.Module) -> float:
-    """Return the probability with which ``attn`` drops its weights as it is now: in training or not."""
+    """Return the dropout probability of attention weights in ``attn``'s current mode (training or eval)."""
     drop = getattr(attn, "attn_drop", None)
     if drop is None:
         return 0.0
-    # As with the scale: PyTorch's attention in timm's goes by the module's mode.
+    # With ``fused_attn``, timm looks at the mode of ``attn``, not of its dropout module.
     training = attn.training if getattr(attn, "fused_attn", False) else drop.training
     return drop.p if training else 0.0
 
@@ -174,9 +175,9 @@ def _qk_norm(norm: nn.Module | None) -> ops.QKNorm | None:
 
 
 def mlp(mlp: nn.Module, x: Tensor, *, residual: Tensor | None = None, layer_scale: Tensor | None = None) -> Tensor:
-    """``residual + layer_scale · mlp(x)`` with ``fc1``, ``act``, ``norm`` if there is one, and ``fc2`` of ``mlp``.
+    """Return ``residual + layer_scale · mlp(x)``; the layers are ``fc1``, ``act``, ``norm`` if there is one, ``fc2``.
 
-    Gated where ``fc1`` makes two halves or comes in two parts: :func:`swiglu`.
+    A gated MLP (``fc1`` computes two halves, or there are two layers in its place) goes to :func:`swiglu`.
     """
     if _is_gated(mlp):
         return swiglu(mlp, x, residual=residual, layer_scale=layer_scale)
@@ -197,9 +198,10 @@ def mlp(mlp: nn.Module, x: Tensor, *, residual: Tensor | None = None, layer_scal
 
 
 def swiglu(mlp: nn.Module, x: Tensor, *, residual: Tensor | None = None, layer_scale: Tensor | None = None) -> Tensor:
-    """``residual + layer_scale · mlp(x)`` of a gated MLP: ``fc1``, or ``fc1_g`` and ``fc1_x``; ``norm``; ``fc2``.
+    """Return ``residual + layer_scale · mlp(x)`` of a gated MLP.
 
-    One op, but where features are dropped or ``norm`` is an RMSNorm. ViTamin's ``norm(x)``, ``w0``, ``w1``, ``w2`` too.
+    Its layers are ``fc1`` (or ``fc1_g`` and ``fc1_x``), ``norm`` and ``fc2``; in ViTamin ``norm`` (on x), ``w0``,
+    ``w1`` and ``w2``. It is one op, unless features are dropped or the inner norm is an RMSNorm.
     """
     if hasattr(mlp, "w0"):
         x, gate, value, last, inner, gate_last = norm(mlp.norm, x), mlp.w0, mlp.w1, mlp.w2, nn.Identity(), False
@@ -263,8 +265,9 @@ def block(
 ) -> Tensor:
     """A pre-norm block: ``x + γ1 · attn(norm1(x))``, then ``x + γ2 · mlp(norm2(x))``, with DropPath on both branches.
 
-    γ is ``ls1.gamma`` (timm's ViT) or ``gamma_1`` (EVA). One op where the block is plain and nothing is masked or
-    dropped. Else the first residual sum, LayerScale and DropPath are one pass with norm2.
+    γ1 is ``ls1.gamma`` (timm's ViT) or ``gamma_1`` (EVA). A block is one op if it is plain, has no mask, rope or
+    dropout, and the tuning table picks our attention kernels. Otherwise LayerScale, DropPath and the first residual
+    sum are fused with norm2.
     """
     attn, mlp_ = block.attn, block.mlp
     gamma1, gamma2 = _layer_scales(block)
@@ -288,7 +291,7 @@ def block(
     branch = attention(attn, norm(block.norm1, x), attn_mask=attn_mask, is_causal=is_causal, rope=rope)
     images = attn_mask if isinstance(attn_mask, Packed) else None
     if images is not None:
-        branch, x = branch.transpose(0, 1), x.transpose(0, 1)  # (T, 1, C): what is dropped, is dropped by row
+        branch, x = branch.transpose(0, 1), x.transpose(0, 1)  # (T, 1, C): DropPath scales rows
     scale = drop_path_scale(block.drop_path1, branch, gamma1, images)
     normed, x = add_norm(block.norm2, branch, x, layer_scale=gamma1, drop_path_scale=scale)
     if _drops(block.drop_path2):
@@ -306,14 +309,14 @@ def post_norm_block(
     is_causal: bool = False,
     rope: ops.Rope | None = None,
 ) -> Tensor:
-    """A block with its norms behind: ``x + norm1(attn(x))``, then ``x + norm2(mlp(x))``, DropPath on both branches."""
+    """A post-norm block: ``x + norm1(attn(x))``, then ``x + norm2(mlp(x))``, with DropPath on both branches."""
     branch = attention(block.attn, x, attn_mask=attn_mask, is_causal=is_causal, rope=rope)
     x = _add_dropped(block.drop_path1, norm(block.norm1, branch), x)
     return _add_dropped(block.drop_path2, norm(block.norm2, mlp(block.mlp, x)), x)
 
 
 def _attends(attn: nn.Module, x: Tensor) -> str:
-    """Who attends at the size of ``x``, by the tuning table: the one-op block has the kernels alone."""
+    """Attention backend that the tuning table picks for this size; ``ops.block`` supports only our kernels."""
     dtype = runtime.autocast_dtype(x) or x.dtype
     return ops.attention_provider(x.shape[1], x.shape[1], attn.head_dim, dtype, x.device)
 
@@ -325,7 +328,7 @@ def _layer_scales(block: nn.Module) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _is_plain(block: nn.Module) -> bool:
-    """Tell whether ``ops.block`` does all of the block as it is now, DropPath aside."""
+    """Tell whether ``ops.block`` covers everything in the block in its current mode, apart from DropPath."""
     attn, mlp_ = block.attn, block.mlp
     return (
         isinstance(block.norm1, nn.LayerNorm)
@@ -359,7 +362,7 @@ def patch_embed(
     pos_embed_prefix: bool = True,
     normalize: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> Tensor:
-    """Tokens of ``images`` with the parameters of the convolution ``proj``, position and prefix tokens included."""
+    """Return the tokens of ``images``: the convolution ``proj``, position embeddings and prefix tokens."""
     return ops.patch_embed(
         images,
         proj.weight,

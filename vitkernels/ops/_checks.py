@@ -1,4 +1,4 @@
-"""The checks that public ops make before any launch. Each error says what came and what is wanted."""
+"""Argument checks of the public ops, made before any launch. Each error says what was given and what is expected."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check_tensor(op: str, name: str, x: Tensor, *, dtypes: Sequence[torch.dtype]
     """Require a dense tensor of one of ``dtypes``.
 
     Raises:
-        TypeError: ``x`` is no tensor, a DTensor, or of another dtype.
+        TypeError: ``x`` is not a tensor, is a DTensor, or has another dtype.
         NotImplementedError: ``x`` is nested, sparse or quantized.
     """
     if not isinstance(x, Tensor):
@@ -37,10 +37,10 @@ def check_tensor(op: str, name: str, x: Tensor, *, dtypes: Sequence[torch.dtype]
 
 
 def check_integer(op: str, name: str, value: int) -> int:
-    """Return what counts as an int: NumPy's integers too, but no bool.
+    """Return ``value`` as an int; NumPy integers are accepted, bools are not.
 
     Raises:
-        TypeError: ``value`` is no integer.
+        TypeError: ``value`` is not an integer.
     """
     if type(value) is int or isinstance(value, torch.SymInt):
         return value
@@ -53,12 +53,12 @@ def check_integer(op: str, name: str, value: int) -> int:
 
 
 def check_number(op: str, name: str, value: float, wanted: str = "a number") -> float:
-    """Return what counts as a float: ints and NumPy's numbers too, but no bool.
+    """Return ``value`` as a float; ints and NumPy numbers are accepted, bools are not.
 
     Raises:
-        TypeError: ``value`` is no real number.
+        TypeError: ``value`` is not a real number.
     """
-    if type(value) is not float and not isinstance(value, torch.SymFloat):  # the rest takes 0.4 µs
+    if type(value) is not float and not isinstance(value, torch.SymFloat):  # the full check takes 0.4 µs
         if not isinstance(value, Real) or isinstance(value, bool):
             raise TypeError(f"{op}: {name} is a {type(value).__name__}; expected {wanted}")
         value = float(value)
@@ -66,25 +66,25 @@ def check_number(op: str, name: str, value: float, wanted: str = "a number") -> 
 
 
 def check_scale(op: str, scale: float | None, D: int) -> float:
-    """Return the factor of an attention's scores: 1/√D for None.
+    """Return the factor of attention scores; None means 1/√D.
 
     Raises:
-        TypeError: ``scale`` is no number.
+        TypeError: ``scale`` is not a number.
         ValueError: It is not finite.
     """
     if scale is None:
         return D**-0.5
     scale = check_number(op, "scale", scale, "a number or None")
-    if not -math.inf < scale < math.inf:  # math.isfinite cannot be compiled on a number that torch.compile left open
+    if not -math.inf < scale < math.inf:  # torch.compile cannot trace math.isfinite on a SymFloat
         raise ValueError(f"{op}: scale is {scale}; expected a finite number")
     return scale
 
 
 def dtypes_and_devices_match(x: Tensor, *others: Tensor | None) -> bool:
-    """Tell whether ``others`` (None aside) are plain dense tensors on the device and of the dtype of ``x``, checked.
+    """Tell whether all ``others`` (except None) are plain dense tensors of ``x``'s dtype on ``x``'s device.
 
-    The usual case, by few reads, as a call has up to a dozen tensors. Where it is another, :func:`check_like` says what
-    is wrong, if anything is: dtypes may differ, and a tensor be of a subclass.
+    A call has up to a dozen tensors, so this tests the usual case with few attribute reads; ``x`` is checked already.
+    False is not an error yet: some dtypes may differ, and a tensor may be of a subclass. :func:`check_like` decides.
     """
     dtype, device = x.dtype, x.device
     for t in others:
@@ -100,7 +100,8 @@ def check_like(op: str, name: str, x: Tensor, like_name: str, like: Tensor, *, d
 
     Raises:
         ValueError: The devices differ.
-        TypeError: The dtypes differ, or ``x`` is no dense floating-point tensor.
+        TypeError: The dtypes differ, or ``x`` is not a floating-point tensor.
+        NotImplementedError: ``x`` is nested, sparse or quantized.
     """
     check_tensor(op, name, x)
     if x.device != like.device:
@@ -110,7 +111,7 @@ def check_like(op: str, name: str, x: Tensor, like_name: str, like: Tensor, *, d
 
 
 def check_shape(op: str, name: str, x: Tensor, expected: tuple[int, ...], why: str) -> None:
-    """Require ``x.shape == expected``, where ``why`` tells where the expectation comes from.
+    """Require ``x.shape == expected``; ``why`` says in the error where the expectation comes from.
 
     Raises:
         ValueError: The shapes differ.

@@ -1,7 +1,7 @@
-"""Backwards that may run with ``create_graph=True``, and whose gradients cannot be differentiated.
+"""Backwards that may run with ``create_graph=True``, but raise an error when their gradients are differentiated.
 
-PyTorch's own ``once_differentiable`` asks whether an upstream gradient requires grad. Those of ``sum()``, ``mean()``
-and of a gradient penalty do not: its gradients are then constants, and the second derivative is zero without a word.
+PyTorch's own ``once_differentiable`` raises only if an upstream gradient requires grad. After ``sum()``, ``mean()`` or
+in a gradient penalty none does: the gradients become constants, and the second derivative is silently zero.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from vitkernels import runtime
 
 
 def once_differentiable(backward: Callable) -> Callable:
-    """Make the backward of an ``autograd.Function`` out of ``backward(ctx, saved, *upstream)``, a tuple of gradients.
+    """Turn ``backward(ctx, saved, *upstream)``, which returns a tuple, into the backward of an ``autograd.Function``.
 
-    Where its own graph is asked for, the gradients are joined to a node that raises when it is differentiated. What
-    leads to it is all that they hang on: the upstream gradients, the saved tensors, and ``ctx.unsaved``, a tuple of
-    those inputs that are in none of these. A derivative by an input that is missing there would pass the node by.
+    With ``create_graph=True`` the gradients become outputs of a node that raises an error when differentiated. The
+    node's inputs must be all tensors that the gradients depend on, or a derivative by a missing one would bypass the
+    error: the upstream gradients, the saved tensors, and ``ctx.unsaved``, a tuple of the inputs that are not saved.
 
-    It runs on the GPU that its forward emulated, ``ctx.emulated``, also where ``use_backend`` was left in between.
+    The backward emulates the same GPU as its forward, ``ctx.emulated``, even if ``use_backend`` was left in between.
     """
     name = backward.__qualname__.partition(".")[0]
 
     @functools.wraps(backward)
     def run(ctx, *upstream):
-        saved = ctx.saved_tensors  # once, as a checkpoint gives them out once
+        saved = ctx.saved_tensors  # read once: a checkpoint hands them out only once
         with torch.no_grad(), runtime.emulated_again(ctx.emulated):
             grads = backward(ctx, saved, *upstream)
         if not torch.is_grad_enabled():
             return grads
-        # Of each a new tensor: it may be an upstream gradient, which is the caller's.
+        # A gradient may be the caller's upstream gradient itself, so the node gets a new tensor for each.
         grads = tuple(None if g is None else g.detach() for g in grads)
         inputs = (*saved, *upstream, *getattr(ctx, "unsaved", ()))
         return _SecondDerivative.apply(name, grads, *(t for t in inputs if t is not None and t.requires_grad))
@@ -41,7 +41,7 @@ def once_differentiable(backward: Callable) -> Callable:
 
 
 class _SecondDerivative(torch.autograd.Function):
-    """The identity of ``grads``, tensors or None, as a function of ``inputs`` that cannot be differentiated."""
+    """Return ``grads`` (tensors or None) as a function of ``inputs`` whose derivative raises an error."""
 
     @staticmethod
     def forward(ctx, name, grads, *inputs):

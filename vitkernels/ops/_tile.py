@@ -14,7 +14,7 @@ QUICK = tl.constexpr(1.702)
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:
-    """The Triton dtype in which sums over values of ``dtype`` are kept."""
+    """Return the Triton dtype for sums over values of ``dtype``."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
@@ -61,9 +61,9 @@ def activate_grad(z, KIND: tl.constexpr):
 def _normal_cdf(z):
     """Φ(z) = ½(1 + erf(z / √2)).
 
-    In fp32 Φ(−|z|) = 2^(|z| Q(|z|) − 1), Q of degree 7 and minimax on |z| ≤ 5.5: before rounding Φ and z Φ are off by
-    at most 1.5e-8; beyond, the exponent goes on falling. It takes a third of the instructions of libdevice's erf, fewer
-    registers, and keeps the digits that 1 + erf cancels where z is negative.
+    In fp32 Φ(−|z|) = 2^(|z| Q(|z|) − 1), where Q has degree 7 and is minimax on |z| ≤ 5.5: there the error of Φ and z Φ
+    is at most 1.5e-8 before rounding. Beyond 5.5 the exponent keeps falling. This takes a third of the instructions of
+    libdevice's erf and fewer registers, and avoids the cancellation in 1 + erf for negative z.
     """
     if z.dtype == tl.float64:
         return 0.5 * (1.0 + tl.erf(z * SQRT_HALF))
@@ -88,8 +88,8 @@ def _sigmoid(u):
 
 @triton.jit
 def _sigmoids(u):
-    """σ(u) and 1 − σ(u) = σ(−u), the second without the cancellation of the subtraction."""
-    # exp of a non-positive number cannot overflow.
+    """Return σ(u), and 1 − σ(u) = σ(−u) without the cancellation of the subtraction."""
+    # exp(|u|) could overflow; exp(−|u|) cannot.
     e = tl.exp(-tl.abs(u))
     large = 1.0 / (1.0 + e)
     small = e * large

@@ -1,11 +1,12 @@
-"""Linear layer with its epilogue in the product: bias, activation, LayerScale, residual.
+"""Linear layer with a fused epilogue: bias, activation, LayerScale, residual.
 
 Forward:     z = x Wᵀ + b,  y = residual + γ · act(z)
 Backward:    dz = γ · dy · act'(z),  dx = dz W,  dW = dzᵀ x,  db = Σ dz,  dγ = Σ dy · act(z),  dresidual = dy
-Without an activation LayerScale costs no pass over the activations, by an exact identity: with G = dyᵀ x,
+Without an activation, the backward of LayerScale needs no pass over the activations, by an exact identity. With
+G = dyᵀ x:
              dx = dy (γ ∘ W),  dW = γ ∘ G,  dγⱼ = Σᵢ Wⱼᵢ Gⱼᵢ + bⱼ Σ dyⱼ
 
-Shapes, as a GEMM's: rows M (all leading dims), N output features, K input features. Products accumulate in fp32
+Shapes, as in a GEMM: rows M (all leading dims), N output features, K input features. Products accumulate in fp32
 (fp64 for fp64). Saved for backward: x, W and, with an activation, z in x's dtype.
 Sources: GELU arXiv 1606.08415, LayerScale arXiv 2103.17239.
 """
@@ -33,8 +34,8 @@ def _activation_bwd_kernel(
     z_ptr,  # (M, N), contiguous
     gamma_ptr,  # (N,)
     dz_ptr,  # (M, N), contiguous
-    dbias_ptr,  # (programs of M, N), this and the next: each program's share
-    dgamma_ptr,  # (programs of M, N)
+    dbias_ptr,  # (programs of M, N): each program's partial sum
+    dgamma_ptr,  # (programs of M, N): each program's partial sum
     stride_dy_row,
     stride_dy_col,
     programs_m,
@@ -78,12 +79,12 @@ def _activation_bwd_kernel(
 def activation_backward(
     dy: Tensor, z: Tensor, gamma: Tensor | None, activation: str, *, needs_dbias: bool, needs_dgamma: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(dz, Σ dz, Σ dy · act(z))`` with ``dz = γ · dy · act'(z)``, the sums over rows and empty unless needed."""
+    """Return ``(dz, Σ dz, Σ dy · act(z))`` with ``dz = γ · dy · act'(z)``; a sum over rows is empty unless needed."""
     M, N = z.shape
-    # Twice the elements would take twice the registers, as each does in fp64.
+    # A larger tile, or as many columns in fp64, would take too many registers.
     block_m, block_n = 8, min(256 if z.dtype.itemsize <= 4 else 64, next_power_of_2(N))
     blocks_n = cdiv(N, block_n)
-    # About four programs an SM in all: the shares do not grow with M.
+    # About four programs per SM in all, so that the number of partial sums does not grow with M.
     programs_m = max(1, min(cdiv(M, block_m), 4 * runtime.device_facts(z.device).num_sms // blocks_n))
     dz = torch.empty_like(z)
     shares = [
@@ -116,10 +117,10 @@ def activation_backward(
 
 
 def fold_layer_scale(weight: Tensor, gamma: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return ``(W', alpha)`` with ``alpha · W' = γ ∘ W``, γ scaling the rows; alpha is None for 1.
+    """Return ``(W', alpha)`` with ``alpha · W' = γ ∘ W``, where γ scales the rows; alpha is None if it would be 1.
 
-    In fp16 γ = 1e-5, where LayerScale starts, would push W' below the smallest number: alpha, a power of two,
-    keeps the largest |γ| in W' between 1 and 2.
+    In fp16, LayerScale's initial γ = 1e-5 would make W' underflow. So alpha, a power of two, is factored out of γ: the
+    largest |γ| left in W' lies between 1 and 2.
     """
     if gamma is None:
         return weight, None
@@ -141,7 +142,7 @@ def weight_gradients(
     needs_dbias: bool,
     needs_dgamma: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of W, b and γ of ``γ · (x Wᵀ + b)`` for upstream ``dy``, empty unless needed.
+    """Return the gradients of W, b and γ of ``γ · (x Wᵀ + b)`` for upstream ``dy``, empty unless needed.
 
     Args:
         dy: (M, N), any strides.
@@ -168,7 +169,7 @@ def weight_gradients(
 
 
 def linear_forward(x, weight, bias, gamma, residual, activation, out_dtype=None, save_z=False):
-    """Launch the forward on (..., K): ``(y, z)``, y by default in the widest dtype of x, residual and gamma."""
+    """Launch the forward on (..., K); return ``(y, z)``, y by default in the widest dtype of x, residual and gamma."""
     M, N = x.shape[:-1].numel(), weight.shape[0]
     y, z = product(
         x.reshape(M, x.shape[-1]),
@@ -193,7 +194,7 @@ class LinearWanted(NamedTuple):
 
 
 def linear_backward(dy, x, weight, bias, z, gamma, activation, needed):
-    """Launch the backward and return what :class:`LinearWanted`'s fields name, empty where it is not ``needed``."""
+    """Launch the backward; return the gradients named by :class:`LinearWanted`, each empty unless ``needed``."""
     needs_dx, needs_dweight, needs_dbias, needs_dgamma = LinearWanted(*needed)
     M, K, N = x.shape[:-1].numel(), x.shape[-1], weight.shape[0]
     rows, dy = x.reshape(M, K), dy.reshape(M, N).to(x.dtype)
@@ -295,7 +296,7 @@ def linear(
     residual: Tensor | None = None,
     layer_scale: Tensor | None = None,
 ) -> Tensor:
-    """``residual + layer_scale · activation(x Wᵀ + bias)`` in one pass.
+    """Compute ``residual + layer_scale · activation(x Wᵀ + bias)`` in one pass.
 
     Args:
         x: (..., K), fp16, bf16, fp32 or fp64, any strides; leading dims may be empty.
@@ -307,7 +308,7 @@ def linear(
 
     Returns:
         (..., N), contiguous, in the widest dtype among ``x``, ``residual`` and ``layer_scale``. Under autocast the
-        product is taken in autocast's dtype, as PyTorch's is.
+        product runs in autocast's dtype, as in PyTorch.
 
     Raises:
         ValueError: A shape, device or activation does not fit.
@@ -344,7 +345,7 @@ def check_input(op: str, x: Tensor) -> torch.Size:
 
 
 def check_activation(op: str, activation: str | None) -> None:
-    """Require an activation that the kernels know."""
+    """Require an activation that the kernels support."""
     if activation is not None and activation not in reference.ACTIVATIONS:
         raise ValueError(
             f"{op}: activation is {activation!r}; expected one of {', '.join(reference.ACTIVATIONS)} or None"
@@ -362,10 +363,9 @@ def check_weights(
     matched: bool,
     dtype: bool,
 ) -> int:
-    """Require a (N, K) weight with N ≥ 1, a (N,) bias or None, on ``x``'s device and, with ``dtype``, of its dtype.
+    """Require an (N, K) weight with N ≥ 1, an (N,) bias or None, on ``x``'s device and, with ``dtype``, of its dtype.
 
-    Returns N.
-    ``matched`` tells that they are :func:`dtypes_and_devices_match`, so that their shapes alone are left.
+    Returns N. ``matched`` is the result of :func:`dtypes_and_devices_match`; if True, only shapes are checked.
     """
     if not matched or weight is None:
         check_like(op, name, weight, "x", x, dtype=dtype)

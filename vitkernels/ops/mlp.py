@@ -1,13 +1,13 @@
-"""The two-layer perceptron of a transformer block, its activation and residual sum inside the products.
+"""MLP of a transformer block, with the activation and the residual sum fused into the products.
 
 Forward:     z = x W1ᵀ + b1,  y = residual + γ · (act(z) W2ᵀ + b2)
 Backward:    dz = (dy (γ ∘ W2)) · act'(z),  dx = dz W1,  dW1 = dzᵀ x,  db1 = Σ dz
              dW2, db2 and dγ as in linear.py, from dy and act(z);  dresidual = dy
 
-Shapes: rows M (all leading dims), channels C in and C' out, hidden features F. Saved for backward: x, both
-weights, z and act(z), as PyTorch does; with ``recompute`` z alone: act(z) is then made again by the product that
-computes dz, which has z at hand, and lives until dW2 is done. That halves the memory, and costs one more write of
-M·F elements. db1 is summed inside that product: one row of shares a block of rows.
+Shapes: rows M (all leading dims), channels C in and C' out, hidden features F. Saved for backward: x, both weights,
+z and act(z), as in PyTorch. With ``recompute`` act(z) is not saved: the product that computes dz has z loaded, so it
+computes act(z) again, which is freed once dW2 is done. This halves the memory and costs one more write of M·F elements.
+That product also sums db1, as one row of partial sums per block of rows.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from vitkernels.runtime import promoted_dtype, wide_dtype
 
 
 def mlp_forward(x, w1, b1, w2, b2, gamma, residual, activation, out_dtype=None, save_z=False, save_act=False):
-    """Launch the forward on (..., C): ``(y, z, act)``, the last two empty unless saved."""
+    """Launch the forward on (..., C); return ``(y, z, act)``, the last two empty unless saved."""
     act, z = linear_forward(x, w1, b1, None, None, activation or "none", save_z=save_z)
     y, _ = linear_forward(act, w2, b2, gamma, residual, None, out_dtype)
     return y, z, act if save_act else x.new_empty(0)
@@ -53,9 +53,9 @@ class MlpWanted(NamedTuple):
 
 
 def mlp_backward(dy, x, w1, w2, b2, gamma, z, act, activation, needed):
-    """Launch the backward and return what :class:`MlpWanted`'s fields name, empty where it is not ``needed``.
+    """Launch the backward; return the gradients named by :class:`MlpWanted`, each empty unless ``needed``.
 
-    ``act`` is None where it is to be computed again.
+    ``act`` is None if it must be computed again.
     """
     needs_dx, needs_dw1, needs_db1, needs_dw2, needs_db2, needs_dgamma = MlpWanted(*needed)
     M = x.shape[:-1].numel()
@@ -97,7 +97,7 @@ def _reference_forward(x, w1, b1, w2, b2, gamma, residual, activation, out_dtype
 
 
 def _reference_backward(dy, x, w1, w2, b2, gamma, z, act, activation, needed):
-    # z holds b1 already; differentiate by z and go on by hand.
+    # b1 is not an argument but already added in z: use autograd down to z, then formulas.
     def tail(z, w2, b2, gamma):
         return reference.linear(reference.activate(z, activation), w2, b2, layer_scale=gamma)
 
@@ -138,7 +138,7 @@ class MlpFunction(torch.autograd.Function):
         y, z, act = mlp_fwd(x, w1, b1, w2, b2, gamma, residual, activation, None, save_z, save_act)
         ctx.save_for_backward(x, w1, w2, b2, gamma, z, act if save_act else None)
         ctx.emulated = runtime.emulated_arch()
-        ctx.unsaved = (b1,)  # in z
+        ctx.unsaved = (b1,)  # already added in z
         ctx.activation = activation
         ctx.gamma_dtype = None if gamma is None else gamma.dtype
         ctx.residual_dtype = None if residual is None else residual.dtype
@@ -170,22 +170,22 @@ def mlp(
     layer_scale: Tensor | None = None,
     recompute: bool = False,
 ) -> Tensor:
-    """``residual + layer_scale · (activation(x W1ᵀ + b1) W2ᵀ + b2)``.
+    """Compute ``residual + layer_scale · (activation(x W1ᵀ + b1) W2ᵀ + b2)``.
 
     Args:
         x: (..., C), fp16, bf16, fp32 or fp64, any strides; leading dims may be empty.
-        w1: (F, C), in ``x``'s dtype, as are the next three.
+        w1: (F, C); w1, b1, w2 and b2 are in ``x``'s dtype.
         b1: (F,) or None.
         w2: (C', F).
         b2: (C',) or None.
         activation: ``gelu`` (with erf), ``gelu_tanh``, ``quick_gelu`` (x·σ(1.702 x)), ``silu`` or None.
         residual: (..., C'), any floating dtype, or None.
         layer_scale: γ of LayerScale, (C',), any floating dtype, or None.
-        recompute: Keep one hidden tensor for backward and compute the other again: half the memory.
+        recompute: Save one hidden tensor for the backward instead of two, and compute the other again.
 
     Returns:
         (..., C'), contiguous, in the widest dtype among ``x``, ``residual`` and ``layer_scale``. Under autocast the
-        products are taken in autocast's dtype, as PyTorch's are.
+        products run in autocast's dtype, as in PyTorch.
 
     Raises:
         ValueError: A shape, device or activation does not fit.

@@ -1,25 +1,26 @@
-"""Attention, from separate queries, keys and values, from a packed qkv projection, or over packed images.
+"""Attention on separate queries, keys and values, on a packed qkv projection, or on packed images.
 
-Forward (arXiv 1706.03762), by whole rows where they are short, else by online softmax (2205.14135, 2307.08691):
+Forward (arXiv 1706.03762), over whole rows if they are short, else with online softmax (2205.14135, 2307.08691):
     S = scale · q kᵀ + mask,  P = softmax(S),  o = (P · drop) v,  lse = log₂ Σ exp S
 Backward:
     dP = drop · (do vᵀ),  delta = Σ_n P · dP = Σ_d o · do,  dS = P · (dP − delta)
-    dv = (P · drop)ᵀ do,  dk = scale · dSᵀ q,  dq = scale · dS k,  dmask = Σ dS over what shares it
+    dv = (P · drop)ᵀ do,  dk = scale · dSᵀ q,  dq = scale · dS k,  dmask = Σ dS over the dims that the mask broadcasts
 
 Shapes: batch B, queries N_q, keys N_kv (both N when packed), heads H, head dim D, tokens of all images T. The forward
-takes tensors as its callers have them, (B, H, N, D), (B, N, H, D) or (T, H, D), and the backward views them as
-(B, N, H, D). In memory o is (B, N, H, D) or (T, H, D), so that the output projection reads it without a copy.
-Softmax is in base 2, log₂e folded into the scale, but with a floating mask, whose finfo.min times log₂e would be −inf.
+takes the callers' layouts, (B, H, N, D), (B, N, H, D) or (T, H, D); the backward views them as (B, N, H, D). In memory
+o is (B, N, H, D) or (T, H, D), so that the output projection reads it without a copy.
+Softmax is in base 2 with log₂e folded into the scale. With a floating mask it is in base e: finfo.min times log₂e would
+be −inf.
 Products accumulate in fp32 (fp64 for fp64 inputs); P and dS are rounded to the inputs' dtype before the second product.
-Saved for backward: the inputs (as QK-norm and RoPE left them), o and lse (B, H, N_q), or its two parts apart. Every
-element of every gradient has one writer: nothing is atomic, and results repeat bit for bit.
+Saved for backward: the inputs (after QK-norm and RoPE), o and lse (B, H, N_q), with a floating mask as two parts. One
+program writes each element of a gradient: there are no atomics, and results are bit-for-bit reproducible.
 
-    checks.py           what may be given                 autograd.py          saved tensors and gradients
-    registered.py       the ops that PyTorch knows, their references and shapes
-    config.py           which kernel, and its tiles       operands.py          masks, strides and options for kernels
-    forward.py          three kernels, one a regime       prepare.py           QK-norm and RoPE
+    checks.py           argument checks                   autograd.py          autograd Functions
+    registered.py       registered ops: launchers, references and fake outputs
+    config.py           regimes and tiles                 operands.py          masks, strides and options for kernels
+    forward.py          three kernels, one per regime     prepare.py           QK-norm and RoPE
     backward_row.py     whole rows, everything read once  backward_blocks.py   rows of any length, and a mask's gradient
-    tiles.py            what the kernels share            backward.py          which of them run
+    tiles.py            code shared by the kernels        backward.py          launches of the backward's kernels
 """
 
 from __future__ import annotations
@@ -70,18 +71,18 @@ def attention(
             B and H may be 0, N_q may not, D ≤ 256.
         k: (B, H, N_kv, D), ``q``'s dtype, any strides; N_kv ≥ 1.
         v: (B, H, N_kv, D), as ``k``.
-        attn_mask: Broadcasts to (B, H, N_q, N_kv), up to four dims: bool, True where a query looks at a key, or any
-            floating dtype, added to the scaled scores. What is expanded is never written out; rows that are not
-            multiples of 16 elements apart are copied once, without what is expanded. A query that looks at no key
-            gives 0 and gets no gradient. A floating mask that requires grad gets its gradient, summed over what
-            shares it in a fixed order: a learned bias (1, H, N, N) or (H, N, N) costs no (B, H, N, N) tensor.
+        attn_mask: Broadcasts to (B, H, N_q, N_kv), up to four dims. It is bool, True where a query attends to a key,
+            or of any floating dtype and added to the scaled scores. Expanded dims are never materialized; a mask whose
+            row stride is not a multiple of 16 elements is copied once. A query that attends to no key gives 0 and gets
+            no gradient. A floating mask may require grad; its gradient is summed over broadcast dims in a fixed order,
+            so a learned bias (1, H, N, N) or (H, N, N) needs no (B, H, N, N) tensor.
         scale: Factor of the scores, finite; 1/√D unless given.
-        is_causal: Query i looks at keys 0 to i alone; may come with a mask.
-        dropout_p: Probability with which a weight is dropped, 0 to 1; the rest are scaled by 1/(1 − p). Drawn by a
-            seed from the device's generator: ``torch.manual_seed`` repeats it.
-        rope: :class:`Rope` tables (or a tuple of its fields), applied to q and k behind the norms; D is even and q and
-            k are equally long. Tables that require grad are applied by PyTorch's own ops.
-        num_prefix_tokens: How many tokens in front rope leaves alone.
+        is_causal: Query i attends only to keys 0 to i; can be combined with a mask.
+        dropout_p: Probability of dropping a weight, 0 to 1; the rest are scaled by 1/(1 − p). The seed comes from the
+            device's generator, so ``torch.manual_seed`` makes it reproducible.
+        rope: :class:`Rope` tables (or a tuple of its fields), applied to q and k after the norms. D must be even, and
+            q and k must have the same length. Tables that require grad are applied by PyTorch's own ops.
+        num_prefix_tokens: Number of leading tokens that rope does not rotate.
         q_norm, k_norm: :class:`QKNorm` (or a tuple of its fields) of q and of k.
 
     Returns:
@@ -130,7 +131,7 @@ def attention_qkvpacked(
     q_norm: QKNorm | tuple | None = None,
     k_norm: QKNorm | tuple | None = None,
 ) -> Tensor:
-    """:func:`attention` straight from a qkv projection, read and written in place of any transpose or copy.
+    """:func:`attention` on the output of a qkv projection, without transposes or copies.
 
     Args:
         qkv: (B, N, 3, H, D), queries, keys and values along dim 2; dtypes, sizes and strides as for
@@ -197,18 +198,18 @@ def attention_varlen(
     q_norm: QKNorm | tuple | None = None,
     k_norm: QKNorm | tuple | None = None,
 ) -> Tensor:
-    """:func:`attention` within each of several images of different size, packed in one row of tokens.
+    """:func:`attention` within each of several images of different sizes, packed in one row of tokens.
 
     Args:
-        q: (T, H, D), the tokens of all images one behind the other; dtypes, sizes and strides as for
-            :func:`attention`, but T may be 0.
+        q: (T, H, D), the concatenated tokens of all images; dtypes, sizes and strides as for :func:`attention`, but T
+            may be 0.
         k, v: (T, H, D), as ``q``.
         cu_seqlens: (images + 1,), int32 or int64, on ``q``'s device: image i has tokens ``cu_seqlens[i]`` to
-            ``cu_seqlens[i + 1]``; it begins with 0. Tokens behind the last image give 0 and get no gradient.
-        max_seqlen: Tokens of the longest image. Values of ``cu_seqlens`` are checked on a CPU alone, as a
-            GPU would have to be waited for; there, tokens of an image beyond ``max_seqlen`` give 0.
+            ``cu_seqlens[i + 1]``; it begins with 0. Tokens after the last image give 0 and get no gradient.
+        max_seqlen: Number of tokens of the longest image. The values of ``cu_seqlens`` are checked only on a CPU, since
+            a check would synchronize with a GPU; on a GPU, an image's tokens beyond ``max_seqlen`` give 0.
         scale, is_causal, dropout_p, q_norm, k_norm: As for :func:`attention`.
-        rope: As for :func:`attention`, with tables that broadcast to (H, T, D), prefix tokens among them.
+        rope: As for :func:`attention`, with tables that broadcast to (H, T, D), including the prefix tokens.
 
     Returns:
         (T, H, D), contiguous, in ``q``'s dtype (autocast's under autocast).
@@ -261,13 +262,13 @@ def attention_weights(
     q_norm: QKNorm | tuple | None = None,
     k_norm: QKNorm | tuple | None = None,
 ) -> Tensor:
-    """The weights that :func:`attention` never writes out: ``softmax(scale · q kᵀ + mask)``.
+    """Compute the attention weights, which :func:`attention` never stores: ``softmax(scale · q kᵀ + mask)``.
 
-    Taken by PyTorch's own ops, in fp32 (fp64 for fp64), and differentiable.
+    They are computed by PyTorch's own ops, in fp32 (fp64 for fp64), and are differentiable.
 
     Args:
         q, k, attn_mask, scale, is_causal, rope, num_prefix_tokens, q_norm, k_norm: As for :func:`attention`.
-        query: One query's row alone, the others' are not formed: 0 is a class token's; −1 the last.
+        query: Index of a query; only its row is computed. 0 is the class token, −1 the last token. None: all rows.
 
     Returns:
         (B, H, N_q, N_kv), or (B, H, 1, N_kv) for one query; fp32, or fp64 for fp64.
@@ -307,14 +308,14 @@ def attention_weights(
 
 
 def _attend(q, k, v, mask, seed, starts, scale, is_causal, dropout_p, max_seqlen):
-    """Attention of (B, H, N, D), or (T, H, D) with ``starts``, through autograd where it must see it."""
+    """Attention on (B, H, N, D), or (T, H, D) with ``starts``, through its autograd Function only if needed."""
     if needs_grad(q, k, v, mask):
         return AttentionFunction.apply(q, k, v, mask, seed, starts, scale, is_causal, dropout_p, max_seqlen)
     return attention_fwd(q, k, v, scale, starts is None, mask, seed, is_causal, dropout_p, starts, max_seqlen)[0]
 
 
 def _prepare(x: Tensor, norm: QKNorm | None, rope: Rope | None, prefix: int) -> Tensor:
-    """``x`` (B, H, N, D) behind its norm and its rotary positions."""
+    """Apply ``norm`` and ``rope`` to ``x`` (B, H, N, D)."""
     if norm is None and rope is None:
         return x
     late = rope is not None and needs_grad(rope.cos, rope.sin)
@@ -336,7 +337,7 @@ def _eps(norm: QKNorm | None) -> float:
 
 
 def _table(table: Tensor) -> Tensor:
-    """``table`` with four dims, of size 1 where it is expanded, but for its channels."""
+    """Return ``table`` with four dims; expanded dims, except the channels, get size 1."""
     return unexpanded(table[(None,) * (4 - table.ndim)], dims=3)
 
 
@@ -349,7 +350,7 @@ def _prefers_sdpa(x: Tensor, N_q: int, N_kv: int, D: int) -> bool:
 
 
 def _autocast(*tensors: Tensor) -> Sequence[Tensor]:
-    # As PyTorch's own attention, which casts all but fp64.
+    # Like PyTorch's own attention, cast everything except fp64.
     dtype = runtime.autocast_dtype(tensors[0])
     if dtype is None:
         return tensors

@@ -1,4 +1,4 @@
-"""Attention's autograd functions."""
+"""Autograd Functions of attention."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class AttentionFunction(torch.autograd.Function):
 
 
 class AttentionQkvpackedFunction(torch.autograd.Function):
-    """Autograd for packed qkv, (B, N, 3, H, D), a mask, and what prepares q and k."""
+    """Autograd for packed qkv, (B, N, 3, H, D), a mask, and QK-norm and RoPE of q and k."""
 
     @staticmethod
     def forward(

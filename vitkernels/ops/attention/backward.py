@@ -1,4 +1,4 @@
-"""Backward of attention: which kernels run, and what they are handed."""
+"""Launchers of attention's backward: which kernels run, and their arguments."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def attention_backward(
     needs_sums: bool = False,
     needs_dmask: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Launch the backward into ``dq`` and into ``dk`` and ``dv``, or skip what is None.
+    """Launch the backward; write the gradients into ``dq``, ``dk`` and ``dv``, and skip those that are None.
 
-    Tensors are (B, N, H, D), with B = 1 where images are packed. ``dk`` and ``dv`` have the same strides; all gradients
-    have unit stride along the last dim. Returns
+    Tensors are (B, N, H, D), with B = 1 for packed images. ``dk`` and ``dv`` have the same strides; all gradients have
+    unit stride along the last dim. Returns two tensors, each None unless needed:
 
-    - with ``needs_sums``, which needs all three, their sums over images and tokens, (3, H, D): the bias gradient of
-      the projection in front, at no pass of its own;
-    - with ``needs_dmask`` the gradient of ``options.mask``, of its shape, in fp32 (fp64 for fp64).
+    - with ``needs_sums``, which requires all three gradients, their sums over images and tokens, (3, H, D): the bias
+      gradient of the preceding projection, without another pass;
+    - with ``needs_dmask``, the gradient of ``options.mask``, of its shape, in fp32 (fp64 for fp64).
     """
     if q.numel() == 0 or (dq is None and dk is None and not needs_dmask):
         sums = torch.zeros((3, *q.shape[2:]), dtype=lse.dtype, device=q.device) if needs_sums else None
@@ -79,7 +79,7 @@ def attention_backward(
         dmask = None
     if needs_dmask and dmask is None:
         dmask = _launch_dmask(arguments, config.dmask, options, lse, delta)
-    if needs_dmask:  # over the dims that the kernels do not sum
+    if needs_dmask:  # the kernels do not sum over queries and keys
         dims = [i for i in (2, 3) if options.mask.shape[i] < dmask.shape[i]]
         dmask = dmask.sum(dims, keepdim=True) if dims else dmask
     return sums, dmask
@@ -119,7 +119,7 @@ def _launch_windows(arguments, tiling, options, lse, dq, dk, dv, needs_sums, nee
     q = arguments["q_ptr"]
     B, N_q, H, D = q.shape
     windows, groups = window_groups(B, H, q.device)
-    # One bias of all windows is summed by the programs that take them; one of each image, by a kernel of its own.
+    # The windows kernel can sum the gradient of a bias shared by all images; the dmask kernel sums any other.
     shared = needs_dmask and options.shares_mask
     sums = torch.empty((groups, 3, H, D), dtype=lse.dtype, device=q.device) if needs_sums else None
     dmask = torch.empty((groups, H, N_q, arguments["N_kv"]), dtype=lse.dtype, device=q.device) if shared else None
@@ -233,7 +233,7 @@ def _launch_dmask(arguments, tiling: Tiling, options, lse, delta):
     kept = (B if varies[0] else 1), (H if varies[1] else 1)
     blocks = runtime.cdiv(N_q, tiling.block_m), runtime.cdiv(N_kv, tiling.block_n)
     tiles = kept[0] * kept[1] * blocks[0] * blocks[1]
-    # Enough programs to fill the device, and no more: each split is a partial gradient in memory.
+    # Just enough programs to fill the device, since each split stores a partial gradient.
     splits = min(B * H // (kept[0] * kept[1]), runtime.cdiv(2 * runtime.device_facts(q.device).num_sms, tiles))
     dmask = torch.empty((splits, *kept, N_q, N_kv), dtype=lse.dtype, device=q.device)
     _attention_bwd_dmask_kernel[(tiles * splits,)](

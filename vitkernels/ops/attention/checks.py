@@ -1,4 +1,4 @@
-"""What attention is given is checked here, before anything is launched."""
+"""Argument checks of attention, made before any launch."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def check_dropout(op: str, dropout_p: float) -> float:
 
 
 def check_mask(op: str, mask: Tensor | None, q: Tensor, shape: tuple[int, int, int, int]) -> Tensor | None:
-    """Return ``mask`` with four dims, of size 1 where it is expanded."""
+    """Check ``mask`` and return it with four dims; expanded dims get size 1."""
     if mask is None:
         return None
     if not isinstance(mask, Tensor):
@@ -90,20 +90,20 @@ def check_mask(op: str, mask: Tensor | None, q: Tensor, shape: tuple[int, int, i
     fits = len(sizes) == 4
     if fits:
         (b, h, m, n), (B, H, N_q, N_kv) = sizes, shape
-        # 1 first: what is exported with sizes that only data tell could not compare those with 1.
+        # Test for 1 first: torch.export cannot decide whether 1 equals an unbacked size, such as B.
         fits = (b == 1 or b == B) and (h == 1 or h == H) and (m == 1 or m == N_q) and (n == 1 or n == N_kv)
     if not fits:
         raise ValueError(
             f"{op}: attn_mask has shape {tuple(mask.shape)}; expected one that broadcasts to {shape}, (B, H, N_q, N_kv)"
         )
-    # What made an expanded tensor sums its gradient. Where nothing did, each element has one of its own.
+    # For a non-leaf, the op that expanded it sums the gradient. An expanded leaf needs a gradient for each element.
     if mask.requires_grad and mask.is_leaf:
         return mask.reshape(sizes) if mask.ndim < 4 else mask
     return four_dims(mask)
 
 
 def four_dims(mask: Tensor | None) -> Tensor | None:
-    """``mask`` with four dims, of size 1 where it is expanded."""
+    """Return ``mask`` with four dims; expanded dims get size 1."""
     if mask is None:
         return None
     return unexpanded(mask.reshape((1,) * (4 - mask.ndim) + mask.shape) if mask.ndim < 4 else mask)
@@ -116,7 +116,7 @@ def int32(x: Tensor) -> Tensor:
 def check_prepared(
     op: str, q: Tensor, shape: tuple[int, int, int, int], N_kv: int, rope, prefix: int, q_norm, k_norm
 ) -> tuple[Rope | None, QKNorm | None, QKNorm | None, int]:
-    """Check what prepares q and k, whose ``shape`` is (B, H, N, D), and return it by its own types, prefix last."""
+    """Check RoPE and QK-norms for q and k of ``shape`` (B, H, N, D); return ``(rope, q_norm, k_norm, prefix)``."""
     prefix = check_integer(op, "num_prefix_tokens", prefix)
     if rope is None and q_norm is None and k_norm is None and not prefix:
         return None, None, None, 0
@@ -164,7 +164,7 @@ def check_prepared(
 
 
 def check_images(op: str, q: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> int:
-    """Check how images are packed; return the tokens of the longest, 1 at least."""
+    """Check ``cu_seqlens`` and ``max_seqlen``; return ``max_seqlen``, at least 1."""
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
         raise TypeError(f"{op}: cu_seqlens is {got}; expected an int32 or int64 tensor")
@@ -179,11 +179,11 @@ def check_images(op: str, q: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> int
         raise ValueError(f"{op}: max_seqlen is {max_seqlen}; expected 0 at least")
     if q.is_cpu and not torch.compiler.is_compiling() and not isinstance(cu_seqlens, FakeTensor):
         check_bounds(op, q, cu_seqlens, max_seqlen)
-    return max_seqlen or 1  # of nothing but empty images: a grid of no programs is none
+    return max_seqlen or 1  # with only empty images: a grid needs at least one program
 
 
 def check_bounds(op: str, q: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
-    """Check the values of ``cu_seqlens``, for which a GPU would have to be waited for."""
+    """Check the values of ``cu_seqlens``; on a GPU, reading them would synchronize."""
     bounds = cu_seqlens.tolist()
     fits = bounds[0] == 0 and bounds[-1] <= q.shape[0]
     for start, end in itertools.pairwise(bounds):

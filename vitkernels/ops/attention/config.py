@@ -1,4 +1,4 @@
-"""Launch configurations of the attention kernels: regimes, tiles, pieces of rows and of heads."""
+"""Launch configurations of the attention kernels: regimes, tiles, and how rows and heads are split."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from vitkernels import runtime, tuning
 from vitkernels.runtime import DeviceFacts
 
 WINDOW = 64  # tokens that one tile holds
-LONGEST_ROW = 256  # keys whose scores a program holds at once; twice as many spill registers
+LONGEST_ROW = 256  # most keys whose scores a program holds at once; twice as many would spill registers
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """One kernel's regime (``row``, ``windows`` or ``blocks``), queries and keys a tile, warps, pipeline stages."""
+    """One kernel's regime (``row``, ``windows`` or ``blocks``), queries and keys per tile, warps, pipeline stages."""
 
     regime: str
     block_m: int
@@ -47,16 +47,16 @@ def choose_config(
     masked: bool = False,
     dropout: bool = False,
 ) -> AttentionConfig:
-    """Choose regimes and tilings: the tuning table's, else a heuristic.
+    """Choose regimes and tilings from the tuning table, else by a heuristic.
 
     Args:
-        N_q, N_kv: Queries and keys, of the longest image.
+        N_q, N_kv: Queries and keys of the longest image.
         D: Head dim.
-        dtype: Of the operands.
-        facts: The device's.
+        dtype: Dtype of the operands.
+        facts: Facts of the device.
         heads: Heads of all images together.
-        varlen: Whether images of different length are packed.
-        masked: Whether a mask stands between scores and weights.
+        varlen: Whether images of different lengths are packed.
+        masked: Whether there is a mask.
         dropout: Whether weights are dropped.
     """
     width = sum(head_parts(D))
@@ -73,7 +73,7 @@ def choose_config(
 
 
 def _blocks(width: int, itemsize: int, facts: DeviceFacts, masked: bool, dropout: bool) -> dict[str, Tiling]:
-    """Tilings for rows of any length and heads of ``width`` channels: the largest of those tried that do not spill."""
+    """Tilings for rows of any length and heads of ``width`` channels: of those tried, the largest without spills."""
     kernels = ("forward", "backward", "dkv", "dq", "dmask")
 
     def tile(block_m: int, block_n: int, num_warps: int, num_stages: int = 2) -> Tiling:
@@ -83,12 +83,12 @@ def _blocks(width: int, itemsize: int, facts: DeviceFacts, masked: bool, dropout
     if itemsize == 8:
         return dict.fromkeys(kernels, tile(16, 16, 4))
     short = _short_of_registers(facts)
-    if itemsize > 2:  # products of fp32 without tensor cores hold whole tiles in registers
+    if itemsize > 2:  # fp32 products without tensor cores hold whole tiles in registers
         warps = 8 if width > 32 or masked else 4
         tilings = dict.fromkeys(kernels, tile(32, 32, warps)) | {"dmask": tile(16, 32, 4)}
         if amd:
             return tilings | {"dkv": tile(16, 32, warps)} | ({"dq": tile(16, 32, warps)} if masked else {})
-        # Triton 3.6 spills what it has loaded ahead.
+        # With more pipeline stages, Triton 3.6 spills the prefetched tiles.
         if not short:
             return tilings | {"dkv": tile(32, 32, warps, 1)}
         dkv = tile(32, 16, warps, 1) if dropout else tile(32, 32, 4, 1)
@@ -107,13 +107,13 @@ def _blocks(width: int, itemsize: int, facts: DeviceFacts, masked: bool, dropout
 def _whole_rows(
     N_q: int, N_kv: int, width: int, itemsize: int, facts: DeviceFacts, heads: int, masked: bool, dropout: bool
 ) -> dict[str, Tiling]:
-    """Tilings for rows whose scores a program holds at once, where it can, without a spill on any architecture."""
+    """Tilings for kernels that hold a whole row of scores, where that spills no registers on any architecture."""
     if itemsize > 2 or width > 128 or N_kv > LONGEST_ROW:
         return {}
     block_m, block_n = (max(16, runtime.next_power_of_2(n)) for n in (N_q, N_kv))
     is_window = max(N_q, N_kv) <= WINDOW
     short, amd = _short_of_registers(facts), facts.arch.startswith("gfx")
-    # A mask's tile and the counters of a dropout take registers, too: on sm_100 Triton 3.6 spills 960 bytes of them.
+    # A mask's tile and dropout's counters take registers, too: on sm_100 Triton 3.6 spills 960 bytes.
     short_and_masked = short and (masked or dropout)
     crowded = short_and_masked or dropout or (masked and facts.arch.startswith("sm_10"))
     tilings = {}
@@ -122,7 +122,7 @@ def _whole_rows(
     elif width <= (80 if short else 128) and not crowded:
         tilings["forward"] = Tiling("row", 64, 128 if width <= 64 else 64, 4, 1)
 
-    # The backward holds the gradients of all keys and values as well, and has one program a head.
+    # The backward also holds the gradients of all keys and values, and runs one program per head.
     if is_window and width <= 32:
         tilings["backward"] = Tiling("windows", block_m, block_n, 4 if amd else 8, 1)
     elif width <= 64 and heads >= facts.num_sms:
@@ -134,12 +134,12 @@ def _whole_rows(
 
 
 def _short_of_registers(facts: DeviceFacts) -> bool:
-    # mma.sync, of these chips, keeps operands in registers, where wgmma and tcgen05 read shared memory.
+    # On these chips mma.sync keeps operands in registers; wgmma and tcgen05 read them from shared memory.
     return facts.arch.startswith(("sm_8", "sm_12"))
 
 
 def head_parts(D: int) -> tuple[int, ...]:
-    """The widths, powers of two, of the tiles that hold a head's D channels: one, or two where that saves a quarter."""
+    """Return the widths (powers of two) of the tiles for a head's D channels: one, or two if that saves a quarter."""
     whole = max(16, runtime.next_power_of_2(D))
     if whole >= 64 and whole * 3 // 4 >= D:
         return whole // 2, max(16, runtime.next_power_of_2(D - whole // 2))
@@ -147,9 +147,9 @@ def head_parts(D: int) -> tuple[int, ...]:
 
 
 def key_pieces(N: int, largest: int, smallest: int = 16) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Where the pieces of N keys start, and their sizes: powers of two, full but for the last.
+    """Split N keys into pieces; return the starts and the sizes, which are powers of two. Only the last may be partial.
 
-    Pieces of ``largest`` keys, and behind them two at most: 197 keys are 128 + 64 + 16 with a largest piece of 128.
+    There are pieces of ``largest`` keys, then at most two smaller ones: for 128, 197 keys are 128 + 64 + 16.
     """
     full, rest = divmod(N, largest)
     sizes = [largest] * full
@@ -157,7 +157,7 @@ def key_pieces(N: int, largest: int, smallest: int = 16) -> tuple[tuple[int, ...
         first = largest
         while first // 2 >= max(rest, smallest):
             first //= 2
-        # ``first`` alone holds the rest; half of it and a smaller one may, too.
+        # A piece of ``first`` holds the rest; half of it and a still smaller piece may also hold it.
         if first > smallest:
             second = max(smallest, runtime.next_power_of_2(rest - first // 2))
             sizes += [first // 2, second] if second < first // 2 else [first]
@@ -168,14 +168,14 @@ def key_pieces(N: int, largest: int, smallest: int = 16) -> tuple[tuple[int, ...
 
 
 def useful_share(N_q: int, N_kv: int, tiling: Tiling) -> float:
-    """The share of the scores that a forward computes which belong to a query and a key."""
+    """Return the fraction of the scores computed by a forward that belong to a real query and key, not to padding."""
     rows = runtime.cdiv(N_q, tiling.block_m) * tiling.block_m
     _, sizes = ((), (tiling.block_n,)) if tiling.regime == "windows" else key_pieces(N_kv, tiling.block_n)
     return N_q * N_kv / (rows * sum(sizes))
 
 
 def shared_bytes(kernel: str, tiling: Tiling, width: int, itemsize: int) -> int:
-    """Bound the shared memory of a ``blocks`` program: two tiles a pipeline stage, and those that stay for the loop."""
+    """Bound the shared memory of a ``blocks`` program: two tiles per pipeline stage, and those kept during the loop."""
     resident, streamed = tiling.block_m, tiling.block_n
     if kernel == "dkv":
         resident, streamed = streamed, resident
@@ -185,7 +185,7 @@ def shared_bytes(kernel: str, tiling: Tiling, width: int, itemsize: int) -> int:
 
 
 def _fit(kernel: str, tiling: Tiling, width: int, itemsize: int, shared_memory: int) -> Tiling:
-    """Take stages, then rows, from a tiling of blocks until it fits."""
+    """Reduce the stages, then the tile, of a ``blocks`` tiling until it fits into shared memory."""
     while tiling.regime == "blocks" and shared_bytes(kernel, tiling, width, itemsize) > shared_memory:
         if tiling.num_stages > 1:
             tiling = dataclasses.replace(tiling, num_stages=tiling.num_stages - 1)
@@ -199,12 +199,12 @@ def _fit(kernel: str, tiling: Tiling, width: int, itemsize: int, shared_memory: 
 
 
 def attention_provider(N_q: int, N_kv: int, D: int, dtype: torch.dtype, device: torch.device) -> str:
-    """Who attends on ``device``: ``triton``, the kernels here, or ``sdpa``, the fastest of PyTorch's own.
+    """Return the attention backend on ``device``: ``triton`` (our kernels) or ``sdpa`` (the fastest one of PyTorch).
 
-    The tuning table's word where it has measured both, else the kernels: PyTorch's are not deterministic, and take
-    and give tensors that a packed projection must be unpacked for.
+    The tuning table decides if both were measured. Otherwise it is our kernels: PyTorch's are not deterministic, and
+    they need a packed projection to be unpacked.
     """
-    # A table is a file, which a compiler cannot trace: compiled graphs take the kernels.
+    # torch.compile cannot trace reading the table's file, so compiled graphs use our kernels.
     if device.type not in ("cuda", "xpu") or torch.compiler.is_compiling():
         return "triton"
     key = f"N_q={N_q},N_kv={N_kv},D={D},{dtype}"

@@ -1,12 +1,12 @@
 """Backward of attention for rows of any length, where no program sees all keys.
 
-dq      owns a block of queries and walks the keys; takes delta = Σ o · do on the way, for dkv
-dkv     owns a block of keys and walks the queries
-dmask   owns a tile of a bias and walks the images (or heads) that share it
-delta   only where dq is not needed
+dq      one program per block of queries, loops over keys; also computes delta = Σ o · do, for dkv
+dkv     one program per block of keys, loops over queries
+dmask   one program per tile of a bias, loops over the images (or heads) that share it
+delta   computes delta if dq is not needed
 
-Weights are taken from the forward's lse, which is rounded: in fp32 their RMS error is 1.6 times PyTorch's (150 keys, 40
-draws), and shows in the gradient of a bias, which averages nothing. In 16 bits it drowns.
+Weights are computed from the forward's lse, which is rounded: in fp32 their RMS error is 1.6 times PyTorch's (150 keys,
+40 draws). It is visible in the gradient of a bias, where no sum averages it out; in 16 bits rounding hides it.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _attention_bwd_dq_kernel(
     N_kv,
     H,
     num_blocks,
-    scale: tl.constexpr,  # an argument would be fp32, also in fp64
+    scale: tl.constexpr,  # a runtime argument would be fp32, even for fp64 tensors
     score_scale: tl.constexpr,
     D: tl.constexpr,
     MASK: tl.constexpr,
@@ -157,7 +157,7 @@ def _attention_bwd_dq_kernel(
     visible = N_kv
     if IS_CAUSAL:
         visible = tl.minimum(N_kv, pid_m * BLOCK_M + BLOCK_M)
-    if VARLEN:  # of a program beyond the image's last query
+    if VARLEN:  # a program beyond the last query of its image has no work
         visible = tl.where(pid_m * BLOCK_M < N_q, visible, 0)
     dq = zero_head(BLOCK_M, PARTS, ACC)
     for start in range(0, visible, BLOCK_N):
@@ -170,7 +170,7 @@ def _attention_bwd_dq_kernel(
             s, mask_head, offs_m[:, None], offs_n[None, :], mask_n[None, :], N_q, mask_width, stride_mask_m,
             MASK, MASK_M, MASK_N, IS_CAUSAL, False,
         )  # fmt: skip
-        p = weights_of(s, lse[:, None], 0.0, MASK)  # with a floating mask not yet divided by their row's sum
+        p = weights_of(s, lse[:, None], 0.0, MASK)  # with a floating mask, division by the row's sum follows below
         dp = inner(do, v, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION)
         if DROPOUT > 0:
             counters_m, counters_n = offs_m.to(tl.int32)[:, None], offs_n.to(tl.int32)[None, :]
@@ -223,7 +223,7 @@ def _attention_bwd_dkv_kernel(
     N_kv,
     H,
     num_blocks,
-    scale: tl.constexpr,  # an argument would be fp32, also in fp64
+    scale: tl.constexpr,  # a runtime argument would be fp32, even for fp64 tensors
     score_scale: tl.constexpr,
     D: tl.constexpr,
     MASK: tl.constexpr,
@@ -266,12 +266,12 @@ def _attention_bwd_dkv_kernel(
     v = load_head(v_head, offs_n, stride_v_n, mask_n, D, PARTS, ALIGN)
 
     last = N_q
-    if VARLEN:  # of a program beyond the image's last key
+    if VARLEN:  # a program beyond the last key of its image has no work
         last = tl.where(pid_n * BLOCK_N < N_kv, N_q, 0)
     from_query = 0
     if IS_CAUSAL:
         from_query = pid_n * BLOCK_N // BLOCK_M * BLOCK_M
-    # Scores are held transposed, keys by queries, so that no weight is transposed on its way into a product.
+    # Scores are transposed, keys by queries, so that the products need no transposed weights.
     dk = zero_head(BLOCK_N, PARTS, ACC)
     dv = zero_head(BLOCK_N, PARTS, ACC)
     for start in range(from_query, last, BLOCK_M):
@@ -283,7 +283,7 @@ def _attention_bwd_dkv_kernel(
         log_total = load_log_total(lse_head, offs_m, N_q, MASK)
         delta = tl.load(delta_ptr + rows + offs_m, mask=mask_m, other=0.0)
         s = inner(k, q, zeros(BLOCK_N, BLOCK_M, ACC), PRECISION) * score_scale
-        # Keys beyond the last need no mask: what they collect is not stored.
+        # Keys beyond the last need no mask: their gradients are not stored.
         s = masked_scores(
             s, mask_head, offs_m[None, :], offs_n[:, None], mask_n[:, None], N_q, mask_width, stride_mask_m,
             MASK, MASK_M, MASK_N, IS_CAUSAL, True,
@@ -320,7 +320,7 @@ def _attention_bwd_dmask_kernel(
     mask_ptr,  # (B, H, N_q, N_kv) by strides
     seed_ptr,  # (1,), with DROPOUT
     delta_ptr,  # (B, H, N_q)
-    dmask_ptr,  # (splits, B or 1, H or 1, N_q, N_kv): sums of dS over what the mask does not tell apart
+    dmask_ptr,  # (splits, B or 1, H or 1, N_q, N_kv): sums of dS over the images and heads that share the mask
     stride_do_b,
     stride_do_n,
     stride_do_h,
@@ -344,7 +344,7 @@ def _attention_bwd_dmask_kernel(
     blocks_m,
     blocks_n,
     num_splits,
-    scale: tl.constexpr,  # an argument would be fp32, also in fp64
+    scale: tl.constexpr,  # a runtime argument would be fp32, even for fp64 tensors
     score_scale: tl.constexpr,
     D: tl.constexpr,
     MASK: tl.constexpr,
@@ -381,7 +381,7 @@ def _attention_bwd_dmask_kernel(
         shared = B * H
     dmask = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     for turn in range(split, shared, num_splits):
-        i = kept * 0 + turn  # int64, also where the loop counts in int32
+        i = kept * 0 + turn  # int64, even if the loop counter is int32
         if MASK_B and MASK_H:
             bh = kept
         elif MASK_B:

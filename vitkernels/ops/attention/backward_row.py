@@ -1,11 +1,11 @@
-"""Backward of attention where one program sees whole rows: every operand is read once, in one kernel.
+"""Backward of attention where one program sees whole rows: one kernel reads every operand once.
 
-    row      one program a head, keys and values resident; it walks the queries and keeps dk and dv in registers
-    windows  one tile holds all queries and keys of a window; a program takes one head of several windows, and sums
-             the gradient of a bias that they share on the way
+    row      one program per head; it keeps keys and values loaded, loops over queries, and holds dk and dv in registers
+    windows  one tile holds all queries and keys of a window; a program processes one head of several windows, and also
+             sums the gradient of a bias that they share
 
-Seeing whole rows, both take the softmax anew and delta = Σ P · dP where they stand, and read neither lse nor o:
-weights from a rounded lse have 1.6 times the error of PyTorch's in fp32, these 1.1 times (150 keys, 40 draws).
+Both kernels see whole rows. So they recompute the softmax and delta = Σ P · dP, and read neither lse nor o: in fp32,
+weights from a rounded lse have 1.6 times the error of PyTorch's, recomputed ones 1.1 times (150 keys, 40 draws).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from vitkernels.ops.attention.tiles import (
 
 @triton.jit
 def _softmax_columns(s, MASK: tl.constexpr):
-    """The softmax over the keys of transposed scores; 0 where a query looks at no key."""
+    """Softmax over the keys of transposed scores; 0 if a query attends to no key."""
     maximum = tl.max(s, axis=0)
     p = exp_scores(s - tl.where(maximum == float("-inf"), 0.0, maximum)[None, :], MASK)
     total = tl.sum(p, axis=0)
@@ -80,7 +80,7 @@ def _attention_bwd_row_kernel(
     N_q,
     N_kv,
     H,
-    scale: tl.constexpr,  # an argument would be fp32, also in fp64
+    scale: tl.constexpr,  # a runtime argument would be fp32, even for fp64 tensors
     score_scale: tl.constexpr,
     D: tl.constexpr,
     MASK: tl.constexpr,
@@ -116,9 +116,9 @@ def _attention_bwd_row_kernel(
     dv = zero_head(BLOCK_N, PARTS, ACC)
     dq_sums = zero_columns(1, PARTS, ACC)
 
-    # Scores are held transposed, keys by queries: the keys' 64 rows and more are what wgmma takes, and no weight is
-    # transposed on its way into dk and dv. dq comes out transposed, too. One piece holds all keys: in pieces of 128,
-    # 64 and 16 the gradients of 197 keys spill (sm_90, head dim 64: 1.6 KB a thread).
+    # Scores are transposed, keys by queries: wgmma needs 64 rows or more, and the products for dk and dv need no
+    # transposed weights. dq is transposed, too. One piece holds all keys: split into 128, 64 and 16, the gradients of
+    # 197 keys spill (sm_90, head dim 64: 1.6 KB per thread).
     for start in range(0, N_q, BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)
         mask_m = offs_m < N_q
@@ -161,7 +161,7 @@ def _attention_bwd_row_kernel(
 
 @triton.jit
 def _add_column_sums(sums, columns_of):
-    """Sums (part, 1) over the columns of a transposed head, added up."""
+    """Add the sums over the columns of a transposed head to ``sums``, (part, 1) each."""
     new = ()
     for j in tl.static_range(len(columns_of)):
         new = new + (sums[j] + tl.sum(columns_of[j], axis=1)[:, None],)
@@ -170,7 +170,7 @@ def _add_column_sums(sums, columns_of):
 
 @triton.jit
 def _add_row_sums(sums, head):
-    """The same over the rows of a head; rows beyond the last are zero."""
+    """Add the sums over the rows of a head to ``sums``, (part, 1) each; rows beyond the last are zero."""
     new = ()
     for j in tl.static_range(len(head)):
         new = new + (sums[j] + tl.sum(head[j], axis=0)[:, None],)
@@ -224,8 +224,8 @@ def _attention_bwd_windows_kernel(
     N_q,
     N_kv,
     H,
-    windows,  # images a program
-    scale: tl.constexpr,  # an argument would be fp32, also in fp64
+    windows,  # images per program
+    scale: tl.constexpr,  # a runtime argument would be fp32, even for fp64 tensors
     score_scale: tl.constexpr,
     D: tl.constexpr,
     MASK: tl.constexpr,

@@ -1,9 +1,9 @@
-"""Forward of attention: three kernels, one a regime, and their launcher.
+"""Forward of attention: three kernels, one per regime, and their launcher.
 
-row      the whole row of scores at once, in pieces of keys: no running maximum, nothing rescaled
-windows  one tile holds all queries and keys of a window; a program takes one head of several windows
+row      a program holds a whole row of scores, in pieces of keys: no running maximum, no rescaling
+windows  one tile holds all queries and keys of a window; a program processes one head of several windows
 blocks   any number of keys, block by block with a running maximum (arXiv 1805.02867, 2205.14135); also packed
-         images of different length
+         images of different lengths
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def _store_output(
     if MASK != "float":
         lse = m + tl.log2(total)
     if MASK != "" or VARLEN:
-        # A row that looks at no key is 0, and an lse of +inf gives all its weights, and so all gradients, 0 as well.
+        # A row that attends to no key gives 0. Its lse of +inf makes its weights and gradients 0 in the backward.
         empty = total == 0.0
         total = tl.where(empty, 1.0, total)
         lse = tl.where(empty, float("inf"), lse)
     store_head(o_head, scaled_head(o, (1.0 / total)[:, None]), offs_m, stride_o_n, mask_m, D, PARTS, ALIGN)
-    if MASK == "float":  # apart: a maximum of -1e9 would swallow the logarithm
+    if MASK == "float":  # two parts: their sum would lose the logarithm next to a maximum of -1e9
         tl.store(lse_head + 2 * offs_m, lse, mask=mask_m)
         tl.store(lse_head + 2 * offs_m + 1, tl.log2(total), mask=mask_m)
     else:
@@ -113,8 +113,8 @@ def _attention_fwd_row_kernel(
     q_head = head_ptr(q_ptr, b, h, 0, stride_q_b, stride_q_n, stride_q_h, ALIGN)
     mask_head = mask_ptr + b * stride_mask_b + h * stride_mask_h
 
-    # The values come first: loaded when they are due, they would wait in registers beside all scores (sm_90, head dim
-    # 64: 251 registers a thread instead of 129).
+    # Load the values first: loaded later, they would take registers beside all the scores (sm_90, head dim 64: 251
+    # registers per thread instead of 129).
     v = ()
     for i in tl.static_range(len(PIECES)):
         offs_n = STARTS[i] + tl.arange(0, PIECES[i]).to(INDEX)
@@ -135,7 +135,7 @@ def _attention_fwd_row_kernel(
         m = tl.maximum(m, tl.max(s, axis=1))
         scores = scores + (s,)
 
-    # All scores of a row may be -inf: -inf - -inf would be NaN.
+    # If all scores of a row are -inf, subtracting their maximum would give NaN.
     shift = tl.where(m == float("-inf"), 0.0, m)
     total = tl.zeros((BLOCK_M,), ACC)
     o = zero_head(BLOCK_M, PARTS, ACC)
@@ -181,7 +181,7 @@ def _attention_fwd_windows_kernel(
     N_q,
     N_kv,
     H,
-    windows,  # images a program
+    windows,  # images per program
     score_scale: tl.constexpr,
     D: tl.constexpr,
     MASK: tl.constexpr,
@@ -246,7 +246,7 @@ def _attend(
     ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
-    """One step of the softmax with a running maximum: ``state`` after BLOCK_N keys from ``start``."""
+    """One step of the online softmax: return ``state`` after BLOCK_N keys from ``start``."""
     m, total, o = state
     offs_n = start + tl.arange(0, BLOCK_N).to(INDEX)
     mask_n = offs_n < N_kv
@@ -257,7 +257,7 @@ def _attend(
         MASK, MASK_M, MASK_N, IS_CAUSAL, EVEN,
     )  # fmt: skip
     m_new = tl.maximum(m, tl.max(s, axis=1))
-    # Scores may be -inf in a whole block: -inf - -inf would be NaN, in rows whose other blocks are finite.
+    # If all scores so far are -inf, subtracting their maximum would give NaN, also in rows with finite scores later.
     shift = tl.where(m_new == float("-inf"), 0.0, m_new)
     p = exp_scores(s - shift[:, None], MASK)
     rescale = exp_scores(m - shift, MASK)
@@ -313,7 +313,7 @@ def _attention_fwd_blocks_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    STARTS: tl.constexpr,  # of the pieces behind the last full block, from there
+    STARTS: tl.constexpr,  # of the pieces after the last full block, relative to it
     PIECES: tl.constexpr,  # their sizes; none with VARLEN
     PARTS: tl.constexpr,
 ):
@@ -338,12 +338,12 @@ def _attention_fwd_blocks_kernel(
     q = load_head(q_head, offs_m, stride_q_n, mask_m, D, PARTS, ALIGN)
 
     end = N_kv
-    if not VARLEN:  # what is left behind the last full block is in pieces
+    if not VARLEN:  # the keys after the last full block are split into pieces
         end = N_kv // BLOCK_N * BLOCK_N
     visible = end
     if IS_CAUSAL:
         visible = tl.minimum(end, pid_m * BLOCK_M + BLOCK_M)
-    if VARLEN:  # of a program beyond the image's last query
+    if VARLEN:  # a program beyond the last query of its image has no work
         visible = tl.where(pid_m * BLOCK_M < N_q, visible, 0)
     m = tl.full((BLOCK_M,), float("-inf"), ACC)
     total = tl.zeros((BLOCK_M,), ACC)
@@ -366,10 +366,11 @@ def _attention_fwd_blocks_kernel(
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """Launch the forward on q, k and v, which lie as ``options`` say: ``(o, lse)``, o as q.
+    """Launch the forward on q, k and v in the layout given by ``options``; return ``(o, lse)``, o in q's layout.
 
     lse is (B, H, N_q), each row's base-2 log-sum-exp. With a floating mask it is (B, H, N_q, 2), each row's maximum
-    and the base-2 logarithm of its sum: a row that holds finfo.min, or -1e9, alone has a maximum that swallows the sum.
+    and the base-2 logarithm of its sum: if a row's scores are all finfo.min, or -1e9, adding the two would lose the
+    logarithm.
     """
     o, lse = forward_outputs(q, k, v, options)
     if o.numel() == 0:
@@ -412,8 +413,8 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tupl
         "PARTS": head_parts(D),
         "num_warps": tiling.num_warps,
         "num_stages": tiling.num_stages,
-        # Contracted to fma(dot, scale, -max), the largest score of a row would not be exactly its maximum:
-        # at scores of 1e10, which fp16 inputs reach, exp2 of the difference overflows.
+        # As fma(dot, scale, -max), the largest score minus the maximum would not be exactly 0: at scores of 1e10,
+        # which fp16 inputs reach, exp2 of the difference overflows.
         "enable_fp_fusion": False,
     }
     num_blocks = runtime.cdiv(longest_q, tiling.block_m)
@@ -435,7 +436,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tupl
             BLOCK_N=tiling.block_n,
         )
     else:
-        # How the keys end is known where all images have as many.
+        # The last keys can be split ahead of the launch only if all images have the same number of keys.
         starts, pieces = ((), ()) if varlen else key_pieces(N_kv % tiling.block_n, tiling.block_n)
         _attention_fwd_blocks_kernel[(images * H * num_blocks,)](
             **arguments,
@@ -450,7 +451,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tupl
 
 
 def forward_outputs(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """Allocate what :func:`attention_forward` returns; zeros where tokens may belong to no image."""
+    """Allocate the outputs of :func:`attention_forward`; zeros if some tokens may belong to no image."""
     B, N_q, H, D = options.sizes(q)
     new = torch.empty if options.starts is None else torch.zeros
     if options.heads_first:
@@ -462,7 +463,7 @@ def forward_outputs(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[
 
 
 def window_groups(B: int, H: int, device: torch.device) -> tuple[int, int]:
-    """How many of B images a program of the windows' kernels takes, and how many programs a head has."""
-    # Eight programs a multiprocessor hide each other's loads; more would only read a shared bias more often.
+    """Return the number of images per program of the windows kernels, and the number of programs per head."""
+    # Eight programs per SM hide each other's load latency; more would only read a shared bias more often.
     windows = max(1, B * H // (8 * runtime.device_facts(device).num_sms))
     return windows, runtime.cdiv(B, windows)

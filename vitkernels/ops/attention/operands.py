@@ -1,4 +1,4 @@
-"""What the attention kernels are told about tensors, masks and dropout. No kernels."""
+"""Arguments of the attention kernels for tensors, masks and dropout. No kernels."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from vitkernels.ops import _tile
 from vitkernels.ops._triton import tl
 
 LOG2_E = 1.4426950408889634
-# Which dims of a tensor are images, tokens and heads; its last are channels. Packed images are no dim.
+# Dims of images, tokens and heads in each layout (channels are last). Packed images have no dim of their own.
 TOKENS_FIRST, HEADS_FIRST, PACKED = (0, 1, 2), (0, 2, 1), (None, 0, 1)
-MAX_INT32_REACH = 2**31 - 2**16  # elements between a head's first row and its last; the rest is the row itself
+MAX_INT32_REACH = 2**31 - 2**16  # elements from a head's first row to its last; leaves room for the last row
 
 
 class Options(NamedTuple):
-    """What attention is told beside queries, keys and values, which are (B, N, H, D) unless it says otherwise.
+    """Options of attention besides queries, keys and values, which are (B, N, H, D) by default.
 
     Attributes:
         scale: Factor of the scores.
-        heads_first: q, k and v are (B, H, N, D), as is o, which lies in memory as (B, N, H, D) all the same.
-        mask: (B or 1, H or 1, N_q or 1, N_kv or 1), bool (True: look) or floating (added to the scores).
-        seed: (1,) int64, of the dropout.
-        is_causal: Whether query i looks at keys 0 to i alone.
-        dropout_p: The share of weights that are dropped.
+        heads_first: q, k, v and o are (B, H, N, D); in memory o is still (B, N, H, D).
+        mask: (B or 1, H or 1, N_q or 1, N_kv or 1), bool (True: attend) or floating (added to the scores).
+        seed: (1,) int64, seed of the dropout.
+        is_causal: Whether query i attends only to keys 0 to i.
+        dropout_p: Probability of dropping a weight.
         starts: (images + 1,) int32, the first token of each packed image and the end; q, k and v are then
             (all tokens, H, D).
-        max_seqlen: Tokens of the longest packed image.
+        max_seqlen: Number of tokens of the longest packed image.
     """
 
     scale: float
@@ -43,11 +43,11 @@ class Options(NamedTuple):
 
     @property
     def dims(self) -> tuple[int | None, int, int]:
-        """Which dims of q, k, v and o are images, tokens and heads."""
+        """Dims of images, tokens and heads in q, k, v and o."""
         return PACKED if self.starts is not None else HEADS_FIRST if self.heads_first else TOKENS_FIRST
 
     def sizes(self, q: Tensor) -> tuple[int, int, int, int]:
-        """B, N_q, H and D; B is 1 where images are packed."""
+        """Return B, N_q, H and D; B is 1 for packed images."""
         b, n, h = self.dims
         return 1 if b is None else q.shape[b], q.shape[n], q.shape[h], q.shape[-1]
 
@@ -59,26 +59,26 @@ class Options(NamedTuple):
 
     @property
     def shares_mask(self) -> bool:
-        """Whether one mask serves all images."""
+        """Whether all images share one mask."""
         return self.mask is None or self.mask.shape[0] == 1
 
     @property
     def mask_kind(self) -> str:
-        """How the kernels take the mask: ``bool``, ``float`` (added to the scores), or ``""`` where there is none.
+        """The kernels' kind of mask: ``bool``, ``float`` (added to the scores), or ``""`` for none.
 
-        A bool one with one row for all queries is added, as it is loaded key by key."""
+        A bool mask with one row for all queries is converted to ``float``: see ``_aligned``."""
         if self.mask is None:
             return ""
         return "bool" if self.mask.dtype == torch.bool and not _is_row(self.mask) else "float"
 
     def rows(self, B: int, N_q: int, N_kv: int) -> tuple[int, int, int]:
-        """Images, and the most queries and keys that one has."""
+        """Return the number of images, and the largest number of queries and of keys in an image."""
         if self.starts is None:
             return B, N_q, N_kv
         return self.starts.shape[0] - 1, self.max_seqlen, self.max_seqlen
 
     def arguments(self, q: Tensor) -> dict[str, object]:
-        """The kernels' arguments that tell of scores, mask and dropout."""
+        """Return the kernels' arguments for scores, mask and dropout."""
         mask, kind = None if self.mask is None else _aligned(self.mask, q.dtype), self.mask_kind
         placeholder = q
         shape = (1, 1, 1, 1) if mask is None else mask.shape
@@ -95,7 +95,7 @@ class Options(NamedTuple):
             "MASK_M": shape[2] > 1,
             "MASK_N": shape[3] > 1,
             "IS_CAUSAL": self.is_causal,
-            # The threshold of a 31-bit random number.
+            # Threshold for a 31-bit random number.
             "DROPOUT": round(self.dropout_p * 2**31),
             "ACC": _tile.accumulator(q.dtype),
             "PRECISION": runtime.dot_precision(q.device),
@@ -103,20 +103,21 @@ class Options(NamedTuple):
 
 
 def _is_row(mask: Tensor) -> bool:
-    """Whether one row serves all queries."""
+    """Tell whether all queries share one row of the mask."""
     return mask.shape[2] == 1 and mask.shape[3] > 1
 
 
 def _aligned(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """``mask``, bytes for bool, in rows that vector loads can read: copied only where it lies otherwise.
+    """Return ``mask`` (bool as bytes) with rows that vector loads can read; copy it only if its layout needs that.
 
-    A row of 197 keys starts at any element and ends at any, and would be loaded one element at a time: rows get a
-    multiple of 16, zeros behind. One row for all queries is loaded key by key, and is so in fp32. So is what is to meet
-    scores in fp64 (``dtype``): of what is loaded narrower Triton 3.7.1 compiles no fp64 product.
+    Rows of 197 keys are not aligned and would be loaded one element at a time, so rows are padded with zeros to a
+    multiple of 16. A row shared by all queries is loaded key by key, so it becomes fp32 (fp64 for fp64). For fp64
+    scores (``dtype``), a narrow mask is widened to 32 bits: Triton 3.7.1 cannot compile an fp64 product beside a load
+    of a narrower type.
     """
     if _is_row(mask):
         if mask.dtype == torch.bool:
-            mask = torch.log(mask.to(torch.float32))  # of 1 and 0: what is added to the scores
+            mask = torch.log(mask.to(torch.float32))  # of 1 and 0: gives 0 and -inf, to be added to the scores
         return mask.to(runtime.wide_dtype(mask.dtype)).contiguous()
     if mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)
@@ -130,15 +131,15 @@ def _aligned(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def strides(name: str, x: Tensor, dims: tuple[int | None, int, int] = TOKENS_FIRST) -> dict[str, int]:
-    """Name the strides of ``x`` as the kernels do, where ``dims`` are images, tokens and heads."""
+    """Return the strides of ``x`` under the kernels' argument names; ``dims`` are images, tokens and heads."""
     return {f"stride_{name}_{letter}": 0 if i is None else x.stride(i) for letter, i in zip("bnh", dims, strict=True)}
 
 
 def alignment(*tensors: Tensor) -> int:
-    """How many bytes, 16 at most, divide the address of every head's every row.
+    """Return the largest power of two, at most 16, that divides the byte address of every row of every head.
 
-    The width of a load follows from it. Triton itself only tells strides divisible by 16 elements from others, and
-    would load heads of 72 channels one by one.
+    It determines the width of loads. Triton itself only recognizes strides divisible by 16 elements, and would load
+    heads of 72 channels element by element.
     """
     bits = 16
     for x in tensors:
@@ -149,10 +150,10 @@ def alignment(*tensors: Tensor) -> int:
 
 
 def addressing(*tensors: Tensor, tokens: int = 1, mask_reach: int = 0) -> dict[str, object]:
-    """Tell the kernels how tensors lie: ``ALIGN``, and ``INDEX``, the type of offsets within a head.
+    """Return the kernels' arguments ``ALIGN`` and ``INDEX``, the integer type of offsets within a head.
 
-    int64 costs up to 70 registers a thread, so INDEX is int32 wherever that reaches; ``tokens`` is the dim of the
-    tokens, and ``mask_reach`` how far the last row of a head's mask lies from its first.
+    int64 offsets cost up to 70 registers per thread, so INDEX is int32 if offsets fit. ``tokens`` is the dim of tokens;
+    ``mask_reach`` is the offset from the first row of a head's mask to the last.
     """
     reach = max(mask_reach, *(x.shape[tokens] * x.stride(tokens) for x in tensors))
     return {"ALIGN": alignment(*tensors), "INDEX": tl.int32 if reach < MAX_INT32_REACH else tl.int64}

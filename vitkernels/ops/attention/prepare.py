@@ -1,15 +1,15 @@
-"""What stands between a projection and attention: QK-norm and rotary positions, in one pass over q or k.
+"""QK-norm and rotary positions (RoPE), in one pass over q or k.
 
 Forward, for one head's row x of D channels:
     x̂ = (x − mean) · rstd · w + b     LayerNorm (arXiv 1607.06450), or x · rstd · w, RMSNorm (1910.07467)
     y = x̂ · cos + rot(x̂) · sin        RoPE (2104.09864); rot maps pairs (a, b) to (−b, a)
 Backward:
-    dx̂ = dy · cos + rotᵀ(dy · sin), and through the norm from x, whose statistics are taken anew
+    dx̂ = dy · cos + rotᵀ(dy · sin), then the norm's backward, which computes the statistics of x again
 
-The pass reads and writes q and k once each. Done inside the attention kernels it would cost no pass, but there every
-block of queries loads all keys anew, and with them two fp32 tables four times their bytes: at 261 tokens of 64
-channels 134 KB beside 67 KB of keys and values for each 64 queries. Here a table's rows are read once an image and
-stay in registers for all heads.
+The pass reads and writes q and k once each. Inside the attention kernels it would need no pass of its own, but there
+every block of queries loads all keys again, and would also load two fp32 tables: at 261 tokens of 64 channels, 134 KB
+beside 67 KB of keys and values for each 64 queries. Here a table's rows are read once per image and stay in registers
+for all heads.
 
 Shapes: B batch, N tokens, H heads, D head dim; tables broadcast to (B, H, N − prefix, D).
 """
@@ -34,8 +34,8 @@ class Rope(NamedTuple):
     """Rotary positions (arXiv 2104.09864).
 
     Attributes:
-        cos, sin: Tables that broadcast to (B, H, N − prefix tokens, D), any floating dtype: (N, D) for all, (H, N, D)
-            a head's own, (B, 1, N, D) an image's own.
+        cos, sin: Tables that broadcast to (B, H, N − prefix tokens, D), any floating dtype: (N, D) shared by all,
+            (H, N, D) per head, (B, 1, N, D) per image.
         interleaved: Whether channels 2j and 2j + 1 are a pair (timm's EVA); else j and j + D/2 (DINOv3, transformers).
     """
 
@@ -45,7 +45,7 @@ class Rope(NamedTuple):
 
 
 class QKNorm(NamedTuple):
-    """A norm over each head's D channels: LayerNorm, or RMSNorm, which takes no bias.
+    """A norm over each head's D channels: LayerNorm, or RMSNorm, which has no bias.
 
     Attributes:
         weight, bias: (D,), or None.
@@ -61,7 +61,7 @@ class QKNorm(NamedTuple):
 
 @triton.jit
 def _partner(row, cols, mask_n, HALF: tl.constexpr):
-    """From pointers to the starts of rows, (rows, 1), the channel with which each channel is paired."""
+    """Load each channel's partner, half a head away; ``row`` holds pointers (rows, 1) to the starts of rows."""
     before = tl.load(row + (cols + HALF)[None, :], mask=mask_n[:, None] & (cols < HALF)[None, :], other=0.0)
     inside = mask_n[:, None] & ((cols >= HALF) & (cols < 2 * HALF))[None, :]
     return tl.where((cols < HALF)[None, :], before, tl.load(row + (cols - HALF)[None, :], mask=inside, other=0.0))
@@ -75,14 +75,14 @@ def _partner_of_vector(ptr, cols, HALF: tl.constexpr):
 
 @triton.jit
 def _swap_pairs(x, first, second, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Neighbouring channels (a, b) to (first · b, second · a)."""
+    """Map neighbouring channels (a, b) to (first · b, second · a)."""
     a, b = tl.split(tl.reshape(x, (BLOCK_N, BLOCK_D // 2, 2)))
     return tl.reshape(tl.join(b * first, a * second), (BLOCK_N, BLOCK_D))
 
 
 @triton.jit
 def _statistics(x, in_head, eps, D: tl.constexpr, NORM: tl.constexpr):
-    """Mean and reciprocal deviation of rows that are zero outside ``in_head``, (rows, 1)."""
+    """Return mean and rstd, (rows, 1), of rows that are zero outside ``in_head``."""
     mean = tl.sum(x, axis=1)[:, None] / D
     if NORM == "rms":
         mean = tl.zeros_like(mean)
@@ -268,10 +268,10 @@ def _prepare_bwd_kernel(
                 g *= weight[None, :]
             g -= x_hat * (tl.sum(g * x_hat, axis=1)[:, None] / D)
             if NORM == "layer":
-                # Of what is left the mean is that of g: that of x_hat is zero.
+                # The mean of x_hat is zero, so the mean of g can be subtracted after the x_hat term.
                 g -= tl.sum(g, axis=1)[:, None] / D
             g *= rstd
-        tl.debug_barrier()  # dx may be dy, which other threads read: for RoPE, or all of a small tile
+        tl.debug_barrier()  # dx may be dy, which other threads still read: RoPE partners, or a whole small tile
         dx_head = head_ptr(dx_ptr, b, h, 0, stride_dx_b, stride_dx_n, stride_dx_h, ALIGN)
         dx_rows = dx_head + tl.multiple_of(n * stride_dx_n, ALIGN // item_bytes)[:, None]
         tl.store(dx_rows + cols[None, :], g.to(dx_ptr.dtype.element_ty), mask=mask)
@@ -316,7 +316,7 @@ def prepare_backward(
     if dy.numel() == 0:
         return tuple(torch.zeros(D if n else 0, dtype=wide, device=x.device) for n in (needs_weight, needs_bias))
     dy, x = runtime.unit_stride(dy), runtime.unit_stride(x)
-    # Half a tile, beside which the sums for weight and bias stay in registers.
+    # Half the forward's tile, so that the sums for weight and bias also fit in registers.
     grid, arguments = _arguments(x, cos, sin, interleaved, prefix, norm, eps, 2048)
     dweight, dbias = (
         torch.empty((grid[0] if n else 0, D), dtype=wide, device=x.device) for n in (needs_weight, needs_bias)

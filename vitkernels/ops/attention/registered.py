@@ -1,4 +1,4 @@
-"""Attention's registered ops: the launchers as they take them, the references, and the shapes."""
+"""Attention's registered ops: adapters for the launchers, references, and fake outputs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from vitkernels.ops.attention.forward import attention_forward, forward_outputs
 from vitkernels.ops.attention.operands import LOG2_E, Options
 from vitkernels.ops.attention.prepare import prepare_backward
 
-# How registered ops spell Options, and what prepares q and k. PyTorch hands on no defaults at the end: what is given
-# most often comes first.
+# Schema of Options, and of QK-norm and RoPE. PyTorch's dispatcher drops trailing arguments that have their default
+# values, so the arguments used most often come first.
 _OPTIONS = (
     "Tensor? mask=None, Tensor? seed=None, bool is_causal=False, float dropout_p=0.0, Tensor? starts=None, "
     "SymInt max_seqlen=0"
@@ -93,7 +93,7 @@ def _prepared_backward(
     sums = []
     for i, dx, weight, norm, eps in ((0, dq, q_weight, q_norm, q_eps), (1, dk, k_weight, k_norm, k_eps)):
         needs = needed[2 * i : 2 * i + 2]
-        if norm or cos is not None:  # in place: a row is read by the program that writes it
+        if norm or cos is not None:  # in place: the program that writes a row is the only reader
             sums += prepare_backward(dx, qkv.select(2, i), weight, cos, sin, norm, eps, interleaved, prefix, dx, *needs)
         else:
             sums += [lse.new_empty(0), lse.new_empty(0)]
@@ -107,7 +107,7 @@ def _fake_prepared_backward(do, qkv, q, k, o, lse, scale, mask, seed, is_causal,
 
 
 def _reference_output(q, k, v, mask, options):
-    """o of q, k and v: ``options`` but for their mask, which may be a leaf of autograd in its place."""
+    """Return o of q, k and v; ``mask`` replaces ``options.mask``, so that it can be an autograd leaf."""
     if options.starts is not None:
         return reference.attention_varlen(q, k, v, options.starts, scale=options.scale, is_causal=options.is_causal)
     if not options.heads_first:

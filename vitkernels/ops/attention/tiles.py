@@ -1,4 +1,4 @@
-"""What the attention kernels share: heads loaded in parts, scores, masks, dropout. No kernels.
+"""Device functions shared by the attention kernels: heads loaded in parts, scores, masks, dropout. No kernels.
 
 A head's tile, (rows, D), is held as a tuple of tiles whose widths are powers of two, ``PARTS``: 72 channels are
 64 + 16 and not 128. A row of scores is likewise held in pieces of keys: 197 keys are 128 + 64 + 16 and not 256.
@@ -15,8 +15,8 @@ LARGEST_FP32 = tl.constexpr(3.4028234663852886e38)
 
 @triton.jit
 def head_ptr(ptr, b, h, first, stride_b, stride_n, stride_h, ALIGN: tl.constexpr):
-    """Where token ``first`` of head h of image b lies in a tensor (B, N, H, D) whose rows all lie at multiples of
-    ALIGN bytes."""
+    """Return the pointer to token ``first`` of head h of image b in a tensor (B, N, H, D) with rows aligned to ALIGN
+    bytes."""
     item_bytes: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
     offset = b * tl.cast(stride_b, tl.int64) + first * stride_n + h * stride_h
     return ptr + tl.multiple_of(offset, ALIGN // item_bytes)
@@ -24,7 +24,7 @@ def head_ptr(ptr, b, h, first, stride_b, stride_n, stride_h, ALIGN: tl.constexpr
 
 @triton.jit
 def image_of(starts_ptr, image, tokens):
-    """First token and length of one of the images packed in ``tokens``, whatever ``starts_ptr`` holds."""
+    """Return first token and length of a packed image, clamped to ``tokens`` so that no bad value reads outside."""
     first = tl.minimum(tl.maximum(tl.load(starts_ptr + image), 0), tokens)
     end = tl.minimum(tl.load(starts_ptr + image + 1), tokens)
     return first.to(tl.int64), tl.maximum(end - first, 0).to(tl.int32)
@@ -32,7 +32,7 @@ def image_of(starts_ptr, image, tokens):
 
 @triton.jit
 def columns(PARTS: tl.constexpr, i: tl.constexpr):
-    """The channels in part i of a head."""
+    """Return the channel indices in part i of a head."""
     return (0 if i == 0 else PARTS[0]) + tl.arange(0, PARTS[i])
 
 
@@ -45,7 +45,7 @@ def _part_ptrs(head, offs_n, stride_n, cols, ALIGN: tl.constexpr):
 
 @triton.jit
 def load_head(head, offs_n, stride_n, mask_n, D: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr):
-    """Rows ``offs_n`` of one head, a tile a part, zero outside ``mask_n`` and beyond D."""
+    """Load rows ``offs_n`` of one head, one tile per part; zero outside ``mask_n`` and beyond D."""
     parts = ()
     for i in tl.static_range(len(PARTS)):
         cols = columns(PARTS, i)
@@ -56,7 +56,7 @@ def load_head(head, offs_n, stride_n, mask_n, D: tl.constexpr, PARTS: tl.constex
 
 @triton.jit
 def store_head(head, parts, offs_n, stride_n, mask_n, D: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr):
-    """Store ``parts`` where :func:`load_head` would load them, in the tensor's dtype."""
+    """Store ``parts`` at the addresses of :func:`load_head`, in the tensor's dtype."""
     for i in tl.static_range(len(PARTS)):
         cols = columns(PARTS, i)
         ptrs = _part_ptrs(head, offs_n, stride_n, cols, ALIGN)
@@ -71,7 +71,7 @@ def zeros(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def zero_head(BLOCK: tl.constexpr, PARTS: tl.constexpr, ACC: tl.constexpr):
-    """Accumulators of one head's rows."""
+    """Return zeroed accumulators for one head's rows."""
     parts = ()
     for i in tl.static_range(len(PARTS)):
         parts = parts + (zeros(BLOCK, PARTS[i], ACC),)
@@ -80,7 +80,7 @@ def zero_head(BLOCK: tl.constexpr, PARTS: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def zero_columns(BLOCK: tl.constexpr, PARTS: tl.constexpr, ACC: tl.constexpr):
-    """Accumulators of one head's rows, transposed."""
+    """Return zeroed accumulators for one head's rows, transposed."""
     parts = ()
     for i in tl.static_range(len(PARTS)):
         parts = parts + (zeros(PARTS[i], BLOCK, ACC),)
@@ -97,7 +97,7 @@ def transposed(parts):
 
 @triton.jit
 def scaled_head(parts, factor):
-    """``factor`` times a head, one a row where it is (rows, 1)."""
+    """Return ``factor`` times a head; ``factor`` is a number, or (rows, 1) for one per row."""
     scaled = ()
     for i in tl.static_range(len(parts)):
         scaled = scaled + (parts[i] * factor,)
@@ -150,10 +150,10 @@ def store_sums(ptr, parts, mask_n, D: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def load_mask(mask_head, m, n, N_q, mask_width, stride_mask_m, MASK_M: tl.constexpr, MASK_N: tl.constexpr):
-    """What ``mask_head`` holds for queries ``m`` and keys ``n``, which broadcast to a tile.
+    """Load a head's mask for queries ``m`` and keys ``n``, which broadcast to a tile.
 
-    It varies over queries with MASK_M, over keys with MASK_N: one that does not is read as a row. Its rows have
-    ``mask_width`` keys, those behind the last included, as a bound of 197 keys would break up the loads.
+    The mask varies over queries with MASK_M, and over keys with MASK_N; a dim without variation is loaded once. Its
+    rows have ``mask_width`` keys including the padding: a bound of 197 keys would prevent vector loads.
     """
     ptrs = mask_head
     if MASK_M:
@@ -172,8 +172,8 @@ def load_mask(mask_head, m, n, N_q, mask_width, stride_mask_m, MASK_M: tl.conste
 
 @triton.jit
 def masked(s, mask, m, n, in_n, MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, EVEN: tl.constexpr):
-    """Scores with what :func:`load_mask` gave, and -inf where a query must not look: beyond the last key, unless all
-    are inside (EVEN), and, with IS_CAUSAL, behind itself."""
+    """Apply a mask from :func:`load_mask` to scores; set -inf beyond the last key (unless EVEN: all keys exist) and,
+    with IS_CAUSAL, at keys after the query."""
     if MASK == "float":
         s += _finite(mask, s.dtype)
     elif MASK == "bool":
@@ -190,7 +190,7 @@ def masked_scores(
     s, mask_head, m, n, in_n, N_q, mask_width, stride_mask_m, MASK: tl.constexpr, MASK_M: tl.constexpr,
     MASK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """:func:`masked` with the mask's tile for queries ``m`` and keys ``n`` loaded, where there is a mask."""
+    """Load the mask's tile for queries ``m`` and keys ``n``, if there is a mask, and call :func:`masked`."""
     mask = 0
     if MASK != "":
         mask = load_mask(mask_head, m, n, N_q, mask_width, stride_mask_m, MASK_M, MASK_N)
@@ -199,7 +199,7 @@ def masked_scores(
 
 @triton.jit
 def _finite(mask, dtype: tl.constexpr):
-    """``mask`` in ``dtype``; what is finite stays so, as finfo(fp64).min would not in fp32."""
+    """Cast ``mask`` to ``dtype``; finite values stay finite, while a plain cast turns finfo(fp64).min into -inf."""
     if mask.dtype == tl.float64 and dtype == tl.float32:
         nearest = tl.minimum(tl.maximum(mask, -LARGEST_FP32), LARGEST_FP32)
         mask = tl.where(tl.abs(mask) < float("inf"), nearest, mask)
@@ -208,28 +208,28 @@ def _finite(mask, dtype: tl.constexpr):
 
 @triton.jit
 def exp_scores(x, MASK: tl.constexpr):
-    """exp of a difference of scores. They are in base 2, log2(e) folded into their scale, but with a floating mask:
-    finfo.min times log2(e) is -inf, and a row that it fills would look at no key."""
+    """Return exp of a difference of scores. Scores are in base 2, with log2(e) folded into their scale, except with a
+    floating mask: finfo.min times log2(e) is -inf, so a row full of it would attend to no key."""
     return tl.exp2(x * LOG2_E if MASK == "float" else x)
 
 
 @triton.jit
 def statistics_of(lse_ptr, bh, N_q, MASK: tl.constexpr):
-    """Where the statistics of one head's rows lie: a row's log-sum-exp, or, with a floating mask, its maximum and the
-    base-2 logarithm of its sum."""
+    """Return the pointer to the statistics of one head's rows: log-sum-exp, or with a floating mask the maximum and
+    the base-2 logarithm of the sum."""
     return lse_ptr + bh * N_q * (2 if MASK == "float" else 1)
 
 
 @triton.jit
 def load_lse(lse_head, m, N_q, MASK: tl.constexpr):
-    """The log-sum-exp, or with a floating mask the maximum, of rows ``m``; of those beyond the last, what gives the
-    weight 0."""
+    """Load the log-sum-exp of rows ``m``, or with a floating mask their maximum; rows beyond the last get +inf, which
+    makes their weights 0."""
     return tl.load(lse_head + m * (2 if MASK == "float" else 1), mask=m < N_q, other=float("inf"))
 
 
 @triton.jit
 def load_log_total(lse_head, m, N_q, MASK: tl.constexpr):
-    """The base-2 logarithm of the sum of rows ``m`` with a floating mask, else 0."""
+    """Load the base-2 logarithm of the sum of rows ``m`` with a floating mask; else return 0."""
     if MASK == "float":
         return tl.load(lse_head + 2 * m + 1, mask=m < N_q, other=0.0)
     else:
@@ -238,9 +238,9 @@ def load_log_total(lse_head, m, N_q, MASK: tl.constexpr):
 
 @triton.jit
 def weights_of(s, lse, log_total, MASK: tl.constexpr):
-    """Attention weights of scores ``s``, given what :func:`load_lse` and :func:`load_log_total` say of their rows."""
-    # Products summed in another order than in the forward may put a score above its row's lse, far above where
-    # scores are huge; a weight is never above 1. A NaN stays one.
+    """Return the attention weights of scores ``s``, from :func:`load_lse` and :func:`load_log_total` of their rows."""
+    # The backward sums products in another order than the forward, so a score may exceed its row's lse, by far if
+    # scores are huge. The minimum keeps weights at most 1, and NaN stays NaN.
     x = tl.minimum(s - lse, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if MASK == "float":
         x = x * LOG2_E - log_total
@@ -249,10 +249,10 @@ def weights_of(s, lse, log_total, MASK: tl.constexpr):
 
 @triton.jit
 def dropout_scale(seed, bh, m, n, DROPOUT: tl.constexpr, ACC: tl.constexpr):
-    """1/(1 − p) where the weight of query ``m`` and key ``n`` stays, 0 where it is dropped; p is DROPOUT · 2⁻³¹.
+    """Return 1/(1 − p) if the weight of query ``m`` and key ``n`` is kept, 0 if dropped; p is DROPOUT · 2⁻³¹.
 
-    Philox4x32-10 (Salmon et al., SC 2011) on the counter (key, query, image · H + head, 0): a weight's own, so that
-    every kernel finds it again whatever its tiles.
+    Philox4x32-10 (Salmon et al., SC 2011) runs on the counter (key, query, image · H + head, 0). It is unique to a
+    weight, so that every kernel draws the same number, whatever its tiles.
     """
     zero = m * 0 + n * 0
     if DROPOUT == 2147483648:

@@ -30,7 +30,7 @@ def _layer_norm_fwd_kernel(
     C,
     width,
     rows_per_sample,
-    eps: tl.constexpr,  # an argument would be fp32, also in fp64
+    eps: tl.constexpr,  # a runtime argument would be fp32, even for fp64 tensors
     RMS: tl.constexpr,
     PADDED: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,

@@ -1,18 +1,18 @@
-"""LayerNorm over the last dim, and residual + LayerScale + DropPath + LayerNorm in one pass; RMSNorm likewise.
+"""LayerNorm and RMSNorm over the last dim, alone or fused with residual sum, LayerScale and DropPath.
 
 Forward (arXiv 1607.06450):       x̂ = (x − mean) · rstd,  y = x̂ · weight + bias,  rstd = 1 / √(var + eps)
 Backward, with g = dy · weight:   dx = rstd · (g − mean(g) − x̂ · mean(g · x̂)),  dweight = Σ dy · x̂,  dbias = Σ dy
-RMSNorm (arXiv 1910.07467) is the same with both means of x and g, and the bias, left out: var is mean(x²).
+RMSNorm (arXiv 1910.07467) is the same without mean, mean(g) and bias: var is mean(x²).
 add_layer_norm (LayerScale arXiv 2103.17239, DropPath arXiv 1603.09382), with row m of sample b:
                                   r = residual + s[b] · γ · x,  y = layer_norm(r)
                                   dr = d(new_residual) + layer_norm_backward(dy),  dresidual = dr
                                   dx = s[b] · γ · dr,  dγ = Σ s[b] · x · dr
 
-Shapes: rows M (all leading dims), channels C. Saved for backward: the normalised input (x or r), mean and rstd,
-and x where γ needs a gradient. Statistics and sums are fp32 (fp64 for fp64 inputs) whatever the dtype of x.
-The backward is persistent over rows: at most 2 programs an SM, each sums its rows' share of the parameter
-gradients into one row of a (programs, C) buffer, so that the buffer does not grow with M and nothing is atomic.
-Tiles of both kernels are (BLOCK_M rows, BLOCK_C channels); a lane outside the mask holds zero.
+Shapes: rows M (all leading dims), channels C. Saved for backward: the input of the norm (x or r), mean and rstd,
+and x if γ needs a gradient. Statistics and sums are fp32 (fp64 for fp64 inputs) whatever the dtype of x.
+The backward is persistent over rows: at most 2 programs run per SM, and each sums the parameter gradients of its rows
+into one row of a (programs, C) buffer. So the buffer does not grow with M, and there are no atomics.
+Tiles of both kernels are (BLOCK_M rows, BLOCK_C channels); lanes outside the mask hold zero.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ layer_norm_bwd = register(
 
 
 class LayerNormFunction(torch.autograd.Function):
-    """Autograd for LayerNorm and, with ``rms``, RMSNorm; ``residual=None`` is the norm alone."""
+    """Autograd for LayerNorm or, with ``rms``, RMSNorm; with ``residual=None`` there is no residual sum."""
 
     @staticmethod
     def forward(ctx, x, residual, weight, bias, gamma, path, eps, out_dtype, rms):
@@ -171,7 +171,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
         eps: Added to the variance, ≥ 0.
 
     Returns:
-        (..., C), contiguous, in ``x``'s dtype; under CUDA autocast in fp32, as PyTorch's does.
+        (..., C), contiguous, in ``x``'s dtype; under CUDA autocast in fp32, as in PyTorch.
 
     Raises:
         ValueError: A shape or device does not fit, C is 0, or eps is negative or NaN.
@@ -199,15 +199,14 @@ def add_layer_norm(
 
     Args:
         x: (B, ..., C), the branch's output; dtypes and strides as for :func:`layer_norm`.
-        residual: Of ``x``'s shape, in its dtype or a wider one.
+        residual: The residual stream, of ``x``'s shape, in its dtype or a wider one.
         weight, bias, eps: As for :func:`layer_norm`.
         layer_scale: γ of LayerScale, (C,), any floating dtype, or None for ones.
-        drop_path_scale: (B,), each sample's 0 or 1/keep of DropPath, or None for ones. A drawn constant: it must
-            not require a gradient.
+        drop_path_scale: (B,), DropPath's 0 or 1/keep of each sample, or None for ones. It must not require a gradient.
 
     Returns:
-        ``(normed, new_residual)``, both of ``x``'s shape and contiguous; the sum in the widest dtype of its terms and
-        scales, the normed in the sum's (fp32 under CUDA autocast).
+        ``(normed, new_residual)``, both of ``x``'s shape and contiguous. The sum ``new_residual`` has the widest dtype
+        of its terms and scales; ``normed`` has the dtype of the sum (fp32 under CUDA autocast).
 
     Raises:
         ValueError, TypeError: As for :func:`layer_norm`.
@@ -221,16 +220,16 @@ def add_layer_norm(
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float | None = 1e-6) -> Tensor:
     """Normalise ``x`` over its last dim: ``x / √(mean(x²) + eps) · weight``.
 
-    As ``torch.nn.functional.rms_norm``: the result is rounded once, after the weight. timm and transformers round
-    half-precision inputs before the weight as well.
+    As in ``torch.nn.functional.rms_norm``, the result is rounded once, after the weight. With half-precision inputs,
+    timm and transformers also round before the weight.
 
     Args:
         x: (..., C), fp16, bf16, fp32 or fp64, any strides; leading dims may be empty.
         weight: (C,), ``x``'s dtype or fp32, or None for ones.
-        eps: Added to the mean of squares, ≥ 0; None, as in PyTorch, for the spacing of fp32 (fp64 for fp64) at 1.
+        eps: Added to the mean of squares, ≥ 0; None, as in PyTorch, for the machine epsilon of fp32 (fp64 for fp64).
 
     Returns:
-        (..., C), contiguous, in ``x``'s dtype; under CUDA autocast in fp32, as PyTorch's does.
+        (..., C), contiguous, in ``x``'s dtype; under CUDA autocast in fp32, as in PyTorch.
 
     Raises:
         ValueError: A shape or device does not fit, C is 0, or eps is negative or NaN.
@@ -274,7 +273,7 @@ def add_rms_norm(
 
 
 def norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, rms: bool = False) -> Tensor:
-    """The public function ``op``, LayerNorm or RMSNorm."""
+    """Implementation of the public ops ``layer_norm`` and ``rms_norm``; ``op`` is the name for errors."""
     check_tensor(op, "x", x)
     check_layer_norm(op, x, weight, bias, eps, dtypes_and_devices_match(x, weight, bias))
     if not uses_kernels(x):
@@ -297,7 +296,7 @@ def add_norm(
     *,
     rms: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The public function ``op``, either norm behind a residual sum."""
+    """Implementation of the public ops ``add_layer_norm`` and ``add_rms_norm``; ``op`` is the name for errors."""
     tensors = (x, residual, weight, bias, layer_scale, drop_path_scale)
     check_tensor(op, "x", x)
     matched = residual is not None and dtypes_and_devices_match(x, residual, weight, bias, layer_scale)
@@ -342,12 +341,12 @@ def _eps(op: str, eps: float | None, **inputs: Tensor) -> float:
 
 
 def autocasts(x: Tensor) -> bool:
-    """Tell whether autocast makes PyTorch's LayerNorm run in fp32 on ``x``'s device: on a GPU, not on a CPU."""
+    """Tell whether autocast is on and makes PyTorch's LayerNorm run in fp32: it does on a GPU, not on a CPU."""
     return runtime.device_type(x) != "cpu" and runtime.autocast_dtype(x) is not None
 
 
 def check_layer_norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, matched: bool) -> None:
-    """Require at least one channel, parameters as many, and a usable eps; ``matched``: see :func:`check_parameter`."""
+    """Require channels ≥ 1, parameters of that size, and a valid eps; ``matched``: see :func:`check_parameter`."""
     shape = x.shape
     if not shape or shape[-1] == 0:
         raise ValueError(f"{op}: x has shape {tuple(shape)}; expected at least one channel in the last dim")
@@ -359,7 +358,7 @@ def check_layer_norm(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | N
 
 
 def check_eps(op: str, name: str, eps: float) -> None:
-    """Require what is added to a variance to be a number that is not negative."""
+    """Require ``eps`` to be a number ≥ 0."""
     if not check_number(op, name, eps, "a number ≥ 0") >= 0:
         raise ValueError(f"{op}: {name} is {eps}; expected a number ≥ 0")
 
@@ -367,9 +366,9 @@ def check_eps(op: str, name: str, eps: float) -> None:
 def check_parameter(
     op: str, name: str, parameter: Tensor, x: Tensor, size: int, matched: bool, why: str = "the last dim of x"
 ) -> None:
-    """Require a norm's parameter (size,) on ``x``'s device, of its dtype or, beside half inputs, fp32.
+    """Require a norm's parameter (size,) on ``x``'s device, in its dtype or, with half inputs, in fp32.
 
-    ``matched`` tells that it is :func:`dtypes_and_devices_match`, so that its shape alone is left.
+    ``matched`` is the result of :func:`dtypes_and_devices_match`; if True, only the shape is checked.
     """
     if not matched:
         check_like(op, name, parameter, "x", x, dtype=False)

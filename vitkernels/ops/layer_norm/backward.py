@@ -27,11 +27,11 @@ def _layer_norm_bwd_kernel(
     path_ptr,  # (B,)
     dresidual_ptr,  # (M, C), contiguous
     dx_ptr,  # (M, C), contiguous, with NEEDS_DX
-    dweight_ptr,  # (programs, C), this and the next two: each program's share
+    dweight_ptr,  # (programs, C): like the next four, each program's partial sum
     dbias_ptr,  # (programs, C)
     dgamma_ptr,  # (programs, C)
-    dr_sum_ptr,  # (programs, C), of dr
-    dresidual_sum_ptr,  # (programs, C), of dresidual
+    dr_sum_ptr,  # (programs, C), sum of dr
+    dresidual_sum_ptr,  # (programs, C), sum of dresidual
     stride_dy_row,
     stride_dr_row,
     stride_r_row,
@@ -62,8 +62,8 @@ def _layer_norm_bwd_kernel(
         width = C
     pid = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0)
-    # A row wider than BLOCK_C does not fit: its chunks are walked outermost, and both row means taken anew for
-    # each chunk, so that a program still sums each parameter gradient in registers.
+    # A row wider than BLOCK_C does not fit. Then the outer loop is over chunks, and both row means are computed again
+    # for each chunk, so that a program still sums each parameter gradient in registers.
     for first_c in range(0, 1 if WHOLE_ROW else C, BLOCK_C):
         offs_c = first_c + tl.arange(0, BLOCK_C)
         mask_c = offs_c < C
@@ -161,7 +161,7 @@ def _row_means(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """mean(g) and mean(g · x̂) of BLOCK_M rows wider than BLOCK_C."""
+    """Return mean(g) and mean(g · x̂) of BLOCK_M rows wider than BLOCK_C."""
     g_total = tl.zeros((BLOCK_M,), ACC)
     gx_total = tl.zeros((BLOCK_M,), ACC)
     for start in range(0, C, BLOCK_C):
@@ -178,10 +178,10 @@ def _row_means(
 
 
 class NormWanted(NamedTuple):
-    """Which of what the backward can give is wanted, in the order in which it comes.
+    """Which results of the backward are wanted, in the order in which they come.
 
-    The last two are sums over rows, of the upstream gradient ``dr``, which must be given, and of the residual's
-    gradient: the gradients of the biases of the linear layers around, at no pass of their own.
+    The last two are sums over rows: of the upstream gradient ``dr``, which must be given, and of the residual's
+    gradient. They are the bias gradients of the neighbouring linear layers, and take no pass of their own.
     """
 
     dx: bool = False
@@ -209,10 +209,10 @@ def layer_norm_backward(
     rms: bool = False,
     width: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """Launch the backward and return what :class:`NormWanted`'s fields name, empty where ``needed`` does not want it.
+    """Launch the backward; return the results named by :class:`NormWanted`, each empty unless ``needed``.
 
-    Gradients of parameters and sums come in the statistics' dtype. ``width`` is as in the forward: ``dy`` must be zero
-    in the padding, where all gradients are zero.
+    Gradients of parameters and sums have the dtype of the statistics. ``width`` is as in the forward: ``dy`` must be
+    zero in the padding, where all gradients are zero.
     """
     wanted = NormWanted(*needed)
     sums_wanted = wanted[2:]
@@ -270,7 +270,7 @@ def layer_norm_backward(
             BLOCK_M=config.block_m,
             BLOCK_C=config.block_c,
             WHOLE_ROW=config.block_c >= C,
-            # It holds several tiles at once, where the forward holds one.
+            # The backward holds several tiles at once, the forward only one.
             num_warps=min(16, 2 * config.num_warps),
         )
     sums = (share.sum(0) if n else rstd.new_empty(0) for share, n in zip(shares, sums_wanted, strict=True))

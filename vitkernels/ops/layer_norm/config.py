@@ -7,12 +7,12 @@ import dataclasses
 from vitkernels import runtime, tuning
 from vitkernels.runtime import DeviceFacts, cdiv
 
-MAX_WHOLE_ROW = 8192  # channels that one program holds at once; wider rows pass by in chunks, read several times
+MAX_WHOLE_ROW = 8192  # most channels that a program holds at once; wider rows are read in chunks, several times
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerNormConfig:
-    """Rows a tile, channels a chunk, warps a program, and programs a launch of the backward."""
+    """Rows per tile, channels per chunk, warps per program, and programs per launch of the backward."""
 
     block_m: int
     block_c: int
@@ -21,7 +21,7 @@ class LayerNormConfig:
 
 
 def choose_config(M: int, C: int, facts: DeviceFacts) -> LayerNormConfig:
-    """Choose a configuration for M rows of C channels: the tuning table's, else a heuristic."""
+    """Choose a configuration for M rows of C channels: a heuristic, overridden by the tuning table."""
     block_c = min(runtime.next_power_of_2(C), MAX_WHOLE_ROW)
     block_m = max(1, min(8, 1024 // block_c))
     config = {

@@ -1,4 +1,4 @@
-"""Forward of LayerNorm and RMSNorm, alone or behind a residual sum."""
+"""Forward of LayerNorm and RMSNorm, alone or after a residual sum."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _layer_norm_fwd_kernel(
 
 @triton.jit
 def _centre(r, mean, mask, offs_c, width, PADDED: tl.constexpr):
-    """r − mean where the row has a channel, else 0."""
+    """Return r − mean inside the row, 0 outside."""
     if PADDED:
         mask &= (offs_c < width)[None, :]
     return tl.where(mask, r - mean[:, None], 0.0)
@@ -124,14 +124,14 @@ def _load_sum(
     HAS_GAMMA: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """A tile of x, or of residual + path · gamma · x as it will be stored."""
+    """Load a tile of x, or compute one of residual + path · gamma · x, rounded to the stored dtype."""
     x = tl.load(x_rows + offs_c[None, :], mask=mask, other=0.0).to(ACC)
     if HAS_RESIDUAL:
         x *= path[:, None]
         if HAS_GAMMA:
             x *= tl.load(gamma_ptr + offs_c[None, :], mask=mask, other=0.0).to(ACC)
         x += tl.load(residual_rows + offs_c[None, :], mask=mask, other=0.0).to(ACC)
-        # The statistics are those of the rounded sum, which is all that the backward will see.
+        # The backward reads the rounded sum, so the statistics must be computed from it, too.
         x = x.to(r_ptr.dtype.element_ty).to(ACC)
     return x
 
@@ -148,10 +148,10 @@ def layer_norm_forward(
     rms: bool = False,
     width: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launch the forward: ``(normed, sum, mean, rstd)``, the sum empty without a residual, the mean with ``rms``.
+    """Launch the forward; return ``(normed, sum, mean, rstd)``. sum is empty without a residual, mean with ``rms``.
 
-    The normed is by default in the sum's dtype. With ``width`` only so many leading channels count and have a weight
-    and a bias. The rest, which must be zero in ``x``, is padding, for the sake of whole vectors, and zero in the
+    normed has by default the dtype of the sum. With ``width``, only that many leading channels are normalised and have
+    a weight and a bias. The other channels are padding for vector loads: they must be zero in ``x``, and are zero in
     normed.
     """
     y, r, mean, rstd = forward_outputs(x, residual, weight, bias, gamma, path, eps, out_dtype, rms, width)
@@ -196,7 +196,7 @@ def layer_norm_forward(
 
 
 def forward_outputs(x, residual, weight, bias, gamma, path, eps, out_dtype=None, rms=False, width=None):
-    """Allocate what :func:`layer_norm_forward` returns."""
+    """Allocate the outputs of :func:`layer_norm_forward`."""
     sum_dtype = promoted_dtype(x, residual, gamma, path)
     y = torch.empty(x.shape, dtype=out_dtype or sum_dtype, device=x.device)
     r = torch.empty((0,) if residual is None else x.shape, dtype=sum_dtype, device=x.device)

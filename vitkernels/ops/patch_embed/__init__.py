@@ -1,4 +1,4 @@
-"""Images to tokens: one product straight from the pixels, with bias, position and prefix tokens in its epilogue.
+"""Patch embedding as one product that reads the pixels directly; its epilogue adds bias, positions and prefix tokens.
 
 Forward (arXiv 2010.11929; registers arXiv 2309.16588):
     out[b, R + n, c] = Σₖ patch[b, n, k] · weight[c, k] + bias[c] + pos[R + n, c]
@@ -7,20 +7,21 @@ Backward, with dtokens = dout[:, R:]:
     dpatch = dtokens · weight,  dweight = dtokensᵀ · patch
     dbias = Σ dtokens,  dpos = Σ_b dout,  dprefix = Σ_b dout[:, :R]
 
-Shapes: images (B, I, Y, X), patches of PY × PX pixels, N = Y/PY · X/PX patches an image in row-major order, R prefix
-tokens, T = R + N tokens, C channels, K = I · PY · PX pixels a patch; products run over M rows, B · T forward and B · N
-backward. patch[b, n, k] is never stored: each kernel works out where pixel k of patch n lies. Forward, a prefix token
-is a row without pixels; that wastes R/T of the product and saves the copy that would put it in front.
+Shapes: images (B, I, Y, X), patches of PY × PX pixels, N = Y/PY · X/PX patches per image in row-major order, R prefix
+tokens, T = R + N tokens, C channels, K = I · PY · PX pixels per patch. Products have M rows, B · T in the forward and
+B · N in the backward. patch[b, n, k] is never stored: each kernel computes the address of pixel k of patch n. In the
+forward, a prefix token is a row without pixels; that wastes R/T of the product and saves the copy of a concatenation.
 
-With normalize=(mean, std), patch holds (x/255 − mean)/std, as a · x + b of the loaded tile in fp32, rounded to the
-products' dtype as a normalised image would be; dweight computes it again, and dimages is scaled by a. Folding it into
-the weight instead, a · weight and bias − Σ weight · mean/std, would spare two instructions a pixel, and rounds the
-weight a second time while pixels lie all on one side of zero: 1.5 to 2 times the RMS error in bf16 (emulated on a CPU,
-ImageNet's constants, 16 × 16 patches), unless the bias is summed from the rounded weight, a second kernel every call.
+With normalize=(mean, std), patch holds (x/255 − mean)/std. The kernel computes it from the loaded tile as a · x + b in
+fp32, and rounds it to the products' dtype, as a normalised image would be; dweight computes it again, and dimages is
+scaled by a. Folding it into the weight instead, a · weight and bias − Σ weight · mean/std, would save two instructions
+per pixel. But it rounds the weight a second time, and all pixels are then on one side of zero: 1.5 to 2 times the RMS
+error in bf16 (emulated on a CPU, ImageNet's constants, 16 × 16 patches), unless a second kernel in every call sums the
+bias from the rounded weight.
 
 Saved for backward: images and weight. Products take operands in the weight's dtype and sum in fp32 (fp64 for fp64),
-as all sums do. Each pixel belongs to one patch, so dimages is stored once and whole. dweight is summed in shares of
-rows, (splits, C, K), whose number does not grow with M; nothing is atomic.
+as all sums do. Each pixel belongs to one patch, so each element of dimages is stored once. dweight is summed over
+ranges of rows into (splits, C, K), where splits does not grow with M; there are no atomics.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ _patch_embed_bwd = register(
 
 
 class PatchEmbedFunction(torch.autograd.Function):
-    """Autograd for :func:`patch_embed`; ``dtype`` is the products'."""
+    """Autograd for :func:`patch_embed`; ``dtype`` is that of the products."""
 
     @staticmethod
     def forward(ctx, images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, dtype, constants):
@@ -116,7 +117,7 @@ class PatchEmbedFunction(torch.autograd.Function):
             dout = dout.sum(0, dtype=wide_dtype(dout.dtype))
             dbias = dout[R:].sum(0)
             dpos = dout if ctx.pos_embed_prefix else dout[R:]
-            # Two gradients must not share memory: whoever scales one in place would scale the other.
+            # Two gradients must not share memory: scaling one in place would also scale the other.
             dprefix = dout[:R].clone()
         grads = [
             g.reshape(p[0]).to(p[1]) if n else None
@@ -140,27 +141,27 @@ def patch_embed(
     """Cut images into patches and project each to a token: ``tokens = conv2d(images, weight, bias, stride=patch)``.
 
     Args:
-        images: (B, I, Y, X), fp16, bf16, fp32 or fp64, any strides (channels_last too); B may be 0, and the patch
-            divides Y and X. Scaled and normalised as the weights want it, or by ``normalize``, which takes uint8 too.
-        weight: (C, I, PY, PX), a Conv2d's, in the images' dtype; with ``normalize`` in any floating one.
+        images: (B, I, Y, X), fp16, bf16, fp32 or fp64, any strides (also channels_last); B may be 0, and the patch
+            divides Y and X. They are normalised as the model expects, or by ``normalize``, which also allows uint8.
+        weight: (C, I, PY, PX), as in Conv2d, in the images' dtype; with ``normalize`` any floating dtype.
         bias: (C,), the weight's dtype, or None for zeros.
         pos_embed: Added to the tokens, (1, R + N, C) or (R + N, C), the weight's dtype, where N = Y/PY · X/PX; with
-            ``pos_embed_prefix=False`` (1, N, C) or (N, C), added to the patches alone. None for zeros.
-        prefix_tokens: Class and register tokens, (1, R, C) or (R, C), the weight's dtype; put in front of each image's.
+            ``pos_embed_prefix=False`` (1, N, C) or (N, C), added only to the patches. None for zeros.
+        prefix_tokens: Class and register tokens, (1, R, C) or (R, C), the weight's dtype; they precede the patches.
         pos_embed_prefix: Whether ``pos_embed`` covers the prefix tokens too.
-        normalize: ``(mean, std)``, a number a channel, std > 0: the pixels become ``(images / 255 − mean) / std`` where
-            they are uint8, 0..255, and ``(images − mean) / std`` where they are floating point, 0..1, as ToTensor and
-            Normalize of torchvision would make them; computed in fp32 (fp64 for an fp64 weight), then rounded to the
-            product's dtype. None: the pixels are taken as they are.
+        normalize: ``(mean, std)``, one number per channel, std > 0. uint8 pixels (0..255) become
+            ``(images / 255 − mean) / std``, floating-point pixels (0..1) ``(images − mean) / std``, as with
+            torchvision's ToTensor and Normalize; computed in fp32 (fp64 for an fp64 weight), then rounded to the
+            product's dtype. None: pixels are used unchanged.
 
     Returns:
         (B, R + N, C), contiguous, in the weight's dtype; patches in row-major order. Under autocast the product
         runs in autocast's dtype, and the result has the widest dtype of that, ``pos_embed`` and ``prefix_tokens``.
 
     Raises:
-        ValueError: A shape or device does not fit, a patch does not divide the images, or ``normalize`` is no two
-            sequences of a finite number a channel, the second positive.
-        TypeError: A dtype does not fit (uint8 images need ``normalize``), or ``normalize`` holds no numbers.
+        ValueError: A shape or device does not fit, a patch does not divide the images, or ``normalize`` is not two
+            sequences with one finite number per channel, the second positive.
+        TypeError: A dtype does not fit (uint8 images need ``normalize``), or ``normalize`` does not hold numbers.
         NotImplementedError: A tensor is nested, sparse or quantized.
 
     Reference: arXiv 2010.11929 (ViT), 2309.16588 (register tokens).
@@ -190,7 +191,7 @@ def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def _check_images(images: Tensor, normalize: tuple[Sequence[float], Sequence[float]] | None) -> Constants | None:
-    """Check the images by themselves, and what normalises them; return the means and standard deviations."""
+    """Check the images and ``normalize``; return the means and standard deviations."""
     op = "patch_embed"
     if normalize is None:
         hint = "; convert to floating point, or normalise first"
@@ -207,7 +208,7 @@ def _check_images(images: Tensor, normalize: tuple[Sequence[float], Sequence[flo
 
 
 def _constants(normalize: tuple[Sequence[float], Sequence[float]], channels: int) -> Constants:
-    """Check what normalises; return a mean a channel, and behind them a standard deviation each."""
+    """Check ``normalize``; return the means of all channels, followed by their standard deviations."""
     op = "patch_embed"
     try:
         mean, std = (tuple(map(float, values)) for values in normalize)
@@ -232,7 +233,7 @@ def _check(
     pos_embed_prefix: bool,
     normalized: bool,
 ) -> torch.dtype:
-    """Check all inputs; return the products' dtype."""
+    """Check all inputs; return the dtype of the products."""
     op = "patch_embed"
     check_like(op, "weight", weight, "images", images, dtype=False)
     shape = weight.shape
@@ -286,7 +287,7 @@ def _product_dtype(x: Tensor, autocast: torch.dtype | None) -> torch.dtype:
 
 
 def _check_tokens(op: str, name: str, tokens: Tensor, C: int) -> int:
-    """Check the shape of tokens; return how many there are."""
+    """Check the shape of tokens; return their number."""
     shape = tokens.shape
     if len(shape) not in (2, 3) or shape[-1] != C or (len(shape) == 3 and shape[0] != 1):
         raise ValueError(

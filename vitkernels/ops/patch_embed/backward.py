@@ -1,4 +1,4 @@
-"""Backward of the patch embedding: the kernels of both gradients and their launchers."""
+"""Backward of the patch embedding: kernels for both gradients, and their launcher."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _patch_embed_bwd_images_kernel(
     N,
     R,
     patches_x,
-    SCALE: tl.constexpr,  # None, or the channels' factors
+    SCALE: tl.constexpr,  # None, or the factor of each channel
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
@@ -89,7 +89,7 @@ def _patch_embed_bwd_images_kernel(
 def _patch_embed_bwd_weight_kernel(
     dout_ptr,  # (B, T, C)
     images_ptr,  # (B, I, Y, X), floating point or uint8; strides b, i and y in UNITs
-    dweight_ptr,  # (splits, C, K), each share of the rows its sum
+    dweight_ptr,  # (splits, C, K): the sum of each range of rows
     stride_dout_b,
     stride_dout_t,
     stride_dout_c,
@@ -99,12 +99,12 @@ def _patch_embed_bwd_weight_kernel(
     stride_images_x,
     M,
     C,
-    N: tl.constexpr,  # this and patches_x: each step of the loop divides by both
+    N: tl.constexpr,  # constexpr like patches_x: each step of the loop divides by both
     R,
     patches_x: tl.constexpr,
     rows_per_split,
     DTYPE: tl.constexpr,
-    SCALE: tl.constexpr,  # None, or the channels' factors and what is then added
+    SCALE: tl.constexpr,  # None, or the factor of each channel; SHIFT is then added
     SHIFT: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -147,7 +147,7 @@ def _patch_embed_bwd_weight_kernel(
         image_offs = patch_offs[:, None] + pixel_offs[None, :]
         pixels = tl.load(images_ptr + image_offs, mask=mask_m[:, None] & mask_k[None, :], other=0)
         if SCALE is not None:
-            # Lanes beyond the last row hold the shift now, and meet a gradient of zero.
+            # Lanes beyond the last row now hold the shift, but are multiplied with a gradient of zero.
             pixels = pixels.to(ACC) * scale + shift
         acc = _tile.dot(dout.to(DTYPE), pixels.to(DTYPE), acc, PRECISION)
 
@@ -163,7 +163,10 @@ def patch_embed_backward(
     needs_dweight: bool,
     constants: Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the backward: gradients of (images, weight), empty where not needed; the weight's in the sums' dtype."""
+    """Launch the backward; return the gradients of (images, weight), empty unless needed.
+
+    The weight's gradient has the dtype of sums, fp32 or fp64.
+    """
     dimages, dweight = empty_gradients(dout, images, weight, needs_dimages, needs_dweight)
     scale, shift = scale_and_shift(images.dtype, constants)
     if images.shape[0] == 0:
@@ -233,7 +236,7 @@ def _launch_bwd_weight(
 
 
 def empty_gradients(dout, images, weight, needs_dimages, needs_dweight, constants=None) -> tuple[Tensor, Tensor]:
-    """Allocate what :func:`patch_embed_backward` returns."""
+    """Allocate the outputs of :func:`patch_embed_backward`."""
     dimages = torch.empty_like(images) if needs_dimages else images.new_empty(0)
     dweight = torch.empty(weight.shape if needs_dweight else (0,), dtype=wide_dtype(weight.dtype), device=images.device)
     return dimages, dweight

@@ -15,7 +15,7 @@ SUMMED = {"forward": "k", "dimages": "c", "dweight": "m"}  # the axis that each 
 
 @dataclasses.dataclass(frozen=True)
 class PatchEmbedConfig:
-    """One product's tile along rows, channels and pixels, its shares of the sum, warps and pipeline stages."""
+    """One product's tile along rows, channels and pixels, splits of the sum, warps and pipeline stages."""
 
     block_m: int
     block_c: int
@@ -36,18 +36,18 @@ def choose_config(
     image_dtype: torch.dtype | None = None,
     normalized: bool = False,
 ) -> PatchEmbedConfig:
-    """Choose the configuration of ``"forward"``, ``"dimages"`` or ``"dweight"``: the tuning table's, else a heuristic.
+    """Choose the configuration of ``"forward"``, ``"dimages"`` or ``"dweight"``: heuristic, then the tuning table.
 
-    ``dtype`` is the products', ``image_dtype`` that of the images in memory where it differs (autocast, uint8).
+    ``dtype`` is that of the products; ``image_dtype`` is that of the images in memory, if different (autocast, uint8).
     """
     summed = SUMMED[product]
     wide = product == "dweight" and facts.shared_memory > 128 << 10
     rows, step = {2: (128, 64), 4: (64, 32), 8: (32, 16)}[dtype.itemsize]
-    # 128 columns often leave room for one program on an SM: for want of registers forward (position and prefix are
-    # tiles too) and in dimages (scattered stores), of shared memory in dweight where that is small.
+    # With 128 columns often only one program fits on an SM. Registers are the limit in the forward (positions and
+    # prefix are tiles too) and in dimages (scattered stores); in dweight it is shared memory, if the chip has little.
     columns = rows if wide else min(rows, 64)
     if normalized and product == "dweight" and dtype == torch.float32:
-        columns = 32  # 64, normalised on their way to the product, would spill
+        columns = 32  # 64 columns of normalised pixels would spill
     sizes = {"m": M, "c": C, "k": K}
     kept = [a for a in sizes if a != summed]
     limits = {summed: step, kept[0]: rows, kept[1]: columns}
@@ -67,7 +67,7 @@ def choose_config(
         blocks[summed] //= 2
     config = {f"block_{a}": block for a, block in blocks.items()}
     config |= {
-        # Shares fill the chip twice; each sums at least four steps, as it costs a store of its tile.
+        # Splits fill the chip twice; each sums at least four steps, since it also stores a tile.
         "splits": max(1, min(2 * facts.num_sms // tiles(), M // (4 * blocks["m"]))) if product == "dweight" else 1,
         "num_warps": 8 if math.prod(blocks[a] for a in kept) > 64 * 64 else 4,
         # With a third stage the addresses of dweight's narrow tile would spill.

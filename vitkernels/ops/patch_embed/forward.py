@@ -45,7 +45,7 @@ def _patch_embed_fwd_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_POS: tl.constexpr,
     HAS_PREFIX: tl.constexpr,
-    SCALE: tl.constexpr,  # None, or the channels' factors and what is then added
+    SCALE: tl.constexpr,  # None, or the factor of each channel; SHIFT is then added
     SHIFT: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -75,7 +75,7 @@ def _patch_embed_fwd_kernel(
 
     out_ptrs = out_ptr + offs_m[:, None] * C + offs_c[None, :]
     if HAS_PREFIX:
-        # Stored ahead of the product: merged into its epilogue, the tile would take more registers.
+        # Store prefix tokens before the product: merged into its epilogue, their tile would take more registers.
         mask_prefix = mask_m & (t < R)
         prefix = _load_rows(prefix_ptr, t, offs_c, C, mask_prefix, mask_c).to(ACC)
         if HAS_POS:
@@ -93,7 +93,7 @@ def _patch_embed_fwd_kernel(
         image_offs = patch_offs[:, None] + pixel_offs[None, :]
         pixels = tl.load(images_ptr + image_offs, mask=mask_patch[:, None] & mask_k[None, :], other=0)
         if SCALE is not None:
-            # Lanes beyond the patch hold something finite now, and meet a weight of zero.
+            # Lanes beyond the patch now hold finite values, but are multiplied with a weight of zero.
             scale = channel_constants(SCALE, offs_k, PY, PX, K, ACC)
             pixels = pixels.to(ACC) * scale + channel_constants(SHIFT, offs_k, PY, PX, K, ACC)
         weight = tl.load(weight_rows + offs_k[None, :], mask=mask_c[:, None] & mask_k[None, :], other=0.0)
@@ -119,7 +119,7 @@ def patch_embed_forward(
     constants: Sequence[float] | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Launch the forward: tokens (B, R + N, C), by default in the widest dtype of all but images and bias."""
+    """Launch the forward; return tokens (B, R + N, C), by default in the widest dtype of all but images and bias."""
     out = empty_tokens(images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, constants, out_dtype)
     B, T, C = out.shape
     if B == 0:
@@ -158,7 +158,7 @@ def patch_embed_forward(
 def empty_tokens(
     images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, constants=None, out_dtype=None
 ) -> Tensor:
-    """Allocate what :func:`patch_embed_forward` returns."""
+    """Allocate the output of :func:`patch_embed_forward`."""
     B, C = images.shape[0], weight.shape[0]
     R = 0 if prefix_tokens is None else prefix_tokens.shape[-2]
     T = R + patches(images, *weight.shape[2:])

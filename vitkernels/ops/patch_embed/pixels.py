@@ -1,4 +1,4 @@
-"""Where the pixels lie, and what they are normalised with: what the three kernels share."""
+"""Pixel offsets and normalisation constants, shared by the three kernels."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from vitkernels.ops import _tile
 from vitkernels.ops._triton import tl, triton
 from vitkernels.ops.patch_embed.config import PatchEmbedConfig
 
-Constants = tuple[float, ...]  # as ops take them, the channels' means and then their standard deviations
+Constants = tuple[float, ...]  # as passed to ops: the means of all channels, then their standard deviations
 
 
 @triton.jit
 def patch_offsets(b, n, patches_x, stride_b, stride_y, stride_x, PY: tl.constexpr, PX: tl.constexpr):
-    """Where the first pixel of patch n of image b lies."""
+    """Return the offset of the first pixel of patch n of image b."""
     row = n // patches_x
     column = n - row * patches_x
     return b * stride_b + row * PY * stride_y + column * PX * stride_x
@@ -26,7 +26,7 @@ def patch_offsets(b, n, patches_x, stride_b, stride_y, stride_x, PY: tl.constexp
 
 @triton.jit
 def pixel_offsets(offs_k, stride_i, stride_y, stride_x, PY: tl.constexpr, PX: tl.constexpr):
-    """Where pixel k of a patch lies from its first; k counts as in the weight, x fastest."""
+    """Return the offset of pixel k from a patch's first pixel; k is ordered as in the weight, x fastest."""
     return offs_k // (PY * PX) * stride_i + offs_k // PX % PY * stride_y + offs_k % PX * stride_x
 
 
@@ -34,8 +34,8 @@ def pixel_offsets(offs_k, stride_i, stride_y, stride_x, PY: tl.constexpr, PX: tl
 def channel_constants(
     VALUES: tl.constexpr, offs_k, PY: tl.constexpr, PX: tl.constexpr, K: tl.constexpr, ACC: tl.constexpr
 ):
-    """The constant of each pixel's channel, (1, len(offs_k)); finite where k lies beyond the patch."""
-    # In channels-last order the kernels see one channel, and the images' own count fastest.
+    """Return the constant of each pixel's channel, (1, len(offs_k)); finite for k beyond the patch."""
+    # For channels-last images the kernels see a single channel, and the real channel varies fastest.
     channel = offs_k % len(VALUES) if PY * PX == K else offs_k // (PY * PX)
     values = tl.full(offs_k.shape, VALUES[0], ACC)
     for i in tl.static_range(1, len(VALUES)):
@@ -44,7 +44,7 @@ def channel_constants(
 
 
 def mean_and_std(constants: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
-    """Split an op's constants into the channels' means and their standard deviations."""
+    """Split an op's constants into means and standard deviations."""
     channels = len(constants) // 2
     return constants[:channels], constants[channels:]
 
@@ -52,7 +52,7 @@ def mean_and_std(constants: Sequence[float]) -> tuple[Sequence[float], Sequence[
 def scale_and_shift(
     dtype: torch.dtype, constants: Sequence[float] | None
 ) -> tuple[tuple[float, ...], tuple[float, ...]] | tuple[None, None]:
-    """Return what pixels of ``dtype`` are multiplied with, and what is then added; None where nothing normalises."""
+    """Return factors and summands that normalise pixels of ``dtype``; None and None without normalisation."""
     if constants is None:
         return None, None
     mean, std = mean_and_std(constants)
@@ -61,10 +61,10 @@ def scale_and_shift(
 
 
 def exactly_multiplied(images: Tensor, weight: Tensor) -> Tensor:
-    """Return ``images``, or an fp32 copy where products of what is loaded narrower are not those that are asked for.
+    """Return ``images``, or an fp32 copy if Triton would compile the product of narrow pixels wrongly.
 
-    Triton 3.7.1 puts fp32 ones on sm_100's tcgen05, in TF32, whatever precision they name; fp64 ones it lays out for as
-    many numbers as a word of the narrowest holds, and then fails to compile.
+    For pixels loaded in a narrower dtype, Triton 3.7.1 runs fp32 products on sm_100's tcgen05 in TF32, whatever
+    precision is requested. For fp64 products it chooses the layout by the narrowest dtype, and then fails to compile.
     """
     if images.dtype.itemsize >= 4:
         return images
@@ -73,9 +73,9 @@ def exactly_multiplied(images: Tensor, weight: Tensor) -> Tensor:
 
 
 def in_pixel_order(images: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, int, int]:
-    """Views of both, and the patch's size, in which the last dim of the images has the smallest stride.
+    """Return views of both, and the patch's size, such that the last dim of the images has the smallest stride.
 
-    Channels-last images are images of one channel, I times as wide, whose patches are I times as wide too.
+    Channels-last images become images with one channel, I times as wide, and patches become I times as wide.
     """
     B, channels, Y, X = images.shape
     PY, PX = weight.shape[2:]
@@ -86,21 +86,21 @@ def in_pixel_order(images: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, int,
 
 
 def patches(images: Tensor, PY: int, PX: int) -> int:
-    """Return the patches an image."""
+    """Return the number of patches per image."""
     return (images.shape[2] // PY) * (images.shape[3] // PX)
 
 
 def launch_options(
     config: PatchEmbedConfig, M: int, K: int, PY: int, PX: int, images: Tensor, weights: Tensor, other: Tensor
 ) -> dict[str, object]:
-    """The arguments that all three kernels share; ``weights`` and ``other`` are what they address beside the images."""
+    """Return the arguments shared by all three kernels; ``weights`` and ``other`` are their other large tensors."""
     strides = images.stride()
-    # int32 offsets spare a third of the instructions in dweight's loop. Half of its range is left to what lies masked
-    # beyond the last row.
+    # int32 offsets save a third of the instructions in dweight's loop. Half of the range is reserved for masked
+    # offsets beyond the last row.
     tensors = (images, weights, other)
     reach = max(M, *(sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in tensors))
-    # How wide a load may be hangs on what divides every stride. The JIT tells the compiler of 16; of a smaller divisor
-    # only a product in the kernel can: a hint on the offsets is dropped by Triton 3.7.1's AMD backend.
+    # The width of a load depends on a common divisor of all strides. The JIT tells the compiler only about 16. A
+    # smaller divisor needs a multiplication in the kernel: Triton 3.7.1's AMD backend drops a hint on the offsets.
     unit = math.gcd(*strides[:3], 16)
     unit = 1 if unit == 16 else unit
     return {

@@ -1,4 +1,4 @@
-"""The gated perceptron of a transformer block: two products, one of them through an activation, then the last layer.
+"""Gated MLP (SwiGLU) of a transformer block: an activated gate times a value, then the last layer.
 
 Forward (arXiv 2002.05202):  g, v = x W12ᵀ + b12,  h = act(g) · v,  y = residual + γ · (norm(h) W3ᵀ + b3)
 Backward:                    dh = norm'(dy (γ ∘ W3)),  dg = dh · v · act'(g),  dv = dh · act(g),  dz = [dg dv]
@@ -7,12 +7,12 @@ Backward:                    dh = norm'(dy (γ ∘ W3)),  dg = dh · v · act'(g
 
 Shapes: rows M (all leading dims), channels C in and C' out, hidden features F, in memory P = F rounded up to 16 (see
 ``padded``). The pre-activations of both halves are one tensor z (M, 2, P) in the order of W12's rows, so that dx and
-dW12 are one product each, with packed weights and with separate ones. These are put together in backward: 2·F·C
-elements, where adding up two products would pass over M·C. ``choose_config`` tells who multiplies: one kernel whose
-two accumulators share x's tile, with the gate in its epilogue, or cuBLAS with a kernel for the gate behind it; in
-backward likewise. The optional norm (EVA02, arXiv 2303.11331) stands between them, on LayerNorm's kernels.
-Saved for backward: x, the weights, z and h, and with a norm norm(h) and its statistics; with ``recompute`` z alone,
-from which h is made again, in the kernel that computes dz where no norm needs it before.
+dW12 are one product each, with packed weights and with separate ones. The backward concatenates separate weights: 2·F·C
+elements, while adding two products would pass over M·C. ``choose_config`` picks the provider: one Triton kernel with
+two accumulators that share x's tile, and the gate in its epilogue, or cuBLAS followed by a kernel for the gate; the
+same choice exists in the backward. The optional norm (EVA02, arXiv 2303.11331) runs on LayerNorm's kernels in between.
+Saved for backward: x, the weights, z and h, and with a norm norm(h) and its statistics. With ``recompute``, z is the
+only hidden tensor saved, and h is computed again: by the kernel that computes dz, or before it if a norm needs h.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ glu_bwd = register(
 
 
 class _Steps(NamedTuple):
-    """Who computes the three steps of the forward: registered ops, or one kind of their implementations."""
+    """Functions for the three steps of the forward: the registered ops, or one of their implementations."""
 
     glu: Callable
     norm: Callable
@@ -112,7 +112,7 @@ _OPS = _Steps(glu_fwd, layer_norm_fwd, linear_fwd)
 
 
 def _in_one(role: str) -> Callable:
-    """Return the forward that keeps nothing, on the implementations of ``role``: an op of its own, for one dispatch."""
+    """Return the forward without saved tensors, on the implementations of ``role``; as one op it is dispatched once."""
     steps = _Steps(*(getattr(OPS[name], role) for name in ("glu_fwd", "layer_norm_fwd", "linear_fwd")))
 
     def forward(x, w1, b1, w2, b2, w3, b3, norm_w, norm_b, gamma, residual, activation=None, gate_last=False, eps=None):
@@ -133,7 +133,7 @@ swiglu_mlp_fwd = register(
 
 
 class SwigluMlpFunction(torch.autograd.Function):
-    """Autograd for :func:`swiglu_mlp`; the weights are in the products' dtype."""
+    """Autograd for :func:`swiglu_mlp`; the caller has cast the weights to the dtype of the products."""
 
     @staticmethod
     def forward(ctx, x, w1, b1, w2, b2, w3, b3, norm_w, norm_b, gamma, residual, options):
@@ -141,7 +141,7 @@ class SwigluMlpFunction(torch.autograd.Function):
                             save=any(ctx.needs_input_grad[:10]))  # fmt: skip
         ctx.save_for_backward(*saved)
         ctx.emulated = runtime.emulated_arch()
-        ctx.unsaved = (b1, b2)  # in z
+        ctx.unsaved = (b1, b2)  # already added in z
         ctx.options = options
         ctx.dtypes = [None if t is None else t.dtype for t in (x, w1, b1, w2, b2, w3, b3, norm_w, norm_b, gamma,
                                                                residual)]  # fmt: skip
@@ -207,7 +207,7 @@ class SwigluMlpFunction(torch.autograd.Function):
 
 
 def _forward(x, w1, b1, w2, b2, w3, b3, norm_w, norm_b, gamma, residual, options, *, save, steps=_OPS):
-    """Return the output, and what the backward takes out of ``ctx.saved_tensors``."""
+    """Return the output, and the tensors to save for the backward."""
     activation, gate_last, eps, recompute = options
     hidden = hidden_features(w1, w2)
     h, z = steps.glu(x, w1, b1, w2, b2, activation, gate_last, save)
@@ -232,7 +232,7 @@ def _width(hidden: int) -> int | None:
 
 
 def _joined(w1: Tensor, w2: Tensor | None, P: int) -> Tensor:
-    """W12 as (2P, C), zero in the padding."""
+    """Return W12 as (2P, C), zero in the padding."""
     first, second = halves(w1, w2)
     if w2 is None and first.shape[0] == P:
         return w1
@@ -245,7 +245,7 @@ def _padded_columns(w3: Tensor, P: int) -> Tensor:
 
 
 def _apart(both: Tensor, hidden: int, separate: bool) -> tuple[Tensor, Tensor | None]:
-    """Gradients (2, P, ...) without the padding: of separate tensors, or of a packed one and None."""
+    """Cut the padding off gradients (2, P, ...); return those of two separate tensors, or of a packed one and None."""
     both = both[:, :hidden]
     return (both[0], both[1]) if separate else (both.flatten(0, 1), None)
 
@@ -264,27 +264,29 @@ def swiglu_mlp(
     layer_scale: Tensor | None = None,
     recompute: bool = False,
 ) -> Tensor:
-    """``residual + layer_scale · (norm(activation(g) · v) W3ᵀ + b3)`` with ``g, v = x W12ᵀ + b12``.
+    """Compute ``residual + layer_scale · (norm(activation(g) · v) W3ᵀ + b3)`` with ``g, v = x W12ᵀ + b12``.
+
+    Weights and biases are in ``x``'s dtype.
 
     Args:
         x: (..., C), fp16, bf16, fp32 or fp64, any strides; leading dims may be empty.
-        w12: The weights of gate and value in ``x``'s dtype, as all weights and biases are: packed, (2F, C), the gate's
-            rows first (DINOv2), or a pair of (F, C) (EVA02's ``fc1_g`` and ``fc1_x``, DINOv3's ``w1`` and ``w2``).
+        w12: Weights of gate and value: packed, (2F, C), the gate's rows first (DINOv2), or a pair of (F, C) (EVA02's
+            ``fc1_g`` and ``fc1_x``, DINOv3's ``w1`` and ``w2``).
         b12: (2F,), or a pair of (F,), or None.
         w3: (C', F).
         b3: (C',) or None.
-        activation: Of the gate: ``silu``, ``gelu`` (with erf), ``gelu_tanh``, ``quick_gelu`` or None.
-        gate_last: The second half of ``w12`` gates, not the first.
+        activation: Activation of the gate: ``silu``, ``gelu`` (with erf), ``gelu_tanh``, ``quick_gelu`` or None.
+        gate_last: Whether the gate is the second half of ``w12``, not the first.
         norm: LayerNorm of the product of gate and value: weight and bias, (F,) each or None, in ``x``'s dtype or
             fp32, and eps ≥ 0.
         residual: (..., C'), any floating dtype, or None.
         layer_scale: γ of LayerScale, (C',), any floating dtype, or None.
-        recompute: Keep the pre-activations alone for backward and compute the rest again: two hidden tensors of F
-            features a token where three, or with ``norm`` four, are kept.
+        recompute: Save only the pre-activations for the backward and compute the rest again: 2·F instead of 3·F
+            elements per token, or instead of 4·F with ``norm``.
 
     Returns:
         (..., C'), contiguous, in the widest dtype among ``x``, ``residual`` and ``layer_scale``. Under autocast the
-        products are taken in autocast's dtype, as PyTorch's are.
+        products run in autocast's dtype, as in PyTorch.
 
     Raises:
         ValueError: A shape, device, eps or activation does not fit.
@@ -330,19 +332,19 @@ def _norm_parts(op, norm):
 
 
 def _first_layer(op, w12, b12):
-    """Check how the first layer is given; return its ``(w1, b1, w2, b2)``, the last two None where packed."""
+    """Check the form of the first layer; return its ``(w1, b1, w2, b2)``, the last two None if it is packed."""
     if not isinstance(w12, tuple | list):
         return w12, b12, None, None
     b12 = (None, None) if b12 is None else b12
     if len(w12) != 2 or not isinstance(b12, tuple | list) or len(b12) != 2 or (b12[0] is None) != (b12[1] is None):
         raise ValueError(f"{op}: separate weights come as a pair, with a pair of biases or None")
-    if w12[1] is None:  # below that would say that they are packed
+    if w12[1] is None:  # below, None means packed weights
         raise TypeError(f"{op}: w12[1] is a NoneType; expected a torch.Tensor")
     return w12[0], b12[0], w12[1], b12[1]
 
 
 def _check_first(op, x, C, w1, b1, w2, b2, matched, strict):
-    """Check the first layer's weights; return the hidden features."""
+    """Check the first layer's weights; return the number of hidden features."""
     if w2 is None:
         rows = check_weights(op, "w12", w1, "b12", b1, x, C, matched, strict)
         if rows % 2:

@@ -1,4 +1,4 @@
-"""Backward of the gate: gradients of both halves, their sums over rows and, if need be, the hidden, in one pass."""
+"""Backward of the gate: gradients of both halves, their sums over rows and, if needed, h, in one pass."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _glu_bwd_kernel(
     z_ptr,  # (M, 2, P), contiguous
     dz_ptr,  # (M, 2, P), contiguous
     h_ptr,  # (M, P), contiguous, with SAVE_H
-    sums_ptr,  # (programs of M, 2, P), with SUM_DZ: each program's share
+    sums_ptr,  # (programs of M, 2, P), with SUM_DZ: each program's partial sum
     stride_dh_row,
     programs_m,
     M,
@@ -61,12 +61,12 @@ def _glu_bwd_kernel(
 @triton.jit
 def _glu_product_bwd_kernel(
     dy_ptr,  # (M, K), upstream gradient of the last layer
-    weight_ptr,  # (K, P), that layer's
+    weight_ptr,  # (K, P), weight of the last layer
     alpha_ptr,  # (1,), with HAS_ALPHA
     z_ptr,  # (M, 2, P), contiguous
     dz_ptr,  # (M, 2, P), contiguous
     h_ptr,  # (M, P), contiguous, with SAVE_H
-    sums_ptr,  # (blocks of M, 2, P), with SUM_DZ: each block's share
+    sums_ptr,  # (blocks of M, 2, P), with SUM_DZ: each block's partial sum
     stride_dy_row,
     stride_dy_col,
     stride_weight_row,
@@ -151,10 +151,10 @@ def glu_backward(
     save_h: bool,
     sum_dz: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the backward: ``(dz, h, Σ dz)``, the last two, (..., P) and (2, P), empty unless wanted.
+    """Launch the backward; return ``(dz, h, Σ dz)``; h (..., P) and Σ dz (2, P) are empty unless wanted.
 
     Args:
-        dy: (..., P), the hidden's gradient, or, with w3, (..., K), that of ``γ · h w3ᵀ``.
+        dy: Gradient of h, (..., P), or, with w3, of ``γ · h w3ᵀ``, (..., K).
         w3, gamma: (K, P) and (K,).
         z: (..., 2, P), contiguous.
     """
@@ -173,7 +173,7 @@ def glu_backward(
     blocks_n = cdiv(P, block_n)
     programs_m = cdiv(M, block_m)
     if config is None:
-        # About four programs an SM in all: the shares do not grow with M.
+        # About four programs per SM in all, so that the number of partial sums does not grow with M.
         programs_m = max(1, min(programs_m, 4 * facts.num_sms // blocks_n))
     shares = torch.empty(
         (programs_m if M and sum_dz else 0, 2, P if sum_dz else 0), dtype=wide_dtype(z.dtype), device=z.device

@@ -1,4 +1,4 @@
-"""Who multiplies in a gated product, with what tiles, and how wide the hidden tensors lie in memory."""
+"""Provider and tiles of a gated product, and the padded width of hidden tensors."""
 
 from __future__ import annotations
 
@@ -12,40 +12,41 @@ MAX_FUSED_K = 1536
 
 
 def padded(hidden: int) -> int:
-    """Return ``hidden`` rounded up to 16: rows of F = 2730 in 16 bits begin 4 bytes apart from a vector of 16.
+    """Return ``hidden`` rounded up to 16, so that rows are aligned; those of F = 2730 in 16 bits start 4 bytes off.
 
-    The columns from F on are zero. Then every load and store of the hidden tensors is 128 bits wide, and the products
-    that read them find the alignment that cuBLAS and TMA ask for.
+    The columns from F on are zero. With the padding, every load and store of the hidden tensors is 128 bits wide, and
+    the products that read them get the alignment that cuBLAS and TMA require.
     """
     return cdiv(hidden, 16) * 16
 
 
 def choose_config(M: int, F: int, K: int, dtype: torch.dtype, *, kind: str, facts: DeviceFacts) -> ProductConfig:
-    """Choose how to compute an (M, K) by (K, F) product with a gate: by the tuning table, else by a heuristic.
+    """Choose how to compute an (M, K) by (K, F) product with a gate: a heuristic, overridden by the tuning table.
 
-    A Triton product pays where it reaches the fraction t / (t + saved bytes / 3.65 TB/s) of cuBLAS, t being the time
-    of the product at 790 TFLOP/s (H200, bf16). What is saved is the passes of a kernel of its own over (M, F): four in
-    inference, two in training and two backward. So the fraction is, at K = 1024, 1536 and 4096: 0.70, 0.78 and 0.90;
-    0.83, 0.88 and 0.95; 0.70, 0.78 and 0.90. Triton's products reach 0.80 to 0.97: they pay up to K = 1536. In fp32
-    the arithmetic takes twelve times as long, and nothing pays.
+    A Triton product is worth it if its speed, as a fraction of cuBLAS's, is at least
+    t / (t + saved bytes / 3.65 TB/s), where t is the time of the product at 790 TFLOP/s (H200, bf16). It saves the
+    passes over (M, F) of a separate kernel for the gate: four in inference, two in training and two in the backward. At
+    K = 1024, 1536 and 4096 the fraction is 0.70, 0.78 and 0.90 in inference, 0.83, 0.88 and 0.95 in training, and 0.70,
+    0.78 and 0.90 in the backward. Triton's products reach 0.80 to 0.97, so they are worth it up to K = 1536. In fp32
+    the arithmetic takes twelve times as long, and Triton is never worth it.
 
     Args:
         M, F, K: Rows, hidden features and the summed dim.
-        dtype: The operands'.
+        dtype: Dtype of the operands.
         kind: ``forward``, which multiplies twice, or ``backward``.
-        facts: The device's.
+        facts: Facts of the device.
     """
-    # Where a share of a tile's columns is a share of each thread's registers (see _product.py). The backward's epilogue
-    # holds seven tiles: in one part it takes 216 registers on sm_90 and 235 on sm_80, in two 110 and 128.
+    # Splitting the columns helps where it also splits each thread's registers (see _product.py). The backward's
+    # epilogue holds seven tiles: in one part it takes 216 registers on sm_90 and 235 on sm_80, in two 110 and 128.
     in_parts = kind == "backward" or (dtype.itemsize == 2 and facts.arch.startswith(("sm_90", "sm_10")))
     if dtype.itemsize == 2:
-        # 64 columns of each of two accumulators, as many registers as a plain product's 128.
+        # Two accumulators of 64 columns take as many registers as the 128 columns of a plain product.
         block_m, block_n, block_k, num_warps = 128, 64, 64, 8
         if cdiv(M, block_m) * cdiv(F, block_n) < facts.num_sms:
             block_m, num_warps = 64, 4
     else:
         block_m, block_n, block_k, num_warps = 64, 32, 128 // dtype.itemsize, 4
-    # A product on tensor cores takes at least 16 in each dim.
+    # Tensor cores need at least 16 in each dim.
     block_m, block_n, block_k = (
         max(16, min(b, next_power_of_2(size))) for b, size in ((block_m, M), (block_n, F), (block_k, K))
     )

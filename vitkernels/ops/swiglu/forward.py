@@ -1,4 +1,4 @@
-"""Forward of the gated product: both halves, the activation and the gate in one kernel, or the gate behind cuBLAS."""
+"""Forward of the gated product: both halves and the gate in one kernel, or cuBLAS followed by a gate kernel."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _glu_product_kernel(
     value_weight_ptr,  # (F, K)
     gate_bias_ptr,  # (F,)
     value_bias_ptr,  # (F,)
-    z_ptr,  # (M, 2, P), contiguous: pre-activations, the gate's at GATE, with SAVE_Z
+    z_ptr,  # (M, 2, P), contiguous: pre-activations (half GATE is the gate), with SAVE_Z
     h_ptr,  # (M, P), contiguous: act(gate) · value
     stride_x_row,
     stride_gate_row,
@@ -116,10 +116,10 @@ def glu_forward(
     gate_last: bool = False,
     save_z: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Launch the forward on (..., K): ``(h, z)``, z empty unless saved; the columns from F on are zero in both.
+    """Launch the forward on (..., K); return ``(h, z)``, z empty unless saved. Columns from F on are zero in both.
 
     Args:
-        w1, b1: (2F, K) and (2F,), both halves, or, with w2 and b2, the first: (F, K) and (F,).
+        w1, b1: Both halves, (2F, K) and (2F,); or, with w2 and b2, the first half, (F, K) and (F,).
     """
     M, K = x.shape[:-1].numel(), x.shape[-1]
     weights, biases = halves(w1, w2), (None, None) if b1 is None else halves(b1, b2)
@@ -176,7 +176,7 @@ def glu_forward(
 
 
 def glu(z: Tensor, activation: str | None, gate_last: bool) -> Tensor:
-    """Launch the gate alone: ``act(gate) · value`` (..., P) of pre-activations (..., 2, P), contiguous."""
+    """Launch the gate kernel: ``act(gate) · value`` (..., P) from contiguous pre-activations (..., 2, P)."""
     M, P = z.shape[:-2].numel(), z.shape[-1]
     h = torch.empty((*z.shape[:-2], P), dtype=z.dtype, device=z.device)
     block_m, block_n = tile(P)
@@ -197,15 +197,15 @@ def glu(z: Tensor, activation: str | None, gate_last: bool) -> Tensor:
 
 
 def halves(both: Tensor, second: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the two halves of what came packed, or apart."""
+    """Return the two halves of a packed tensor, or the two separate tensors."""
     return both.chunk(2) if second is None else (both, second)
 
 
 def hidden_features(both: Tensor, second: Tensor | None) -> int:
-    """Return the rows of either half."""
+    """Return the number of rows in a half."""
     return both.shape[0] // 2 if second is None else both.shape[0]
 
 
 def tile(P: int) -> tuple[int, int]:
-    """Return the rows and columns of a tile of the elementwise kernels, over P columns."""
+    """Return the tile (rows, columns) of the elementwise kernels over P columns."""
     return 8, min(256, next_power_of_2(P))  # 16 rows would take twice the registers

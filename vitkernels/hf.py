@@ -1,9 +1,9 @@
-"""The attention kernels as one of transformers' attention implementations, for any of its models.
+"""The attention kernels as an attention implementation for any transformers model.
 
     vitkernels.hf.register()
     model.set_attn_implementation("vitkernels")    # or from_pretrained(..., attn_implementation="vitkernels")
 
-:func:`vitkernels.accelerate` fuses more, but only in the Vision Transformers that it knows.
+:func:`vitkernels.accelerate` fuses more, but only in the Vision Transformers that it supports.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ NAME = "vitkernels"
 
 
 def register() -> None:
-    """Make ``attn_implementation="vitkernels"`` known to transformers: the attention, and the masks of its sdpa.
+    """Register ``attn_implementation="vitkernels"`` with transformers: our attention, and the masks of its ``sdpa``.
 
-    Without an entry of its own for masks, transformers would silently hand out none.
+    Without a registered mask function, transformers would silently pass no mask.
     """
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
@@ -38,20 +38,20 @@ def attention(
     is_causal: bool | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """transformers' ``sdpa``, with its arguments, on :func:`vitkernels.ops.attention`.
+    """Attention on :func:`vitkernels.ops.attention`, with the arguments of transformers' ``sdpa``.
 
     Args:
-        module: The attention module; its ``is_causal`` counts where the argument is None.
+        module: The attention module; its ``is_causal`` is used if the argument is None.
         query: (B, H, N_q, D).
-        key, value: (B, H or fewer, N_kv, D): a head of keys and values may serve several of queries.
-        attention_mask: Broadcasts to (B, H, N_q, N_kv), bool (True: look) or added to the scores; None for none.
-        dropout: Probability with which an attention weight is dropped.
+        key, value: (B, H or fewer, N_kv, D): several query heads may share a head of keys and values.
+        attention_mask: Broadcasts to (B, H, N_q, N_kv), bool (True: attend) or added to the scores; None for none.
+        dropout: Probability of dropping an attention weight.
         scaling: Factor of the scores; 1/√D if None.
-        is_causal: Query i looks at keys 0 to i alone, where there is no mask and more than one query.
-        **kwargs: What ``sdpa`` takes no notice of either.
+        is_causal: Query i attends only to keys 0 to i; ignored with a mask, and with a single query.
+        **kwargs: Further arguments, which ``sdpa`` ignores, too.
 
     Returns:
-        (B, N_q, H, D), and None in the place of the weights. On a CPU that runs no kernels what ``sdpa`` gives.
+        (B, N_q, H, D), and None instead of the weights. On a CPU without kernels, the result of ``sdpa``.
 
     Raises:
         NotImplementedError: Soft-capped scores, a position bias, attention sinks or a paged cache.

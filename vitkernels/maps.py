@@ -1,4 +1,4 @@
-"""Attention maps of any model whose attention goes through PyTorch's: read off its own forward, once, on demand."""
+"""Attention maps of any model that uses PyTorch's attention functions, computed on demand during one forward."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ def attention_maps(
     query: int | None = None,
     modules: Callable[[str], bool] | None = None,
 ) -> dict[str, Tensor]:
-    """Run ``model`` once and return the weights of each of its attentions.
+    """Run ``model`` once and return the attention weights of each attention call.
 
-    The fused modules of an accelerated model run their original forward meanwhile, in which the queries and keys pass
-    by as norms and rotary positions left them. The model is otherwise as ever: in eval mode or not, with its masks;
-    nothing of it is changed.
+    During this call, the fused modules of an accelerated model run their original forward, whose queries and keys
+    already have norms and rotary positions applied. The model keeps its mode (train or eval) and masks, and is not
+    changed.
 
     Args:
         model: Accelerated or not; of timm, transformers, torchvision, or any that calls
             ``scaled_dot_product_attention`` or ``nn.MultiheadAttention``.
-        inputs: What the model is called on: images, a sequence of positional arguments, or a mapping of named ones.
-        query: One query's row alone, the others' are not formed: 0 is a class token's, −1 the last token's.
-        modules: Which modules' maps to keep, by dotted name; all if None.
+        inputs: Inputs of the model: images, a sequence of positional arguments, or a mapping of keyword arguments.
+        query: Index of a query; only its row is computed. 0 is the class token, −1 the last token. None: all rows.
+        modules: Selects modules to keep by their dotted name; all if None.
 
     Returns:
-        Maps by the dotted name of the module that attends, in the order of the calls: (B, H, N_q, N_kv), or
-        (B, H, 1, N_kv) for one query, in fp32 (fp64 for fp64), before any dropout. A module that attends again gets
-        a number behind its name: ``blocks.0.attn#2``.
+        Maps by the dotted name of the attention module, in the order of the calls: (B, H, N_q, N_kv), or
+        (B, H, 1, N_kv) for one query, in fp32 (fp64 for fp64), before any dropout. Further calls of a module get a
+        number after the name: ``blocks.0.attn#2``.
 
     Raises:
-        RuntimeError: No attention was seen: the model writes out its own softmax. timm's does so with
-            ``TIMM_FUSED_ATTN=0``, transformers' with ``attn_implementation="eager"``.
+        RuntimeError: No attention call was seen, because the model computes its own softmax. timm does so with
+            ``TIMM_FUSED_ATTN=0``, transformers with ``attn_implementation="eager"``.
         IndexError: There is no such query.
     """
     watch = _Watch(query, modules or (lambda name: True))
     hooks = []
     try:
         for name, module in model.named_modules():
-            if isinstance(module, nn.Dropout):  # never attends; layers.Attention forms its weights for a hook on one
+            if isinstance(module, nn.Dropout):  # a hook on it would make layers.Attention compute its weights
                 continue
             hooks.append(module.register_forward_pre_hook(lambda *_, name=name: watch.calls.append(name)))
             hooks.append(module.register_forward_hook(lambda *_: watch.calls.pop() and None, always_call=True))
@@ -69,7 +69,7 @@ def attention_maps(
 
 
 class _Watch(TorchFunctionMode):
-    """Takes the weights of each attention that passes by."""
+    """Records the weights of each attention call."""
 
     def __init__(self, query: int | None, wanted: Callable[[str], bool]) -> None:
         super().__init__()

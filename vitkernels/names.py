@@ -1,7 +1,7 @@
-"""A model by its name as people paste it: timm's, the hub's, a page's address, or a folder with a ``config.json``.
+"""Resolve a model's name as users paste it: a name of timm or the hub, a web address, or a folder with a config.json.
 
-Nothing is downloaded. The hub's names of timm's models are told by name alone; what else is on the hub is looked for
-in its cache on this machine.
+Nothing is downloaded. timm's models on the hub are recognized by name; other models of the hub are looked up in its
+cache on this machine.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 class Named(NamedTuple):
-    """What a name stands for.
+    """The model that a name stands for.
 
     Attributes:
-        kind: ``timm``, a model of timm; ``folder``, one that holds a ``config.json``; ``hub``, a model of the Hugging
+        kind: ``timm``, a model of timm; ``folder``, a folder with a ``config.json``; ``hub``, a model of the Hugging
             Face hub that is not on this machine.
         name: timm's name, the folder's path, or the hub's ``owner/name``.
     """
@@ -33,22 +33,22 @@ class Named(NamedTuple):
 
     @property
     def for_timm(self) -> str:
-        """The name by which ``timm.create_model`` knows it."""
+        """The model's name for ``timm.create_model``."""
         return {"timm": "", "folder": "local-dir:", "hub": "hf-hub:"}[self.kind] + self.name
 
 
 def resolve(text: str, *, may_download: bool = False) -> Named:
-    """Return what ``text`` stands for.
+    """Return the model that ``text`` stands for.
 
     Args:
-        text: ``NAME`` or ``timm/NAME`` of timm, with a tag or without; a folder, also as ``hf/DIR`` or
-            ``local-dir:DIR``, or the ``config.json`` in it; ``OWNER/NAME`` of the hub, also with ``hf_hub:`` or
-            ``hf-hub:`` before it, or the address of its page.
-        may_download: Return a model of the hub that is not on this machine, too, for a caller who downloads.
+        text: ``NAME`` or ``timm/NAME`` of timm, with or without a tag; a folder, also as ``hf/DIR`` or
+            ``local-dir:DIR``, or the ``config.json`` in it; ``OWNER/NAME`` of the hub, also after ``hf_hub:`` or
+            ``hf-hub:``, or the address of its page.
+        may_download: Also return a model of the hub that is not on this machine; the caller downloads it.
 
     Raises:
-        UserError: There is no such model or folder, it is not on this machine, or timm is needed to tell and cannot be
-            imported.
+        UserError: There is no such model or folder, it is not on this machine, or timm is needed to resolve it and
+            cannot be imported.
     """
     given = text.strip()
     for prefix in ("hf/", "local-dir:"):
@@ -78,7 +78,7 @@ def resolve(text: str, *, may_download: bool = False) -> Named:
             f"here: fetch it first, as with hf download {id}, or give a folder with its config.json"
         )
     if here.is_dir():
-        return _folder(here)  # which says what is missing
+        return _folder(here)  # raises an error that says what is missing
     hint = near(name.partition(".")[0], timm.list_models())
     if slash:
         raise UserError(f"timm has no model {name!r}{hint}")
@@ -86,8 +86,8 @@ def resolve(text: str, *, may_download: bool = False) -> Named:
 
 
 def _of_hub(id: str) -> Named | None:
-    """Return the model of timm whose weights the hub keeps as ``id``, or its folder in the cache on this machine."""
-    with contextlib.suppress(UserError):  # without timm it may still be in the cache
+    """Return the timm model with weights on the hub as ``id``, or the cached folder of ``id``; None if neither."""
+    with contextlib.suppress(UserError):  # without timm, it may still be in the cache
         timm = import_timm()
         for name in timm.list_pretrained():
             if timm.get_pretrained_cfg(name).hf_hub_id == id:
@@ -102,10 +102,10 @@ def _of_hub(id: str) -> Named | None:
 
 
 def read_config(folder: str | Path) -> dict:
-    """Return what the ``config.json`` in ``folder`` says.
+    """Return the contents of the ``config.json`` in ``folder``.
 
     Raises:
-        UserError: It cannot be read, or is neither transformers' nor timm's.
+        UserError: It cannot be read, or is neither of transformers nor of timm.
     """
     config = Path(folder) / "config.json"
     try:

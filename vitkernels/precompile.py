@@ -1,4 +1,4 @@
-"""Compile a model's kernels ahead of its first request."""
+"""Compile a model's kernels before its first request."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from vitkernels.ops._triton import compilations
 
 Shape = Sequence[int]
 
-_ONE_AT_A_TIME = threading.RLock()  # Triton tells one listener
+_ONE_AT_A_TIME = threading.RLock()  # Triton has a single compilation listener
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A kernel that was made ready: its name, how long it took, and whether it lay in Triton's cache on disk."""
+    """A kernel that was compiled or loaded: name, duration, and whether it came from Triton's cache on disk."""
 
     name: str
     seconds: float
@@ -32,12 +32,12 @@ class Compiled:
 
 @dataclasses.dataclass(frozen=True)
 class WarmupReport:
-    """What :func:`warmup` did.
+    """Result of :func:`warmup`.
 
     Attributes:
-        kernels: Each that was compiled, or read from disk, for it, torch.compile's own too; those that this process
-            had already are not among them.
-        seconds: How long the whole call took.
+        kernels: Kernels that the call compiled or read from disk, including those of torch.compile; kernels that this
+            process had loaded before are not included.
+        seconds: Duration of the whole call.
     """
 
     kernels: tuple[Compiled, ...]
@@ -59,28 +59,28 @@ def warmup(
 ) -> WarmupReport:
     """Compile every kernel that ``model`` runs on inputs of this shape: run it once on zeros, on its own device.
 
-    Afterwards parameters, gradients, buffers, train and eval modes and the states of torch's random generators are
-    what they were. What else a model or its hooks keep, Python attributes for one, is theirs: call this before hooks
-    that record are set, and before wrapping in FSDP, whose own gradients it would start.
+    Parameters, gradients, buffers, train and eval modes and the states of PyTorch's random generators are restored.
+    Other state of the model or its hooks, such as Python attributes, is not: call this before setting hooks that
+    record, and before wrapping in FSDP, whose own handling of gradients it would start.
 
-    A kernel is compiled for the dtypes, and for which sizes and strides divide by 16 or equal 1: call this once for
-    each image size and each kind of batch (1, a multiple of 16, any other) to come. Where no kernel runs (on a CPU, on
-    meta, with ``VITKERNELS_BACKEND=torch``) there is nothing to compile, and the model is not run.
+    Triton specializes a kernel on dtypes, and on sizes and strides that are 1 or divisible by 16. So call this once
+    for each image size and each kind of batch size (1, a multiple of 16, any other) that will occur. Where no kernel
+    runs (on a CPU, on meta, with ``VITKERNELS_BACKEND=torch``) there is nothing to compile, and the model is not run.
 
     Args:
-        model: Any module, accelerated or made of :mod:`vitkernels.layers`; of DistributedDataParallel what it wraps.
-        input_shape: Of the input, as ``(1, 3, 224, 224)``; of several, in order or by argument name. A tensor among
-            these is passed on as it is, for what zeros will not do.
-        dtype: The inputs'; None for that of the model's first floating-point parameter.
-        training: Compile a training step: in train mode, forward and backward. Otherwise eval mode, without gradients.
+        model: Any module, accelerated or made of :mod:`vitkernels.layers`; DistributedDataParallel is unwrapped.
+        input_shape: Shape of the input, as ``(1, 3, 224, 224)``; for several inputs, a sequence or a mapping by
+            argument name. A tensor in place of a shape is passed unchanged, for inputs that cannot be zeros.
+        dtype: Dtype of the inputs; None for that of the model's first floating-point parameter or buffer.
+        training: Compile a training step, forward and backward in train mode; else eval mode without gradients.
         autocast: Run under autocast in this dtype.
 
     Returns:
-        What was compiled; empty where all was ready.
+        The compiled kernels; empty if all were loaded before.
 
     Raises:
-        TypeError: ``model`` is no module, or ``dtype`` or ``autocast`` no dtype.
-        ValueError: ``input_shape`` holds something else than positive integers.
+        TypeError: ``model`` is not a module, or ``dtype`` or ``autocast`` is not a dtype.
+        ValueError: ``input_shape`` contains anything but positive integers.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"warmup: model is a {type(model).__name__}; expected a torch.nn.Module")
@@ -88,7 +88,7 @@ def warmup(
         if given is not None and not isinstance(given, torch.dtype):
             raise TypeError(f"warmup: {name} is {given!r}; expected a torch.dtype")
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module  # whose own forward would wait for the other ranks
+        model = model.module  # the wrapper's forward would wait for the other ranks
     start = time.perf_counter()
     tensors = list(itertools.chain(model.parameters(), model.buffers()))
     device = tensors[0].device if tensors else torch.device("cpu")
@@ -127,7 +127,7 @@ def _inputs(shapes, dtype: torch.dtype, device: torch.device) -> tuple[list[Tens
 
 @contextlib.contextmanager
 def _left_as_it_is(model: nn.Module, tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Put back what a forward may change: modes, buffers, and the generators of the CPU and of ``tensors``' devices."""
+    """Restore what a forward may change: modes, buffers, and random generators (CPU and devices of ``tensors``)."""
     modules = list(model.modules())
     modes = [m.training for m in modules]
     buffers = [(m, name, b, b.clone()) for m in modules for name, b in m.named_buffers(recurse=False)]
@@ -146,7 +146,7 @@ def _left_as_it_is(model: nn.Module, tensors: Sequence[Tensor]) -> Iterator[None
 
 
 def _differentiate(outputs, model: nn.Module) -> None:
-    """Run the backward for every parameter, without giving any its gradient."""
+    """Run the backward for every parameter, without changing any ``grad``."""
     wanted = [p for p in model.parameters() if p.requires_grad]
     outputs = [t for t in _tensors(outputs) if t.requires_grad]
     if wanted and outputs:

@@ -1,6 +1,6 @@
-"""Which backend runs, what the device is, and how tensors are laid out.
+"""Backend choice, device facts and tensor layouts.
 
-Nothing here imports Triton or touches a device until it is asked to.
+Importing this module neither imports Triton nor touches a device.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from vitkernels.emulator.devices import DEVICES
 
 BACKENDS = ("auto", "triton", "emulated", *(f"emulated:{arch}" for arch in DEVICES), "torch")
 _VARIABLE = "VITKERNELS_BACKEND"
-_ENCODED = os.fsencode(_VARIABLE) if os.name == "posix" else _VARIABLE  # as os.environ spells it inside
+_ENCODED = os.fsencode(_VARIABLE) if os.name == "posix" else _VARIABLE  # its key inside os.environ
 
 _override = threading.local()  # a ContextVar would break fullgraph compilation
-_override.backend = None  # in the thread that imports; without the attribute getattr raises and catches inside
+_override.backend = None  # for the importing thread: getattr is slower if the attribute is missing
 
 
 def backend() -> str:
-    """Return the backend that is asked for: ``"auto"``, ``"triton"``, ``"emulated"`` or ``"torch"``.
+    """Return the chosen backend: ``"auto"``, ``"triton"``, ``"emulated"`` or ``"torch"``.
 
-    ``auto`` runs the kernels on GPUs and PyTorch elsewhere; ``triton`` insists on the kernels; ``emulated`` runs them
-    for tensors of the CPU, too, compiled for a GPU that is emulated: an H100, or as ``emulated:sm_80`` and
-    ``emulated:sm_120`` say; ``torch`` runs PyTorch everywhere.
-    Taken from :func:`use_backend`, else from the variable ``VITKERNELS_BACKEND``; where activation checkpointing
-    computes a forward again, from what was in effect in that forward.
+    ``auto`` runs the kernels on GPUs and PyTorch elsewhere. ``triton`` requires the kernels. ``emulated`` also runs
+    them on CPU tensors, compiled for an emulated GPU: an H100, or another with ``emulated:sm_80`` or
+    ``emulated:sm_120``. ``torch`` runs PyTorch everywhere.
+    The choice comes from :func:`use_backend`, else from the environment variable ``VITKERNELS_BACKEND``. When
+    activation checkpointing recomputes a forward, the backend is that of the original forward.
 
     Raises:
-        ValueError: ``VITKERNELS_BACKEND`` names none of these.
-        RuntimeError: A backend is chosen, and which it was in a checkpoint's forward cannot be told.
+        ValueError: ``VITKERNELS_BACKEND`` is none of these.
+        RuntimeError: :func:`use_backend` is active, and the backend of a checkpoint's forward cannot be determined.
     """
     chosen = _chosen_backend()
     if chosen not in BACKENDS:
@@ -56,8 +56,8 @@ def _chosen_backend() -> str:
 
 
 def _environment_backend() -> str:
-    # Where a variable is not set os.environ raises and catches inside, for 0.5 µs of an op's call: the dict that it
-    # keeps tells whether it is set.
+    # For an unset variable os.environ raises and catches an exception, which costs 0.5 µs of an op's call. Looking into
+    # its internal dict is faster.
     try:
         if _ENCODED not in os.environ._data:
             return "auto"
@@ -67,13 +67,13 @@ def _environment_backend() -> str:
 
 
 def emulated_arch() -> str | None:
-    """Return the architecture that is emulated for this thread's tensors on the CPU, or None."""
+    """Return the GPU architecture that this thread emulates for CPU tensors, or None."""
     name, _, arch = _chosen_backend().partition(":")
     return (arch or "sm_90") if name == "emulated" else None
 
 
 def emulated_again(arch: str | None) -> contextlib.AbstractContextManager:
-    """Emulate ``arch`` again within a ``with`` block, as :func:`emulated_arch` gave it before; None changes nothing."""
+    """Emulate ``arch``, an earlier result of :func:`emulated_arch`, within a ``with`` block; None changes nothing."""
     if arch is None or arch == emulated_arch():
         return _NO_SWITCH
     return use_backend(f"emulated:{arch}")
@@ -83,9 +83,10 @@ def emulated_again(arch: str | None) -> contextlib.AbstractContextManager:
 def use_backend(name: str) -> Iterator[None]:
     """Choose the backend for this thread within a ``with`` block.
 
-    What runs there under ``torch.utils.checkpoint`` is computed again on the same backend, wherever its backward runs:
-    behind the block, in a block of another choice, in autograd's own thread. A function that was compiled by itself and
-    is checkpointed from outside chooses anew: compile what holds the checkpoint, or set ``VITKERNELS_BACKEND``.
+    A forward inside the block under ``torch.utils.checkpoint`` is recomputed on the same backend, wherever its backward
+    runs: after the block, in a block with another backend, or in autograd's own thread. One exception: a compiled
+    function inside an uncompiled checkpoint chooses its backend again. Then compile the function that contains the
+    checkpoint, or set ``VITKERNELS_BACKEND``.
 
     Args:
         name: ``"auto"``, ``"triton"``, ``"emulated"`` (or ``"emulated:sm_80"``) or ``"torch"``, as for :func:`backend`.
@@ -98,7 +99,7 @@ def use_backend(name: str) -> Iterator[None]:
     before = [getattr(_override, key, None) for key in ("backend", "entered", "frame")]
     if not is_compiling():
         _override.entered = _checkpoints(None)
-        _override.frame = sys._getframe(2)  # whose `with` it is: no checkpoint further out was begun under it
+        _override.frame = sys._getframe(2)  # frame of the `with`; checkpoints outside it began before this choice
     _override.backend = name
     try:
         yield
@@ -107,9 +108,10 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def _keep_for_recomputation(name: str) -> bool:
-    """Have the checkpoints that this thread is in, and that were begun under the choice ``name``, repeat it.
+    """Make the current checkpoints that began under the choice ``name`` repeat it when they recompute.
 
-    Returns whether the choice holds here: none was made for what is computed again, where it is older than that.
+    Returns whether the choice applies here. It does not if this thread is in a recomputation that began under it: the
+    recomputation uses the backend of its own forward.
     """
     forwards, again = _checkpoints(getattr(_override, "frame", None))
     if not forwards and not again:
@@ -135,7 +137,7 @@ def _holds(checkpoints: Iterable[tuple[Any, str]], checkpoint: Any) -> bool:
 
 
 class _Repeated:
-    """What a checkpoint calls to compute its forward again, on the backend of the forward."""
+    """Wrapper of a checkpoint's recompute function that restores the backend of the forward."""
 
     def __init__(self, function: Callable, backend: str):
         self.function, self.backend = function, backend
@@ -146,14 +148,14 @@ class _Repeated:
 
 
 def _checkpoints(end: FrameType | None) -> tuple[list[tuple[Any, str]], list[tuple[Any, str]]]:
-    """The activation checkpoints whose forward, and those whose recomputation, this thread is in.
+    """Return the activation checkpoints whose forward this thread is in, and those whose recomputation it is in.
 
-    Each with its attribute that is called to compute again. PyTorch has no such list: one that is not reentrant shows
-    in the hooks that it sets for saved tensors, a reentrant one (DeepSpeed's and Megatron's, too) in a Python frame
-    this side of ``end``, with the context of its autograd.Function.
+    Each comes with the name of its attribute that is called to recompute. PyTorch keeps no such list. A non-reentrant
+    checkpoint is found by its saved-tensor hooks. A reentrant one (also of DeepSpeed and Megatron) is found in a
+    Python frame inside ``end``, by the context of its autograd.Function.
 
     Raises:
-        RuntimeError: It is another PyTorch's, of which this is not known.
+        RuntimeError: The checkpoint is of a PyTorch version with unknown internals.
     """
     forwards, again, hooks = [], [], []
     autograd = torch._C._autograd
@@ -176,7 +178,7 @@ def _checkpoints(end: FrameType | None) -> tuple[list[tuple[Any, str]], list[tup
                 f"use_backend within an activation checkpoint of PyTorch {torch.__version__}, which is not known; "
                 "expected PyTorch 2.11 to 2.13, use_reentrant=True, or VITKERNELS_BACKEND instead"
             )
-    # A reentrant one's forward runs without gradients, and its recomputation within a backward.
+    # A reentrant checkpoint runs its forward without gradients, and recomputes within a backward.
     if torch.is_inference_mode_enabled() or (torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1):
         return forwards, again
     frame = sys._getframe(1)
@@ -195,10 +197,10 @@ _NO_SWITCH = contextlib.nullcontext()
 
 @dataclasses.dataclass(frozen=True)
 class DeviceFacts:
-    """What a launch configuration depends on.
+    """Device properties that launch configurations depend on.
 
     Attributes:
-        name: The device's name, and its tuning table's.
+        name: Name of the device and of its tuning table.
         arch: ``sm_90``, ``gfx942`` or ``xpu``.
         num_sms: Streaming multiprocessors (compute units).
         shared_memory: Bytes of shared memory that one program may use.
@@ -217,12 +219,12 @@ _EMULATED = {
 
 
 def device_facts(device: torch.device) -> DeviceFacts:
-    """Return the facts of ``device``, of the CPU those of the GPU that it emulates.
+    """Return the facts of ``device``; for the CPU, those of the emulated GPU.
 
-    The first call for a GPU asks the driver, later ones a cache.
+    The first call for a GPU queries the driver; later calls read a cache.
 
     Raises:
-        ValueError: ``device`` is none that kernels run on.
+        ValueError: No kernel runs on ``device``.
     """
     if device.type == "cuda":
         index = device.index if device.index is not None else torch.cuda.current_device()
@@ -249,39 +251,39 @@ def _cuda_facts(index: int) -> DeviceFacts:
 @functools.cache
 def _xpu_facts(index: int) -> DeviceFacts:
     properties = torch.xpu.get_device_properties(index)
-    shared = getattr(properties, "local_mem_size", 64 << 10)  # newer torch tells
+    shared = getattr(properties, "local_mem_size", 64 << 10)  # only newer PyTorch has it
     return DeviceFacts(properties.name, "xpu", properties.gpu_subslice_count, shared)
 
 
 def device_guard(x: torch.Tensor) -> contextlib.AbstractContextManager:
     """Make ``x``'s device current for a launch: Triton launches on the current device, not on the tensor's."""
     if x.is_cuda:
-        # Mostly it is current already, which is cheaper to learn than to switch.
+        # Usually the device is already current, and testing is cheaper than switching.
         return _NO_SWITCH if x.get_device() == torch.cuda.current_device() else torch.cuda.device(x.device)
     return torch.xpu.device(x.device) if x.is_xpu else _NO_SWITCH
 
 
 def device_type(x: torch.Tensor) -> str:
-    """Return ``x.device.type``, of which PyTorch would make a new string each time, for 0.2 µs."""
+    """Return ``x.device.type``, without the 0.2 µs in which PyTorch makes a new string."""
     return "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type
 
 
 def dot_precision(device: torch.device) -> str:
-    """Return the precision of fp32 products on ``device``: ``"tf32"`` where torch allows it and the chip has it."""
+    """Return the precision of fp32 products on ``device``: ``"tf32"`` if PyTorch allows it and the chip has it."""
     arch = device_facts(device).arch
     has_tf32 = not arch.startswith("gfx") or arch == "gfx942"
     return "tf32" if allowed_precision() == "tf32" and has_tf32 else "ieee"
 
 
 def allowed_precision() -> str:
-    """Return what torch allows fp32 products to be taken in: ``"tf32"``, or another name for all else."""
-    allowed = torch.backends.cuda.matmul.fp32_precision  # knows what the older switches say, too
+    """Return PyTorch's setting for the precision of fp32 products: ``"tf32"``, or another name."""
+    allowed = torch.backends.cuda.matmul.fp32_precision  # includes the older switches
     return torch.backends.fp32_precision if allowed == "none" else allowed
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
-    """Return the dtype that autocast gives products of ``x``; None outside autocast, which leaves fp64 alone too."""
-    if not is_compiling() and not torch._C._is_any_autocast_enabled():  # mostly so, and the cheapest to learn
+    """Return autocast's dtype for products of ``x``; None outside autocast, and for fp64, which it does not cast."""
+    if not is_compiling() and not torch._C._is_any_autocast_enabled():  # the usual case, and a cheap test
         return None
     kind = device_type(x)
     if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
@@ -290,22 +292,22 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
-    """View ``x`` (..., C) as (M, C) with unit stride along C; copy only where no such view exists."""
+    """View ``x`` (..., C) as (M, C) with unit stride along C; copy only if no such view exists."""
     return unit_stride(x.reshape(-1, x.shape[-1]))
 
 
 def unit_stride(x: torch.Tensor) -> torch.Tensor:
-    """Return ``x`` with unit stride along the last dim, copied only where it has another."""
+    """Return ``x`` with unit stride along the last dim; copy it only if the stride differs."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def dense_or(parameter: torch.Tensor | None, placeholder: torch.Tensor) -> torch.Tensor:
-    """Return ``parameter``, contiguous, or for None a tensor that a kernel is handed and never reads."""
+    """Return ``parameter``, contiguous; or, for None, ``placeholder``, a kernel argument that is never read."""
     return placeholder if parameter is None else parameter.contiguous()
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which sums over values of ``dtype`` are kept: fp32, or fp64 for fp64."""
+    """Return the dtype for sums over values of ``dtype``: fp32, or fp64 for fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

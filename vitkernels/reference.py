@@ -1,8 +1,8 @@
-"""The specification: every op in plain PyTorch.
+"""Reference implementation of every op in plain PyTorch.
 
-This is the truth that the kernels are held against (on fp64 inputs), the yardstick for their error (on
-inputs of the kernels' own dtype), and what runs on a CPU. Shape letters: B batch, N tokens, C channels,
-H heads, D head dim, F hidden features, P patch size, I image channels.
+On fp64 inputs it gives the exact results for tests of the kernels; on inputs of the kernels' dtype it gives the error
+to compare theirs with. On a CPU the ops run it. Shape letters: B batch, N tokens, C channels, H heads, D head dim,
+F hidden features, P patch size, I image channels.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def activate(z: Tensor, activation: str | None) -> Tensor:
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """(x − mean) / √(var + eps) · weight + bias over the last dim (arXiv 1607.06450)."""
     weight, bias = _beside(x, weight, bias)
-    if weight is None and _mixed(x, bias):  # without a weight PyTorch's backward refuses a bias of another dtype
+    if weight is None and _mixed(x, bias):  # PyTorch's backward rejects a bias of another dtype without a weight
         weight = torch.ones_like(bias, requires_grad=False)
-    if _mixed(x, weight, bias) and not x.is_cpu:  # there PyTorch's takes no half inputs with fp32 parameters
+    if _mixed(x, weight, bias) and not x.is_cpu:  # PyTorch takes half inputs with fp32 parameters only on a CPU
         return F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps).to(x.dtype)
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
@@ -66,7 +66,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float | None = 1e-6) 
 
 
 def _beside(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
-    """A norm's parameters in a dtype in which PyTorch takes them: that of ``x`` or, beside a half one, fp32."""
+    """Return a norm's parameters in a dtype that PyTorch accepts: that of ``x``, or fp32 for a half-precision ``x``."""
     if not _mixed(x, *parameters):
         return list(parameters)
     dtype = torch.float32 if x.dtype.itemsize == 2 else x.dtype
@@ -74,7 +74,7 @@ def _beside(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
 
 
 def _mixed(x: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether a norm's parameters are of another dtype than ``x``, and autocast does not see to it."""
+    """Tell whether a norm's parameters have another dtype than ``x`` and autocast does not cast them."""
     autocast = (x.is_cuda or x.is_xpu) and torch.is_autocast_enabled(x.device.type)
     return not autocast and any(p is not None and p.dtype != x.dtype for p in parameters)
 
@@ -163,9 +163,9 @@ def swiglu_mlp(
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, num_prefix_tokens: int = 0) -> Tensor:
-    """``x · cos + rot(x) · sin`` on (B, H, N, D) but its first tokens (arXiv 2104.09864).
+    """``x · cos + rot(x) · sin`` on (B, H, N, D), except on the prefix tokens (arXiv 2104.09864).
 
-    rot maps the pair (a, b) to (−b, a); channels 2j and 2j + 1 are a pair where ``interleaved``, else j and j + D/2.
+    rot maps the pair (a, b) to (−b, a); channels 2j and 2j + 1 are a pair if ``interleaved``, else j and j + D/2.
     """
     prefix, x = x[:, :, :num_prefix_tokens], x[:, :, num_prefix_tokens:]
     pairs = x.unflatten(-1, (-1, 2)) if interleaved else x.unflatten(-1, (2, -1)).transpose(-1, -2)
@@ -182,7 +182,7 @@ def qk_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, k
 def prepare_qk(
     q: Tensor, k: Tensor, rope_tables: tuple | None, num_prefix_tokens: int, q_norm: tuple | None, k_norm: tuple | None
 ) -> tuple[Tensor, Tensor]:
-    """Queries and keys (B, H, N, D) with QK-norm ``(weight, bias, eps, rms)`` and :func:`rope` applied."""
+    """Apply QK-norms ``(weight, bias, eps, rms)`` and :func:`rope` to queries and keys (B, H, N, D)."""
     prepared = []
     for x, norm in ((q, q_norm), (k, k_norm)):
         if norm is not None:
@@ -210,12 +210,13 @@ def attention(
 ) -> Tensor:
     """``softmax(scale · q kᵀ + mask) v`` over (B, H, N, D); scale is 1/√D unless given (arXiv 1706.03762).
 
-    Masks and causality as in PyTorch; a row that looks nowhere is 0. ``rope`` is ``(cos, sin, interleaved)``, a norm
-    ``(weight, bias, eps, rms)``. ``dropout_scale`` (B, H, N, N) is what a dropout has drawn, in place of ``dropout_p``.
+    Masks and causality are as in PyTorch; a query that attends to no key gives 0. ``rope`` is
+    ``(cos, sin, interleaved)``, a norm ``(weight, bias, eps, rms)``. ``dropout_scale`` (B, H, N, N) holds the factors
+    that a dropout has drawn, and replaces ``dropout_p``.
     """
     q, k = prepare_qk(q, k, rope, num_prefix_tokens, q_norm, k_norm)
     if attn_mask is not None:
-        attn_mask = attn_mask[(None,) * max(0, 2 - attn_mask.ndim)]  # PyTorch takes no mask of one dim
+        attn_mask = attn_mask[(None,) * max(0, 2 - attn_mask.ndim)]  # PyTorch accepts no mask with one dim
         if attn_mask.is_floating_point() and attn_mask.dtype != q.dtype:
             attn_mask = added_mask(attn_mask, torch.promote_types(q.dtype, torch.float32))
     if is_causal and attn_mask is not None:
@@ -226,7 +227,7 @@ def attention(
             attn_mask = attn_mask & behind
         is_causal = False
     if dropout_scale is None:
-        # Autocast would round an fp32 mask to half precision, its finfo.min to -inf.
+        # Autocast would cast an fp32 mask to half precision, which turns its finfo.min into -inf.
         wider = attn_mask is not None and attn_mask.dtype not in (torch.bool, q.dtype)
         with torch.autocast(q.device.type, enabled=False) if wider else contextlib.nullcontext():
             return F.scaled_dot_product_attention(
@@ -237,26 +238,26 @@ def attention(
 
 
 def added_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A floating ``mask`` in ``dtype``; what is finite stays so, as ``torch.finfo(torch.float64).min`` would not."""
+    """Cast a floating ``mask`` to ``dtype``; finite values stay finite, unlike finfo(fp64).min in a plain cast."""
     limits = torch.finfo(dtype)
     if torch.finfo(mask.dtype).max <= limits.max:
         return mask.to(dtype)
     constant = mask.detach()
-    nearest = mask - constant + constant.clamp(limits.min, limits.max)  # of the mask's own gradient
+    nearest = mask - constant + constant.clamp(limits.min, limits.max)  # clamps, but passes gradients unchanged
     return torch.where(constant.isinf(), mask, nearest).to(dtype)
 
 
 def attention_weights(
     q: Tensor, k: Tensor, *, attn_mask: Tensor | None = None, scale: float | None = None, is_causal: bool = False
 ) -> Tensor:
-    """``softmax(scale · q kᵀ + mask)``, (B, H, N, N); a row that looks nowhere is 0."""
+    """``softmax(scale · q kᵀ + mask)``, (B, H, N, N); the row of a query that attends to no key is 0."""
     scores = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:
         behind = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
         scores = scores.masked_fill(~behind, float("-inf"))
     if attn_mask is not None:
         if attn_mask.is_floating_point():
-            wide = torch.promote_types(q.dtype, torch.float32)  # as fp16 has no room below its finfo.min
+            wide = torch.promote_types(q.dtype, torch.float32)  # fp16 sums with finfo.min overflow
             scores = scores.to(wide) + added_mask(attn_mask, wide)
         else:
             scores = scores.masked_fill(~attn_mask, float("-inf"))
@@ -267,27 +268,27 @@ def attention_weights(
 
 
 def attention_qkvpacked(qkv: Tensor, **options) -> Tensor:
-    """:func:`attention` from (B, N, 3, H, D), the output of a qkv projection, to (B, N, H, D)."""
+    """:func:`attention` on the output of a qkv projection, (B, N, 3, H, D); returns (B, N, H, D)."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     return attention(q, k, v, **options).transpose(1, 2)
 
 
 def attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, **options) -> Tensor:
-    """:func:`attention` within each of the images packed in (T, H, D): tokens ``cu_seqlens[i]`` to ``[i + 1]``.
+    """:func:`attention` within each packed image of (T, H, D): tokens ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``.
 
-    Tokens of no image are 0.
+    Tokens of no image give 0.
     """
     bounds = cu_seqlens.tolist()
     out = []
     for start, end in itertools.pairwise(bounds):
         image = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
         out.append(attention(*image, **options).squeeze(0).transpose(0, 1))
-    dtype = out[0].dtype if out else q.dtype  # under autocast not q's
+    dtype = out[0].dtype if out else q.dtype  # under autocast it differs from q's
     return torch.cat([q[: bounds[0]].to(dtype) * 0, *out, q[bounds[-1] :].to(dtype) * 0])
 
 
 def dropout_scale(seed: int, shape: tuple[int, int, int, int], p: float) -> Tensor:
-    """What the attention kernels draw for weights (B, H, N_q, N_kv): 1/(1 − p), or 0 with probability p, fp64.
+    """Return the attention kernels' dropout factors (B, H, N_q, N_kv), fp64: 1/(1 − p), or 0 with probability p.
 
     Philox4x32-10 (Salmon et al., SC 2011) with ``seed`` as key on the counter (key, query, image · H + head, 0).
     """
@@ -295,7 +296,7 @@ def dropout_scale(seed: int, shape: tuple[int, int, int, int], p: float) -> Tens
     B, H, N_q, N_kv = shape
 
     def multiply(a: Tensor, constant: int) -> tuple[Tensor, Tensor]:
-        # 32 by 32 bits in parts of 16, as int64 has no room for the sign.
+        # A product of 32 by 32 bits would overflow int64, so multiply in parts of 16 bits.
         lower, upper = (a & 0xFFFF) * constant, (a >> 16) * constant
         carried = (lower >> 16) + upper
         return carried >> 16, ((carried & 0xFFFF) << 16) | (lower & 0xFFFF)
@@ -348,11 +349,11 @@ def patch_embed(
     pos_embed_prefix: bool = True,
     normalize: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> Tensor:
-    """Images (B, I, Y, X) to tokens (B, R + N, C): one P×P patch a token, R prefix tokens in front.
+    """Map images (B, I, Y, X) to tokens (B, R + N, C): R prefix tokens, then one token per P×P patch.
 
-    Patches in row-major order; the weight is a Conv2d's, (C, I, P, P). ``pos_embed`` (1, R + N, C) is added
-    to all tokens, or, with ``pos_embed_prefix=False``, (1, N, C) to the patches alone (arXiv 2010.11929).
-    ``normalize`` is (mean, std), a number a channel, for pixels of 0..255 in uint8 or 0..1 in floating point.
+    Patches are in row-major order; the weight is as in Conv2d, (C, I, P, P). ``pos_embed`` (1, R + N, C) is added to
+    all tokens; with ``pos_embed_prefix=False`` it is (1, N, C) and added only to the patches (arXiv 2010.11929).
+    ``normalize`` is (mean, std), one number per channel, for pixels of 0..255 in uint8 or 0..1 in floating point.
     """
     if normalize is not None:
         wide = torch.promote_types(weight.dtype, torch.float32)

@@ -37,7 +37,7 @@ __all__ = [
     "sincos2d",
 ]
 
-# What a layer here may read instead of calling.
+# Classes whose parameters a fused forward may read instead of calling the module.
 for _cls in (Attention, DropPath, LayerNorm, LayerScale, Mlp, QuickGELU, RmsNorm):
     _own.note(_cls)
 for _cls in (nn.Dropout, nn.GELU, nn.Identity, nn.LayerNorm, nn.Linear, nn.SiLU):

@@ -1,8 +1,8 @@
-"""Whether a class's methods are its library's own: a fused forward stands for these, and for no other.
+"""Detect monkey-patched methods: a fused forward may replace only the methods that the library itself defined.
 
-``timm.layers.Mlp.forward = mine`` changes every Mlp there is, those that are swapped already among them. So the methods
-of each class that may be read instead of called are noted beforehand, and compared by identity at every call. Functions
-that a method calls (``torch.nn.functional``'s, say) are not looked at.
+``timm.layers.Mlp.forward = mine`` changes every Mlp, including those already swapped. So this module records the
+methods of each class whose forward may be replaced, and compares them by identity at every call. It does not check
+functions that a method calls, such as those of ``torch.nn.functional``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 
 _entries: dict[type[nn.Module], set[str]] = {}
 _called: dict[type[nn.Module], set[str]] = {}
-# The methods of a class by name; None in the place of one that is not the library's own.
+# The methods of a class by name; None for a method that is not the library's own.
 _noted: dict[type[nn.Module], tuple[tuple[str, object], ...]] = {}
 
 
@@ -25,15 +25,15 @@ def note(
     entries: Iterable[str] = ("__call__", "forward"),
     instead: Iterable[Callable] = (),
 ) -> None:
-    """Note the methods ``entries`` of ``cls``, and those of its methods that these call.
+    """Record the methods ``entries`` of ``cls``, and the methods of ``cls`` that they call.
 
-    Left out are those that the functions ``instead`` of them call as well.
+    Methods that the replacement functions ``instead`` also call are not recorded.
     """
     _entries.setdefault(cls, set()).update(entries)
     called = _called.setdefault(cls, set())
     called.update(name for function in instead for name in _names_in(function.__code__))
     names, noted = sorted(_entries[cls]), {}
-    for name in names:  # which grow
+    for name in names:  # grows during the loop
         if name in noted:
             continue
         method = inspect.getattr_static(cls, name)
@@ -48,35 +48,35 @@ def note(
 
 
 def note_again() -> None:
-    """Note every class anew of which a method was replaced: it may have been set back."""
+    """Record again every class with a replaced method, since the method may have been restored."""
     for cls in _noted:
         if replaced(cls):
             note(cls, ())
 
 
 def replaced(cls: type[nn.Module]) -> str | None:
-    """Return which of the methods noted of ``cls`` is not its library's own, and what follows; None where all are."""
+    """Return an error text that names a recorded method of ``cls`` that is not the library's own, or None."""
     for name, own in _noted.get(cls, ()):
         method = getattr(cls, name)
-        # torch.nn.Module's own are whatever they are: torch.fx replaces its __call__ for a while.
+        # Accept any method of torch.nn.Module itself: torch.fx temporarily replaces its __call__.
         if method is not own and method is not getattr(nn.Module, name, None):
             return f"{cls.__module__}.{cls.__name__}.{name} is not the library's own, and fusion would not call it"
     return None
 
 
 def sees_all_calls() -> bool:
-    """Tell whether somebody's own function stands in for torch.nn.Module's ``__call__``: a profiler's, say."""
+    """Tell whether someone, such as a profiler, has replaced ``__call__`` of torch.nn.Module."""
     return nn.Module.__call__ is not _CALL and not _is_of(nn.Module.__call__, "torch")
 
 
 def _is_own(owner: type, name: str, method: object) -> bool:
-    """Tell whether ``method`` is a function of the module and the class that it belongs to.
+    """Tell whether ``method`` was defined in the module and class that it belongs to.
 
-    Or such a function in others of the library around it, as transformers has them; a user's around it is not known.
+    It may be wrapped by decorators of the same library, as in transformers, but not by a user's.
     """
     function, library = _function(method), owner.__module__.partition(".")[0]
     while hasattr(function, "__wrapped__"):
-        # torch._dynamo's is torch.compiler.disable, which timm has on methods of NaFlexVit: it computes the same.
+        # torch.compiler.disable, a wrapper of torch._dynamo on methods of timm's NaFlexVit, does not change results.
         if not _is_of(function, library) and function.__globals__.get("__name__") != "torch._dynamo.eval_frame":
             return False
         function = function.__wrapped__
@@ -98,7 +98,7 @@ def _function(method: object) -> object:
 
 
 def _is_method(cls: type[nn.Module], name: str) -> bool:
-    """Tell whether ``name`` is a method or a property of ``cls`` that torch.nn.Module has not."""
+    """Tell whether ``name`` is a method or a property of ``cls`` that torch.nn.Module does not have."""
     method = inspect.getattr_static(cls, name, None)
     return isinstance(method, (types.FunctionType, property, staticmethod)) and not hasattr(nn.Module, name)
 

@@ -1,4 +1,4 @@
-"""When a fused forward, which reads its children's parameters and never calls them, does what calling them would."""
+"""Checks that a fused forward, which reads its children's parameters, is equivalent to calling the children."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from vitkernels.layers import _own
 
 
 def has_plain_children(module: nn.Module, classes: Mapping[str, tuple[type[nn.Module], ...]]) -> bool:
-    """Tell whether each child named in ``classes`` is exactly of such a class, with no hook and no forward of its own.
+    """Tell whether each child named in ``classes`` is exactly of a listed class, without hooks or a replaced forward.
 
-    Nor may the class have another forward than its library gave it. A LoRA adapter, a parametrization and a quantized
-    layer change the class. Fusing over any of these would leave
-    them out without a word.
+    The forward must not be replaced on the child or on its class. LoRA adapters, parametrizations and quantized layers
+    change the class. Fusing such a child would silently skip its changes.
     """
-    children = module._modules  # runs at every call: the ordinary attribute look-ups would double its time
+    children = module._modules  # this runs at every call, and attribute look-ups would double its time
     for name, allowed in classes.items():
         child = children[name]
         if type(child) not in allowed:
@@ -27,7 +26,7 @@ def has_plain_children(module: nn.Module, classes: Mapping[str, tuple[type[nn.Mo
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Tell whether a hook is registered on ``module``, which only calling it would run."""
+    """Tell whether ``module`` has hooks, which run only when it is called."""
     state = module.__dict__
     return bool(
         state["_forward_hooks"]

@@ -1,4 +1,4 @@
-"""Activations by name, as the ops and timm call them."""
+"""Activations by their name in the ops and in timm."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def create_activation(act_layer: str | Callable[[], nn.Module] | None) -> nn.Mod
 
     Args:
         act_layer: ``"gelu"`` (erf), ``"gelu_tanh"``, ``"quick_gelu"`` or ``"silu"``; a class or other callable that
-            makes a module of that meaning (``nn.GELU``, timm's ``QuickGELU``, …); None for ``"gelu"``.
+            makes an equivalent module (``nn.GELU``, timm's ``QuickGELU``, …); None for ``"gelu"``.
 
     Raises:
-        ValueError: A name that is none of these.
-        NotImplementedError: The callable makes a module that the ops do not know.
+        ValueError: The name is none of these.
+        NotImplementedError: The callable makes a module that the ops do not support.
     """
     if act_layer is None:
         act_layer = "gelu"

@@ -18,10 +18,10 @@ class Attention(nn.Module):
     Args:
         dim: Channels of the input.
         num_heads: Heads.
-        attn_head_dim: Channels a head; ``dim / num_heads`` unless given.
+        attn_head_dim: Channels per head; ``dim / num_heads`` unless given.
         dim_out: Channels of the output; ``dim`` unless given.
         qkv_bias: Whether the projection to queries, keys and values has a bias.
-        proj_bias: Whether the output projection has one.
+        proj_bias: Whether the output projection has a bias.
         attn_drop: Dropout rate of the attention weights.
         proj_drop: Dropout rate of the output.
 
@@ -56,7 +56,7 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def fuses(self) -> bool:
-        """Tell whether the fused forward may run: no adapter or hook on a child, which it would not call."""
+        """Tell whether the fused forward may run: it would skip an adapter or a hook on a child."""
         return has_plain_children(self, _CHILDREN)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
         if has_plain_children(self, _DROP):
             out = ops.attention_qkvpacked(qkv, scale=self.scale, dropout_p=fused.attention_dropout(self))
-        else:  # what stands there, or hooks onto it, is to see the weights
+        else:  # another module in place of the dropout, or a hook on it, needs the weights
             q, k, v = qkv.permute(2, 0, 3, 1, 4)
             weights = self.attn_drop(ops.attention_weights(q, k, scale=self.scale).to(v.dtype))
             out = (weights @ v).transpose(1, 2)

@@ -34,13 +34,13 @@ class Block(nn.Module):
         num_heads: Heads of the attention.
         mlp_ratio: Hidden features of the MLP over ``dim``.
         qkv_bias: Whether the qkv projection has a bias.
-        proj_bias: Whether the other linear layers have one.
+        proj_bias: Whether the other linear layers have a bias.
         proj_drop: Dropout rate after the linear layers.
         attn_drop: Dropout rate of the attention weights.
-        init_values: Where LayerScale starts; no LayerScale if None or 0.
+        init_values: Initial value of LayerScale; no LayerScale if None or 0.
         drop_path: Probability of dropping a sample's branch in training.
         act_layer: As for :func:`vitkernels.layers.create_activation`.
-        norm_layer: Makes a LayerNorm from ``dim``, ``device`` and ``dtype``.
+        norm_layer: Callable that makes a LayerNorm from ``dim``, ``device`` and ``dtype``.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Block(nn.Module):
         self.drop_path2 = path()
 
     def fuses(self) -> bool:
-        """Tell whether the fused forward may run: no adapter or hook on a child, which it would not call."""
+        """Tell whether the fused forward may run: it would skip an adapter or a hook on a child."""
         return has_plain_children(self, _CHILDREN) and self.attn.fuses() and self.mlp.fuses()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ class DropPath(nn.Module):
 
     Args:
         drop_prob: Probability of dropping, in [0, 1].
-        scale_by_keep: Divide the branches that stay by the probability of staying, so that the mean is unchanged.
+        scale_by_keep: Divide kept branches by the probability of keeping, so that the mean is unchanged.
     """
 
     def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True) -> None:

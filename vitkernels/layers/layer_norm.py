@@ -12,7 +12,7 @@ class LayerNorm(nn.LayerNorm):
 
     Args:
         num_channels: Size of the last dim.
-        eps: Added to the variance; 1e-6 where PyTorch's default is 1e-5.
+        eps: Added to the variance; the default is 1e-6, PyTorch's is 1e-5.
         affine: Whether there are ``weight`` and ``bias``.
         **kwargs: ``bias``, ``device`` and ``dtype``, as for ``nn.LayerNorm``.
     """

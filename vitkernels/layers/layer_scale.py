@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 
 class LayerScale(nn.Module):
-    """Multiply by ``gamma``, one learned factor a channel (arXiv 2103.17239).
+    """Multiply by ``gamma``, one learned factor per channel (arXiv 2103.17239).
 
     Args:
         dim: Size of the last dim.
-        init_values: What every factor starts at.
+        init_values: Initial value of every factor.
     """
 
     def __init__(self, dim: int, init_values: float = 1e-5, *, device=None, dtype=None) -> None:

@@ -20,11 +20,11 @@ _CHILDREN = {
 
 
 class Mlp(nn.Module):
-    """``fc2(act(fc1(x)))`` in one op, with dropout after each half where it is asked for.
+    """``fc2(act(fc1(x)))`` in one op, with optional dropout after the activation and after ``fc2``.
 
     Args:
         in_features: Channels of the input.
-        hidden_features: Between the two; ``in_features`` unless given.
+        hidden_features: Features between the two layers; ``in_features`` unless given.
         out_features: Channels of the output; ``in_features`` unless given.
         act_layer: As for :func:`vitkernels.layers.create_activation`.
         bias: Whether ``fc1`` and ``fc2`` have biases.
@@ -52,7 +52,7 @@ class Mlp(nn.Module):
         self.drop2 = nn.Dropout(drop)
 
     def fuses(self) -> bool:
-        """Tell whether the fused forward may run: no adapter or hook on a child, which it would not call."""
+        """Tell whether the fused forward may run: it would skip an adapter or a hook on a child."""
         return has_plain_children(self, _CHILDREN)
 
     def forward(self, x: Tensor) -> Tensor:

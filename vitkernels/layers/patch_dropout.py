@@ -10,8 +10,8 @@ class PatchDropout(nn.Module):
     """In training, keep a random subset of each sample's patches, in random order (arXiv 2212.00794).
 
     Args:
-        prob: Share of the patches that is dropped, in [0, 1); at least one stays.
-        num_prefix_tokens: Tokens in front that always stay.
+        prob: Fraction of patches to drop, in [0, 1); at least one patch is kept.
+        num_prefix_tokens: Number of leading tokens that are always kept.
     """
 
     def __init__(self, prob: float = 0.5, num_prefix_tokens: int = 1) -> None:
@@ -26,7 +26,7 @@ class PatchDropout(nn.Module):
             return x
         prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
         B, N, C = patches.shape
-        # Drawn as timm draws it, so that a seed keeps the same patches.
+        # Draw as timm does, so that a seed keeps the same patches.
         order = torch.argsort(torch.randn(B, N, device=x.device), dim=-1)
         kept = order[:, : max(1, int(N * (1.0 - self.prob)))]
         return torch.cat([prefix, patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, C))], dim=1)

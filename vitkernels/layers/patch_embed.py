@@ -1,4 +1,4 @@
-"""Images to tokens."""
+"""Patch embedding: images to tokens."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ def to_pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 class PatchEmbed(nn.Module):
-    """Patches of an image to tokens, position embedding and prefix tokens included, in one op (arXiv 2010.11929).
+    """Map images to tokens, with position embedding and prefix tokens, in one op (arXiv 2010.11929).
 
     Args:
-        img_size: Height and width of the images, in pixels; the patch divides both.
+        img_size: Height and width of the images, in pixels; the patch size divides both.
         patch_size: Height and width of a patch, in pixels.
         in_chans: Channels of the images.
         embed_dim: Channels of the tokens.
         bias: Whether the projection has a bias.
-        strict_img_size: Refuse images of another size than ``img_size``.
-        normalize: ``(mean, std)`` as for :func:`vitkernels.ops.patch_embed`: images come in uint8, 0..255, or in
-            floating point, 0..1, and are normalised as they are read. None: they come normalised.
+        strict_img_size: Raise an error for images of another size than ``img_size``.
+        normalize: ``(mean, std)`` as for :func:`vitkernels.ops.patch_embed`: images are uint8, 0..255, or floating
+            point, 0..1, and the op normalises them. None: the caller has normalised them.
 
     Raises:
         ValueError: The patch does not divide the image.
@@ -55,14 +55,14 @@ class PatchEmbed(nn.Module):
         )
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Set the size of the images that follow."""
+        """Set the size of images in later calls."""
         img_size = to_pair(img_size)
         self.grid_size = self.grid_of(img_size)
         self.img_size = img_size
         self.num_patches = self.grid_size[0] * self.grid_size[1]
 
     def grid_of(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        """Return how many patches (down, across) an image of (height, width) has.
+        """Return the number of patches (down, across) of an image of (height, width).
 
         Raises:
             ValueError: The patch does not divide the image.
@@ -76,11 +76,11 @@ class PatchEmbed(nn.Module):
         return height // patch_height, width // patch_width
 
     def check_images(self, images: Tensor) -> None:
-        """Require images (B, I, Y, X) of a dtype, size and channels that this module takes.
+        """Require images (B, I, Y, X) of a dtype, size and number of channels that this module accepts.
 
         Raises:
-            ValueError: Another rank, number of channels or size.
-            TypeError: No floating-point tensor, nor with ``normalize`` one of uint8.
+            ValueError: The rank, the number of channels or the size does not fit.
+            TypeError: It is not a floating-point tensor (with ``normalize``, nor a uint8 tensor).
         """
         kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
         takes_uint8 = self.normalize is not None
@@ -107,7 +107,7 @@ class PatchEmbed(nn.Module):
         prefix_tokens: Tensor | None = None,
         pos_embed_prefix: bool = True,
     ) -> Tensor:
-        """Images (B, I, Y, X) to tokens (B, R + N, C); the rest as for :func:`vitkernels.ops.patch_embed`."""
+        """Map images (B, I, Y, X) to tokens (B, R + N, C), with arguments as for :func:`vitkernels.ops.patch_embed`."""
         self.check_images(images)
         return fused.patch_embed(
             self.proj,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def sincos1d(length: int, dim: int, *, device=None, dtype=None) -> Tensor:
-    """Return the table (1, length, dim) of sines (even channels) and cosines (odd) of the place in the sequence.
+    """Return the table (1, length, dim) of sines (even channels) and cosines (odd channels) of positions.
 
     ``table[p, 2i] = sin(p / 10000^(2i/dim))``, ``table[p, 2i + 1] = cos(p / 10000^(2i/dim))`` (arXiv 1706.03762 §3.5).
 
@@ -26,10 +26,10 @@ def sincos2d(grid_size: tuple[int, int], dim: int, *, num_prefix_tokens: int = 0
     """Return the table (1, prefix + rows · columns, dim) of MAE (arXiv 2111.06377): zeros for the prefix tokens.
 
     A patch at column x and row y has ``[sin(x·ω), cos(x·ω), sin(y·ω), cos(y·ω)]``, ``ω_i = 10000^(−i/(dim/4))``.
-    MoCo v3 (arXiv 2104.02057) has the two halves the other way round, which is the same but for a permutation.
+    MoCo v3 (arXiv 2104.02057) swaps the two halves, which is a permutation of channels.
 
     Raises:
-        ValueError: ``dim`` is no multiple of 4.
+        ValueError: ``dim`` is not a multiple of 4.
     """
     if dim % 4:
         raise ValueError(f"sincos2d needs a number of channels that 4 divides, got {dim}")
@@ -50,20 +50,20 @@ def resample_pos_embed(
 ) -> Tensor:
     """Resample a position embedding (1, prefix + old patches, C) to another grid, bicubic with antialiasing.
 
-    Equal to ``resample_abs_pos_embed`` of timm, but that fp64 stays fp64. The prefix is kept as it is.
+    The result equals that of timm's ``resample_abs_pos_embed``, except that fp64 stays fp64. The prefix is unchanged.
 
     Args:
         pos_embed: The embedding; differentiable.
-        new_size: Rows and columns of the grid that is wanted.
-        old_size: Rows and columns of the grid that is there.
-        num_prefix_tokens: Tokens in front that are no patches.
+        new_size: Rows and columns of the new grid.
+        old_size: Rows and columns of the old grid.
+        num_prefix_tokens: Number of leading tokens that are not patches.
     """
-    # A branch would bind an exported program to one side of it. Resampling to the same grid changes no bit.
+    # An export would keep only one side of this branch, so it always resamples; to the same grid this changes no bit.
     if not torch.compiler.is_exporting() and tuple(new_size) == tuple(old_size):
         return pos_embed
     prefix, patches = pos_embed[:, :num_prefix_tokens], pos_embed[:, num_prefix_tokens:]
     grid = patches.reshape(1, *old_size, -1).permute(0, 3, 1, 2)
-    # Not every device interpolates half precision with antialiasing.
+    # Some devices cannot interpolate half precision with antialiasing.
     grid = grid if grid.dtype == torch.float64 else grid.float()
     grid = F.interpolate(grid, size=tuple(new_size), mode="bicubic", antialias=True)
     patches = grid.permute(0, 2, 3, 1).reshape(1, -1, pos_embed.shape[-1]).to(pos_embed.dtype)

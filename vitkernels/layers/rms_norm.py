@@ -12,7 +12,7 @@ class RmsNorm(nn.RMSNorm):
 
     Args:
         channels: Size of the last dim.
-        eps: Added to the mean of squares; 1e-6 where PyTorch's default is the spacing of the dtype at 1.
+        eps: Added to the mean of squares; the default is 1e-6, PyTorch's is the machine epsilon.
         affine: Whether there is a ``weight``.
         **kwargs: ``device`` and ``dtype``, as for ``nn.RMSNorm``.
     """

@@ -21,7 +21,7 @@ _CHILDREN = {
 
 
 class _GatedMlp(nn.Module):
-    """What both share: everything behind the first layer, whose ``nn.Linear`` children ``_FIRST`` names."""
+    """Shared part of both classes: all after the first layer, whose ``nn.Linear`` children are named in ``_FIRST``."""
 
     _FIRST: tuple[str, ...]
 
@@ -34,7 +34,7 @@ class _GatedMlp(nn.Module):
         self.drop2 = nn.Dropout(drop)
 
     def fuses(self) -> bool:
-        """Tell whether the fused forward may run: no adapter or hook on a child, which it would not call."""
+        """Tell whether the fused forward may run: it would skip an adapter or a hook on a child."""
         return has_plain_children(self, dict.fromkeys(self._FIRST, (nn.Linear,)) | _CHILDREN)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,13 +53,13 @@ class SwiGLU(_GatedMlp):
 
     Args:
         in_features: Channels of the input.
-        hidden_features: Between the layers; ``in_features`` unless given.
+        hidden_features: Features between the layers; ``in_features`` unless given.
         out_features: Channels of the output; ``in_features`` unless given.
         act_layer: As for :func:`vitkernels.layers.create_activation`.
-        norm_layer: Makes the norm of the hidden features (EVA02's is LayerNorm), or None.
+        norm_layer: Callable that makes the norm of the hidden features (LayerNorm in EVA02), or None.
         bias: Whether the linear layers have biases.
-        drop: Dropout rate after the gate and after ``fc2``; while it drops, the layers run one by one.
-        align_to: ``hidden_features`` is rounded up to a multiple of this, if not 0.
+        drop: Dropout rate after the gate and after ``fc2``; while dropout is active, the layers run as separate ops.
+        align_to: Round ``hidden_features`` up to a multiple of this, if not 0.
     """
 
     _FIRST = ("fc1_g", "fc1_x")
@@ -91,12 +91,12 @@ class SwiGLU(_GatedMlp):
 
 
 class SwiGLUPacked(_GatedMlp):
-    """:class:`SwiGLU` with both layers in one, ``fc1``, the gate's features first (DINOv2, arXiv 2304.07193).
+    """:class:`SwiGLU` with one packed layer ``fc1``, the gate's features first (DINOv2, arXiv 2304.07193).
 
     Args:
         in_features: Channels of the input.
-        hidden_features: Of ``fc1``, twice what ``fc2`` takes, even; ``in_features`` unless given.
-        gate_last: The gate's features come last.
+        hidden_features: Output features of ``fc1``, twice the input features of ``fc2``; ``in_features`` unless given.
+        gate_last: Whether the gate's features come last.
         out_features, act_layer, norm_layer, bias, drop: As for :class:`SwiGLU`.
 
     Raises:

@@ -1,8 +1,8 @@
-"""Weights of timm, torchvision and transformers into :class:`VisionTransformer`, and back to timm.
+"""Convert weights of timm, torchvision and transformers to :class:`VisionTransformer`, and back to timm.
 
-Every source becomes two things: the arguments of a model here, and a state dict under timm's names, which are those
-of this package. Whatever does not fit is one error that lists it; nothing is resampled or left out unasked. Dropout
-rates are not carried over. None of the three libraries is imported but for a source that needs it.
+Every source becomes two things: arguments of a model of this package, and a state dict with timm's names, which this
+package uses. One error lists everything that does not fit; nothing is resampled or left out unless requested. Dropout
+rates are not copied. A library is imported only for a source that needs it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _HEADS = ("head.", "head_dist.", "fc_norm.", "attn_pool.", "pre_logits.")
 
 
 def check_state(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str) -> None:
-    """Raise one ValueError of all that is missing, unexpected or of another shape in ``state``."""
+    """Raise one ValueError that lists all missing, unexpected and wrongly shaped tensors of ``state``."""
     problems = []
     missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     shapes = [
@@ -137,7 +137,10 @@ def _refuse_arguments(architecture: str | None, args: Config) -> None:
 
 
 def _timm_architecture(path: Path, architecture: str | None, args: Config) -> tuple[str, Config]:
-    """Return what model the weights at ``path`` are of: from the config.json of a directory that timm wrote."""
+    """Return the timm architecture of the weights at ``path`` and its arguments.
+
+    They come from the config.json in a directory that timm wrote, unless ``architecture`` is given.
+    """
     if architecture is None and (path / "config.json").exists():
         config = read_config(path / "config.json")
         more = config.get("model_args") or {}
@@ -160,19 +163,19 @@ def _downloaded(name: str) -> Path:
 
 
 def _without_head(config: Config, state: State) -> tuple[Config, State]:
-    """Leave out what comes behind the last norm over tokens: the model then gives all of them."""
+    """Leave out everything after the last norm over tokens, so that the model returns all tokens."""
     kept = {name: tensor for name, tensor in state.items() if not name.startswith(_HEADS)}
     more = {"num_classes": 0, "global_pool": "", "representation_size": None, "fc_norm": False}
-    if config.get("fc_norm"):  # its norm is behind the pool
+    if config.get("fc_norm"):  # its norm comes after the pool
         more["final_norm"] = False
     return {**config, **more}, kept
 
 
 def timm_config(model: nn.Module) -> Config:
-    """Return the arguments that make a model like ``model``: a timm ``VisionTransformer``, or one of this package.
+    """Return the arguments that make a model like ``model``, a ``VisionTransformer`` of timm or of this package.
 
     Raises:
-        NotImplementedError: It has something that there is none of here.
+        NotImplementedError: It has a part that this package does not support.
     """
     _expect(model, "the model", "VisionTransformer")
     _expect(model.patch_embed, "patch_embed", "PatchEmbed")
@@ -240,13 +243,14 @@ def torchvision_config(model: nn.Module) -> Config:
 
 
 def hf_config(config: Mapping) -> Config:
-    """Return the arguments, but for the head's, of a model like the one of a transformers config as a dictionary.
+    """Return the arguments, except those of the head, that make a model like the one of a transformers config.
 
     Args:
-        config: Of ViT, DeiT, DINOv2 with or without registers, SigLIP or CLIP; of the two towers' pair too.
+        config: A config as a dictionary, of ViT, DeiT, DINOv2 with or without registers, SigLIP or CLIP (vision tower,
+            or both towers).
 
     Raises:
-        NotImplementedError: Another kind of model, activation or MLP.
+        NotImplementedError: The kind of model, activation or MLP is not supported.
     """
     kind = config.get("model_type")
     if kind not in _HF_KINDS:
@@ -283,9 +287,9 @@ def hf_config(config: Mapping) -> Config:
 
 
 def hf_state(state: Mapping[str, Tensor]) -> State:
-    """Rename transformers' weights, of releases 4 and 5, to timm's; separate q, k and v become one qkv.
+    """Rename weights of transformers 4 and 5 to timm's names; separate q, k and v become one qkv.
 
-    What belongs to training (mask tokens) or to a text tower is left out.
+    Mask tokens, which only training needs, and weights of a text tower are left out.
     """
     state = {name: tensor for name, tensor in state.items() if not re.search(_HF_ELSEWHERE, name)}
     renamed = _renamed(state, _HF)
@@ -293,7 +297,7 @@ def hf_state(state: Mapping[str, Tensor]) -> State:
         parts = [renamed.pop(name.replace(".attn.q.", f".attn.{x}."), None) for x in "qkv"]
         if None not in parts:
             renamed[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
-    for name in ("cls_token", "pos_embed"):  # (C,) in CLIP, (N, C) where it is an Embedding's weight
+    for name in ("cls_token", "pos_embed"):  # (C,) in CLIP, (N, C) as the weight of an Embedding
         if name in renamed:
             renamed[name] = renamed[name].reshape(1, -1, renamed[name].shape[-1])
     if "visual_projection.weight" in state:  # which has no bias
@@ -302,13 +306,13 @@ def hf_state(state: Mapping[str, Tensor]) -> State:
 
 
 def _merge_class_position(state: State) -> State:
-    """Add the class token's position to the token itself, for models whose positions are the patches' alone."""
+    """Add the class token's position to the token itself, for models with positions only for patches."""
     cls_token, pos_embed = state["cls_token"], state["pos_embed"]
     return {**state, "cls_token": cls_token + pos_embed[:, :1], "pos_embed": pos_embed[:, 1:]}
 
 
 def mlp_ratio(width: int, hidden: int) -> float:
-    """Return a ratio whose product with ``width`` is ``hidden`` when rounded down: 4304 / 1152 alone is not."""
+    """Return a ratio such that ``int(width * ratio) == hidden``, which ``hidden / width`` is not for 4304 / 1152."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
@@ -353,7 +357,7 @@ _TORCHVISION = (
     (r"\.mlp\.(3|linear_2)\.", ".mlp.fc2."),
 )
 
-# Of a text tower, or of training with masked patches; CLIP's position_ids are 0, 1, 2, ….
+# Weights of a text tower or for training with masked patches, and CLIP's position_ids, which are 0, 1, 2, ….
 _HF_ELSEWHERE = r"^text_model\.|^text_projection\.|^logit_(scale|bias)$|\.?mask_token$|\.position_ids$"
 _HF = (
     (r"^((vit|deit|dinov2|dinov2_with_registers|vision_model)\.)+", ""),

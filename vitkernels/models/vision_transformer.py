@@ -1,6 +1,7 @@
 """Vision Transformer (arXiv 2010.11929), with timm's argument names, defaults and state-dict keys.
 
-A checkpoint of a timm ``VisionTransformer`` built with the same arguments loads with ``strict=True``, and back.
+Checkpoints load with ``strict=True`` in both directions between this and a timm ``VisionTransformer`` with the same
+arguments.
 Shape letters: B batch, R prefix tokens (class and register tokens), N patches, C channels.
 """
 
@@ -31,7 +32,7 @@ from vitkernels.models import convert
 POOLS = ("", "token", "avg", "avgmax", "max")
 POS_EMBEDS = ("learn", "none", "sincos1d", "sincos2d")
 
-# Arguments of timm that have no counterpart here, with the value under which they mean nothing.
+# Arguments of timm that have no counterpart here, with the value that has no effect.
 _UNSUPPORTED = {
     "qk_norm": False,
     "scale_attn_norm": False,
@@ -47,55 +48,56 @@ _UNSUPPORTED = {
 
 
 class VisionTransformer(nn.Module):
-    """Images (B, I, Y, X) to logits (B, num_classes).
+    """Vision Transformer, from images (B, I, Y, X) to logits (B, num_classes).
 
     Args:
         img_size: Height and width of the images, in pixels.
         patch_size: Height and width of a patch, in pixels; divides ``img_size``.
         in_chans: Channels of the images.
-        num_classes: Logits; 0 leaves the head out.
-        global_pool: What goes to the head: ``"token"`` the class token; ``"avg"``, ``"max"`` or ``"avgmax"`` (half of
+        num_classes: Number of logits; 0 leaves the head out.
+        global_pool: Input of the head: ``"token"`` the class token; ``"avg"``, ``"max"`` or ``"avgmax"`` (mean of
             both) over the patches; ``""`` every token.
         embed_dim: Channels C of a token.
-        depth: Blocks.
+        depth: Number of blocks.
         num_heads: Heads of each attention; divides ``embed_dim``.
-        mlp_ratio: Hidden features of an MLP over ``embed_dim``.
+        mlp_ratio: Hidden features of an MLP divided by ``embed_dim``.
         qkv_bias: Whether the qkv projections have biases.
-        proj_bias: Whether the blocks' other linear layers have them.
-        init_values: Where LayerScale starts (arXiv 2103.17239); no LayerScale if None or 0.
+        proj_bias: Whether the blocks' other linear layers have biases.
+        init_values: Initial value of LayerScale (arXiv 2103.17239); no LayerScale if None or 0.
         class_token: Whether there is a class token.
-        pos_embed: ``"learn"``; ``"none"``; ``"sincos1d"`` over the sequence (arXiv 1706.03762), ``"sincos2d"`` over the
-            grid of patches (arXiv 2111.06377), see :mod:`vitkernels.layers.pos_embed`. The fixed two are a persistent
-            buffer: the key in the state dict is ``pos_embed`` as for the learned one, so that checkpoints of either
-            kind load and a resampled table is saved with the weights, and no optimizer meets it.
-        no_embed_class: Position embedding for the patches alone.
-        reg_tokens: Register tokens (arXiv 2309.16588), after the class token.
+        pos_embed: ``"learn"``; ``"none"``; ``"sincos1d"`` over the sequence (arXiv 1706.03762); ``"sincos2d"`` over the
+            grid of patches (arXiv 2111.06377), see :mod:`vitkernels.layers.pos_embed`. The two fixed tables are a
+            persistent buffer, which no optimizer changes. Its key in the state dict is ``pos_embed``, as for a learned
+            one, so that checkpoints of either kind load, and a resampled table is saved with the weights.
+        no_embed_class: Position embedding only for the patches.
+        reg_tokens: Number of register tokens (arXiv 2309.16588), after the class token.
         pre_norm: A LayerNorm before the blocks, and no bias in the patch embedding, as in CLIP.
         final_norm: A LayerNorm after the blocks.
-        fc_norm: That LayerNorm after pooling rather than before; None: where the pool is over patches.
+        fc_norm: Whether that LayerNorm comes after pooling, not before; None: it does if the pool is over patches.
         pool_include_prefix: Pool over the prefix tokens too.
-        dynamic_img_size: Take images of any size that the patch divides, resampling the position embedding. A program
-            by ``torch.export`` does so too, down to two patches each way: PyTorch's interpolation asks for them there.
+        dynamic_img_size: Accept images of any size that the patch divides, and resample the position embedding. A
+            program of ``torch.export`` does so, too, for at least two patches in each direction, which PyTorch's
+            interpolation requires there.
         drop_rate: Dropout rate before the head.
         pos_drop_rate: Dropout rate after the position embedding.
-        patch_drop_rate: Share of the patches dropped in training (arXiv 2212.00794).
+        patch_drop_rate: Fraction of the patches dropped in training (arXiv 2212.00794).
         proj_drop_rate: Dropout rate after the blocks' linear layers.
         attn_drop_rate: Dropout rate of the attention weights.
         drop_path_rate: Stochastic depth (arXiv 1603.09382): 0 in the first block, rising linearly to this in the last.
-        weight_init: ``""`` timm's, ``"skip"`` PyTorch's (position, class and register tokens are then zero).
-        norm_layer: Makes a LayerNorm, for another eps: ``functools.partial(nn.LayerNorm, eps=1e-5)``. Default: 1e-6.
+        weight_init: ``""`` as in timm, ``"skip"`` as in PyTorch (position, class and register tokens are then zero).
+        norm_layer: Callable that makes a LayerNorm, for an eps other than the default 1e-6:
+            ``functools.partial(nn.LayerNorm, eps=1e-5)``.
         act_layer: As for :func:`vitkernels.layers.create_activation`; None for GELU.
         representation_size: Features of one tanh hidden layer before the head, ``pre_logits.fc``, as in the
             original's pre-training (arXiv 2010.11929 §3.1); None leaves it out.
-        normalize: ``(mean, std)``, a number a channel: images come decoded, in uint8, 0..255, or in floating point,
-            0..1, and the patch embedding normalises them as it reads them; not in the state dict. None: they come
-            normalised.
-        device, dtype: Of the parameters.
+        normalize: ``(mean, std)``, one number per channel: images are uint8, 0..255, or floating point, 0..1, and the
+            patch embedding normalises them. It is not in the state dict. None: the caller has normalised the images.
+        device, dtype: Device and dtype of the parameters.
 
     Raises:
-        ValueError: Arguments that exclude one another, or an unknown name.
-        NotImplementedError: An argument of timm's for something that is not supported here.
-        TypeError: An argument that neither this nor timm's has.
+        ValueError: Arguments exclude one another, or a name is unknown.
+        NotImplementedError: An argument of timm's asks for something that is not supported here.
+        TypeError: Neither this class nor timm's has such an argument.
     """
 
     def __init__(
@@ -166,7 +168,7 @@ class VisionTransformer(nn.Module):
             patch_size,
             in_chans,
             embed_dim,
-            bias=not pre_norm,  # the norm that follows has one
+            bias=not pre_norm,  # the following norm has a bias
             strict_img_size=not dynamic_img_size,
             normalize=normalize,
             **dd,
@@ -231,17 +233,17 @@ class VisionTransformer(nn.Module):
         """Make a model with the weights of timm's ``VisionTransformer``: ViT, DeiT, DINOv2, CLIP and the like.
 
         Args:
-            source: A model of timm's; or a file or directory of weights, see
-                :func:`vitkernels.models.weights.read_weights`; or a name that ``timm.create_model`` knows.
-            architecture: That name, for a file; a directory's is in its config.json.
+            source: A model of timm; or a file or directory of weights, see
+                :func:`vitkernels.models.weights.read_weights`; or a name for ``timm.create_model``.
+            architecture: Name for ``timm.create_model`` if the source is a file; a directory has it in its config.json.
             pretrained: Let timm download the weights of a name.
-            features_only: Leave the head and the pool out; the model then gives all tokens (B, R + N, C).
+            features_only: Leave out the head and the pool; the model then returns all tokens (B, R + N, C).
             timm_args: Further arguments of ``timm.create_model``, for a name or a path. With another ``img_size`` timm
                 resamples the positions of pretrained weights.
 
         Raises:
-            ValueError: The weights do not fit, with all that is missing and unexpected; or the file is not of tensors.
-            NotImplementedError: The model has something that there is none of here: attention pooling (SigLIP) without
+            ValueError: The weights do not fit (the error lists all differences), or the file does not contain tensors.
+            NotImplementedError: The model has an unsupported part: attention pooling (SigLIP) without
                 ``features_only``, SwiGLU, QK-norm, ….
         """
         config, state = convert.timm_source(source, architecture, pretrained, features_only, timm_args)
@@ -257,12 +259,12 @@ class VisionTransformer(nn.Module):
         features_only: bool = False,
         **torchvision_args,
     ) -> VisionTransformer:
-        """Make a model with the weights of torchvision's ``VisionTransformer``, under its old key names or the new.
+        """Make a model with the weights of torchvision's ``VisionTransformer``, with its old or new key names.
 
         Args:
-            source: A model of torchvision's; or a file or directory of weights; or a name: ``"vit_b_16"``.
-            architecture: That name, for a path.
-            weights: Which weights torchvision downloads for a name; None for none.
+            source: A model of torchvision; or a file or directory of weights; or a name, as ``"vit_b_16"``.
+            architecture: The name if the source is a path.
+            weights: Weights that torchvision downloads for a name; None for none.
             features_only: As for :meth:`from_timm`.
             torchvision_args: Further arguments of ``torchvision.models.get_model``, for a name or a path.
 
@@ -276,14 +278,14 @@ class VisionTransformer(nn.Module):
     def from_hf(cls, source: nn.Module | str | os.PathLike, *, features_only: bool = False) -> VisionTransformer:
         """Make a model with the weights of transformers' ViT, DeiT, DINOv2, SigLIP or CLIP vision tower.
 
-        What comes out is what the source gives as logits, image embeddings (CLIP with its projection) or
-        ``pooler_output``. Of DINOv2 with registers the class token's position is added to the token, as timm has it.
+        The model returns the same as the source: logits, image embeddings (CLIP with its projection) or
+        ``pooler_output``. For DINOv2 with registers, the class token's position is added to the token, as in timm.
 
         Args:
-            source: A model of transformers' (release 4 or 5); or a directory of config.json and weights; or the name of
-                a repository on the Hugging Face Hub. The pair of CLIP or SigLIP will do, for its vision tower.
-            features_only: As for :meth:`from_timm`. SigLIP's attention pool, DINOv2's classifier and DeiT's pair of
-                heads have no counterpart here and need it.
+            source: A model of transformers (release 4 or 5); or a directory with config.json and weights; or the name
+                of a repository on the Hugging Face Hub. Of a CLIP or SigLIP with two towers, the vision tower is used.
+            features_only: As for :meth:`from_timm`. It is needed for SigLIP's attention pool, DINOv2's classifier and
+                DeiT's pair of heads, which have no counterpart here.
 
         Raises:
             ValueError, NotImplementedError: As for :meth:`from_timm`.
@@ -300,10 +302,10 @@ class VisionTransformer(nn.Module):
         return model
 
     def to_timm(self) -> nn.Module:
-        """Return timm's ``VisionTransformer`` with copies of these weights; the state dict is the same, name by name.
+        """Return timm's ``VisionTransformer`` with copies of these weights, and with the same names in the state dict.
 
         Raises:
-            NotImplementedError: There is a hidden layer before the head (``representation_size``), or ``normalize``.
+            NotImplementedError: The model has ``representation_size`` or ``normalize``.
         """
         from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 
@@ -316,7 +318,7 @@ class VisionTransformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw the weights of linear layers, position, class and register tokens anew, as timm does."""
+        """Initialize linear layers, position embedding, class and register tokens randomly, as timm does."""
         if isinstance(self.pos_embed, nn.Parameter):
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for token in (self.cls_token, self.reg_token):
@@ -333,14 +335,14 @@ class VisionTransformer(nn.Module):
         return {"pos_embed", "cls_token", "reg_token"}
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Return the patterns by which timm's layer-wise learning rates group the parameters."""
+        """Return the patterns that group parameters for timm's layer-wise learning rates."""
         return {
             "stem": r"^cls_token|reg_token|pos_embed|patch_embed|norm_pre",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute each block's activations again in the backward instead of keeping them (arXiv 1604.06174)."""
+        """Recompute each block's activations in the backward instead of saving them (arXiv 1604.06174)."""
         self.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
@@ -348,10 +350,10 @@ class VisionTransformer(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a fresh head in place, with PyTorch's initialisation, and another pool if one is given.
+        """Replace the head by a new one, with PyTorch's initialisation, and the pool if one is given.
 
         Raises:
-            ValueError: An unknown pool, or ``"token"`` without a class token.
+            ValueError: The pool is unknown, or ``"token"`` without a class token.
         """
         if global_pool is not None:
             _check_pool(global_pool, self.has_class_token)
@@ -368,11 +370,11 @@ class VisionTransformer(nn.Module):
     def set_input_size(
         self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
     ) -> None:
-        """Take images of another size from now on, resampling the position embedding: a new Parameter.
+        """Accept images of another size from now on; a learned position embedding is resampled into a new Parameter.
 
         Raises:
             ValueError: The patch does not divide the image.
-            NotImplementedError: Another patch size than the model's.
+            NotImplementedError: ``patch_size`` differs from the model's.
         """
         if patch_size is not None and patch_size not in (self.patch_embed.patch_size, self.patch_embed.patch_size[0]):
             raise NotImplementedError(f"patch_size is {patch_size}; expected the model's {self.patch_embed.patch_size}")
@@ -392,7 +394,7 @@ class VisionTransformer(nn.Module):
         return resample_pos_embed(pos_embed, new_size, old_size, prefix)
 
     def _embed(self, images: Tensor) -> Tensor:
-        """Images (B, I, Y, X) to the tokens (B, R + N, C) that enter the blocks."""
+        """Map images (B, I, Y, X) to the tokens (B, R + N, C) that enter the blocks."""
         pos_embed = self.pos_embed
         if pos_embed is not None and self.dynamic_img_size:
             self.patch_embed.check_images(images)  # before their shape is used
@@ -413,7 +415,7 @@ class VisionTransformer(nn.Module):
         return checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing else block(x)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, I, Y, X) to tokens (B, R + N, C) after the blocks and ``norm``."""
+        """Map images (B, I, Y, X) to tokens (B, R + N, C) after the blocks and ``norm``."""
         x = self._embed(x)
         for block in self.blocks:
             x = self._run_block(block, x)
@@ -430,25 +432,26 @@ class VisionTransformer(nn.Module):
         intermediates_only: bool = False,
         output_dict: bool = False,
     ) -> list | tuple[Tensor, list] | dict[str, Tensor | list]:
-        """Return what comes out of chosen blocks, in timm's forms.
+        """Return the outputs of selected blocks, in timm's formats.
 
         Args:
             x: Images (B, I, Y, X).
-            indices: The last so many blocks, or the blocks of these indices (negative ones count from the end), or all.
-            return_prefix_tokens: Give each block's prefix tokens (B, R, C) too.
+            indices: An int n for the last n blocks, or a list of block indices (negative ones count from the end); None
+                for all.
+            return_prefix_tokens: Also return each block's prefix tokens (B, R, C).
             norm: Apply ``norm`` to each.
-            stop_early: Skip the blocks after the last that is wanted.
+            stop_early: Skip the blocks after the last selected one.
             output_fmt: ``"NCHW"`` for maps (B, C, rows, columns), ``"NLC"`` for patch tokens (B, N, C).
             intermediates_only: Leave the final features out.
             output_dict: Return a dictionary.
 
         Returns:
-            ``(features, intermediates)``, with features (B, R + N, C) as of :meth:`forward_features`; or
-            ``intermediates`` alone; each of these a tensor, or (tensor, prefix tokens) with ``return_prefix_tokens``;
-            or the keys ``image_features``, ``image_intermediates`` and ``image_intermediates_prefix``.
+            ``(features, intermediates)``, with features (B, R + N, C) as from :meth:`forward_features`, or only
+            ``intermediates``. Each intermediate is a tensor, or (tensor, prefix tokens) with ``return_prefix_tokens``.
+            A dictionary has the keys ``image_features``, ``image_intermediates`` and ``image_intermediates_prefix``.
 
         Raises:
-            ValueError: An unknown ``output_fmt``, or an index beyond the blocks.
+            ValueError: ``output_fmt`` is unknown, or an index is out of range.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"unknown output_fmt {output_fmt!r}; expected 'NCHW' or 'NLC'")
@@ -500,13 +503,13 @@ class VisionTransformer(nn.Module):
         return_prefix_tokens: bool = False,
         norm: bool = False,
     ) -> list:
-        """Return the intermediates of :meth:`forward_intermediates`: the call of DINO and DINOv2.
+        """Return the intermediates of :meth:`forward_intermediates`, with the arguments of DINO and DINOv2.
 
         Args:
             x: Images (B, I, Y, X).
-            n: The last n blocks, or the blocks of these indices.
-            reshape: Give maps (B, C, rows, columns) rather than patch tokens (B, N, C).
-            return_prefix_tokens: Give each block's prefix tokens too.
+            n: An int n for the last n blocks, or block indices.
+            reshape: Return maps (B, C, rows, columns) instead of patch tokens (B, N, C).
+            return_prefix_tokens: Also return each block's prefix tokens.
             norm: Apply ``norm`` to each.
         """
         return self.forward_intermediates(
@@ -519,7 +522,7 @@ class VisionTransformer(nn.Module):
         )
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
-        """Tokens (B, R + N, C) to one (B, C), or unchanged where the pool is ``""``."""
+        """Pool tokens (B, R + N, C) to (B, C); return them unchanged if the pool is ``""``."""
         pool_type = self.global_pool if pool_type is None else pool_type
         _check_pool(pool_type, self.has_class_token)
         if not pool_type:
@@ -535,16 +538,16 @@ class VisionTransformer(nn.Module):
         return 0.5 * (x.amax(dim=1) + x.mean(dim=1))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens (B, R + N, C) to logits, or to what the head would be given, with ``pre_logits``."""
+        """Map tokens (B, R + N, C) to logits or, with ``pre_logits``, to the input of the head."""
         x = self.head_drop(self.pre_logits(self.fc_norm(self.pool(x))))
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, I, Y, X) to logits (B, num_classes); (B, R + N, num_classes) where the pool is ``""``.
+        """Map images (B, I, Y, X) to logits (B, num_classes), or (B, R + N, num_classes) if the pool is ``""``.
 
         Raises:
-            ValueError: Images of another rank, number of channels or size than the model takes.
-            TypeError: Images that are no floating-point tensor, nor with ``normalize`` one of uint8.
+            ValueError: The images' rank, number of channels or size does not fit the model.
+            TypeError: The images are not a floating-point tensor (with ``normalize``, nor a uint8 tensor).
         """
         return self.forward_head(self.forward_features(x))
 
@@ -567,7 +570,7 @@ def _check_pool(pool: str, class_token: bool) -> None:
 
 
 def _norm_factory(norm_layer: Callable[..., nn.Module] | str | None) -> Callable[..., LayerNorm]:
-    """Make the LayerNorms that ``norm_layer`` would make, on the ops here."""
+    """Return a factory of the LayerNorms that ``norm_layer`` would make, but of this package's class."""
     if norm_layer is None or norm_layer == "layernorm":
         return LayerNorm
     made = norm_layer(1, device="meta") if callable(norm_layer) else norm_layer

@@ -1,4 +1,4 @@
-"""Files that others wrote: weights, of which one function reads every kind, and the config.json beside them."""
+"""Readers for other libraries' files: weights in every supported format, and the config.json beside them."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from torch import Tensor
 State = dict[str, Tensor]
 
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-# Where training scripts keep the weights, and in which order timm looks for them.
+# Keys under which training scripts keep the weights, in timm's order of search.
 _NESTS = ("state_dict_ema", "model_ema", "state_dict", "model")
-# Of torch.compile, FSDP, its activation checkpointing and Fabric, around the model or any part of it.
+# Name parts added by torch.compile, FSDP, its activation checkpointing and Fabric around the model or any part of it.
 _WRAPPER = re.compile(
     r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.",
 )
-_PREFIX = re.compile(r"^(?:module\.)+")  # of DistributedDataParallel, and of AveragedModel, which has a counter too
+_PREFIX = re.compile(r"^(?:module\.)+")  # of DistributedDataParallel and AveragedModel; the latter also has a counter
 _AVERAGED = "n_averaged"
-# timm's and DeiT's checkpoints keep the command line beside the weights.
+# Checkpoints of timm and DeiT also contain the command line.
 _HARMLESS = [argparse.Namespace]
 
 
 def read_weights(path: str | Path) -> State:
-    """Read a state dict: a ``.safetensors`` file, one by torch.save, or a directory that holds one or the other.
+    """Read a state dict from a ``.safetensors`` file, a file of torch.save, or a directory that contains one of them.
 
-    A file by torch.save is read with ``weights_only=True``. Of a training run's checkpoint the weights are, as in timm,
-    the averaged ones under ``state_dict_ema`` or ``model_ema`` where there are any, else what is under ``state_dict``
-    or ``model``. What DistributedDataParallel, torch.compile, FSDP, Fabric and averaging put in front of names, such as
-    ``module.`` and ``_orig_mod.``, is taken off, also several of them.
+    A file of torch.save is read with ``weights_only=True``. From a training checkpoint, this takes the same weights as
+    timm: averaged ones under ``state_dict_ema`` or ``model_ema`` if there are any, else those under ``state_dict`` or
+    ``model``. Prefixes of DistributedDataParallel, torch.compile, FSDP, Fabric and averaging, such as ``module.`` and
+    ``_orig_mod.``, are removed, even several in a row.
 
     Raises:
         FileNotFoundError: There is no such file, or none in the directory.
-        ValueError: The file holds something else than tensors, such as code, or is damaged.
+        ValueError: The file is damaged or contains anything but tensors, such as code.
     """
     path = Path(path)
     if path.is_dir():
@@ -55,7 +55,7 @@ def read_weights(path: str | Path) -> State:
             raise ValueError(f"{path} names files that are no safetensors: {', '.join(map(str, parts))}")
         return {name: tensor for part in parts for name, tensor in read_weights(path.parent / Path(part).name).items()}
     checkpoint, where = _read_file(path), ""
-    for _ in _NESTS:  # one may lie in another, and a hostile one in itself
+    for _ in _NESTS:  # they can be nested, in a hostile file endlessly
         nests = checkpoint if isinstance(checkpoint, Mapping) else {}
         key = next((key for key in _NESTS if not isinstance(nests.get(key), (NoneType, Tensor))), None)
         if key is not None:
@@ -80,7 +80,7 @@ def read_config(path: str | Path) -> dict:
 
     Raises:
         OSError: It cannot be read.
-        ValueError: It is no JSON, or no object; the text names the file.
+        ValueError: It is not JSON, or not an object; the error names the file.
     """
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -92,29 +92,29 @@ def read_config(path: str | Path) -> dict:
 
 
 def _read_file(path: Path) -> object:
-    """Return what the file at ``path`` holds; nothing in it is run."""
+    """Return the contents of the file at ``path``, without running code in it."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             return load_file(path)
         with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickles that are no file by torch.save, which is an error all the same
+            warnings.simplefilter("ignore")  # about plain pickles, which raise an error anyway
             return torch.load(path, map_location="cpu", weights_only=True)
     except (ImportError, OSError):
         raise
-    except Exception as error:  # each reader has its own errors for bytes that make no sense
+    except Exception as error:  # each reader has its own errors for invalid bytes
         if path.suffix == ".safetensors":
             raise ValueError(f"{path} is no whole safetensors file: {error}") from error
         raise ValueError(_why_not_read(path)) from error
 
 
 def _why_not_read(path: Path) -> str:
-    """Return why the file at ``path`` is none of plain tensors, in our words: PyTorch's advise to run what is in it."""
+    """Return why the file at ``path`` could not be read; PyTorch's own message would suggest to run code in it."""
     try:
         with torch.serialization.safe_globals(_HARMLESS):
             held = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # it is no file by torch.save, or an old one
+    except Exception:  # not a file of torch.save, or an old one
         held = []
     if held:
         names = [re.sub(r"[^\w.]", "?", name) for name in sorted(held)]

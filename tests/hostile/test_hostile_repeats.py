@@ -17,6 +17,7 @@ from op_calls import call, each_op, needs_gpu
 from test_hostile_layouts import every_other, expanded, lazily_negated, off_by_one_element, transposed
 
 import vitkernels
+from vitkernels.emulator.launch import emulating
 from vitkernels.ops import _plan
 from vitkernels.ops._plan import Plans
 
@@ -253,6 +254,28 @@ def test_a_tensor_from_elsewhere():
     assert torch.equal(got, torch.full((2,), 2.0)) and plan is None
     _, plan = repeated(lambda x: x + torch.tensor([1.0, 2.0]), torch.ones(2))
     assert plan is None
+
+
+def test_a_launcher_that_calls_a_registered_op(repeats):
+    """Its kernels would be launched by the op and by the plan around it."""
+    x, w = torch.randn(4, 8), torch.randn(8, 8)
+
+    def launcher(x, w):
+        return torch.ops.vitkernels.linear_fwd(x, w, None, None, None, "gelu")[0] + 1.0
+
+    with emulating("sm_90"):
+        plans = Plans(launcher)
+        results_ = [plans("here", x, w) for _ in range(4)]
+    assert all(torch.equal(y, results_[0]) for y in results_) and set(plans._plans.values()) == {None}
+
+
+@each_op()
+def test_every_launcher_gets_a_plan(op, device):
+    made = call(op)
+    for _ in range(2):
+        gradients(made)
+    plans = [plan for plans in _plan._all for plan in plans._plans.values()]
+    assert plans and None not in plans
 
 
 def test_what_fails_is_not_remembered():

@@ -221,6 +221,8 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
+        if func.namespace == "vitkernels":  # its kernels would be recorded, and launched by the op as well
+            self._known = False
         try:
             self._add(func, list(args), dict(kwargs or {}), result)
         except _Unknown:

@@ -49,11 +49,12 @@ def watching(seen: Callable) -> Iterator[None]:
 
     ``compiled`` is Triton's ``CompiledKernel``, or None if nothing was launched; ``arguments`` is a dict by name.
     """
+    before = getattr(_watchers, "seen", None)
     _watchers.seen = seen
     try:
         yield
     finally:
-        _watchers.seen = None
+        _watchers.seen = before
 
 
 def launches_are_hooked() -> bool:

@@ -1,9 +1,9 @@
-"""Swap the kernels into a model that exists, in place, and out again.
+"""Swap the kernels into an existing model in place, and out again.
 
-A module is swapped by setting its class to a subclass with another forward: parameters, state-dict keys, optimizer
-references, copies, pickles and hooks on the module stay what they were. On a CPU the subclass runs the very forward
-that it had. The swap may come before or after ``torch.compile``, ``DistributedDataParallel`` and the like; compiled
-code is guarded on the classes of its modules and is compiled anew.
+The swap sets a module's class to a subclass with a fused forward. Parameters, state-dict keys, optimizer references,
+copies, pickles and hooks on the module do not change. On a CPU that emulates no GPU the subclass runs the original
+forward. The swap may come before or after ``torch.compile``, ``DistributedDataParallel`` and the like: compiled code
+has guards on the classes of its modules, so torch.compile compiles it again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from vitkernels.swap.report import Kept, Report, Swapped
 
 __all__ = ["Kept", "Report", "Swapped", "accelerate", "explain", "restore"]
 
-# The file here that knows a library's modules. Without the library in sys.modules there are no such modules.
+# The file in this folder that knows each library's modules. It is imported only if the library is in sys.modules:
+# otherwise the model can have no such modules.
 _FILES = {
     "torch": "torch_nn",
     "timm": "timm",
@@ -32,7 +33,7 @@ _FILES = {
     "open_clip": "open_clip",
     "dinov2": "dinov2",
     "dinov3": "dinov3",
-    "transformers.modeling_utils": "hf",  # transformers itself is a lazy module: this one comes with any model
+    "transformers.modeling_utils": "hf",  # transformers itself imports lazily; any model of it imports this
 }
 
 _LIBRARY_PRODUCTS = {
@@ -43,24 +44,23 @@ _LIBRARY_PRODUCTS = {
 
 
 def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
-    """Let every module of ``model`` that has a fused forward run it, in place.
+    """Swap every module of ``model`` that has a fused forward, in place.
 
-    Calling it again is the same as calling it once; a module that may no longer be fused goes back to its own class.
+    It is safe to call this again: a module that can no longer be fused then gets its original class back.
 
     Args:
-        model: Any module; what it is made of is looked at module by module.
-        strict: Raise where a module of a class that is known cannot be swapped, where a part of a transformer is of a
-            class that is not (attention, a LayerNorm or RMSNorm, an MLP, a patch embedding: see :class:`Kept`), or
-            where nothing is swapped at all. What else a model is made of may stay: a Linear that classifies,
-            convolutions, embeddings, BatchNorm, pooling, dropout. Of a model with another one inside, accelerate the
-            tower that is meant.
+        model: Any module; each of its submodules is examined by itself.
+        strict: Raise if a module of a known class cannot be swapped, if a part of a transformer has an unknown class
+            (attention, a LayerNorm or RMSNorm, an MLP, a patch embedding: see :class:`Kept`), or if nothing is
+            swapped. Other modules may stay: a classifier's Linear, convolutions, embeddings, BatchNorm, pooling,
+            dropout. If the model contains several towers, call this on the tower that you mean.
 
     Returns:
-        What was swapped, and what was not and why.
+        Which modules were swapped, and which were not and why.
 
     Raises:
-        TypeError: ``model`` is no ``torch.nn.Module``.
-        NotImplementedError: With ``strict``; the model is as it was.
+        TypeError: ``model`` is not a ``torch.nn.Module``.
+        NotImplementedError: With ``strict``, in the cases above; the model is unchanged.
     """
     plan = list(_plan(model))
     report = _report(plan, model)
@@ -80,22 +80,22 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
 
 
 def explain(model: nn.Module) -> Report:
-    """Return the report that :func:`accelerate` would, and touch nothing.
+    """Return the report that :func:`accelerate` would return, without changing ``model``.
 
     Raises:
-        TypeError: ``model`` is no ``torch.nn.Module``.
+        TypeError: ``model`` is not a ``torch.nn.Module``.
     """
     return _report(list(_plan(model)), model)
 
 
 def restore(model: nn.Module) -> Report:
-    """Give every module of ``model`` that :func:`accelerate` swapped its own class back, in place.
+    """Undo :func:`accelerate`: give every swapped module of ``model`` its original class back, in place.
 
     Returns:
-        What was swapped back (``was`` is the fused class), and what could not be.
+        Which modules were swapped back (``was`` is the fused class), and which could not be.
 
     Raises:
-        TypeError: ``model`` is no ``torch.nn.Module``.
+        TypeError: ``model`` is not a ``torch.nn.Module``.
     """
     _check(model)
     entries: list[Swapped | Kept] = []
@@ -124,29 +124,29 @@ def _check(model: nn.Module) -> None:
             continue
         try:
             importlib.import_module(f"{__name__}.{file}")
-        except ImportError as error:  # an older release: this model may not even be of that library
+        except ImportError as error:  # an older release, and this model may not use that library at all
             version = getattr(sys.modules[library], "__version__", "of unknown version")
             warnings.warn(f"the modules of {library} {version} are not known here: {error}", stacklevel=4)
 
 
 def _rule(module: nn.Module) -> _rules.Rule | None:
-    """Return the rule of ``module``'s class, also where FSDP or a parametrization made a subclass of a fused one."""
+    """Return the rule of ``module``'s class, even if FSDP or a parametrization made a subclass of the fused class."""
     exact = _rules.RULES.get(type(module))
     return exact or next((r for r in _rules.RULES.values() if isinstance(module, r.fused)), None)
 
 
 def _plan(model: nn.Module) -> Iterator[tuple[nn.Module, Swapped | Kept]]:
-    """Yield the modules that the report names, each with what is to become of it."""
+    """Yield each module that the report names, with its entry in the report."""
     _check(model)
     _own.note_again()
-    bypassed: set[nn.Module] = set()  # read by a swapped parent
-    parts: set[str] = set()  # the paths of the parts of a transformer that are left
+    bypassed: set[nn.Module] = set()  # a swapped parent reads these without calling them
+    parts: set[str] = set()  # the paths of transformer parts that are not swapped
     for path, module in model.named_modules():
         cls = type(module)
         rule = _rule(module)
         reason = None if rule is None else _rules.why_not_swap(rule, module)
         if reason is not None and reason.endswith(_rules.SHARDED) and isinstance(module, rule.fused):
-            reason = None  # swapped before it was sharded: every call judges for itself
+            reason = None  # swapped before FSDP2 sharded it: each call checks again
         if rule is not None and reason is None:
             bypassed.update(_rules.descendant(module, path) for path in rule.bypassed)
             subclassed = cls not in (rule.original, rule.fused)
@@ -157,7 +157,7 @@ def _plan(model: nn.Module) -> Iterator[tuple[nn.Module, Swapped | Kept]]:
         elif module not in bypassed:
             part = part_of(module)
             if part == "a patch embedding" and path.rpartition(".")[0] in parts:
-                part = None  # its convolution
+                part = None  # the convolution of a patch embedding that is reported already
             if part is not None:
                 parts.add(path)
             reason = _reason(module, part)
@@ -166,7 +166,7 @@ def _plan(model: nn.Module) -> Iterator[tuple[nn.Module, Swapped | Kept]]:
 
 
 def _reason(module: nn.Module, part: str | None) -> str | None:
-    """Return why a module of a class that is not swapped runs as it did, or None where there is nothing to tell."""
+    """Return why a module of a class without a rule is not swapped, or None if the report should not list it."""
     base = next((r.original for r in _rules.RULES.values() if isinstance(module, r.original)), None)
     if base is not None:
         return f"a subclass of {base.__name__}, which may compute something else"

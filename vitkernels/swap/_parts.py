@@ -1,7 +1,7 @@
-"""Which parts of a transformer are left out, where their classes are not known: what ``strict=True`` raises for.
+"""Recognise transformer parts of unknown classes: ``strict=True`` raises for those that are not swapped.
 
-Told by the class's name, or by what the module itself holds; a module whose work lies in its children alone, such as a
-block, is none, its children are looked at by themselves.
+A part is recognised by its class's name or by the parameters and children that it holds. A module that only calls its
+children, such as a block, is no part; its children are examined by themselves.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ _NORM = re.compile(r"(Layer|RMS|Rms)_?Norm")
 _PATCH_EMBED = re.compile(r"Patch(es)?_?Embed")
 _ACTIVATION = re.compile(r"GELU|GEGLU|SiLU|ReLU|Swish|Mish|Tanh|Sigmoid|ELU|Activation", re.IGNORECASE)
 
-# The queries' weights, alone or packed, as a child or a parameter.
+# Names of a child or parameter that holds the weights of the queries, alone or packed with others.
 _QUERY = re.compile(
     r"(to_|w)?(q|qk|qkv|query|query_key_value|in_proj|c_attn)(_?(proj|lin|linear|weight))?$", re.IGNORECASE
 )
-# The two layers of an MLP whose activation is no module.
+# Names of the two layers of an MLP whose activation is a function, not a module.
 _PAIRS = (("fc1", "fc2"), ("linear1", "linear2"), ("w1", "w2"), ("up_proj", "down_proj"), ("c_fc", "c_proj"))
 
 
 def part_of(module: nn.Module) -> str | None:
-    """Return what part of a transformer ``module`` is: attention, a norm, an MLP, a patch embedding; else None."""
+    """Return which part of a transformer ``module`` is (attention, norm, MLP or patch embedding), or None."""
     name = type(module).__name__
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or _NORM.search(name):
         return "a norm"
@@ -44,7 +44,7 @@ def part_of(module: nn.Module) -> str | None:
 
 
 def _multiplies(module: nn.Module) -> bool:
-    """Tell whether ``module`` holds a weight that is multiplied with, outside of what is known."""
+    """Tell whether ``module`` or a child without a rule holds a matrix as its ``weight``."""
     if type(module) in _rules.RULES:
         return False
     weight = next((p for key, p in module.named_parameters(recurse=False) if key == "weight"), None)

@@ -1,9 +1,9 @@
-"""When a module may run fused: checked when it is swapped in, and again at every call (compiled: when it is traced).
+"""Decide whether a module may run fused: at the swap, and again at every call (under torch.compile, when traced).
 
-A fused forward reads the parameters of a module's children and never calls them. So whatever makes a child more
-than its class (a LoRA adapter, a hook, a parametrization, a quantized weight) would be ignored without a word, and so
-would another forward that is set on the class (``layers/_own.py``).
-Everything here fails closed: what is not known exactly keeps its own forward, with a reason for the report.
+A fused forward reads the parameters of a module's children and never calls the children. So it would silently ignore
+anything that was added to a child (a LoRA adapter, a hook, a parametrization, a quantized weight), and another forward
+set on the child's class (``layers/_own.py``).
+The checks fail closed: a module that is not known exactly keeps its own forward, and the report gives the reason.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from vitkernels.layers import _own
 from vitkernels.layers._plain import has_hooks
 from vitkernels.ops._checks import FLOATING
 
-# The parameters of the classes that a fused forward may read instead of calling; the others have none.
+# The parameters of each class that a fused forward may read instead of calling. Classes not listed have none.
 PARAMETERS: dict[type[nn.Module], frozenset[str]] = {
     nn.Conv2d: frozenset({"weight", "bias"}),
     nn.Linear: frozenset({"weight", "bias"}),
 }
 
-# torch.export puts fakes in the place of parameters.
+# torch.export replaces parameters with fake tensors.
 PLAIN = (nn.Parameter, FakeTensor)
 
-# How a reason ends where FSDP2 has sharded a parameter: while the module runs, it is whole and plain again.
+# The end of the reason for a parameter that FSDP2 has sharded. FSDP2 makes it a plain Parameter while the module runs.
 SHARDED = "is a DTensor, not a plain Parameter"
 
 
@@ -44,13 +44,14 @@ class Rule:
     Attributes:
         original: The class, matched exactly: a subclass may compute something else.
         fused: Its subclass with a fused forward and no state of its own.
-        bypassed: The children that the fused forward reads and does not call: their allowed classes by name. Those of
-            a child that has no rule are named by their path, ``"mlp.c_fc"``. With ``NoneType`` it may be absent.
-        called: The children that it calls as ever.
+        bypassed: The children that the fused forward reads but does not call: the allowed classes of each by name. A
+            grandchild whose parent has no rule is named by its path, ``"mlp.c_fc"``. With ``NoneType`` among the
+            classes the child may be absent.
+        called: The children that the fused forward still calls.
         parameters: The names of the module's own parameters.
-        optional_parameters: Those that it may lack.
-        attributes: The public attributes that are known; another one may switch on something unknown.
-        limit: What else rules a module out: its reason, or None.
+        optional_parameters: The names of further parameters that it may have or lack.
+        attributes: The known public attributes; any other one may switch on unknown behaviour.
+        limit: A further check of a module: returns the reason why it cannot run fused, or None.
     """
 
     original: type[nn.Module]
@@ -69,7 +70,7 @@ def runs_fused(rule: Rule, module: nn.Module, x: Tensor) -> bool:
 
 
 def why_not(rule: Rule, module: nn.Module) -> str | None:
-    """Return why ``module`` cannot run fused as it is now, or None where it can."""
+    """Return why ``module`` cannot run fused in its present state, or None if it can."""
     if rule.bypassed and torch_module._has_any_global_hook():
         return "a global module hook is registered, which must see every child called"
     if rule.bypassed and _own.sees_all_calls():
@@ -86,14 +87,17 @@ def why_not(rule: Rule, module: nn.Module) -> str | None:
 
 
 def why_not_swap(rule: Rule, module: nn.Module) -> str | None:
-    """Return why ``module`` is not swapped: :func:`why_not`, or something that the class swap itself cannot cover."""
+    """Return why ``module`` is not swapped: the reason of :func:`why_not`, or one that rules out the class swap."""
     if hides_forward(module):
         return "its forward is bound to the instance, which hides that of any class"
     return _strange_attribute(rule, module) or why_not(rule, module)
 
 
 def hides_forward(module: nn.Module) -> bool:
-    """Tell whether a forward bound to ``module`` hides its class's; transformers 4.56 and 4.57 bind that very one."""
+    """Tell whether a forward bound to the instance hides the class's forward.
+
+    transformers 4.56 and 4.57 bind the class's own forward, which hides nothing.
+    """
     forward = module.__dict__.get("forward")
     if forward is None:
         return False
@@ -102,7 +106,7 @@ def hides_forward(module: nn.Module) -> bool:
 
 
 def become(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Set the class of ``module``, unless a forward is bound to it that may call a method of the present class."""
+    """Set the class of ``module``, unless a forward bound to the instance may call a method of its present class."""
     if not hides_forward(module):
         vars(module).pop("forward", None)
         module.__class__ = cls
@@ -123,7 +127,10 @@ def _strange_attribute(rule: Rule, module: nn.Module) -> str | None:
 
 
 def _blocked(rule: Rule, module: nn.Module, dtypes: set[torch.dtype], read: dict[type[nn.Module], None]) -> str | None:
-    """Return what rules ``module`` out, and add its parameters' dtypes and the classes that are read, not called."""
+    """Return why ``module`` cannot run fused, or None.
+
+    Adds the dtypes of its parameters to ``dtypes``, and the classes that are read but not called to ``read``.
+    """
     reason = _strange_parameters(module, rule.parameters, dtypes, rule.optional_parameters)
     if reason is not None:
         return reason
@@ -137,7 +144,7 @@ def _blocked(rule: Rule, module: nn.Module, dtypes: set[torch.dtype], read: dict
         if original not in classes:
             names = [cls.__name__ for cls in classes]
             got = original.__name__
-            got = f"{original.__module__}.{got}" if got in names else got  # PEFT calls its own a Linear too
+            got = f"{original.__module__}.{got}" if got in names else got  # PEFT's own class is named Linear too
             return f"{name} is a {got}, not exactly {' or '.join(names)}"
         if child is None:
             continue
@@ -156,7 +163,7 @@ def _blocked(rule: Rule, module: nn.Module, dtypes: set[torch.dtype], read: dict
 
 
 def descendant(module: nn.Module, path: str) -> nn.Module | None:
-    """Return the module at ``path`` below ``module``, or None where there is none."""
+    """Return the module at ``path`` below ``module``, or None if there is none."""
     if "." not in path:
         return module._modules.get(path)
     for name in path.split("."):
@@ -168,7 +175,7 @@ def _strange_parameters(
     module: nn.Module, names: frozenset[str], dtypes: set[torch.dtype], optional: frozenset[str] = frozenset()
 ) -> str | None:
     found = module._parameters
-    if not found and not names:  # of most children, at every call
+    if not found and not names:  # most children take this fast path at every call
         return None
     if not names <= found.keys() <= names | optional:
         return f"its parameters are {sorted(found)}, not {sorted(names)}"
@@ -183,15 +190,15 @@ def _strange_parameters(
     return None
 
 
-# By class, the original's and the fused one's; each library's file adds its own.
+# The rules by class, under both the original and the fused class. Each library's file adds its rules.
 RULES: dict[type[nn.Module], Rule] = {}
 
 
 def add(*rules: Rule) -> None:
-    """Make ``rules`` known, and their fused classes stand in for the originals.
+    """Register ``rules``, and prepare their fused classes to replace the originals.
 
-    A fused class goes by the original's name, as tools find layers by it: FSDP's policies, device maps, quantizers.
-    Its ``__qualname__``, by which pickle finds a class, is its own.
+    A fused class gets the original's ``__name__``, because tools find layers by it: FSDP's policies, device maps,
+    quantizers. It keeps its own ``__qualname__``, by which pickle finds a class.
     """
     for rule in rules:
         rule.fused.__name__ = rule.original.__name__
@@ -202,21 +209,21 @@ def add(*rules: Rule) -> None:
         for name in overridden:
             setattr(rule.fused, name, _unless_traced(rule, name))
         rule.fused.__prepare_scriptable__ = _prepare_scriptable
-        # What a library does to the methods of a subclass, it does to these: a layer of transformers checkpoints in
-        # the forward of its very class.
+        # A library may wrap the methods of a subclass when it is created: a layer of transformers adds checkpointing
+        # to the forward of each class. The methods set above need the same, so the hook runs again.
         rule.fused.__init_subclass__()
         RULES[rule.original] = RULES[rule.fused] = rule
 
 
 def _overridden(rule: Rule) -> list[str]:
-    """Return the names of the original's methods that the fused class has its own of."""
+    """Return the names of the original's methods that the fused class overrides."""
     own = rule.fused.__mro__[: rule.fused.__mro__.index(rule.original)]
     names = {name for cls in own for name, value in vars(cls).items() if isinstance(value, types.FunctionType)}
     return sorted(name for name in names if hasattr(rule.original, name))
 
 
 def _prepare_scriptable(module: nn.Module) -> nn.Module:
-    """Return what ``torch.jit.script`` is to compile in the place of ``module``: the same, whose source is known."""
+    """Return ``module`` for ``torch.jit.script``, which compiles the original's source; raise if it was replaced."""
     reason = _own.replaced(RULES[type(module)].original) if type(module) in RULES else None
     if reason is not None:
         raise NotImplementedError(f"torch.jit.script: {reason}; call vitkernels.restore(model) before")
@@ -224,16 +231,16 @@ def _prepare_scriptable(module: nn.Module) -> nn.Module:
 
 
 def _unless_traced(rule: Rule, name: str) -> Callable:
-    """Return the fused method ``name``, or rather what runs the original where a tracer looks.
+    """Return a method that runs the fused method ``name``, but the original one under a tracer.
 
-    torch.fx calls a module with its proxies, ``torch.jit.trace`` (the older ONNX export, too) with sizes that are
-    tensors: neither can follow a launch. ``torch.jit.script`` compiles a method's source, among the names that its
-    function sees: ``__wrapped__`` leads it to the original's source, and the function made here sees what that sees.
-    It uses no name of this module but those it closes over.
+    torch.fx calls a module with proxies, and ``torch.jit.trace`` (also the older ONNX export) makes sizes tensors:
+    neither can trace a kernel launch. ``torch.jit.script`` compiles a method's source and looks up its names in the
+    function's globals: ``__wrapped__`` leads it to the original's source, so the method made here has the original's
+    globals. Therefore it uses names of this module only through its closure.
     """
     fused, original, cls = inspect.unwrap(getattr(rule.fused, name)), getattr(rule.original, name), rule.original
     first = list(inspect.signature(fused).parameters)[1]
-    # NaFlexVit's images come in a dictionary, too.
+    # NaFlexVit also takes its images in a dictionary.
     inputs, is_tracing = (Tensor, dict), torch.jit.is_tracing
 
     def method(self, *args, **kwargs):

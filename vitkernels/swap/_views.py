@@ -1,6 +1,7 @@
-"""A block under timm's names, whatever its library calls the parts: what :mod:`vitkernels.layers.fused` reads.
+"""Views of other libraries' blocks under timm's attribute names, which :mod:`vitkernels.layers.fused` reads.
 
-Made anew at each call, as a swapped module holds no state of its own. Dataclasses, which torch.compile traces through.
+A view is made at each call, because a swapped module has no state of its own. The views are dataclasses, because
+torch.compile can trace through these.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Linear:
 
 @dataclasses.dataclass
 class Dropout:
-    """Drops with probability ``p`` in training; nothing as it stands."""
+    """Dropout with probability ``p`` in training; the defaults drop nothing."""
 
     p: float = 0.0
     training: bool = False
@@ -97,7 +98,7 @@ class Block:
 
 
 def multihead(attn: nn.MultiheadAttention, proj_drop: Dropout | nn.Dropout) -> Attention:
-    """View ``torch.nn.MultiheadAttention`` that attends to its own input."""
+    """View a ``torch.nn.MultiheadAttention`` as self-attention."""
     return Attention(
         Linear(attn.in_proj_weight, attn.in_proj_bias),
         attn.out_proj,
@@ -110,47 +111,47 @@ def multihead(attn: nn.MultiheadAttention, proj_drop: Dropout | nn.Dropout) -> A
 
 
 def packed_swiglu(w12: nn.Linear, w3: nn.Linear) -> PackedSwiGLU:
-    """View a SwiGLU whose gate and value are one layer."""
+    """View a SwiGLU whose gate and value are computed by one layer."""
     return PackedSwiGLU(w12, w3, Dropout(0.0, False), Dropout(0.0, False), _SILU, _IDENTITY)
 
 
 def swiglu(w1: nn.Linear, w2: nn.Linear, w3: nn.Linear) -> SwiGLU:
-    """View a SwiGLU whose gate and value are two layers."""
+    """View a SwiGLU whose gate and value are computed by two layers."""
     return SwiGLU(w1, w2, w3, Dropout(0.0, False), Dropout(0.0, False), _SILU, _IDENTITY)
 
 
 def dino_mlp(mlp: nn.Module) -> Mlp:
-    """View the Mlp of the DINO repositories, whose one dropout comes twice."""
+    """View the Mlp of the DINO repositories, which applies its one dropout twice."""
     return Mlp(mlp.fc1, mlp.act, mlp.drop, mlp.fc2, mlp.drop)
 
 
-# Of the PatchEmbed of the DINO repositories, both.
+# The attributes of PatchEmbed in both DINO repositories.
 DINO_PATCH_EMBED_ATTRIBUTES = frozenset(
     {"img_size", "patch_size", "patches_resolution", "num_patches", "in_chans", "embed_dim", "flatten_embedding"}
 )
 
 
 def dino_patch_embed(embed: nn.Module, x: Tensor) -> Tensor:
-    """Run the PatchEmbed of the DINO repositories on images (B, I, Y, X) that its patches fill."""
+    """Run the PatchEmbed of the DINO repositories on images (B, I, Y, X) whose sides are multiples of the patch's."""
     grid = (x.shape[2] // embed.patch_size[0], x.shape[3] // embed.patch_size[1])
     tokens = embed.norm(fused.patch_embed(embed.proj, x))
     return tokens if embed.flatten_embedding else tokens.unflatten(1, grid)
 
 
 def fills_patches(embed: nn.Module, x: Tensor) -> bool:
-    """Tell whether images ``x`` are cut into patches without a rest."""
+    """Tell whether the sides of images ``x`` are multiples of the patch's."""
     if x.ndim != 4:
         return False
     (Y, X), (patch_y, patch_x) = x.shape[2:], embed.patch_size
     return patch_y <= Y and patch_x <= X and Y % patch_y == 0 and X % patch_x == 0
 
 
-# Of nn.MultiheadAttention; a rule's limit is to ask multihead_limit too.
+# The parameters of nn.MultiheadAttention. The limit of a rule that reads them must call multihead_limit.
 MULTIHEAD_PARAMETERS = frozenset({"in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight"})
 
 
 def multihead_limit(attn: nn.MultiheadAttention) -> str | None:
-    """Return why ``attn`` is not what :func:`multihead` takes it for."""
+    """Return why :func:`multihead` cannot view ``attn``, or None if it can."""
     if attn.in_proj_weight is None:
         return "its keys and values have other widths than its queries"
     if not attn.batch_first:
@@ -161,21 +162,21 @@ def multihead_limit(attn: nn.MultiheadAttention) -> str | None:
 
 
 def layer_scales_limit(block: nn.Module) -> str | None:
-    """Return why the LayerScales ``ls1`` and ``ls2`` of ``block`` cannot be fused."""
+    """Return why the LayerScales ``ls1`` and ``ls2`` of ``block`` cannot be fused, or None if they can."""
     if getattr(block.ls1, "inplace", False) or getattr(block.ls2, "inplace", False):
         return "its LayerScale works in place"
     return None
 
 
 def head_dim_limit(head_dim: int) -> str | None:
-    """Return why no attention kernel takes heads of this width."""
+    """Return why no attention kernel supports heads of this width, or None if one does."""
     if head_dim > MAX_HEAD_DIM:
         return f"its head dim is {head_dim}; the attention kernel takes up to {MAX_HEAD_DIM}"
     return None
 
 
 def patches_limit(conv: nn.Conv2d, patch_size: tuple[int, int]) -> str | None:
-    """Return why ``conv`` does not cut an image into patches of ``patch_size``, each on its own."""
+    """Return why ``conv`` does not cut an image into separate patches of ``patch_size``, or None if it does."""
     if conv.kernel_size != conv.stride or conv.kernel_size != patch_size:
         return f"its kernel {conv.kernel_size}, stride {conv.stride} and patch {patch_size} are not one size"
     if conv.padding not in ((0, 0), "valid") or conv.dilation != (1, 1) or conv.groups != 1:

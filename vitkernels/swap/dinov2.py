@@ -1,8 +1,9 @@
-"""What is swapped of DINOv2's own code (``torch.hub`` and the repository): blocks, attention, MLPs, patch embedding.
+"""Rules for DINOv2's own code (``torch.hub`` and the repository): blocks, attention, MLPs, patch embedding.
 
-Imported only where the package ``dinov2`` has been. The subclasses lie at module level, so that pickle finds them.
-Lists of tensors, which are nested for xFormers, run the blocks' own forward with what is swapped inside of them; so
-does training with ``sample_drop_ratio``, which leaves samples out of the branches rather than masking them.
+Imported only if the package ``dinov2`` is imported. The subclasses are defined at module level, so that pickle finds
+them. A block runs its original forward, with swapped modules inside, in two cases: on a list of tensors, which it
+nests for xFormers; and in training with ``sample_drop_ratio``, which removes samples from the branches rather than
+masking them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from vitkernels.swap._rules import PARAMETERS, Rule, add, runs_fused
 
 
 class FusedAttention(Attention):
-    """DINOv2's Attention, not causal, on the kernels."""
+    """DINOv2's Attention on the kernels, unless the call has further arguments (``is_causal``)."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if not args and not kwargs and runs_fused(ATTENTION, self, x):
@@ -31,7 +32,7 @@ class FusedAttention(Attention):
 
 
 class FusedMemEffAttention(MemEffAttention):
-    """DINOv2's MemEffAttention, without a bias, on the kernels."""
+    """DINOv2's MemEffAttention on the kernels, unless the call has a bias."""
 
     def forward(self, x: Tensor, attn_bias=None) -> Tensor:
         if attn_bias is None and runs_fused(MEM_EFF_ATTENTION, self, x):
@@ -58,7 +59,7 @@ class FusedSwiGLUFFN(SwiGLUFFN):
 
 
 class FusedSwiGLUFFNFused(SwiGLUFFNFused):
-    """DINOv2's SwiGLUFFNFused, where xFormers is not its base, on :func:`vitkernels.ops.swiglu_mlp`."""
+    """DINOv2's SwiGLUFFNFused on :func:`vitkernels.ops.swiglu_mlp`; not swapped if its base is xFormers' class."""
 
     def forward(self, x: Tensor) -> Tensor:
         if runs_fused(SWIGLU_FUSED, self, x):
@@ -70,7 +71,7 @@ class FusedPatchEmbed(PatchEmbed):
     """DINOv2's PatchEmbed on :func:`vitkernels.ops.patch_embed`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # Images of a wrong size are the original's business: it raises.
+        # For images of a wrong size the original raises.
         if runs_fused(PATCH_EMBED, self, x) and _views.fills_patches(self, x):
             return _views.dino_patch_embed(self, x)
         return super().forward(x)
@@ -102,9 +103,9 @@ def _attention(attn: Attention) -> _views.Attention:
 
 
 def _attention_drop(attn: Attention) -> _views.Dropout | nn.Dropout | None:
-    """Return what drops attention weights: a number, by the module's mode; in the code of 2023 an nn.Dropout."""
+    """Return the dropout of attention weights, or None. The rate is a number, in the code of 2023 an nn.Dropout."""
     if isinstance(attn, MemEffAttention) and getattr(dinov2_attention, "XFORMERS_AVAILABLE", False):
-        return None  # xFormers' attention is not told of the rate
+        return None  # DINOv2 does not pass the rate to xFormers' attention
     drop = attn.attn_drop
     return drop if isinstance(drop, nn.Dropout) else _views.Dropout(drop, attn.training)
 
@@ -149,7 +150,7 @@ _BLOCK = {
         "mlp": (Mlp, SwiGLUFFN, SwiGLUFFNFused),
         "ls2": (nn.Identity, LayerScale),
     },
-    "called": frozenset({"drop_path1", "drop_path2"}),  # by the original forward, which runs where they drop
+    "called": frozenset({"drop_path1", "drop_path2"}),  # by the original forward, which runs when they drop
     "attributes": frozenset({"sample_drop_ratio"}),
     "limit": _views.layer_scales_limit,
 }

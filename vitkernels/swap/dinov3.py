@@ -1,8 +1,8 @@
-"""What is swapped of DINOv3's own code (``torch.hub`` and the repository): blocks, attention, MLPs, patch embedding.
+"""Rules for DINOv3's own code (``torch.hub`` and the repository): blocks, attention, MLPs, patch embedding.
 
-Imported only where the package ``dinov3`` has been. The subclasses lie at module level, so that pickle finds them.
-``LinearKMaskedBias`` masks its bias as its checkpoint says (before one is loaded, its mask is NaN). Lists of tensors,
-and training with ``sample_drop_ratio``, run the blocks' own forward with what is swapped inside of them.
+Imported only if the package ``dinov3`` is imported. The subclasses are defined at module level, so that pickle finds
+them. ``LinearKMaskedBias`` multiplies its bias by a mask from the checkpoint (NaN until one is loaded). On a list of
+tensors, and in training with ``sample_drop_ratio``, a block runs its original forward with swapped modules inside.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vitkernels.swap._rules import PARAMETERS, Rule, add, runs_fused
 
 
 class FusedSelfAttention(SelfAttention):
-    """DINOv3's SelfAttention with RoPE and attention in the kernels, between its own projections."""
+    """DINOv3's SelfAttention with RoPE and attention in the kernels; the projections stay PyTorch's."""
 
     def compute_attention(self, qkv: Tensor, attn_bias=None, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
         if attn_bias is None and runs_fused(ATTENTION, self, qkv):
@@ -73,7 +73,7 @@ class FusedSelfAttentionBlock(SelfAttentionBlock):
 
 
 def _rope(rope: tuple[Tensor, Tensor] | None, tokens: int) -> tuple[ops.Rope | None, int]:
-    """Return DINOv3's ``(sin, cos)`` of the patches as the ops take it, and the number of tokens in front of them."""
+    """Return DINOv3's ``(sin, cos)`` of the patches as :class:`ops.Rope`, and the number of prefix tokens."""
     if rope is None:
         return None, 0
     sin, cos = rope
@@ -111,7 +111,7 @@ ATTENTION = Rule(
     SelfAttention,
     FusedSelfAttention,
     bypassed={"qkv": (nn.Linear, LinearKMaskedBias), "proj": (nn.Linear,), "proj_drop": (nn.Dropout,)},
-    called=frozenset({"attn_drop"}),  # by nobody: the original has no use for it either
+    called=frozenset({"attn_drop"}),  # nothing calls it, in the original either
     attributes=frozenset({"num_heads", "scale"}),
     limit=_attention_limit,
 )

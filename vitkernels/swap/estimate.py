@@ -1,10 +1,9 @@
-"""How much of a model's time lies in what is swapped: an estimate, from what PyTorch's ops compute and move.
+"""Estimate the share of a model's time that its swapped modules take, from what PyTorch's ops compute and move.
 
-A copy without data, on the meta device, classifies one image in evaluation mode. Each of PyTorch's ops counts the
-longer of two times: its floating-point operations (``torch.utils.flop_counter``) at ``FLOPS_PER_BYTE``, or the
-elements that enter and leave it, two bytes each. PyTorch's own attention counts as one op that never writes its
-weights. Views and allocations count nothing, and neither do launches. What is estimated is the model's time before the
-swap, not what the swap saves.
+A copy on the meta device, without data, classifies one image in evaluation mode. The time of an op is the longer of
+two: that of its floating-point operations (``torch.utils.flop_counter``) at ``FLOPS_PER_BYTE``, and that of moving its
+inputs and outputs at two bytes an element. PyTorch's own attention counts as one op that never writes its weights.
+Views, allocations and launches take no time. The estimate is of the model before the swap, not of what the swap saves.
 """
 
 from __future__ import annotations
@@ -39,19 +38,19 @@ _FREE = {
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """Attention calls of one shape within what is swapped.
+    """Attention calls of one shape within the swapped modules.
 
-    Models move, so both places are told, wherever the model lies now.
+    A model may be moved later, so the providers for a GPU and for a CPU are both given.
 
     Attributes:
-        queries, keys: How many there are.
-        head_dim: Channels a head.
-        calls: How often.
-        provider: Who attends on a GPU, the model's or else the current one: ``triton``, the kernels, or PyTorch, where
-            the tuning table or the backend has it so (see ``ops.attention_provider``): ``sdpa``, its own attention, or
-            ``eager``, the model's products and softmax.
-        on_cpu: Who attends on a CPU: ``sdpa`` or ``eager`` as the model's own forward does, ``triton`` where it
-            emulates a GPU, ``none`` where the kernels are asked for and it does not, which is an error.
+        queries, keys: The number of tokens.
+        head_dim: Channels per head.
+        calls: The number of calls.
+        provider: The attention provider on a GPU (the model's, else the current one): ``triton``, our kernels, or
+            PyTorch if the tuning table or the backend selects it (see ``ops.attention_provider``): ``sdpa``, its fused
+            attention, or ``eager``, the model's own products and softmax.
+        on_cpu: The attention provider on a CPU: ``sdpa`` or ``eager`` as in the model's own forward; ``triton`` if the
+            CPU emulates a GPU; ``none`` if the backend asks for kernels that cannot run there: the call then raises.
     """
 
     queries: int
@@ -64,12 +63,12 @@ class Attention:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What a report expects of a model.
+    """The estimate for a model.
 
     Attributes:
         image: Channels, height and width of the image that is classified.
-        fused_share: Of the estimated time of one image, 0 to 1, what lies in modules that are swapped.
-        attention: Each shape of attention there.
+        fused_share: The share of the estimated time of one image that the swapped modules take, 0 to 1.
+        attention: Each shape of attention in the swapped modules.
     """
 
     image: tuple[int, int, int]
@@ -87,10 +86,10 @@ class Estimate:
 
 
 def estimate_time(model: nn.Module, swapped: Mapping[str, object]) -> Estimate | None:
-    """Return the estimate for ``model`` with the modules at the paths ``swapped``.
+    """Return the estimate for ``model`` whose modules at the paths ``swapped`` are swapped, or None.
 
-    Of a pair of towers (CLIP, SigLIP) the vision tower runs. None where the size of its images is not known (it is of
-    models of timm, torchvision, transformers and open_clip), or where the model cannot run without data.
+    For a pair of towers (CLIP, SigLIP) only the vision tower runs. The result is None if the size of the model's
+    images is unknown (it is known for timm, torchvision, transformers and open_clip), or if it cannot run without data.
     """
     children = dict(model.named_children())
     towers = {"": model} | {path: children[path] for path in _TOWERS if path in children}
@@ -103,10 +102,10 @@ def estimate_time(model: nn.Module, swapped: Mapping[str, object]) -> Estimate |
     try:
         skeleton = without_data(model)
         counter = _Counter(skeleton, swapped)
-        # In inference mode, and there alone, PyTorch's attention comes to a dispatch mode in one piece.
+        # Only in inference mode does a dispatch mode see PyTorch's attention as a single op.
         with torch.inference_mode(), runtime.use_backend("torch"), counter:
             skeleton.get_submodule(tower)(torch.empty(1, *image, device="meta", dtype=dtype))
-    except Exception:  # whatever a model of the user's own does without data: there is no estimate then
+    except Exception:  # a user's model may raise anything without data: then there is no estimate
         return None
     if not counter.total:
         return None
@@ -121,11 +120,14 @@ _TOWERS = ("visual", "vision_model")  # open_clip's and transformers'
 
 
 def image_size(model: nn.Module) -> tuple[int, int, int] | None:
-    """Return channels, height and width of the images that a model of timm, torchvision or transformers takes."""
+    """Return channels, height and width of a model's images, or None if unknown.
+
+    Known for models of timm, torchvision, transformers and open_clip's towers.
+    """
     config = getattr(model, "config", None)
     known = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, None, None))
     sizes = (
-        getattr(getattr(model, "patch_embed", None), "img_size", None),  # as built, which pretrained_cfg may not be
+        getattr(getattr(model, "patch_embed", None), "img_size", None),  # as built; pretrained_cfg may differ
         getattr(model, "image_size", None),
         getattr(config, "image_size", None),
         known[1:],
@@ -141,7 +143,7 @@ def without_data(model: nn.Module) -> nn.Module:
     memo: dict[int, object] = {id(p): nn.Parameter(_meta(p), requires_grad=False) for p in model.parameters()}
     memo |= {id(b): _meta(b) for b in model.buffers()}
     skeleton = copy.deepcopy(model, memo).eval()
-    for module in skeleton.modules():  # a user's hooks are not for this
+    for module in skeleton.modules():  # the estimate must not run a user's hooks
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
     return skeleton
@@ -169,14 +171,14 @@ def _on_cpu(own: str) -> str:
 
 
 class _Counter(TorchDispatchMode):
-    """Adds up the time of each op, and of those within swapped modules."""
+    """Adds up the time of all ops, and of the ops within swapped modules."""
 
     def __init__(self, model: nn.Module, swapped: Mapping[str, object]) -> None:
         super().__init__()
         self.total = self.fused = 0.0
-        self.attention: Counter[tuple[int, int, int, str]] = Counter()  # the last: how PyTorch attends there
-        self._within = [False]  # of the modules that are running, outermost first: whether a fused forward covers it
-        self._weights: tuple[int, int] | None = None  # queries and keys of the softmax before
+        self.attention: Counter[tuple[int, int, int, str]] = Counter()  # queries, keys, head dim, PyTorch's provider
+        self._within = [False]  # for each running module, outermost first: whether a fused forward covers it
+        self._weights: tuple[int, int] | None = None  # queries and keys of the last softmax
         paths = {module: path for path, module in model.named_modules()}
         covers: dict[nn.Module, bool] = {}
         for module, path in paths.items():
@@ -195,8 +197,8 @@ class _Counter(TorchDispatchMode):
         if func is torch.ops.aten.dropout.default and not args[2]:
             return args[0]
         name = func.overloadpacket.__name__
-        if "upsample" not in name:  # whose parts, in Python, are not those that run
-            with self:  # an op made of others counts as them
+        if "upsample" not in name:  # its decomposition in Python is not what runs
+            with self:  # a composite op counts as its parts
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
@@ -212,15 +214,15 @@ class _Counter(TorchDispatchMode):
         return out
 
     def add(self, flops: float, operands: object) -> None:
-        """Count an op that reads or writes ``operands``, trees of tensors."""
+        """Add the time of an op that reads or writes the tensors in ``operands``."""
         moved = sum(2 * t.numel() for t in tree_leaves(operands) if isinstance(t, Tensor))
         time = max(flops / FLOPS_PER_BYTE, moved)
         self.total += time
         self.fused += time * self._within[-1]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Count attention of (..., N, D) as one op, and return what it gives."""
-        out = q.new_empty(*q.shape[:-1], v.shape[-1])  # not counted: the mode is off in its own methods
+        """Count attention on (..., N, D) as one op, and return its output."""
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])  # not counted: a mode is off inside its own methods
         self.add(2 * math.prod(q.shape[:-1]) * k.shape[-2] * (q.shape[-1] + v.shape[-1]), (q, k, v, out))
         self._note(q.shape[-2], k.shape[-2], q.shape[-1], "sdpa")
         return out
@@ -231,6 +233,6 @@ class _Counter(TorchDispatchMode):
 
 
 def _calls(parent: nn.Module, path: str) -> bool:
-    """Tell whether the fused forward of ``parent``, if it has one, calls the child at ``path`` as ever."""
+    """Tell whether ``parent`` has a fused forward that still calls the child at ``path``."""
     rule = _rules.RULES.get(type(parent))
     return rule is not None and path.rpartition(".")[2] in rule.called

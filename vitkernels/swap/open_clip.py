@@ -1,7 +1,7 @@
-"""What is swapped of open_clip: the residual blocks, their LayerNorms, and the image tower's embedding.
+"""Rules for open_clip: the residual blocks, their LayerNorms, and the image tower's embedding.
 
-Imported only where open_clip itself has been. The subclasses lie at module level, so that pickle finds them.
-Text towers are made of the same blocks, with a mask.
+Imported only if open_clip is imported. The subclasses are defined at module level, so that pickle finds them. Text
+towers consist of the same blocks, with a mask.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vitkernels.swap.torch_nn import one_dim
 
 
 class FusedLayerNorm(LayerNorm):
-    """open_clip's LayerNorm, which gives back its input's dtype, on :func:`vitkernels.ops.layer_norm`."""
+    """open_clip's LayerNorm, which returns its input's dtype, on :func:`vitkernels.ops.layer_norm`."""
 
     def forward(self, x: Tensor) -> Tensor:
         if runs_fused(LAYER_NORM, self, x):
@@ -36,13 +36,13 @@ class FusedResidualAttentionBlock(ResidualAttentionBlock):
         v_x: Tensor | None = None,
         attn_mask: Tensor | None = None,
     ) -> Tensor:
-        one_mask = attn_mask is None or attn_mask.ndim == 2  # of three dims: images and heads in one
+        one_mask = attn_mask is None or attn_mask.ndim == 2  # three dims would be images × heads first
         if k_x is None and v_x is None and one_mask and runs_fused(BLOCK, self, q_x):
             no_dropout = _views.Dropout(0.0, False)
             attn = _views.multihead(self.attn, no_dropout)
             mlp = _views.Mlp(self.mlp.c_fc, self.mlp.gelu, no_dropout, self.mlp.c_proj, no_dropout)
             block = _views.Block(self.ln_1, attn, self.ln_2, mlp, self.ls_1, self.ls_2)
-            # Added to the scores, as open_clip makes numbers of bools too.
+            # open_clip converts masks, bool ones too, to numbers that are added to the scores.
             return fused.block(block, q_x, attn_mask=None if attn_mask is None else attn_mask.to(q_x.dtype))
         return super().forward(q_x, k_x, v_x, attn_mask)
 
@@ -51,8 +51,8 @@ class FusedVisionTransformer(VisionTransformer):
     """open_clip's image tower with patches, class token and positions in :func:`vitkernels.ops.patch_embed`."""
 
     def _embeds(self, x: Tensor) -> Tensor:
-        # Images of a wrong size are the original's business: it raises. Under autocast it makes tokens of half
-        # precision, which the op, with parameters of fp32, does not.
+        # For images of a wrong size the original raises. Under autocast the original returns tokens of half precision,
+        # which the op, with parameters in fp32, does not.
         fits = x.ndim == 4 and tuple(x.shape[2:]) == tuple(self.image_size)
         if fits and runtime.autocast_dtype(x) is None and runs_fused(TOWER, self, x):
             tokens = fused.patch_embed(

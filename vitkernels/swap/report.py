@@ -1,4 +1,4 @@
-"""What was swapped, and what was not and why."""
+"""The report of a swap: which modules were swapped, and which were not and why."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Swapped:
 
     Attributes:
         module: Its path in the model; "" is the model itself.
-        was: Its class's name before.
-        now: Its class after, by its ``__qualname__``: ``__name__`` stays what it was.
+        was: The name of its class before.
+        now: The ``__qualname__`` of its class after; the class's ``__name__`` does not change.
     """
 
     module: str
@@ -34,9 +34,9 @@ class Kept:
         module: Its path in the model; "" is the model itself.
         cls: Its class's name.
         reason: Why, for a person.
-        known: Whether modules of this class are swapped where nothing speaks against it.
-        part: What it is that is left: ``attention``, ``a norm``, ``an MLP``, ``a patch embedding``, as its class's name
-            or what it is made of tells (``swap/_parts.py``); None for what is none of these, or is known.
+        known: Whether there is a rule for this class, so that a module of it can be swapped in principle.
+        part: Which part of a transformer it is: ``attention``, ``a norm``, ``an MLP``, ``a patch embedding``, judged by
+            its class's name or its contents (``swap/_parts.py``); None if it is none of these, or ``known``.
     """
 
     module: str
@@ -52,8 +52,8 @@ class Report:
 
     Attributes:
         swapped: The swapped modules, in the model's order.
-        kept: The modules that hold parameters, or might have been swapped, and run as they were; those that a
-            swapped module reads by itself, such as the Linears of an attention, are in neither list.
+        kept: The modules that keep their own forward, if they hold parameters or have a rule. Children that a swapped
+            module reads without calling, such as the Linears of an attention, are in neither list.
     """
 
     swapped: tuple[Swapped, ...]
@@ -62,10 +62,10 @@ class Report:
 
     @functools.cached_property
     def estimate(self) -> Estimate | None:
-        """The share of the model's time that lies in what is swapped, and who attends: see ``swap/estimate.py``.
+        """The share of the model's time in swapped modules, and the attention providers: see ``swap/estimate.py``.
 
-        Made at the first look, by running a copy of the model without data; None where the size of its images is not
-        known, or where the model is gone.
+        Computed at the first access, by running a copy of the model without data. None if that fails, if the size of
+        the model's images is unknown, or if the model has been deleted.
         """
         return self._estimate()
 
@@ -89,7 +89,7 @@ class Report:
         return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False)
 
     def print(self) -> None:
-        """Print a table, in colour where rich is installed; modules alike in a row of blocks share a line."""
+        """Print a table, in colour if rich is installed; the same module of several blocks takes one line."""
         try:
             from rich.console import Console
             from rich.markup import escape
@@ -114,7 +114,7 @@ class Report:
         return "\n".join(filter(None, (self._title(), self.rows(), estimate)))
 
     def rows(self) -> str:
-        """Return the table without its title: a line for each row of modules that are alike."""
+        """Return the table without its title; the same module of several blocks takes one line."""
         rows = [*self._swapped_rows(), *self._kept_rows()]
         module, count, cls = (max((len(row[i]) for row in rows), default=0) for i in range(3))
         return "\n".join(f"  {row[0]:<{module}} {row[1]:>{count}}  {row[2]:<{cls}}  {row[3]}" for row in rows)
@@ -130,7 +130,7 @@ class Report:
 
 
 def _grouped(entries: Iterable[tuple[str, str, str]]) -> list[tuple[str, str, str, str]]:
-    """Join entries that differ in the numbers of their path alone: ``blocks.*.attn``, ``×12``."""
+    """Join entries that differ only in the numbers of their paths: ``blocks.*.attn``, ``×12``."""
     groups: dict[tuple[str, str, str], list[str]] = {}
     for module, cls, runs in entries:
         groups.setdefault((re.sub(r"(?<![^._])\d+(?![^.])", "*", module), cls, runs), []).append(module)

@@ -1,4 +1,4 @@
-"""What is swapped of torch.nn itself: LayerNorm, in any model."""
+"""Rules for torch.nn itself: LayerNorm, in any model."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from vitkernels.swap._rules import Rule, add, runs_fused
 
 
 class _ShownInTorch(type):
-    """A class that lies in this module, where pickle looks for it, and whose instances say that they are torch.nn's.
+    """Metaclass: the class itself reports this module, where pickle finds it; its instances report torch.nn.
 
-    torch.fx makes one node of a module that says so, and traces through any other.
+    torch.fx keeps a module of torch.nn as one node, and traces through any other.
     """
 
     @property
@@ -32,7 +32,7 @@ class FusedLayerNorm(nn.LayerNorm, metaclass=_ShownInTorch):
 
 
 def one_dim(norm: nn.LayerNorm) -> str | None:
-    """Return why ``norm`` has no kernel: it normalises over more than the last dim."""
+    """Return why ``norm`` has no kernel (it normalises over more than the last dim), or None if it has one."""
     dims = len(norm.normalized_shape)
     return None if dims == 1 else f"it normalises over the last {dims} dims; the kernel over the last one"
 

@@ -1,6 +1,6 @@
-"""What is swapped of torchvision's ViTs: the encoder's blocks, their MLPs, and the model's cut into patches.
+"""Rules for torchvision's ViTs: the encoder's blocks, their MLPs, and the model's patch embedding.
 
-Imported only where torchvision itself has been. The subclasses lie at module level, so that pickle finds them.
+Imported only if torchvision is imported. The subclasses are defined at module level, so that pickle finds them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class FusedVisionTransformer(VisionTransformer):
     """torchvision's VisionTransformer with its patches embedded by :func:`vitkernels.ops.patch_embed`."""
 
     def _process_input(self, x: Tensor) -> Tensor:
-        # Images of a wrong size are the original's business: it raises.
+        # For images of a wrong size the original raises.
         if runs_fused(MODEL, self, x) and x.ndim == 4 and tuple(x.shape[2:]) == (self.image_size, self.image_size):
             return fused.patch_embed(self.conv_proj, x)
         return super()._process_input(x)

@@ -1,15 +1,15 @@
-"""What is swapped of transformers: the layers of its Vision Transformers, and what those are made of.
+"""Rules for transformers: the layers of its Vision Transformers, and the modules inside them.
 
-transformers writes every model out in full: DeiT's classes are ViT's under other names. So each kind of module has its
-fused forward once, as a mixin in front of the original class (``_mixins``; of releases 4.5x alone, ``_mixins_4``), and
-the tables here tell which classes may be of which kinds. A class is of the first whose arguments its forward takes;
-where there is none, as in a release to come, it is not swapped.
+transformers repeats the code of each model: DeiT's classes are ViT's under other names. So each kind of module has one
+fused forward here, a mixin in front of the original class (``_mixins``; ``_mixins_4`` for kinds of releases 4.5x
+only). The tables below list the kinds that a class may be of. A class gets the first kind that accepts all arguments
+of its forward. If no kind does, as may happen in a later release, the class is not swapped.
 
-A fused layer calls its attention as ever, so that hooks which collect attention weights and adapters in the attention
-cost the layer nothing. Queries, keys and values stay three products, because packing the three weights would copy
-them at every step.
+A fused layer still calls its attention module. So the layer runs fused even if the attention has adapters, or hooks
+that collect attention weights. Queries, keys and values stay three products, because packing the three weights would
+copy them at every step.
 
-Imported only where transformers' models have been.
+Imported only if transformers' models are imported.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vitkernels.swap.hf._mixins import IMPLEMENTATIONS
 
 __all__ = ["IMPLEMENTATIONS"]
 
-# The kinds that a class may be of, by what its name ends with behind the family's prefix.
+# The kinds that a class may be of, by its name without the family's prefix.
 _VIT = {
     "Attention": (new.ViTAttention,),
     "SelfAttention": (old.SelfAttention, old.TupleSelfAttention),
@@ -69,7 +69,7 @@ _CLIP = {
     "EncoderLayer": (new.CLIPLayer, old.CLIPLayer),
 }
 
-# The folder in transformers.models, the prefix of the classes there, and their kinds.
+# The folder in transformers.models, the prefix of the class names there, and the kinds of the classes.
 _FAMILIES = (
     ("vit", "ViT", _VIT),
     ("deit", "DeiT", _VIT),
@@ -84,7 +84,7 @@ _FAMILIES = (
 
 
 def _add_family(folder: str, prefix: str, kinds: dict[str, tuple[type[new.Kind], ...]]) -> None:
-    """Make a fused class of each class of a family that this release has, and its rule known."""
+    """Make a fused class for each class of a family that this release has, and register its rule."""
     try:
         modeling = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
     except ImportError:  # an older release, without this model
@@ -96,7 +96,7 @@ def _add_family(folder: str, prefix: str, kinds: dict[str, tuple[type[new.Kind],
 def _add_classes(
     module: str, own: dict[str, object], prefix: str, kinds: dict[str, tuple[type[new.Kind], ...]]
 ) -> None:
-    """Make a fused class of each of the classes ``own`` that is of a kind, in the ``module``, and its rule known."""
+    """Make a fused class in ``module`` for each class of ``own`` that is of a kind, and register its rule."""
     classes = {
         own[prefix + end]: _kind_of(own[prefix + end], among) for end, among in kinds.items() if prefix + end in own
     }
@@ -113,7 +113,7 @@ def _add_classes(
         body = {"__module__": module, "__doc__": f"transformers' {cls.__name__} on the kernels."}
         fused_cls = type(name, (kind, cls), body)
         fused_cls._rule = Rule(cls, fused_cls, **kind._options | {"bypassed": kind._options["bypassed"] | parts})
-        vars(sys.modules[module])[name] = fused_cls  # where pickle looks for a class
+        vars(sys.modules[module])[name] = fused_cls  # pickle looks for a class there
         add(fused_cls._rule)
 
 

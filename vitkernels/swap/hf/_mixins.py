@@ -1,7 +1,7 @@
-"""The kinds of module that transformers' Vision Transformers are made of, each with its fused forward, as mixins.
+"""Mixins with fused forwards, one for each kind of module in transformers' Vision Transformers.
 
-A mixin stands in front of the class of transformers that it is fused into; see the folder's ``__init__``. Kinds that
-releases 4.5x alone have are in ``_mixins_4``.
+A mixin stands in front of the class of transformers whose forward it replaces; see the folder's ``__init__``. Kinds
+that only releases 4.5x have are in ``_mixins_4``.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from vitkernels.layers import fused
 from vitkernels.swap._rules import Rule, runs_fused
 from vitkernels.swap._views import head_dim_limit, patches_limit
 
-# The attention implementations that the kernels stand in for; eager's callers count on the weights it returns.
+# The attention implementations that the kernels replace. Not eager: its callers rely on the weights that it returns.
 IMPLEMENTATIONS = ("sdpa", "vitkernels")
 
-# What may be told to the attention without changing what it computes.
+# Keyword arguments that the fused attention accepts: it supports is_causal, and the others do not affect attention.
 _HARMLESS = frozenset({"is_causal", "output_hidden_states", "return_dict", "use_cache", "num_items_in_batch"})
 
-# By name, as releases differ in which of them there are.
+# Listed by name, because not every release has all of them.
 _ACTIVATIONS: dict[type[nn.Module], str] = {
     getattr(activations, cls): name
     for cls, name in {
@@ -41,14 +41,14 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
 
 
 def has_patches(conv: nn.Conv2d, images: Tensor) -> bool:
-    """Tell whether ``conv`` can cut ``images`` into one patch at least."""
+    """Tell whether ``conv`` can cut at least one patch out of ``images``."""
     if images.ndim != 4 or images.shape[1] != conv.in_channels:
         return False
     return images.shape[2] >= conv.kernel_size[0] and images.shape[3] >= conv.kernel_size[1]
 
 
 def patches(conv: nn.Conv2d, images: Tensor, **tokens: Tensor | None) -> Tensor:
-    """Embed the whole patches of ``images``, as the convolution does: 384 by patches of 14, say, leaves a rest."""
+    """Embed the whole patches of ``images``; the rest is dropped, as in the convolution (384 pixels, patches of 14)."""
     height, width = (size // patch * patch for size, patch in zip(images.shape[2:], conv.kernel_size, strict=True))
     return fused.patch_embed(conv, images[:, :, :height, :width], **tokens)
 
@@ -77,7 +77,7 @@ def _patches_limit(embed: nn.Module) -> str | None:
 
 
 def attention_options(*linears: str) -> dict[str, object]:
-    """Return the rule's options of an attention with these projections."""
+    """Return the rule's options for an attention with the projections ``linears``."""
     return {
         "bypassed": dict.fromkeys(linears, (nn.Linear,)),
         "attributes": frozenset(
@@ -91,7 +91,7 @@ def attention_options(*linears: str) -> dict[str, object]:
 
 
 def mlp_options(act: str, *linears: str) -> dict[str, object]:
-    """Return the rule's options of an MLP with these children."""
+    """Return the rule's options for an MLP with the activation ``act`` and the layers ``linears``."""
     return {
         "bypassed": {act: (nn.GELU, nn.SiLU, *_ACTIVATIONS), **dict.fromkeys(linears, (nn.Linear,))},
         "attributes": frozenset({"config", "hidden_size", "intermediate_size"}),
@@ -100,13 +100,13 @@ def mlp_options(act: str, *linears: str) -> dict[str, object]:
 
 
 def embeddings_options(conv: str, **options: frozenset[str]) -> dict[str, object]:
-    """Return the rule's options of embeddings that cut images into patches with ``conv``."""
+    """Return the rule's options for embeddings that cut images into patches with ``conv``."""
     attributes = {"config", "embed_dim", "image_size", "num_channels", "num_patches", "num_positions", "patch_size"}
     return {"bypassed": {conv: (nn.Conv2d,)}, "attributes": frozenset(attributes), "limit": _patches_limit, **options}
 
 
 def layer_options(norm: str, *called: str, **bypassed: tuple[type[nn.Module], ...]) -> dict[str, object]:
-    """Return the rule's options of a layer whose second norm is ``norm``, and that calls the children ``called``."""
+    """Return the rule's options for a layer whose second norm is ``norm`` and that calls the children ``called``."""
     return {
         "bypassed": {norm: (nn.LayerNorm,), **bypassed},
         "called": frozenset(called),
@@ -119,9 +119,9 @@ class Kind:
 
     Attributes:
         _takes: The arguments that the class's forward may have.
-        _options: What the rules of all classes of the kind have in common.
-        _parts: The children that are read and are of a kind themselves.
-        _rule: The rule of the one class.
+        _options: The options that the rules of all classes of the kind share.
+        _parts: The bypassed children that are of a kind themselves.
+        _rule: The rule of the fused class.
     """
 
     _takes: ClassVar[frozenset[str]]
@@ -131,7 +131,7 @@ class Kind:
 
 
 class _Attention(Kind):
-    """Self-attention with three projections in front and one behind."""
+    """Self-attention with three input projections and one output projection."""
 
     _takes = frozenset({"hidden_states", "attention_mask", "kwargs"})
     _options = attention_options("q_proj", "k_proj", "v_proj", "o_proj")
@@ -142,7 +142,7 @@ class _Attention(Kind):
             return False
         if any(value is not None and value is not False for name, value in kwargs.items() if name not in _HARMLESS):
             return False
-        # Flash attention's masks have two dims, flex attention's are no tensors.
+        # The kernels need four dims: flash attention's masks have two, flex attention's are no tensors.
         return (mask is None or (isinstance(mask, Tensor) and mask.ndim == 4)) and runs_fused(self._rule, self, x)
 
     def _attend(
@@ -166,7 +166,7 @@ class _Attention(Kind):
         is_causal: bool,
         **rope: object,
     ) -> Tensor:
-        """Attend with x (B, N, C): (B, N, H·D), to be projected."""
+        """Return the attention output (B, N, H·D) of x (B, N, C), before the output projection."""
         q, k, v = (
             ops.linear(x, proj.weight, proj.bias).unflatten(-1, (-1, head_dim)).transpose(1, 2) for proj in projections
         )
@@ -176,7 +176,7 @@ class _Attention(Kind):
             v,
             attn_mask=mask,
             scale=scale,
-            is_causal=is_causal and mask is None,  # as transformers' sdpa: a mask holds the causal part as well
+            is_causal=is_causal and mask is None,  # as in transformers' sdpa: a mask includes the causal part
             dropout_p=dropout if self.training else 0.0,
             **rope,
         )
@@ -184,7 +184,7 @@ class _Attention(Kind):
 
 
 class Attention(_Attention):
-    """ViT's and CLIP's."""
+    """ViT's and CLIP's attention."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs):
         if self._fuses(hidden_states, attention_mask, kwargs):
@@ -193,20 +193,20 @@ class Attention(_Attention):
 
 
 class ViTAttention(Attention):
-    """ViT's."""
+    """ViT's attention."""
 
     _names = ("o_proj", "scaling", "attention_dropout")
 
 
 class CLIPAttention(Attention):
-    """CLIP's, of images and of texts."""
+    """CLIP's attention, in the vision tower and in the text tower."""
 
     _options = attention_options("q_proj", "k_proj", "v_proj", "out_proj")
     _names = ("out_proj", "scale", "dropout")
 
 
 class SiglipAttention(_Attention):
-    """SigLIP's, which tells its attention nothing of what it is told itself."""
+    """SigLIP's attention, which does not pass its keyword arguments on."""
 
     _options = attention_options("q_proj", "k_proj", "v_proj", "out_proj")
     _names = ("out_proj", "scale", "dropout")
@@ -218,7 +218,7 @@ class SiglipAttention(_Attention):
 
 
 class RopeAttention(_Attention):
-    """DINOv3's: rotary positions in the half layout, on the patches alone."""
+    """DINOv3's attention: RoPE in the half layout, on the patches only."""
 
     _takes = _Attention._takes | {"position_embeddings"}
 
@@ -251,7 +251,7 @@ class Mlp(Kind):
 
 
 class UpDownMlp(Mlp):
-    """The same under DINOv3's names."""
+    """:class:`Mlp` under DINOv3's names."""
 
     _takes = frozenset({"x"})
     _options = mlp_options("act_fn", "up_proj", "down_proj")
@@ -267,35 +267,35 @@ class GatedMlp(UpDownMlp):
 
 
 class PatchEmbeddings(Kind):
-    """A convolution that cuts images into patches, whatever their size."""
+    """A convolution that cuts images of any size into patches."""
 
     _takes = frozenset({"pixel_values"})
     _options = embeddings_options("projection")
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         conv = self.projection
-        # Other channels are the original's business: it raises.
+        # For another number of channels the original raises.
         if not (runs_fused(self._rule, self, pixel_values) and has_patches(conv, pixel_values)):
             return super().forward(pixel_values)
         return patches(conv, pixel_values)
 
 
 class CastingPatchEmbeddings(PatchEmbeddings):
-    """The same for images of any dtype."""
+    """:class:`PatchEmbeddings` for images of any dtype, cast to the weight's."""
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return super().forward(pixel_values.to(self.projection.weight.dtype))
 
 
 class VisionEmbeddings(Kind):
-    """SigLIP's patches and positions."""
+    """SigLIP's patch and position embeddings."""
 
     _takes = frozenset({"pixel_values", "interpolate_pos_encoding"})
     _options = embeddings_options("patch_embedding", called=frozenset({"position_embedding"}))
 
     def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         conv = self.patch_embedding
-        # Only for other sizes do the originals interpolate positions, or raise.
+        # For any other image size the originals interpolate positions or raise.
         if (
             not runs_fused(self._rule, self, pixel_values)
             or not has_patches(conv, pixel_values)
@@ -312,13 +312,13 @@ class VisionEmbeddings(Kind):
 
 
 class ClassVisionEmbeddings(VisionEmbeddings):
-    """CLIP's, which have a class token in front."""
+    """CLIP's embeddings, with a class token in front."""
 
     _options = VisionEmbeddings._options | {"parameters": frozenset({"class_embedding"})}
 
 
 class Dinov3Embeddings(Kind):
-    """Patches behind class and register tokens, without positions."""
+    """DINOv3's embeddings: class and register tokens, then patches, without positions."""
 
     _takes = frozenset({"pixel_values", "bool_masked_pos"})
     _options = embeddings_options(
@@ -341,16 +341,16 @@ class Dinov3Embeddings(Kind):
 
 
 class _Layer(Kind):
-    """A pre-norm layer: attention, which is called, then an MLP, which is not."""
+    """A pre-norm layer that calls its attention and reads its MLP."""
 
     _parts: ClassVar[dict[str, type[Kind]]] = {"mlp": Mlp}
 
 
 class ViTLayer(_Layer):
-    """With dropout behind both branches."""
+    """ViT's layer, with dropout after both branches."""
 
     _takes = frozenset({"hidden_states", "attention_mask", "kwargs"})
-    # The second dropout is left out where it drops nothing.
+    # Bypassed, because the fused forward does not call the second dropout if it drops nothing.
     _options = layer_options("layernorm_after", "layernorm_before", "attention", dropout=(nn.Dropout,))
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
@@ -364,7 +364,7 @@ class ViTLayer(_Layer):
 
 
 class CLIPLayer(_Layer):
-    """CLIP's and SigLIP's, with nothing else."""
+    """CLIP's and SigLIP's layer, without dropout or LayerScale."""
 
     _takes = frozenset({"hidden_states", "attention_mask", "kwargs"})
     _options = layer_options("layer_norm2", "layer_norm1", "self_attn")
@@ -375,14 +375,14 @@ class CLIPLayer(_Layer):
         return self._layer(hidden_states, attention_mask=attention_mask, **kwargs)[0]
 
     def _layer(self, x: Tensor, **kwargs: object) -> tuple[Tensor, Tensor | None]:
-        """Run the layer, its attention told ``kwargs``, and return the attention weights too."""
+        """Run the layer, pass ``kwargs`` to its attention, and return the output and the attention weights."""
         branch, weights = self.self_attn(hidden_states=self.layer_norm1(x), **kwargs)
         normed, x = add_norm(self.layer_norm2, branch, x)
         return _mlp(self.mlp, normed, residual=x), weights
 
 
 class Dinov2Layer(_Layer):
-    """DINOv2's and DINOv3's, with LayerScale and DropPath on both branches."""
+    """DINOv2's and DINOv3's layer, with LayerScale and DropPath on both branches."""
 
     _takes = frozenset({"hidden_states", "attention_mask", "position_embeddings", "kwargs"})
     _options = layer_options("norm2", "norm1", "attention")
@@ -400,28 +400,29 @@ class Dinov2Layer(_Layer):
             normed, x = add_norm(self.norm2, branch, x, layer_scale=gamma1)
             return _mlp(self.mlp, normed, residual=x, layer_scale=gamma2)
         kept = _draw(keep, branch, gamma1)
-        # 1 / keep rounded to bf16 and multiplied with 0 or 1 would scale every branch wrongly.
+        # A drop_path_scale of 1 / keep, rounded to bf16, would scale every branch wrongly. So the scale is 0 or 1 here,
+        # and the branch is divided by keep.
         normed, x = add_norm(self.norm2, branch / keep, x, layer_scale=gamma1, drop_path_scale=kept)
         branch = _mlp(self.mlp, normed, layer_scale=gamma2)
         return torch.addcmul(x, branch, _draw(keep, branch, gamma2).reshape(-1, 1, 1), value=1 / keep)
 
 
 def add_norm(norm: nn.LayerNorm, branch: Tensor, residual: Tensor, **scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Add and normalise in one pass: the normalised sum, and the sum."""
+    """Add and normalise in one pass; return the normalised sum and the sum."""
     return ops.add_layer_norm(branch, residual, norm.weight, norm.bias, norm.eps, **scales)
 
 
 def _draw(keep: float, branch: Tensor, gamma: Tensor) -> Tensor:
-    """Draw 1 for each sample (B,) whose branch is kept, 0 for the others, just as transformers draws them."""
+    """Draw 1 for each sample (B,) whose branch is kept and 0 for the others, with transformers' own random draws."""
     dtype = torch.promote_types(branch.dtype, gamma.dtype)
     return torch.floor(torch.rand((branch.shape[0], 1, 1), dtype=dtype, device=branch.device) + keep).reshape(-1)
 
 
 def _mlp(mlp: nn.Module, x: Tensor, *, residual: Tensor | None = None, layer_scale: Tensor | None = None) -> Tensor:
-    """``residual + layer_scale · mlp(x)`` for the children of any MLP here."""
+    """Return ``residual + layer_scale · mlp(x)`` for an MLP of any kind in this folder."""
     children = mlp._modules
     epilogue = {"residual": residual, "layer_scale": layer_scale}
-    if "weights_in" in children:  # gate and value in one, the gate first
+    if "weights_in" in children:  # gate and value packed, the gate first
         first, last = children["weights_in"], children["weights_out"]
         return ops.swiglu_mlp(x, first.weight, first.bias, last.weight, last.bias, **epilogue)
     first, last = (children[name] for name in (("fc1", "fc2") if "fc1" in children else ("up_proj", "down_proj")))
@@ -434,7 +435,7 @@ def _mlp(mlp: nn.Module, x: Tensor, *, residual: Tensor | None = None, layer_sca
 
 
 def activation(mlp: nn.Module) -> str | None:
-    """Return the name that the ops know the activation of ``mlp`` by."""
+    """Return the ops' name of the activation of ``mlp``, or None if they have none."""
     names = ("activation_fn", "act_fn", "activation", "intermediate_act_fn")
     act = next(mlp._modules[name] for name in names if name in mlp._modules)
     return _ACTIVATIONS.get(type(act)) or fused.activation_name(act)

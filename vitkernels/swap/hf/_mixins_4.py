@@ -1,7 +1,7 @@
-"""The kinds of module that transformers' releases 4.50 to 4.57 have, and 5 no more; see the folder's ``__init__``.
+"""Mixins for kinds of module that transformers 4.50 to 4.57 has but 5 does not; see the folder's ``__init__``.
 
-Until 4.55 (CLIP: 4.57) a layer is told ``output_attentions`` and returns a tuple. Where attention weights or masked
-heads are asked for, the original attention runs; the layer around it is fused all the same.
+Until 4.55 (CLIP: 4.57) a layer takes ``output_attentions`` and returns a tuple. If the caller wants attention weights
+or masks heads, the original attention runs, inside a layer that still runs fused.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vitkernels.swap.hf._mixins import Kind, activation, add_norm, attention_opt
 
 
 class SelfAttention(new._Attention):
-    """ViT's and DINOv2's without the projection behind, since 4.56."""
+    """ViT's and DINOv2's attention since 4.56, without the output projection."""
 
     _takes = frozenset({"hidden_states", "head_mask"})
     _options = attention_options("query", "key", "value")
@@ -34,7 +34,7 @@ class SelfAttention(new._Attention):
 
 
 class TupleSelfAttention(SelfAttention):
-    """The same until 4.55."""
+    """:class:`SelfAttention` until 4.55, with ``output_attentions`` and a tuple as the result."""
 
     _takes = SelfAttention._takes | {"output_attentions"}
 
@@ -45,7 +45,7 @@ class TupleSelfAttention(SelfAttention):
 
 
 class SelfOutput(Kind):
-    """The projection behind: the layer adds the residual."""
+    """The attention's output projection; the layer adds the residual."""
 
     _takes = frozenset({"hidden_states", "input_tensor"})
     _options: ClassVar = {"bypassed": {"dense": (nn.Linear,), "dropout": (nn.Dropout,)}}
@@ -85,21 +85,21 @@ class Output(Kind):
 
 
 class SizedPatchEmbeddings(Kind):
-    """Of ViT and ViT-MAE: other sizes of image only where positions are to be interpolated."""
+    """ViT's and ViT-MAE's: accepts images of another size only with ``interpolate_pos_encoding``."""
 
     _takes = frozenset({"pixel_values", "interpolate_pos_encoding"})
     _options = new.PatchEmbeddings._options
 
     def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         fits = interpolate_pos_encoding or tuple(pixel_values.shape[2:]) == tuple(self.image_size)
-        # Other sizes and channels are the original's business: it raises.
+        # For another size or number of channels the original raises.
         if not (fits and runs_fused(self._rule, self, pixel_values) and new.has_patches(self.projection, pixel_values)):
             return super().forward(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         return new.patches(self.projection, pixel_values)
 
 
 class Dinov2Mlp(new.Mlp):
-    """DINOv2's."""
+    """DINOv2's MLP, whose argument is ``hidden_state``."""
 
     _takes = frozenset({"hidden_state"})
     _options = mlp_options("activation", "fc1", "fc2")
@@ -109,13 +109,13 @@ class Dinov2Mlp(new.Mlp):
 
 
 class PackedGatedMlp(Dinov2Mlp):
-    """DINOv2's, gate and value in one: ``weights_out(silu(gate) · value)``."""
+    """DINOv2's gated MLP, gate and value packed: ``weights_out(silu(gate) · value)``."""
 
     _options: ClassVar = {"bypassed": {"weights_in": (nn.Linear,), "weights_out": (nn.Linear,)}}
 
 
 class ViTLayer(Kind):
-    """ViT's, its MLP in two parts."""
+    """ViT's layer, whose MLP is two modules."""
 
     _takes = TupleSelfAttention._takes
     _options = layer_options("layernorm_after", "layernorm_before", "attention")
@@ -143,7 +143,7 @@ class ViTLayer(Kind):
 
 
 class Dinov2Layer(new.Dinov2Layer):
-    """DINOv2's."""
+    """DINOv2's layer, whose attention may return a tuple."""
 
     _takes = TupleSelfAttention._takes
 
@@ -157,7 +157,7 @@ class Dinov2Layer(new.Dinov2Layer):
 
 
 class SiglipAttention(new._Attention):
-    """SigLIP's until 4.53."""
+    """SigLIP's attention until 4.53."""
 
     _takes = frozenset({"hidden_states", "attention_mask", "output_attentions"})
     _options = new.SiglipAttention._options
@@ -170,7 +170,7 @@ class SiglipAttention(new._Attention):
 
 
 class CLIPAttention(new._Attention):
-    """CLIP's, whose two masks add up."""
+    """CLIP's attention, which adds its two masks."""
 
     _takes = SiglipAttention._takes | {"causal_attention_mask"}
     _options = new.CLIPAttention._options
@@ -186,13 +186,13 @@ class CLIPAttention(new._Attention):
         masks = [mask for mask in (attention_mask, causal_attention_mask) if mask is not None]
         if not output_attentions and all(self._fuses(hidden_states, mask, {}) for mask in masks or (None,)):
             mask = masks[0] + masks[1] if len(masks) == 2 else next(iter(masks), None)
-            # Until 4.51 it has no attribute is_causal.
+            # Until 4.51 the class has no attribute is_causal.
             return self._attend(hidden_states, mask, getattr(self, "is_causal", False))
         return super().forward(hidden_states, attention_mask, causal_attention_mask, output_attentions)
 
 
 class SiglipLayer(new.CLIPLayer):
-    """SigLIP's until 4.56."""
+    """SigLIP's layer until 4.56."""
 
     _takes = SiglipAttention._takes
 
@@ -204,7 +204,7 @@ class SiglipLayer(new.CLIPLayer):
 
 
 class CLIPLayer(new.CLIPLayer):
-    """CLIP's."""
+    """CLIP's layer, which takes two masks."""
 
     _takes = CLIPAttention._takes
 

@@ -1,12 +1,12 @@
-"""What is swapped of timm, imported only where timm itself has been.
+"""Rules for timm, imported only if timm is imported.
 
     layers.py               LayerNorm, RmsNorm, Attention, Mlp, GluMlp (SwiGLUPacked), SwiGLU, PatchEmbed
     vision_transformer.py   Block, ResPostBlock, ViTamin's GeGluMlp
     eva.py                  EvaAttention, AttentionRope, EvaBlock, EvaBlockPostNorm
-    naflexvit.py            NaFlexVit: images of different size packed in one row of tokens
+    naflexvit.py            NaFlexVit: images of different sizes packed into one row of tokens
 
-The subclasses take the constructor arguments of timm's own, for who would rather build a model of them than have one
-accelerated; its other parts are then timm's::
+The subclasses take the same constructor arguments as timm's classes. So you can build a model from them instead of
+accelerating one; its other parts are then timm's::
 
     from vitkernels.swap.timm import FusedAttention, FusedBlock, FusedPatchEmbed
     timm.create_model(name, block_fn=FusedBlock, embed_layer=FusedPatchEmbed)   # whole blocks

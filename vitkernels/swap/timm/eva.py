@@ -14,7 +14,7 @@ from vitkernels.swap.timm.vision_transformer import BRANCHES
 
 
 class FusedEvaAttention(EvaAttention):
-    """timm's EvaAttention: no key bias, and rotary positions, inside the kernels."""
+    """timm's EvaAttention, without a key bias, and with RoPE inside the kernels."""
 
     def forward(
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -25,7 +25,7 @@ class FusedEvaAttention(EvaAttention):
 
 
 class FusedAttentionRope(AttentionRope):
-    """timm's AttentionRope, with rotary positions inside the kernels; grouped keys and values too."""
+    """timm's AttentionRope, with RoPE inside the kernels; supports grouped keys and values."""
 
     def forward(
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -41,14 +41,14 @@ class FusedEvaBlock(EvaBlock):
     def forward(
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        # Packed is of FusedNaFlexVit, which has asked whether this runs fused.
+        # Only FusedNaFlexVit passes Packed, after it has checked that this block runs fused.
         if isinstance(attn_mask, fused.Packed) or _runs(EVA_BLOCK, self, self.attn, x, rope, attn_mask, is_causal):
             return fused.block(self, x, attn_mask=attn_mask, is_causal=is_causal, rope=split_rope(self.attn, rope))
         return super().forward(x, rope=rope, **given(attn_mask, is_causal))
 
 
 class FusedEvaBlockPostNorm(EvaBlockPostNorm):
-    """timm's EvaBlockPostNorm, its norms behind the branches, as a chain of kernels."""
+    """timm's EvaBlockPostNorm, with norms after the branches, as a chain of kernels."""
 
     def forward(
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -60,7 +60,7 @@ class FusedEvaBlockPostNorm(EvaBlockPostNorm):
 
 
 def split_rope(attn: nn.Module, rope: Tensor | None) -> ops.Rope | None:
-    """Return timm's table, sines and cosines side by side (..., N, 2D), as the ops take it."""
+    """Split timm's table (..., N, 2D), sines first, then cosines, into an :class:`ops.Rope`."""
     if rope is None:
         return None
     sin, cos = rope.chunk(2, dim=-1)
@@ -80,7 +80,7 @@ def _runs(
 
 
 def _takes_rope(attn: nn.Module, x: Tensor, rope: Tensor | None) -> bool:
-    """Tell whether ``rope`` is a table a patch; what else timm would broadcast is left to it."""
+    """Tell whether ``rope`` has a row for every patch; other tables, which timm broadcasts, run in timm's forward."""
     if rope is None:
         return True
     full = (x.shape[1] - attn.num_prefix_tokens, 2 * head_dim(attn))

@@ -1,6 +1,6 @@
 """timm's layers: norms, attention, the MLPs, and the patch embedding.
 
-The subclasses lie at module level, so that pickle finds them.
+The subclasses are defined at module level, so that pickle finds them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class FusedRmsNorm(RmsNorm):
 
 
 class FusedAttention(Attention):
-    """timm's Attention on the kernels: qkv, attention as qkv lies in memory, proj; with masks and QK-norm."""
+    """timm's Attention on the kernels: qkv, attention on the packed qkv, proj; supports masks and QK-norm."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if runs_fused(ATTENTION, self, x) and takes_masks(attn_mask, is_causal):
@@ -63,7 +63,7 @@ class FusedMlp(Mlp):
 
 
 class FusedGluMlp(GluMlp):
-    """timm's GluMlp, packed gate and value, on :func:`vitkernels.ops.swiglu_mlp`."""
+    """timm's GluMlp, with packed gate and value, on :func:`vitkernels.ops.swiglu_mlp`."""
 
     def forward(self, x: Tensor) -> Tensor:
         if runs_fused(GLU_MLP, self, x):
@@ -72,7 +72,7 @@ class FusedGluMlp(GluMlp):
 
 
 class FusedSwiGLU(SwiGLU):
-    """timm's SwiGLU, separate gate and value, on :func:`vitkernels.ops.swiglu_mlp`."""
+    """timm's SwiGLU, with separate gate and value, on :func:`vitkernels.ops.swiglu_mlp`."""
 
     def forward(self, x: Tensor) -> Tensor:
         if runs_fused(SWIGLU, self, x):
@@ -84,15 +84,15 @@ class FusedPatchEmbed(PatchEmbed):
     """timm's PatchEmbed on :func:`vitkernels.ops.patch_embed`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # Images of a wrong size are the original's business: it raises.
+        # For images of a wrong size the original raises.
         if not (runs_fused(PATCH_EMBED, self, x) and self._fits(x)):
             return super().forward(x)
         grid = (x.shape[2] // self.patch_size[0], x.shape[3] // self.patch_size[1])
-        # The convolution drops what fills no patch at the right and the bottom: 384 by patches of 14, say.
+        # The convolution drops pixels at the right and the bottom that fill no patch (384 pixels, patches of 14).
         tokens = fused.patch_embed(self.proj, x[:, :, : grid[0] * self.patch_size[0], : grid[1] * self.patch_size[1]])
         if not self.flatten:
             tokens = tokens.transpose(1, 2).unflatten(2, grid)
-            # A view in NHWC and NLC; a copy in NCHW, whose users may count on a contiguous result.
+            # NHWC and NLC are views. NCHW is copied, because its users may rely on a contiguous result.
             tokens = tokens.contiguous() if self.output_fmt == Format.NCHW else nchw_to(tokens, self.output_fmt)
         return self.norm(tokens)
 
@@ -108,7 +108,7 @@ class FusedPatchEmbed(PatchEmbed):
 
 
 def takes_masks(attn_mask: Tensor | None, is_causal: bool) -> bool:
-    """Tell whether the kernels mask as timm would; what is refused is the original's business, which may raise."""
+    """Tell whether the kernels support these masks; other ones go to the original, which may raise."""
     if attn_mask is None:
         return True
     return not is_causal and isinstance(attn_mask, Tensor) and _is_mask(attn_mask)
@@ -119,7 +119,7 @@ def _is_mask(mask: Tensor) -> bool:
 
 
 def given(attn_mask: Tensor | None, is_causal: bool) -> dict:
-    """Return the masks as keywords, without those that are not set: older releases of timm lack ``is_causal``."""
+    """Return the masks that are set, as keyword arguments: older releases of timm have no ``is_causal``."""
     masks = {} if attn_mask is None else {"attn_mask": attn_mask}
     return masks | ({"is_causal": True} if is_causal else {})
 
@@ -131,12 +131,12 @@ def _norm_limit(norm: LayerNorm | RmsNorm) -> str | None:
 
 
 def head_dim(attn: nn.Module) -> int:
-    """Return the channels a head, which EVA's attention of older releases does not tell."""
+    """Return the channels per head; EVA's attention of older releases has no such attribute."""
     return getattr(attn, "head_dim", None) or attn.proj.in_features // attn.num_heads
 
 
 def attention_limit(attn: nn.Module) -> str | None:
-    """Return why no kernel attends as ``attn`` does."""
+    """Return why no attention kernel supports ``attn``, or None if one does."""
     return head_dim_limit(head_dim(attn))
 
 
@@ -155,7 +155,7 @@ NORMS = (LayerNorm, nn.LayerNorm, RmsNorm)
 ABSENT = type(None)
 NORM_ATTRIBUTES = frozenset({"normalized_shape", "eps", "elementwise_affine"})
 DROP_PATHS = (nn.Identity, DropPath)
-# Of every attention here, behind what makes queries, keys and values.
+# The children of every attention in this folder, except those that make queries, keys and values.
 ATTENTION_CHILDREN = {
     "q_norm": (nn.Identity, *NORMS),
     "k_norm": (nn.Identity, *NORMS),
@@ -164,7 +164,7 @@ ATTENTION_CHILDREN = {
     "proj": (nn.Linear,),
     "proj_drop": (nn.Dropout,),
 }
-# Of every MLP here, behind its first layer.
+# The children of every MLP in this file, except its first layers.
 MLP_CHILDREN = {
     "act": ACTIVATIONS,
     "drop1": (nn.Dropout,),

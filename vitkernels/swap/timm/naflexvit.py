@@ -1,4 +1,4 @@
-"""timm's NaFlexVit: images of different size in one batch, packed in one row of tokens, with no padding or mask."""
+"""timm's NaFlexVit: images of different sizes in one batch, packed into one row of tokens without padding or mask."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from vitkernels.swap.timm.vision_transformer import FusedBlock
 
 
 class _Images(NamedTuple):
-    """Images in one row of tokens.
+    """Images packed into one row of tokens.
 
     Attributes:
-        tokens: (1, T, C), what enters the blocks: the valid tokens of all images, prefix tokens among them.
-        options: What the blocks are given beside it.
-        patch_valid: (B, N − R): which patches are valid, behind patch dropout.
-        index: (T,): where the tokens come from among (B · N).
+        tokens: (1, T, C), the input of the blocks: the valid tokens of all images, including prefix tokens.
+        options: Further arguments of the blocks.
+        patch_valid: (B, N − R): which patches are valid, after patch dropout.
+        index: (T,): the position of each token among the B · N padded ones.
         shape: B and N.
     """
 
@@ -36,20 +36,22 @@ class _Images(NamedTuple):
     shape: tuple[int, int]
 
     def padded(self, tokens: Tensor) -> Tensor:
-        """Tokens (1, T, C) in their places of (B, N, C), with 0 in those of padding."""
+        """Unpack tokens (1, T, C) into (B, N, C), with 0 in the places of padding."""
         B, N = self.shape
         C = tokens.shape[2]
         return tokens.new_zeros(B * N, C).index_copy(0, self.index, tokens[0]).view(B, N, C)
 
 
 class FusedNaFlexVit(NaFlexVit):
-    """timm's NaFlexVit, whose blocks work on the valid tokens of all images alone.
+    """timm's NaFlexVit, whose blocks compute only the valid tokens of all images.
 
-    Packed where ``patch_valid`` is all there is to mask, every block runs fused, no hook on a block would see packed
-    tokens, and positions are not learned per layer (``rope_type="mixed"``). Then nothing is computed in the places of
-    padding: features and intermediates are 0 there. Else, and under ``torch.compile``, as how many tokens are valid is
-    known on the device alone, timm's dense mask goes to the kernels, and in the places of padding stands what timm
-    leaves there: it depends on how far a batch is padded, and timm's own pools look past it by ``patch_valid``.
+    Images are packed if ``patch_valid`` is the only mask, every block runs fused, no block has hooks (which would see
+    packed tokens), and positions are not learned per layer (``rope_type="mixed"``). Then nothing is computed in the
+    places of padding: features and intermediates are 0 there.
+
+    Otherwise the kernels get timm's dense mask; also under ``torch.compile``, because only the device knows how many
+    tokens are valid. The places of padding then hold timm's values, which depend on the length of the padding; timm's
+    pools skip them by ``patch_valid``.
     """
 
     def forward_features(
@@ -84,8 +86,8 @@ class FusedNaFlexVit(NaFlexVit):
         images = {"patches": x, "patch_coord": patch_coord, "patch_valid": patch_valid, "attn_mask": attn_mask}
         if isinstance(x, dict):
             images |= x
-        # Maps, which images of different size have none of, and a dropped mask, which only a dictionary gives back,
-        # are the original's business: it raises.
+        # In two cases the original raises: for NCHW maps, because images of different sizes have none, and if patch
+        # dropout changes the mask, because only a dictionary returns it.
         refused = output_fmt != "NLC" or (self.training and self.patch_drop is not None and not output_dict)
         packed = None if refused else self._pack(**images)
         if packed is None:
@@ -118,10 +120,10 @@ class FusedNaFlexVit(NaFlexVit):
     def _pack(
         self, patches: Tensor, patch_coord: Tensor | None, patch_valid: Tensor | None, attn_mask: Tensor | None, **_
     ) -> _Images | None:
-        """Embed images and leave their padding out; None where they are to go through as they are."""
+        """Embed images and remove their padding; return None if the blocks must take the padded tokens."""
         if patch_coord is None or patch_valid is None or attn_mask is not None or not self._packs(patches):
             return None
-        # timm makes no dense mask, (B, 1, N, N), where it is given one; any will do, as it is not looked at.
+        # Without a mask timm would make a dense one, (B, 1, N, N). Any tensor prevents that; timm does not read it.
         embeds = self._forward_embeds(patches, patch_coord, patch_valid, attn_mask=patch_valid)
         x, patch_valid = embeds["patches"], embeds["patch_valid"]
         valid = F.pad(patch_valid.bool(), (self.num_prefix_tokens, 0), value=True)  # (B, N)
@@ -142,7 +144,7 @@ class FusedNaFlexVit(NaFlexVit):
         return True
 
     def _with_prefix(self, rope: Tensor) -> Tensor:
-        """Put rows that turn nothing, for the prefix tokens, before the tables (B, 1, N, 2D): (B, R + N, 2D)."""
+        """Prepend identity rotations for the prefix tokens to the tables (B, 1, N, 2D); return (B, R + N, 2D)."""
         rope = rope[:, 0]
         sin, cos = rope.new_zeros(rope.shape[-1] // 2), rope.new_ones(rope.shape[-1] // 2)
         return torch.cat([torch.cat([sin, cos]).expand(rope.shape[0], self.num_prefix_tokens, -1), rope], dim=1)

@@ -1,4 +1,4 @@
-"""The blocks of timm's vision_transformer.py, and the MLP that ViTamin puts into them."""
+"""The blocks of timm's vision_transformer.py, and ViTamin's MLP in them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vitkernels.swap.timm.layers import ACTIVATIONS, DROP_PATHS, NORMS, given, t
 
 
 class FusedGeGluMlp(GeGluMlp):
-    """timm's GeGluMlp, its norm in front, on :func:`vitkernels.ops.swiglu_mlp`."""
+    """timm's GeGluMlp, with its norm in front, on :func:`vitkernels.ops.swiglu_mlp`."""
 
     def forward(self, x: Tensor) -> Tensor:
         if runs_fused(GE_GLU_MLP, self, x):
@@ -25,7 +25,7 @@ class FusedBlock(Block):
     """timm's pre-norm Block, with both residual sums, LayerScale and DropPath inside the kernels."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if isinstance(attn_mask, fused.Packed):  # of FusedNaFlexVit, which has asked whether this runs fused
+        if isinstance(attn_mask, fused.Packed):  # only from FusedNaFlexVit, which has checked this block
             return fused.block(self, x, attn_mask=attn_mask)
         if runs_fused(BLOCK, self, x) and takes_masks(attn_mask, is_causal):
             return fused.block(self, x, attn_mask=attn_mask, is_causal=is_causal)
@@ -33,7 +33,7 @@ class FusedBlock(Block):
 
 
 class FusedResPostBlock(ResPostBlock):
-    """timm's ResPostBlock, its norms behind the branches, as a chain of kernels."""
+    """timm's ResPostBlock, with norms after the branches, as a chain of kernels."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if runs_fused(RES_POST_BLOCK, self, x) and takes_masks(attn_mask, is_causal):

@@ -1,4 +1,4 @@
-"""What tests and tools share: real cases by name, and the rule by which an error is judged."""
+"""Shared by tests and tools: the shapes of real models by name, and the rule that judges errors."""
 
 from vitkernels.testing.compare import Verdict, check, check_op, judge_op
 

@@ -1,4 +1,4 @@
-"""The shapes that kernels are measured, compiled and tuned at: the vision transformers that people run, by name."""
+"""The shapes for benchmarks, compilation and tuning: vision transformers in common use, by name."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ import dataclasses
 
 import torch
 
-# By the names that commands and reports give them.
+# Dtypes by their names in commands and reports.
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One model's block and embedding at one image size and batch.
+    """One model's block and patch embedding at one image size and batch size.
 
     Attributes:
-        name: The model, in timm's words, and the image size.
-        batch: Images.
-        image: Pixels a side.
-        patch: Pixels a side of a patch.
-        prefix: Class and register tokens.
-        channels: Width of a token.
-        heads: Attention heads.
-        hidden: Hidden features of the MLP; with a gate, those of each half.
-        activation: The MLP's, as the ops name it.
-        layer_scale: Whether both branches are scaled.
+        name: A unique name; in :data:`CASES` timm's name of the model, with the image size.
+        batch: Number of images.
+        image: Side of an image in pixels.
+        patch: Side of a patch in pixels.
+        prefix: Number of class and register tokens.
+        channels: Channels of a token.
+        heads: Number of attention heads.
+        hidden: Hidden features of the MLP; with a gate, of each half.
+        activation: The ops' name of the MLP's activation.
+        layer_scale: Whether both branches have a LayerScale.
         norm: ``layer_norm`` or ``rms_norm``.
-        mlp: ``mlp``, or ``swiglu_mlp`` with ``packed`` weights or with ``separate`` ones.
-        mlp_norm: Whether a LayerNorm stands before the MLP's last layer.
-        attention: What else its attention is run with: ``biased`` (a learned bias a head), ``key_mask``,
-            ``pair_mask``, ``causal``, ``dropout``, ``varlen`` (images packed), ``windows`` (of 49 tokens, head dim
-            32, as Swin's), ``visible`` (the 50 tokens that a masked autoencoder's encoder sees), ``rope_half`` and
-            ``rope_interleaved`` (with QK-norm), and ``frozen_queries``, whose gradient nobody wants.
+        mlp: ``mlp``; or ``packed`` or ``separate``, for ``swiglu_mlp`` with such weights.
+        mlp_norm: Whether there is a LayerNorm before the MLP's last layer.
+        attention: Further variants of attention to run: ``biased`` (a learned bias per head), ``key_mask``,
+            ``pair_mask``, ``causal``, ``dropout``, ``varlen`` (packed images), ``windows`` (49 tokens, head dim 32, as
+            in Swin), ``visible`` (the 50 tokens that the encoder of a masked autoencoder sees), ``rope_half`` and
+            ``rope_interleaved`` (with QK-norm), and ``frozen_queries`` (queries without a gradient).
     """
 
     name: str
@@ -51,16 +51,16 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        """Tokens an image, prefix included; pixels that fill no patch are dropped."""
+        """Tokens per image, with prefix tokens; pixels that fill no patch are dropped."""
         return self.prefix + (self.image // self.patch) ** 2
 
     @property
     def head_dim(self) -> int:
-        """Channels a head."""
+        """Channels per head."""
         return self.channels // self.heads
 
 
-# Sources: timm 1.0.31's model definitions. Batches fill a GPU of 80 GB in inference with room to spare.
+# Sources: timm 1.0.31's model definitions. In inference every batch fits well into a GPU of 80 GB.
 CASES = {
     case.name: case
     for case in (

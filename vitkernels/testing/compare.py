@@ -1,25 +1,32 @@
 """The error rule: the truth is fp64, the yardstick is PyTorch's own error in the same dtype.
 
-fp32 and fp64: max error ≤ 2 × PyTorch's + 2 · max(|truth + 0.3 − 0.3 − truth|, eps · |truth|), each largest over
-the tensor. fp16 and bf16: RMS error ≤ 1.5 ×, worst row ≤ 10 ×, and gain |⟨err, truth⟩ / ⟨truth, truth⟩| ≤
-max(eps / 32, 1e-6, noise), the last because bf16 alone hides a result that is off by a constant factor. In RMS and
-worst row "PyTorch's error" is never taken to be less than the error of rounding the truth to the dtype, which
-nobody can beat. In fp64, where the truth is PyTorch's own result, "PyTorch's error" is that of fp32, scaled by eps. On
-a CPU that emulates a GPU PyTorch's fp32 products are summed as a GPU sums them (:mod:`vitkernels.testing.sums`).
+fp32 and fp64: max error ≤ 2 × PyTorch's + 2 · max(|truth + 0.3 − 0.3 − truth|, eps · |truth|), where each term is the
+largest over the tensor.
 
-There the largest of a few errors is much a matter of luck: of attention's tensors of 150 tokens and 24 channels one in
-30 failed. A result that does is judged by the largest error of PyTorch's over :data:`ORDERS` orders of its sums.
+fp16 and bf16: RMS error ≤ 1.5 × PyTorch's, worst row ≤ 10 × PyTorch's, and gain |⟨err, truth⟩ / ⟨truth, truth⟩| ≤
+max(eps / 32, 1e-6, noise, PyTorch's gain). Without the limit on the gain, bf16's large errors would hide a result that
+is wrong by a constant factor. In RMS and worst row "PyTorch's error" is at least the error of rounding the truth to the
+dtype, because no implementation can be more exact.
 
-Where a gradient's terms all cancel, as dq's of one token do, PyTorch may happen to get 0, and does on some CPUs alone.
-There "PyTorch's error" is at least what rounding the saved tensors leaves of those terms: the size of what cancels.
+fp64: the truth is PyTorch's own result, so "PyTorch's error" is its error in fp32, scaled by the ratio of the two eps.
 
-The terms for noise count in small tensors. eps · |truth|: of two ways to sum a bias gradient of 100 rows and 36
-features, γ · Σ dy and Σ γ · dy, equally exact (RMS 9.2e-7 and 9.4e-7 over 300 seeds), each fails against twice the
-other in 4 of 100 seeds without that term, in none with it. The gain's noise: four standard deviations of what
-random roundings add to it, read off PyTorch's own errors and off what is left of ours without the gain. Over 150 seeds
-of a bf16 MLP of 100 rows and 36 → 72 → 36 features PyTorch's gain on dW2 deviates by 3.4e-4 and ours by 2.0e-4, where
-eps / 32 is 2.4e-4; over 12 of attention with a learned bias, which PyTorch computes in fp32, the gain of our dk by
-1.9e-4 around 0 at 1.4 times PyTorch's RMS error.
+On a CPU that emulates a GPU, PyTorch's fp32 products are summed as a GPU sums them (:mod:`vitkernels.testing.sums`).
+There the largest of a few errors depends much on luck: of attention's tensors of 150 tokens and 24 channels one in 30
+failed. So a result that fails is judged again, by PyTorch's largest error over :data:`ORDERS` orders of its sums.
+
+If all terms of a gradient cancel, as in dq of one token, PyTorch may happen to get exactly 0; it does on some CPUs
+only. Then "PyTorch's error" is at least what rounding the saved tensors leaves of those terms.
+
+The terms for noise matter in small tensors:
+
+- eps · |truth|: a bias gradient of 100 rows and 36 features can be summed as γ · Σ dy or as Σ γ · dy, equally exact
+  (RMS 9.2e-7 and 9.4e-7 over 300 seeds). Without the term each fails against twice the other's error in 4 of 100
+  seeds; with it, in none.
+- The gain's noise: four standard deviations of the gain that random roundings cause, estimated from PyTorch's errors,
+  our errors without their gain, and the spacing of the dtype's numbers. Over 150 seeds of a bf16 MLP (100 rows,
+  36 → 72 → 36 features) the gain on dW2 deviates by 3.4e-4 for PyTorch and 2.0e-4 for ours, while eps / 32 is 2.4e-4.
+  Over 12 seeds of attention with a learned bias, which PyTorch computes in fp32, the gain of our dk deviates by 1.9e-4
+  around 0, and our RMS error is 1.4 times PyTorch's.
 """
 
 from __future__ import annotations
@@ -37,12 +44,12 @@ ORDERS = 5
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """One tensor's judgement.
+    """The result of the error rule for one tensor.
 
     Attributes:
-        name: Which output or gradient.
+        name: The output or gradient.
         passed: Whether every limit of the rule holds.
-        ratio: The error over PyTorch's (max in fp32 and fp64, RMS in fp16 and bf16), to compare runs with.
+        ratio: Our error divided by PyTorch's (max in fp32 and fp64, RMS in fp16 and bf16), to compare runs.
         detail: Each figure with its limit, for a person.
     """
 
@@ -63,13 +70,13 @@ def check(
 ) -> Verdict:
     """Judge ``actual`` against the fp64 ``truth``, with PyTorch's ``yardstick`` in ``actual``'s dtype.
 
-    ``gain_counts=False`` leaves out the gain: through a whole network one rounding moves all of a gradient, so that
-    the gain of a single run is a matter of luck, PyTorch's as well. Judge it over several runs then.
+    Shape, dtype and the positions of NaN and ±Inf must agree as well.
 
-    ``noise`` is what roundings to ``actual``'s dtype on the way may leave of terms that cancel. It counts where they
-    all do: where nothing but the same in fp64 is left of ``truth``.
+    ``gain_counts=False`` ignores the gain. In a whole network one rounding changes all of a gradient, so the gain of a
+    single run depends on luck, for PyTorch too; judge it over several runs.
 
-    Shape, dtype and the places of NaN and ±Inf must agree as well.
+    ``noise`` is what intermediate roundings to ``actual``'s dtype may leave of terms that cancel. It is used only if
+    all terms cancel, that is, if ``truth`` is no larger than such a remainder in fp64.
     """
     if actual.shape != truth.shape:
         return Verdict(name, False, float("inf"), f"shape {tuple(actual.shape)}, expected {tuple(truth.shape)}")
@@ -141,10 +148,10 @@ def check_op(
 
     Args:
         function: The op under test.
-        reference: The same in PyTorch: in fp64 the truth, in the tensors' dtype the yardstick.
-        tensors: Inputs by argument name; those that require gradients are checked for them. Strides are kept.
+        reference: The same in PyTorch: the truth in fp64, the yardstick in the tensors' dtype.
+        tensors: Inputs by argument name; the gradients of those that require one are checked. Strides are kept.
         options: Further arguments by name.
-        upstream: Makes the upstream gradient for an output; any strides.
+        upstream: Makes the upstream gradient for an output, with any strides.
 
     Raises:
         AssertionError: An output or gradient breaks the rule, or ``function`` changed an input.
@@ -164,7 +171,7 @@ def judge_op(
     upstream: Callable[[Tensor], Tensor] = torch.randn_like,
     gain_counts: bool = True,
 ) -> list[Verdict]:
-    """Return the verdicts of :func:`check_op`, passed or not; an input that was changed is one that did not.
+    """Return the verdicts of :func:`check_op`, passed or failed; an input that ``function`` changed is a failed one.
 
     ``gain_counts`` as for :func:`check`.
     """
@@ -185,7 +192,7 @@ def judge_op(
     verdicts = judged({})
     if not all(v.passed for v in verdicts):
         verdicts = judged(_cancellation(reference, tensors, options, upstreams, truth))
-    # By the order of the sums alone PyTorch may err a few times as much, or as little.
+    # Another order of its sums alone can make PyTorch's error several times larger or smaller.
     if not all(v.passed for v in verdicts) and _sums_in_any_order(tensors):
         for order in range(1, ORDERS):
             other = _yardstick(reference, tensors, options, upstreams, truth, order)
@@ -198,7 +205,7 @@ def judge_op(
 
 
 def widened(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
-    """Return the floating-point ``tensors`` in fp64, requiring gradients alike, and the others as they are."""
+    """Return ``tensors`` with floating-point ones in fp64; ``requires_grad`` is kept."""
     return {
         name: t.detach().double().requires_grad_(t.requires_grad) if t is not None and t.is_floating_point() else t
         for name, t in tensors.items()
@@ -210,13 +217,13 @@ def _named(outputs, grads):
 
 
 def _truth(reference, tensors, options, upstreams) -> dict[str, Tensor]:
-    """Outputs and gradients of ``reference`` in fp64."""
+    """Return outputs and gradients of ``reference`` in fp64."""
     outputs, grads, _ = _run(reference, widened(tensors), options, [u.double() for u in upstreams], None)
     return _named(outputs, grads)
 
 
 def _cancellation(reference, tensors, options, upstreams, truth) -> dict[str, Tensor]:
-    """What is left of each gradient's terms, where they cancel in fp64, if saved tensors are off by the dtype's eps."""
+    """Return how far each gradient in fp64 moves if the saved tensors are off by the eps of its tensor's dtype."""
     generator = torch.Generator().manual_seed(0)
     trained = [name for name in tensors if f"d{name}" in truth]
     left = {}
@@ -237,7 +244,7 @@ def _cancellation(reference, tensors, options, upstreams, truth) -> dict[str, Te
 
 
 def _yardstick(reference, tensors, options, upstreams, truth, order: int = 0) -> dict[str, Tensor]:
-    """PyTorch's outputs and gradients, its sums in this order; those in fp64 as :func:`_yardstick_in_fp64` has them."""
+    """Return PyTorch's outputs and gradients, summed in ``order``; for fp64 those of :func:`_yardstick_in_fp64`."""
     with summed_alike(*_floating(tensors), order=order):
         outputs, grads, _ = _run(reference, tensors, options, upstreams, None)
     results = _named(outputs, grads)
@@ -247,10 +254,10 @@ def _yardstick(reference, tensors, options, upstreams, truth, order: int = 0) ->
 
 
 def _yardstick_in_fp64(reference, tensors, options, upstreams, results, truth, order) -> dict[str, Tensor]:
-    """``results`` of PyTorch, those in fp64 replaced by the truth and an error as large as PyTorch's can be there.
+    """Return PyTorch's ``results``, with those in fp64 replaced by the truth plus a typical error of PyTorch.
 
-    In fp64 the truth is PyTorch's own result, which would show no error. Its error in fp32, on inputs that fp32 holds
-    exactly, is taken instead, scaled by the ratio of the two dtypes' eps.
+    In fp64 the truth is PyTorch's own result, so its error would be 0. Instead its error in fp32 is used, on inputs
+    rounded to fp32, scaled by the ratio of the two eps.
     """
     narrow = _narrowed(tensors)
     narrow_upstreams = [u.float() if u.dtype == torch.float64 else u for u in upstreams]
@@ -288,7 +295,7 @@ def _floating(tensors: Mapping[str, Tensor | None]) -> list[Tensor]:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Tell whether two tensors hold the same values, NaN included."""
+    """Tell whether two tensors hold the same values; NaN equals NaN."""
     return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
@@ -304,9 +311,10 @@ def _run(function, tensors, options, upstreams, make_upstream):
 
 
 def _gain_deviation(error: Tensor, truth: Tensor) -> float:
-    """Standard deviation of the gain, if errors are alike within a slice of the tensor and independent between slices.
+    """Return the gain's standard deviation if errors are equal within a slice and independent between slices.
 
-    Taken along each dim, as a rounded weight errs alike in every row and a rounded row in every column; the largest.
+    This is the largest over slices along each dim and single elements: a rounded weight causes the same error in every
+    row, a rounded row in every column.
     """
     power = truth.square().sum().item()
     if not power:

@@ -1,4 +1,4 @@
-"""fp32 products as a GPU sums them without tensor cores, for a yardstick on a machine without a GPU."""
+"""fp32 matrix products summed as a GPU does without tensor cores: the yardstick on a machine without a GPU."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ aten = torch.ops.aten
 
 
 def sums_alike(*tensors: Tensor) -> bool:
-    """Tell whether :func:`summed_alike` has an effect."""
+    """Tell whether :func:`summed_alike` has an effect for ``tensors``."""
     return runtime.emulated_arch() is not None and all(t.is_cpu and t.dtype == torch.float32 for t in tensors)
 
 
 def summed_alike(*tensors: Tensor, order: int = 0) -> contextlib.AbstractContextManager:
-    """Have PyTorch sum fp32 products in the GPU's order, where these are tensors of a CPU that emulates one.
+    """Make PyTorch sum fp32 products in the GPU's order, if all ``tensors`` are fp32 on a CPU that emulates a GPU.
 
     ``order`` as for :func:`summed_in_a_chain`.
     """
@@ -30,22 +30,22 @@ def summed_alike(*tensors: Tensor, order: int = 0) -> contextlib.AbstractContext
 
 @contextlib.contextmanager
 def summed_in_a_chain(order: int = 0) -> Iterator[None]:
-    """Compute PyTorch's fp32 products within as a GPU does without tensor cores: by one chain of FMAs an element.
+    """Compute PyTorch's fp32 products in this block as a GPU without tensor cores: one chain of FMAs per element.
 
-    CUTLASS documents its SIMT kernels so ("Efficient GEMM in CUDA": each thread accumulates its elements over the whole
-    of k), Triton's compile to it; how cuBLAS sums is not published. A CPU's BLAS adds several chains, a lane of its
-    vectors each, in blocks of k: over 5,632 terms it errs a fifth as much, and no kernel that sums in one chain is as
-    exact as twice that.
+    CUTLASS documents this for its SIMT kernels ("Efficient GEMM in CUDA": each thread accumulates its elements over the
+    whole of k), and Triton's kernels compile to it; how cuBLAS sums is not published. A CPU's BLAS adds several chains,
+    one per vector lane, in blocks of k. Over 5,632 terms its error is a fifth as large, so a kernel that sums in one
+    chain cannot stay within twice that.
 
     Args:
-        order: Of the terms: 0 as they lie, else drawn by this seed.
+        order: The order of the terms: 0 for their order in memory, else a seed that draws the order.
     """
     with sdpa_kernel(SDPBackend.MATH), _Chains(order):
         yield
 
 
 class _Chains(TorchDispatchMode):
-    """Computes products of matrices, and convolutions that cut an image into patches, in fp32."""
+    """Computes fp32 matrix products, and fp32 convolutions that cut an image into patches, in one chain."""
 
     def __init__(self, order: int):
         super().__init__()
@@ -65,7 +65,7 @@ class _Chains(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _chain(self, a: Tensor, b: Tensor) -> Tensor:
-        """``a @ b`` of (..., M, K) and (..., K, N)."""
+        """Return ``a @ b`` for (..., M, K) and (..., K, N)."""
         if self.order:
             terms = torch.randperm(b.shape[-2], generator=torch.Generator().manual_seed(self.order))
             a, b = a[..., terms], b[..., terms, :]
@@ -103,6 +103,6 @@ def _cuts_patches(weight, stride, padding, dilation, transposed, output_padding,
 
 
 def _patches(images: Tensor, weight: Tensor) -> Tensor:
-    """The (B, rows, columns, channels, height, width) patches of (B, channels, Y, X), in place."""
+    """View images (B, channels, Y, X) as patches (B, rows, columns, channels, height, width)."""
     height, width = weight.shape[2:]
     return images.unfold(2, height, height).unfold(3, width, width).permute(0, 2, 3, 1, 4, 5)

@@ -1,8 +1,8 @@
-"""Launch configurations as data: one JSON file a device, written by a search on that device (``benchmarks/tune.py``).
+"""Tuning tables: launch configurations in one JSON file per device, written by a search on it (``benchmarks/tune.py``).
 
-No table means no measurement: the ops then take the heuristic in their ``choose_config``. A table is
-``{"schema": 1, "device": name, "entries": {op: {key: row}}}``, and a row is the configuration that won, with what was
-measured and by what:
+Without a table for the device, the ops use the heuristic in their ``choose_config``. A table is
+``{"schema": 1, "device": name, "entries": {op: {key: row}}}``. A row holds the fastest configuration, the measured
+times, the date and the versions:
 
     {"config": {field: value}, "median_us": 81.2, "p20_us": 80.9, "p80_us": 81.7, "heuristic_us": 94.0,
      "date": "2026-11-21", "versions": {"torch": "2.13.0", "triton": "3.7.1"}}
@@ -21,15 +21,15 @@ ROW = {"config", *TIMES, "date", "versions"}
 
 
 def table_name(device_name: str) -> str:
-    """Return the file name of a device's table: its name in lower case, with ``-`` for what is no letter or digit."""
+    """Return a device's table file name: its name in lower case, ``-`` in place of all but letters and digits."""
     return "".join(c if c.isalnum() else "-" for c in device_name.lower()) + ".json"
 
 
 def lookup(op: str, device_name: str, key: str) -> dict[str, Any] | None:
-    """Return the tuned fields of ``op``'s configuration for ``key``, or None where nothing was measured.
+    """Return the tuned fields of ``op``'s configuration for ``key``, or None if the table has no such entry.
 
     Raises:
-        ValueError: The device's table is no JSON, or breaks the schema.
+        ValueError: The device's table is not JSON, or does not follow the schema.
     """
     return _table(device_name).get(op, {}).get(key)
 
@@ -47,10 +47,10 @@ def _table(device_name: str) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def check_table(table: Any, source: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return the configurations of a decoded table, by op and key.
+    """Check a decoded table, and return its configurations by op and key.
 
     Raises:
-        ValueError: The table is not of the schema; the message names ``source`` and the place.
+        ValueError: The table does not follow the schema; the message names ``source`` and the place.
     """
 
     def refuse(place: str, value: Any, expected: str):

@@ -1,1 +1,1 @@
-"""``vitkernels verify``: numerics checked on the user's own machine, versions and model, by checks that can fail."""
+"""``vitkernels verify``: check the numerics on the user's machine, versions and model, with checks that can fail."""

@@ -1,8 +1,8 @@
-"""Outputs and gradients against fp64, PyTorch's own error the yardstick, without a false alarm.
+"""Compare outputs and gradients with fp64, PyTorch's own error the yardstick, without false alarms.
 
-The rule of :mod:`vitkernels.testing.compare` raises one in some hundreds of small tensors, as both errors are draws.
-So a tensor that breaks it is drawn twice more, and fails where it breaks the rule in most of the three draws: a
-defect of the code is in all of them. One that is beyond all luck fails at once.
+Both errors are random, so the rule of :mod:`vitkernels.testing.compare` fails one in some hundreds of small tensors by
+chance. So a tensor that breaks the rule is drawn twice more, and fails if it breaks the rule in most of the three
+draws: a defect of the code shows in all of them. An error that luck cannot explain fails at once.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ def judge(
     lay_out: Callable[[Tensor], Tensor] = lambda t: t,
     upstream: Callable[[Tensor], Tensor] = torch.randn_like,
 ) -> list[Verdict]:
-    """Judge each output and gradient of ``problem`` in as many draws as it takes to be sure.
+    """Judge each output and gradient of ``problem``, with more draws if the first one fails.
 
     Args:
-        problem: What is computed.
-        dtype, device: Of its inputs.
-        seed: Of the first draw.
-        lay_out: Gives each input another layout.
+        problem: The op, its inputs and its reference.
+        dtype, device: Dtype and device of the inputs.
+        seed: Seed of the first draw.
+        lay_out: Changes the layout of each input.
         upstream: Makes the upstream gradient for an output.
     """
 
@@ -45,18 +45,18 @@ def judge(
             tensors = {name: lay_out(t) for name, t in problem.draw(dtype, device).items()}
             return judge_op(
                 problem.function,
-                # PyTorch takes another way, in fp32, for half inputs of some layouts: then it is no yardstick.
+                # For half-precision inputs of some layouts PyTorch computes in fp32, which would be no fair yardstick.
                 lambda **given: problem.reference(**{name: t.contiguous() for name, t in given.items()}),
                 tensors,
                 upstream=upstream,
-                gain_counts=problem.op != "block",  # which is a chain of ops
+                gain_counts=problem.op != "block",  # a block is a chain of ops
             )
 
     return settled(draw, seed)
 
 
 def settled(draw: Callable[[int], list[Verdict]], seed: int, draws: int = DRAWS) -> list[Verdict]:
-    """Return the verdicts of as many draws, made from a seed each, as it takes to be sure."""
+    """Return the first draw's verdicts if luck cannot explain its failures, else those of most of ``draws`` draws."""
     first = draw(seed)
     if all(v.passed or v.ratio > BEYOND_LUCK for v in first):
         return first
@@ -65,21 +65,21 @@ def settled(draw: Callable[[int], list[Verdict]], seed: int, draws: int = DRAWS)
 
 
 def check_accuracy(id: str, problem: Problem, dtype: torch.dtype, device: torch.device, seed: int) -> Iterator[Result]:
-    """Yield a line for each output and gradient of ``problem``."""
+    """Yield a result for each output and gradient of ``problem``."""
     for v in judge(problem, dtype, device, seed):
         yield Result(id, v.name, "passed" if v.passed else "failed", v.detail, v.ratio)
 
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Draw from ``seed`` within, and leave the generators as they were."""
+    """Seed PyTorch's generators with ``seed`` in this block, and restore their states afterwards."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 
 
 def _settle(verdicts: tuple[Verdict, ...]) -> Verdict:
-    """Return the first verdict of the side that most are on."""
+    """Return the first failed verdict if most failed or one is beyond luck, else the first passed one."""
     failed = [v for v in verdicts if not v.passed]
     lost = len(failed) > len(verdicts) // 2 or any(v.ratio > BEYOND_LUCK for v in failed)
     return failed[0] if lost else next(v for v in verdicts if v.passed)

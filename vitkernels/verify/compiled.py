@@ -1,4 +1,4 @@
-"""The compiler's word on the kernels: ``vitkernels inspect`` in a process of its own."""
+"""Check the compiled kernels: run ``vitkernels inspect`` in a separate process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COMMAND = "import sys; from vitkernels.cli import main; sys.exit(main(sys.argv[1
 
 
 def check_compiled(id: str, target: str, cases: Sequence[str] = ()) -> Iterator[Result]:
-    """Compile every kernel for ``target``, at ``cases`` or at all, and hold it to the contract."""
+    """Compile every kernel for ``target``, at ``cases`` (none for all), and check it against the contract."""
     arguments = ["inspect", "--target", target, *(word for case in cases for word in ("--case", case))]
     # A worker has a core to itself: more processes than that would only import PyTorch once more each.
     jobs = ["--jobs", "1"] if multiprocessing.parent_process() is not None else []

@@ -1,4 +1,4 @@
-"""What a verification holds for: versions, device, date."""
+"""The environment that a verification holds for: versions, device, date."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGES = ("triton", "timm", "transformers", "numpy")
 
 
 def describe(device: torch.device) -> dict[str, str]:
-    """Return the facts by name."""
+    """Return versions, system, date and device by name."""
     facts = {
         "vitkernels": __version__,
         "torch": torch.__version__,

@@ -1,8 +1,8 @@
-"""What PyTorch does with an op besides calling it, done to every public op: compile, export, capture, and the rest.
+"""Run every public op in PyTorch's other ways: compiled, exported, checkpointed, under autocast, in a CUDA graph, etc.
 
-Each way of running an op must give what a plain call gives: bit by bit where the same kernels run in the same order,
-by the error rule where the dtype, the device or the code around the kernels is another. A way that this machine
-cannot go is skipped with its reason; an exception on the way is a failure.
+Each way must give the results of a plain call: bit by bit if the same kernels run in the same order; by the error rule
+if the dtype, the device or the code around the kernels differs. A way that this machine does not support is skipped
+with the reason. An exception is a failure.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-import torch._dynamo  # now, not in each worker that this process forks
+import torch._dynamo  # imported once here, not again in each forked worker
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -30,19 +30,19 @@ from vitkernels.verify.memory import differing, outputs_and_gradients
 from vitkernels.verify.problems import GATED, GATED_APART, WINDOW, Problem, problems
 from vitkernels.verify.results import Check, Result
 
-# It is not about sizes, and on an emulated GPU a call takes by them.
+# Sizes do not matter here, and on an emulated GPU the time grows with them.
 SMALL = {"name": "small", "batch": 2, "image": 16, "channels": 16, "heads": 1, "hidden": 24}
 CASES = tuple(dataclasses.replace(case, **SMALL) for case in (WINDOW, GATED, GATED_APART))
 DRAWS = 20
 CALLS_PER_THREAD = 8
-SLEEP_CYCLES = 50_000_000  # of a GPU's clock, some 30 ms: longer than it takes to launch an op and its backward
+SLEEP_CYCLES = 50_000_000  # GPU clock cycles, about 30 ms: longer than the launches of an op and its backward take
 
 
 class _Impossible(Exception):
-    """This machine, or this variant, does not allow the way; the text says why."""
+    """This machine or this variant does not support the way; the text says why."""
 
 
-# What is wrong, "" where nothing is, and the error over PyTorch's where it is known, by the name of what was looked at.
+# For each thing checked: its name, what is wrong ("" if nothing), and our error divided by PyTorch's, if known.
 _Findings = Iterator[tuple[str, str, float | None]]
 _Way = Callable[[Problem, torch.device, int], _Findings]
 
@@ -51,9 +51,9 @@ def integration_checks(device: torch.device, seed: int, *, quick: bool) -> Itera
     """Yield a check ``integration/<what>/<op>`` for each way of running each public op.
 
     Args:
-        device: Where the kernels run: a GPU, or the CPU that emulates one.
-        seed: Of the inputs.
-        quick: One problem an op, no Inductor, no autocast to fp16, no ``opcheck`` under dynamic shapes; else all of it.
+        device: Where the kernels run: a GPU, or a CPU that emulates one.
+        seed: Seed of the inputs.
+        quick: Use one problem per op, and leave out Inductor, autocast to fp16, and ``opcheck`` with dynamic shapes.
     """
     posed = _by_op()
     calls = functools.cache(functools.partial(_calls, posed, device, seed))
@@ -67,7 +67,7 @@ def integration_checks(device: torch.device, seed: int, *, quick: bool) -> Itera
 
 
 def _by_op() -> dict[str, list[Problem]]:
-    """Return each op's problems, the plainest first, no variant twice."""
+    """Return each op's problems, the plainest first, each variant once."""
     found: dict[str, dict[str, Problem]] = {}
     for case in CASES:
         for problem in problems(case):
@@ -85,7 +85,7 @@ def _look(id: str, way: _Way, mine: list[Problem], device: torch.device, seed: i
                 )
         except _Impossible as reason:
             yield Result(id, variant, "skipped", str(reason))
-        except Exception as error:  # whatever it is, a plain call does not raise it
+        except Exception as error:  # a plain call raises none, so any exception is a failure
             yield Result(id, variant, "failed", f"{type(error).__name__}: {one_line(error)}")
 
 
@@ -95,22 +95,22 @@ def _drawn(problem: Problem, device: torch.device, seed: int) -> dict[str, Tenso
 
 
 def _results(function: Callable, tensors: dict[str, Tensor], device: torch.device, seed: int) -> dict[str, Tensor]:
-    """Return what ``function`` gives, outputs and gradients; what it draws at random is drawn by ``seed``."""
+    """Return the outputs and gradients of ``function`` by name; ``seed`` determines its random draws."""
     leaves = {name: t.detach().requires_grad_(t.requires_grad) for name, t in tensors.items()}
     with seeded(seed, device):
         outputs = _by_name(function(**leaves))
-        # Not autograd.grad, which reentrant checkpointing does not bear.
+        # Reentrant checkpointing does not support autograd.grad.
         torch.autograd.backward(list(outputs.values()), [torch.ones_like(o) for o in outputs.values()])
     return outputs | {f"d{name}": leaf.grad for name, leaf in leaves.items() if leaf.requires_grad}
 
 
 def _traceable(problem: Problem) -> Callable:
-    """Return the op of ``problem``; with dropout, one that draws by the generator as it finds it, as a model does."""
+    """Return the op of ``problem``; with dropout, one that draws from the current generator, as in a model."""
     return functools.partial(ops.attention, dropout_p=0.3) if problem.variant == "dropout" else problem.function
 
 
 def _unlike_eager(change: Callable[[Callable], Callable], problem: Problem, device: torch.device, seed: int) -> str:
-    """Return what of ``change(op)`` is not the same as of the op, bit by bit."""
+    """Return which results of ``change(op)`` are not bit-identical to the op's."""
     function, tensors = _traceable(problem), _drawn(problem, device, seed)
     plain = _results(function, tensors, device, seed)
     return "; ".join(differing(plain, _results(change(function), tensors, device, seed)))
@@ -121,7 +121,7 @@ def _worst(verdicts: list[Verdict]) -> tuple[str, float]:
 
 
 def _compiled(problem: Problem, device: torch.device, seed: int) -> _Findings:
-    torch._dynamo.reset()  # the problems share functions, and a function may only be compiled so often
+    torch._dynamo.reset()  # the problems share functions, and torch.compile limits recompilations
     compiled = functools.partial(torch.compile, fullgraph=True, backend="aot_eager")
     yield "aot_eager", _unlike_eager(compiled, problem, device, seed), None
 
@@ -145,7 +145,7 @@ def _has_cpp_compiler() -> bool:
 
 
 class _Call(torch.nn.Module):
-    """A function as a module, which alone can be exported."""
+    """A function as a module: torch.export accepts only modules."""
 
     def __init__(self, function: Callable):
         super().__init__()
@@ -176,7 +176,7 @@ def _checkpointed(problem: Problem, device: torch.device, seed: int) -> _Finding
     for reentrant in (False, True):
 
         def change(function: Callable, reentrant=reentrant) -> Callable:
-            # The reentrant kind takes positional arguments alone.
+            # Reentrant checkpointing takes only positional arguments.
             def run(**tensors: Tensor):
                 return checkpoint(
                     lambda *values: function(**dict(zip(tensors, values, strict=True))),
@@ -191,13 +191,13 @@ def _checkpointed(problem: Problem, device: torch.device, seed: int) -> _Finding
 
 def _autocast(dtypes: Sequence[torch.dtype], problem: Problem, device: torch.device, seed: int) -> _Findings:
     for dtype in dtypes:
-        # Of a few elements the RMS is a matter of luck, PyTorch's as well.
+        # With few elements the RMS error depends on luck, for PyTorch too.
         verdicts = settled(functools.partial(_under_autocast, problem, dtype, device), seed, DRAWS)
         yield str(dtype).removeprefix("torch."), *_worst(verdicts)
 
 
 def _under_autocast(problem: Problem, dtype: torch.dtype, device: torch.device, seed: int) -> list[Verdict]:
-    """Judge one draw by the rule for ``dtype``: so exact are its values, whatever dtype keeps them."""
+    """Judge one draw by the rule for ``dtype``, even for results in fp32: they are only as exact as ``dtype``."""
     tensors = _drawn(problem, device, seed)
     with torch.autocast(device.type, dtype=dtype):
         ours, theirs = (
@@ -238,11 +238,11 @@ def _cuda_graph(problem: Problem, device: torch.device, seed: int) -> _Findings:
     if problem.variant.startswith("RoPE"):
         raise _Impossible("this problem's tables are copied from the host, which a graph cannot hold")
     static, fresh = _drawn(problem, device, seed), _drawn(problem, device, seed + 1)
-    expected = outputs_and_gradients(problem.function, fresh, torch.ones_like)  # and the kernels are compiled
+    expected = outputs_and_gradients(problem.function, fresh, torch.ones_like)  # also compiles the kernels
     stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
     with torch.cuda.device(device):
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # a capture needs what libraries set up once for a stream
+        with torch.cuda.stream(stream):  # libraries must set up a stream before a capture
             outputs_and_gradients(problem.function, static, torch.ones_like)
         torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(graph, stream=stream):
@@ -255,7 +255,7 @@ def _cuda_graph(problem: Problem, device: torch.device, seed: int) -> _Findings:
 
 
 def _side_stream(problem: Problem, device: torch.device, seed: int) -> _Findings:
-    """Run on a stream on which the inputs are still to be written: a launch on another would read zeros."""
+    """Run on a stream that has yet to write the inputs: a launch on another stream would read zeros."""
     _needs_cuda(device)
     tensors = _drawn(problem, device, seed)
     expected = outputs_and_gradients(problem.function, tensors, torch.ones_like)
@@ -291,7 +291,7 @@ def _two_threads(problem: Problem, device: torch.device, seed: int) -> _Findings
     workers = torch.get_num_threads()
 
     def run(i: int) -> str:
-        torch.set_num_threads(workers)  # a new thread has its own number, and PyTorch's products sum as it splits them
+        torch.set_num_threads(workers)  # a new thread has its own; the order of PyTorch's sums depends on it
         together.wait()
         for _ in range(CALLS_PER_THREAD):
             got = outputs_and_gradients(problem.function, given[i], torch.ones_like)
@@ -321,7 +321,7 @@ _WAYS = _QUICK_WAYS | {
 
 
 class _Record(TorchDispatchMode):
-    """Keep the arguments that each registered op is called with, and give random numbers back."""
+    """Record the arguments of each call of a registered op, and return random numbers as its results."""
 
     def __init__(self):
         super().__init__()
@@ -333,14 +333,14 @@ class _Record(TorchDispatchMode):
         name = func.name().removeprefix("vitkernels::")
         held = tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in args)
         self.calls.setdefault(name, []).append(held)
-        # What comes next asks for the shapes alone, and an emulated kernel takes its time.
+        # Later ops need only results of the right shapes, and emulating the kernel would take long.
         return tree_map(lambda t: t.normal_() if t.is_floating_point() else t.zero_(), OPS[name].fake(*args))
 
 
 def _calls(posed: dict[str, list[Problem]], device: torch.device, seed: int) -> dict[str, list[tuple]]:
-    """Return the arguments with which all problems call each registered op.
+    """Return the arguments of all problems' calls of each registered op, in forward and backward.
 
-    Forward and backward, and, where an op is called without gradients alone, without.
+    For an op that is called only without gradients, return those calls.
     """
     all_posed = [problem for mine in posed.values() for problem in mine]
     with seeded(seed, device), _Record() as training:
@@ -353,7 +353,7 @@ def _calls(posed: dict[str, list[Problem]], device: torch.device, seed: int) -> 
 
 
 def _opcheck(id: str, name: str, calls: Callable[[], dict[str, list[tuple]]], quick: bool) -> Iterator[Result]:
-    """Hold a registered op to what ``torch.library.opcheck`` asks: schema, aliases, fake tensors, dynamic shapes."""
+    """Run ``torch.library.opcheck`` on a registered op: schema, aliases, fake tensors, dynamic shapes."""
     found = calls().get(name, [])
     if not found:
         yield Result(id, "called", "broken", "no problem calls it")

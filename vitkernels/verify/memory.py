@@ -1,4 +1,4 @@
-"""Outputs between guard bands in poisoned memory, inputs amid NaN: what a kernel writes or reads astray shows."""
+"""Detect stray reads and writes: outputs in poisoned memory between guard bands, inputs surrounded by NaN."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vitkernels import runtime
 from vitkernels.ops._registry import OPS
 
-BAND = 512  # bytes on either side, a multiple of every element's size
-PATTERN = 0x7F  # such bytes are no number that a kernel would write: as fp32 3.4e38, as fp16 NaN
+BAND = 512  # bytes on each side; a multiple of every element size
+PATTERN = 0x7F  # bytes that no kernel would write: 3.4e38 in fp32, NaN in fp16
 
 
 class GuardedMemory(TorchDispatchMode):
-    """While active, what the launchers allocate is poisoned and lies between guard bands.
+    """While active, poison every tensor that a launcher allocates and put it between guard bands.
 
-    The registered ops are called by their launchers, as a mode sees nothing of what an op does inside.
+    A dispatch mode does not see the allocations inside a registered op, so this mode calls the op's launcher itself.
     """
 
     def __init__(self):
@@ -40,7 +40,7 @@ class GuardedMemory(TorchDispatchMode):
         return guarded.zero_() if func in _ZEROED else guarded
 
     def _guard(self, like: Tensor) -> Tensor:
-        """Return a poisoned tensor as ``like`` between two bands."""
+        """Return a poisoned tensor with the shape, strides and dtype of ``like``, between two guard bands."""
         size = like.untyped_storage().nbytes()
         padded = -(-size // BAND) * BAND
         buffer = torch.full((BAND + padded + BAND,), PATTERN, dtype=torch.uint8, device=like.device)
@@ -54,11 +54,11 @@ class GuardedMemory(TorchDispatchMode):
 
     @property
     def allocations(self) -> int:
-        """How many tensors have been guarded."""
+        """The number of guarded tensors."""
         return len(self._buffers)
 
     def trampled(self) -> int:
-        """Return how many bytes of the bands have changed."""
+        """Return how many bytes of the guard bands have changed."""
         return sum(
             int((band != PATTERN).sum())
             for buffer, size in self._buffers
@@ -81,7 +81,7 @@ _ALLOCATORS = _ZEROED | {
 
 
 def amid_nan(x: Tensor) -> Tensor:
-    """Return ``x`` with the same strides within a larger storage of NaN; of True for bool, of 255 for bytes."""
+    """Copy ``x`` with its strides into a larger storage of NaN (bool: True, integers: their maximum)."""
     around = 64
     span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
     fill = float("nan") if x.is_floating_point() else True if x.dtype == torch.bool else torch.iinfo(x.dtype).max
@@ -91,7 +91,7 @@ def amid_nan(x: Tensor) -> Tensor:
 
 
 def outputs_and_gradients(function: Callable, tensors: dict[str, Tensor], upstream: Callable) -> dict[str, Tensor]:
-    """Return every output of ``function`` and every gradient, by name."""
+    """Return every output and every gradient of ``function`` by name."""
     leaves = {name: t.detach().requires_grad_(t.requires_grad) for name, t in tensors.items()}
     outputs = function(**leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -102,7 +102,7 @@ def outputs_and_gradients(function: Callable, tensors: dict[str, Tensor], upstre
 
 
 def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> Iterator[str]:
-    """Yield, for each tensor that is not the same bit by bit, its name, how many elements differ and the first."""
+    """Describe each tensor whose values differ: its name, how many elements, and the first; NaN equals NaN."""
     for name, x in a.items():
         y = b[name]
         unlike = (x != y) & ~(x.isnan() & y.isnan())

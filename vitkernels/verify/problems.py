@@ -1,7 +1,7 @@
-"""What the ops are verified on: each with what a vision transformer gives it, by the sizes of a :class:`Case`.
+"""Test problems for the ops: inputs as in a vision transformer with the sizes of a :class:`Case`.
 
-A problem is an op, a way to draw its inputs, and the reference. Inputs are drawn on the CPU in fp64, so that a seed
-means the same on every device, then rounded.
+A problem is an op, a way to draw its inputs, and the reference. Inputs are drawn on the CPU in fp64 and then rounded,
+so that a seed gives the same inputs on every device.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vitkernels.testing.cases import Case
 Tensors = dict[str, Tensor]
 Draw = Callable[[torch.dtype, torch.device], Tensors]
 
-# Small, yet each takes another way: tails in every block, one program and many, all three regimes of attention.
+# Small cases that together cover every path: partial tiles, one program and many, all three regimes of attention.
 WINDOW = Case(
     "10 tokens of 40 channels", 2, 24, 8, 1, 40, 2, 72, layer_scale=True,
     attention=("biased", "key_mask", "pair_mask", "causal", "dropout", "varlen", "rope_half", "rope_interleaved"),
@@ -32,20 +32,21 @@ GATED_APART = Case(
     "11 tokens, gate apart with a norm, RMSNorm", 2, 24, 8, 2, 36, 2, 52, "silu",
     norm="rms_norm", mlp="separate", mlp_norm=True,
 )  # fmt: skip
-# The backward by rows has a program for each head: with fewer heads than an H100 has multiprocessors it is by blocks.
+# Attention's backward by rows runs one program per head. It needs as many heads as an H100 has multiprocessors (132);
+# with fewer, the backward runs by blocks.
 MANY = Case("65 tokens, 132 heads", 44, 32, 4, 1, 48, 3, 72)
 QUICK = (WINDOW, ROW, BLOCKS, GATED, GATED_APART, MANY)
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """An op with everything it is given.
+    """An op with its inputs and its reference.
 
     Attributes:
         op: The public function's name.
-        variant: What is special about it, or "".
+        variant: What is special about this problem, or "".
         case: The sizes.
-        draw: Inputs by argument name at ``(dtype, device)``, those with a gradient requiring it.
+        draw: Takes ``(dtype, device)`` and returns the inputs by argument name, with ``requires_grad`` set.
         function: The op, called with the inputs by name.
         reference: The same in plain PyTorch.
     """
@@ -59,12 +60,12 @@ class Problem:
 
     @property
     def id(self) -> str:
-        """``op/variant/sizes``, without the variant where there is none."""
+        """``op/variant/sizes``, or ``op/sizes`` without a variant."""
         return "/".join(part for part in (self.op, self.variant, self.case.name) if part)
 
 
 def problems(case: Case) -> Iterator[Problem]:
-    """Yield every problem that a block and the embedding of ``case`` pose."""
+    """Yield every problem from the block and the patch embedding of ``case``."""
     yield from _norms(case)
     yield from _products(case)
     yield from _attention(case)
@@ -74,7 +75,7 @@ def problems(case: Case) -> Iterator[Problem]:
 
 
 def normal(*shape: int, scale: float = 1.0, shift: float = 0.0, grad: bool = True):
-    """Return what draws a tensor of ``shape`` from a normal distribution."""
+    """Return a function of ``(dtype, device)`` that draws a normally distributed tensor of ``shape``."""
 
     def draw(dtype: torch.dtype, device: torch.device) -> Tensor:
         return (torch.randn(shape, dtype=torch.float64) * scale + shift).to(device, dtype).requires_grad_(grad)
@@ -91,7 +92,7 @@ def _weight(rows: int, columns: int):
 
 
 def _path(batch: int):
-    """DropPath's scales: the first sample dropped, where there are others."""
+    """Return a function that makes DropPath's scales; the first of several samples is dropped."""
 
     def draw(dtype: torch.dtype, device: torch.device) -> Tensor:
         scales = torch.full((batch,), 1.25)
@@ -111,7 +112,7 @@ def _norms(case: Case) -> Iterator[Problem]:
         return Problem(op, variant, case, _drawing(**draws), getattr(ops, op), getattr(reference, op))
 
     yield problem(case.norm, "", **parameters)
-    # Elsewhere the variance drowns eps.
+    # With inputs of ordinary size the variance would hide an error in eps.
     yield problem(case.norm, "variance near eps", x=normal(B, N, C, scale=1e-3), **parameters)
     added = {"residual": normal(B, N, C), **parameters}
     yield problem(f"add_{case.norm}", "", **added)
@@ -204,8 +205,8 @@ def _attention(case: Case) -> Iterator[Problem]:
     yield problem("")
     for variant in case.attention:
         if variant == "biased":
-            # Where a bias wants its gradient PyTorch computes half precision in fp32: no yardstick for a kernel that
-            # does not. Its plain formula is one.
+            # If the bias needs a gradient, PyTorch computes half precision in fp32, which is no fair yardstick for a
+            # kernel that does not. So the reference is PyTorch's plain formula.
             yield problem("learned bias", spec=_plain_attention, attn_mask=normal(H, N, N))
         elif variant in ("key_mask", "pair_mask"):
             yield problem(variant.replace("_", " "), attn_mask=_mask(B, N, pairs=variant == "pair_mask"))
@@ -228,7 +229,7 @@ def _plain_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tens
 
 
 def _mask(B: int, N: int, *, pairs: bool):
-    """A bool mask of keys, the last one out, or of pairs in which one query of each image looks at no key."""
+    """Return a function that draws a bool mask without the last key; with ``pairs`` one query per image has no key."""
 
     def draw(dtype: torch.dtype, device: torch.device) -> Tensor:
         mask = torch.rand(B, 1, N if pairs else 1, N) > 0.3
@@ -242,7 +243,7 @@ def _mask(B: int, N: int, *, pairs: bool):
 
 
 def _dropout(p: float):
-    """Attention that drops by a seed of its own, and the reference with what that seed draws."""
+    """Return attention with dropout from a fixed seed, and the reference with the same dropout mask."""
     seed = 7
 
     def function(q, k, v):
@@ -253,7 +254,7 @@ def _dropout(p: float):
     def spec(q, k, v):
         with torch.random.fork_rng(devices=[q.device] if q.device.type == "cuda" else []):
             torch.manual_seed(seed)
-            drawn = int(torch.randint(2**62, (1,), device=q.device))  # as the op draws it
+            drawn = int(torch.randint(2**62, (1,), device=q.device))  # as in the op
         scale = reference.dropout_scale(drawn, (*q.shape[:3], k.shape[2]), p)
         return reference.attention(q, k, v, dropout_scale=scale.to(q.device, q.dtype))
 
@@ -291,7 +292,7 @@ def _varlen(case: Case) -> Problem:
     def function(q, k, v, cu_seqlens):
         return ops.attention_varlen(q, k, v, cu_seqlens, max(lengths))
 
-    # Behind the last image are two tokens of none.
+    # Two tokens after the last image belong to no image.
     draws = {name: normal(sum(lengths) + 2, H, D) for name in ("q", "k", "v")}
     draws["cu_seqlens"] = lambda dtype, device: bounds.to(device)
     return Problem("attention_varlen", "", case, _drawing(**draws), function, reference.attention_varlen)

@@ -1,4 +1,4 @@
-"""What must hold of an op beyond the size of its errors: layouts, memory, NaN and infinities, reruns."""
+"""Check properties of an op other than its errors: layouts, memory, NaN and infinities, reruns."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 def check_layouts(
     id: str, problem: Problem, dtype: torch.dtype, device: torch.device, seed: int, *, every: bool
 ) -> Iterator[Result]:
-    """Give the op its inputs, and autograd its upstream gradient, in other layouts; the rule holds as ever.
+    """Pass the op's inputs and the upstream gradient in other layouts, and judge the results by the error rule.
 
-    Without ``every``, in three: strides in another order, rows apart, and stride 0.
+    Without ``every``, three layouts are used: strides in another order, rows apart, and stride 0.
     """
     for layout in LAYOUTS if every else ("transposed", "sliced from wider", "one for all"):
         if layout == "one for all" and problem.op == "attention_varlen":
-            continue  # its first dim is tokens: among tokens all alike no gradient is left
+            continue  # its first dim is tokens, and gradients vanish if all tokens are equal
         strided = LAYOUTS[layout]
 
         def as_laid_out(t: Tensor, strided=strided) -> Tensor:
@@ -52,7 +52,7 @@ def check_layouts(
 
 
 def check_memory(id: str, problem: Problem, dtype: torch.dtype, device: torch.device, seed: int) -> Iterator[Result]:
-    """Run the op amid poison, between guard bands; nothing may be trampled, and no bit of a result may change."""
+    """Run the op in poisoned memory; it must not write to guard bands, and no result and no input may change."""
     with seeded(seed, device):
         tensors = problem.draw(dtype, device)
     plain = outputs_and_gradients(problem.function, tensors, torch.ones_like)
@@ -75,15 +75,16 @@ def check_memory(id: str, problem: Problem, dtype: torch.dtype, device: torch.de
 
 
 def check_reach(id: str, problem: Problem, dtype: torch.dtype, device: torch.device, seed: int) -> Iterator[Result]:
-    """Put 2³¹ elements between the first and the last of the first input's rows, images, or tokens of attention.
+    """Spread the first input's rows, images or (for attention) tokens over 2³¹ elements; no result may change.
 
-    For a CPU. No bit of a result may change: an offset that wraps in 32 bits is the address of another tensor, or none.
+    An offset that overflows 32 bits would be the address of another tensor, or of nothing. Runs on a CPU only.
     """
     with seeded(seed, device):
         tensors = problem.draw(dtype, device)
     name, x = next(iter(tensors.items()))
     if x.ndim == 3:
-        # In rows, as which alone it can be viewed; of which the last is a program's first, whose offset is a product.
+        # Once spread, the input could not be viewed as rows, so it is made rows here. There are 17, because the last
+        # one must be the first row of a program, whose offset is a product.
         x = x.detach().flatten(0, 1)[:17].requires_grad_(x.requires_grad)
     far = _spread(x, 2 if problem.op == "attention" else 0)
     plain = outputs_and_gradients(problem.function, tensors | {name: x}, torch.ones_like)
@@ -97,25 +98,25 @@ def check_reach(id: str, problem: Problem, dtype: torch.dtype, device: torch.dev
 
 
 def _spread(x: Tensor, dim: int) -> Tensor:
-    """Return ``x`` in a sparse file, 2³¹ elements long along ``dim``, that has pages only where ``x`` is."""
+    """Copy ``x`` into a sparse file, spread over 2³¹ elements along ``dim``; only pages with data take memory."""
     strides = list(x.contiguous().stride())
     strides[dim] = 2**31 // (x.shape[dim] - 1) + 8
     size = 1 + sum((n - 1) * s for n, s in zip(x.shape, strides, strict=True))
     with tempfile.NamedTemporaryFile() as file:
         file.truncate(size * x.element_size())
-        storage = torch.from_file(file.name, size=size, dtype=x.dtype)  # the mapping keeps it
+        storage = torch.from_file(file.name, size=size, dtype=x.dtype)  # the mapping keeps the deleted file alive
     return storage.as_strided(x.shape, strides).copy_(x.detach()).requires_grad_(x.requires_grad)
 
 
 def check_nonfinite(
     id: str, problem: Problem, dtype: torch.dtype, device: torch.device, seed: int, *, every: bool
 ) -> Iterator[Result]:
-    """Put NaN and infinities into the floating inputs in turn: they go where they go in fp64, and nowhere else.
+    """Put NaN and infinities into each floating-point input in turn; they must reach the same elements as in fp64.
 
-    In an output, NaN and each infinity must be where fp64, or PyTorch in the same dtype, has them. In a gradient it
-    depends on the order of the sums which of the three comes out, so there an element must be finite or not alike.
+    In an output, NaN and each infinity must be where fp64, or PyTorch in the same dtype, has them. In a gradient the
+    order of the sums decides which of the three results, so there only finite and non-finite elements must agree.
 
-    Without ``every``, a NaN into the first input alone.
+    Without ``every``, only a NaN in the first input is tried.
     """
     with seeded(seed, device):
         tensors = problem.draw(dtype, device)
@@ -130,7 +131,7 @@ def check_nonfinite(
 
 
 def _gone_astray(problem: Problem, tensors: dict[str, Tensor]) -> Iterator[str]:
-    """Yield, for each output and gradient of wrong kinds of values, how many elements and the first."""
+    """Describe each output and gradient whose kinds of values are wrong: how many elements, and the first."""
     wide = widened(tensors)
     ours = outputs_and_gradients(problem.function, tensors, torch.ones_like)
     theirs = outputs_and_gradients(problem.reference, tensors, torch.ones_like)
@@ -144,14 +145,14 @@ def _gone_astray(problem: Problem, tensors: dict[str, Tensor]) -> Iterator[str]:
 
 
 def _kind(x: Tensor) -> Tensor:
-    """0 where ``x`` is finite, ±1 where infinite, 2 where NaN."""
+    """Return 0 for finite elements of ``x``, ±1 for infinite ones, 2 for NaN."""
     return x.isnan() * 2 + x.isinf() * x.nan_to_num(0.0).sign()
 
 
 def check_reruns(
     id: str, problem: Problem, dtype: torch.dtype, device: torch.device, seed: int, times: int
 ) -> Iterator[Result]:
-    """Run the op ``times`` times; every bit must be the same."""
+    """Run the op ``times`` times; all results must be equal."""
     with seeded(seed, device):
         tensors = problem.draw(dtype, device)
     first = outputs_and_gradients(problem.function, tensors, torch.ones_like)

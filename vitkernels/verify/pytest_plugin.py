@@ -1,10 +1,10 @@
-"""pytest's plugin: "my model still agrees" in a few lines of a user's own tests.
+"""pytest plugin: test in a few lines that a user's model on the kernels agrees with PyTorch.
 
     def test_kernels_agree(vitkernels_verify):
         model = timm.create_model("test_vit")
         vitkernels_verify(model, torch.randn(1, 3, 160, 160))
 
-Nothing of torch is imported before the fixture is used, and the process is left as it is. Without a GPU the kernels
+The plugin does not import torch before the fixture is used, and does not change the process. Without a GPU the kernels
 run on an emulated one.
 """
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vitkernels.verify.results import Result
 
 STEPS = 5
-SECONDS = 30.0  # for a model on an emulated GPU; where that is too short, fewer of its blocks run on the kernels
+SECONDS = 30.0  # for a model on an emulated GPU; if that is too short, fewer of its blocks run on the kernels
 SHOWN = 10
 
 
@@ -43,18 +43,19 @@ def vitkernels_verify(request: pytest.FixtureRequest) -> Callable[..., Report]:
     """Compare an accelerated copy of a model with the model, and return the report of what was swapped.
 
     ``vitkernels_verify(model, *inputs, dtype=None, steps=5, seed=0, **named_inputs)`` judges the outputs, the gradient
-    of every parameter and the losses of ``steps`` steps of AdamW (0 for none) in ``dtype``, or the model's own, by
-    the error rule: fp64 is the truth, PyTorch's error in the same dtype the yardstick. The copy is on the model's
-    device, or on the GPU where the model is on the CPU and there is one. The model itself is not changed.
+    of every parameter and the losses of ``steps`` steps of AdamW (0 for none) by the error rule: fp64 is the truth,
+    PyTorch's error in the same dtype the yardstick. ``dtype`` is the model's own by default. The copy is on the model's
+    device; if the model is on the CPU and there is a GPU, the copy is on the GPU. The model itself is not changed.
 
-    Without a GPU the kernels run on an emulated one (``VITKERNELS_BACKEND=emulated:sm_80`` names another than the
-    H100). That is slow: it says what it is at and how long that took, and aims at half a minute: PyTorch runs on one
-    thread, of modules alike the first few alone may run on the kernels, and the steps may be fewer.
+    Without a GPU the kernels run on an emulated H100 (``VITKERNELS_BACKEND=emulated:sm_80`` selects another GPU). That
+    is slow, so it prints its progress and aims at half a minute: PyTorch runs on one thread, only the first few of
+    equal modules may run on the kernels, and there may be fewer steps.
 
     Raises:
-        AssertionError: The copy does not agree; the text names each tensor, its error and the worst index.
+        AssertionError: The copy does not agree; the message names the worst tensors, each with its error and its worst
+            index.
 
-    The test is skipped where no kernel can run, or none does in this model: ``--vitkernels-strict`` makes that fail.
+    The test is skipped if no kernel can run, or none runs in this model; with ``--vitkernels-strict`` it fails then.
     """
     strict = request.config.getoption("--vitkernels-strict")
 
@@ -101,7 +102,7 @@ def vitkernels_verify(request: pytest.FixtureRequest) -> Callable[..., Report]:
                     announce=lambda part: tell(f"  {part} …"),
                 ):  # fmt: skip
                     results.append(result)
-                    if result.status == "passed":  # the error tells what is not
+                    if result.status == "passed":  # failures are in the AssertionError
                         tell(f"  {result.name}: passed, {time.perf_counter() - begun:.0f} s; {result.detail}")
         except Unreached as error:
             raise AssertionError(f"vitkernels_verify: {error}") from None
@@ -115,7 +116,7 @@ def vitkernels_verify(request: pytest.FixtureRequest) -> Callable[..., Report]:
 
 
 def _teller(config: pytest.Config) -> Callable[[str], None]:
-    """Return what writes a line to the terminal at once, past pytest's capture; a worker of xdist has no terminal."""
+    """Return a function that prints a line at once, past pytest's capture; in an xdist worker it prints nothing."""
     terminal = config.pluginmanager.getplugin("terminalreporter")
     capture = config.pluginmanager.getplugin("capturemanager")
 
@@ -130,7 +131,7 @@ def _teller(config: pytest.Config) -> Callable[[str], None]:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Keep PyTorch to one thread: between the emulator's small steps others only wait for work, and take a core."""
+    """Limit PyTorch to one thread: between the emulator's small steps other threads would only spin on a core."""
     import torch
 
     threads = torch.get_num_threads()

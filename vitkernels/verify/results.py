@@ -1,4 +1,4 @@
-"""What a check of ``vitkernels verify`` found, and what a run of them found together."""
+"""The results of one check of ``vitkernels verify``, and of a whole run."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Result:
     Attributes:
         check: The check's id, ``group/subject/…``.
         name: What was looked at: an output, a gradient, a property.
-        status: ``passed``; ``failed``, the numbers or the behaviour are wrong; ``skipped``, with its reason in
-            ``detail``; ``broken``, the check itself could not run or proved nothing.
+        status: ``passed``; ``failed`` if the numbers or the behaviour are wrong; ``skipped``, with the reason in
+            ``detail``; ``broken`` if the check itself could not run or proved nothing.
         detail: Figures with their limits, the worst index, or the reason.
-        ratio: The error over PyTorch's own in the same dtype, where one was measured.
-        dtype: Of the operands, where there is one.
-        seconds: How long it took.
+        ratio: Our error divided by PyTorch's in the same dtype, or None if not measured.
+        dtype: Dtype of the inputs, or "".
+        seconds: Duration: the check's time divided by its number of results.
     """
 
     check: str
@@ -44,13 +44,13 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """Something to look at: an id to choose and to repeat it by, and what looks."""
+    """One check: the id that selects and repeats it, and the function that runs it."""
 
     id: str
     run: Callable[[], Iterable[Result]]
 
     def matches(self, patterns: Iterable[str]) -> bool:
-        """Tell whether one of the shell patterns ``patterns`` fits the id, or a part of it from its start."""
+        """Tell whether one of ``patterns`` is the id, its first parts (``group/subject``) or a shell pattern of it."""
         return any(
             self.id == p or self.id.startswith(p.rstrip("/") + "/") or fnmatch.fnmatchcase(self.id, p) for p in patterns
         )
@@ -61,9 +61,9 @@ class Verification:
     """A whole run.
 
     Attributes:
-        environment: Versions, device, date: what the results hold for.
-        command: The command that repeats it.
-        results: Every line, in the order of the checks.
+        environment: Versions, device and date, for which the results hold.
+        command: The command that repeats the run.
+        results: Every result, in the order of the checks.
         seconds: Wall time.
     """
 
@@ -78,12 +78,12 @@ class Verification:
 
     @property
     def exit_code(self) -> int:
-        """0 all passed, 1 numbers are wrong, 2 the machine or the self-test fails, 3 nothing was verified."""
+        """0: passed, 1: wrong numbers, 2: a check could not run or the self-test failed, 3: nothing was verified."""
         if self.by_status("failed"):
             return NUMERICS
         if self.by_status("broken"):
             return INVALID
-        # That a defect would be seen says nothing of the kernels by itself.
+        # A passed self-test alone says nothing about the kernels.
         return PASSED if any(r.status == "passed" and r.group != "mutants" for r in self.results) else NOTHING
 
     @property
@@ -97,7 +97,7 @@ class Verification:
         }[self.exit_code]
 
     def to_dict(self) -> dict:
-        """Return all of it as plain data, for JSON."""
+        """Return the verification as plain data, for JSON."""
         return {
             "verdict": self.verdict,
             "exit_code": self.exit_code,
@@ -108,7 +108,7 @@ class Verification:
         }
 
     def reproduce(self, result: Result) -> str:
-        """Return the command that runs ``result``'s check alone."""
+        """Return the command that runs only ``result``'s check."""
         words = shlex.split(self.command)
         if "--only" in words:
             words = words[: words.index("--only")]

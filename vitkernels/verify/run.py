@@ -1,4 +1,4 @@
-"""Which checks a verification makes, in which order, and the running of them."""
+"""Select the checks of a verification, order them, and run them."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from vitkernels.verify.problems import BLOCKS, GATED, GATED_APART, MANY, QUICK, 
 from vitkernels.verify.results import Check, Result, Verification
 
 TARGETS = ("sm_90", "sm_80", "sm_100", "sm_120", "gfx942")
-# Who masks decides whether a NaN behind the mask counts, and PyTorch's own kernels differ. A block is a chain of ops
-# that are looked at one by one.
+# No NaN checks for these. With a mask it depends on the kernel whether a NaN under the mask spreads, and PyTorch's own
+# kernels differ. A block is a chain of ops that are checked one by one.
 NOT_POISONED = {("attention", variant) for variant in ("key mask", "pair mask", "causal")} | {("block", "")}
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is asked for.
+    """The options of a verification.
 
     Attributes:
-        full: Everything, not what fits in a few minutes.
-        device: What the kernels run on: a GPU, or the CPU that emulates one.
-        dtypes: Names in :data:`vitkernels.testing.cases.DTYPES`; none for the level's own choice.
-        seed: Of all that is drawn.
-        model: A model to verify as well, as :func:`vitkernels.verify.model.load` takes it.
-        only: Shell patterns of ids; none for all checks.
+        full: Run all checks, not only those that fit into a few minutes.
+        device: Where the kernels run: a GPU, or a CPU that emulates one.
+        dtypes: Names in :data:`vitkernels.testing.cases.DTYPES`; empty for the default of the level.
+        seed: Seed of all random draws.
+        model: A model to verify as well, in the form that :func:`vitkernels.verify.model.load` accepts.
+        only: Patterns for :meth:`Check.matches`; empty for all checks.
     """
 
     full: bool = False
@@ -52,10 +52,10 @@ class Plan:
 
 
 def verify(plan: Plan, command: str) -> Verification:
-    """Make every check of ``plan`` and return what they found.
+    """Run every check of ``plan`` and return their results.
 
     Raises:
-        UserError: The kernels cannot run here, the model cannot be had, or no check is of that name.
+        UserError: The kernels cannot run here, the model cannot be loaded, or no check matches ``only``.
     """
     start = time.perf_counter()
     _require_kernels(plan.device)
@@ -75,7 +75,7 @@ def verify(plan: Plan, command: str) -> Verification:
 
 
 def checks(plan: Plan) -> Iterator[Check]:
-    """Yield every check of ``plan``, those that take longest first within what can run side by side."""
+    """Yield every check of ``plan``, about the longest first, so that parallel workers finish together."""
     device, seed = plan.device, plan.seed
     if device.type == "cpu":
         for target in TARGETS if plan.full else TARGETS[:1]:
@@ -94,7 +94,7 @@ def checks(plan: Plan) -> Iterator[Check]:
 
 
 def compared(plan: Plan) -> Iterator[tuple[Problem, tuple[str, ...]]]:
-    """Yield the problems whose outputs and gradients are compared, with the dtypes of the level."""
+    """Yield the problems whose outputs and gradients are compared, with the default dtypes of the level."""
     every, on_gpu = tuple(DTYPES), plan.device.type != "cpu"
     for case in (*QUICK, *SWEEP) if plan.full else QUICK:
         for problem in problems(case):
@@ -113,13 +113,13 @@ def compared(plan: Plan) -> Iterator[tuple[Problem, tuple[str, ...]]]:
 
 
 def _quick_dtypes(problem: Problem) -> tuple[str, ...]:
-    """The dtypes in which a minute of an emulated GPU has time for ``problem``.
+    """Return the dtypes of ``problem`` for which a minute on an emulated GPU is enough.
 
-    Each costs the compilation of its kernels, and is taken where these are others: attention and gates have kernels
-    for half precision alone, and of sizes beyond the first case they and the products take another way.
+    Each dtype costs the compilation of its kernels, so it is used only if its kernels differ: attention and gates have
+    separate kernels for half precision, and for sizes beyond the first case they and the products use other kernels.
     """
     if problem.case is WINDOW:
-        # The smallest numbers that fp16 has are in reach where LayerScale is folded into a weight.
+        # LayerScale folded into a weight may give fp16's smallest numbers, so this problem also runs in fp16.
         return ("fp32", "bf16", "fp16") if (problem.op, problem.variant) == ("linear", "residual") else ("fp32", "bf16")
     if problem.case is MANY:
         return ("bf16",) if (problem.op, problem.variant) == ("attention", "") else ()
@@ -131,7 +131,7 @@ def _quick_dtypes(problem: Problem) -> tuple[str, ...]:
 
 
 def _small_enough(case: Case) -> Iterator[Problem]:
-    """Yield what an emulated GPU does of ``case``: attention with one head, and the ops of a row with few rows."""
+    """Yield the problems of ``case`` for an emulated GPU: attention with one head, the row-wise ops with few rows."""
     one_head = dataclasses.replace(case, batch=1, heads=1, channels=case.head_dim)
     few_tokens = dataclasses.replace(case, batch=1, image=5 * case.patch)
     yield from (p for p in problems(one_head) if p.op.startswith("attention"))
@@ -147,16 +147,16 @@ def _property_checks(plan: Plan) -> Iterator[Check]:
             if not full and (problem.op == "block" or (case is not WINDOW and problem.op != "swiglu_mlp")):
                 continue
             for name in plan.dtypes or _property_dtypes(plan, problem):
-                # In a block all samples alike make its gradients vanish.
+                # No layouts for a block: one of them makes all samples equal, and then its gradients vanish.
                 if problem.op != "block" and (full or device.type != "cpu" or problem.op not in laid_out):
                     yield _check("layouts", problem, name, properties.check_layouts, device, seed, every=full)
                 yield _check("memory", problem, name, properties.check_memory, device, seed)
                 yield _check("reruns", problem, name, properties.check_reruns, device, seed, times=times)
                 if (problem.op, problem.variant) not in NOT_POISONED:
                     yield _check("nonfinite", problem, name, properties.check_nonfinite, device, seed, every=full)
-            if (problem.op, problem.variant) != ("linear", ""):  # a product that is PyTorch's own
+            if (problem.op, problem.variant) != ("linear", ""):  # that product is PyTorch's own
                 laid_out.add(problem.op)
-    if device.type == "cpu":  # where memory that nothing is written to takes none
+    if device.type == "cpu":  # only there does untouched memory take no pages
         for problem in problems(WINDOW):
             if problem.op in ("layer_norm", "attention", "patch_embed") and not problem.variant:
                 yield _check("reach", problem, "bf16", properties.check_reach, device, seed)
@@ -170,7 +170,7 @@ def _property_checks(plan: Plan) -> Iterator[Check]:
 def _property_dtypes(plan: Plan, problem: Problem) -> tuple[str, ...]:
     if plan.full:
         return ("fp32", "bf16") if plan.device.type == "cpu" else tuple(DTYPES)
-    # Attention and gates have kernels for half precision alone.
+    # Attention and gates have separate kernels for half precision.
     return ("bf16",) if problem.op.startswith(("attention", "swiglu")) else ("fp32",)
 
 
@@ -185,15 +185,15 @@ def _check(group: str, problem: Problem, dtype: str, function, device: torch.dev
 
 
 def run_all(chosen: Sequence[Check], device: torch.device) -> list[Result]:
-    """Run ``chosen``, on a CPU as many at a time as there are cores, and return their results in order."""
+    """Run ``chosen``, on a CPU in one process per core, and return their results in order."""
     workers = min(len(os.sched_getaffinity(0)), len(chosen)) if device.type == "cpu" else 1
     text = f"Verifying, {len(chosen)} checks"
     if workers < 2:
         return [result for check in track(chosen, text) for result in _run(check)]
     found: dict[int, list[Result]] = {}
-    # Checks are closures, which only a forked process knows.
+    # Checks are closures, which cannot be pickled. Forked workers inherit them through this list.
     _CHOSEN[:] = chosen
-    gc.freeze()  # the workers' collector need not look through what was there before them
+    gc.freeze()  # otherwise each worker's collector would scan all objects made before the fork
     try:
         with _interrupt.pool(workers, "fork") as pool:
             jobs = {pool.submit(_run_in_worker, i): i for i in range(len(chosen))}
@@ -210,7 +210,7 @@ _CHOSEN: list[Check] = []
 
 def _run_in_worker(i: int) -> list[Result]:
     torch.set_num_threads(1)
-    gc.disable()  # left alone, it takes a tenth of the time
+    gc.disable()  # automatic collection would take a tenth of the time
     if i % 50 == 0:
         gc.collect()
     return _run(_CHOSEN[i])
@@ -219,21 +219,21 @@ def _run_in_worker(i: int) -> list[Result]:
 def _result_of(job: concurrent.futures.Future, check: Check) -> list[Result]:
     try:
         return job.result()
-    except concurrent.futures.process.BrokenProcessPool as error:  # killed, for memory, or by a kernel gone astray
+    except concurrent.futures.process.BrokenProcessPool as error:  # a worker ran out of memory, or a kernel crashed it
         return [Result(check.id, "ran", "broken", f"a process died, of this check or one beside it: {one_line(error)}")]
 
 
 def _run(check: Check) -> list[Result]:
-    """Run a check; an exception is a result, too."""
+    """Run a check and return its results; an exception becomes a result."""
     start = time.perf_counter()
     try:
         with warnings.catch_warnings():
-            # NaN and infinities are put in on purpose.
+            # Checks put in NaN and infinities on purpose, so warnings about them are noise.
             warnings.simplefilter("ignore", RuntimeWarning)
             results = list(check.run())
-    except (UserError, ImportError, MemoryError, torch.OutOfMemoryError) as error:  # of the machine
+    except (UserError, ImportError, MemoryError, torch.OutOfMemoryError) as error:  # the machine's fault
         results = [Result(check.id, "ran", "broken", f"{type(error).__name__}: {error}")]
-    except Exception as error:  # whatever else a kernel raises is a finding about it
+    except Exception as error:  # any other exception is the kernel's fault
         results = [Result(check.id, "ran", "failed", f"{type(error).__name__}: {error}")]
     if not results:
         results = [Result(check.id, "ran", "broken", "the check looked at nothing")]
@@ -248,7 +248,7 @@ def _require_kernels(device: torch.device) -> None:
 
 
 def _sweep() -> Iterator[Case]:
-    """The numbers of tokens and the head dims of vision transformers, each once, in small batches of few heads."""
+    """Yield cases of one image and one head with the token counts, head dims and hidden sizes that ViTs have."""
     patches_and_prefix = ((1, 0), (7, 0), (7, 1), (14, 1), (16, 1), (24, 1), (27, 0), (32, 1), (37, 5))
     dims = (16, 24, 32, 36, 48, 60, 64, 72, 80, 88, 96, 104, 112, 128)
     for side, prefix in patches_and_prefix:

@@ -10,7 +10,7 @@ accelerating one; its other parts are then timm's::
 
     from vitkernels.swap.timm import FusedAttention, FusedBlock, FusedPatchEmbed
     timm.create_model(name, block_fn=FusedBlock, embed_layer=FusedPatchEmbed)   # whole blocks
-    timm.create_model(name, attn_layer=FusedAttention)                          # the attention alone
+    timm.create_model(name, attn_layer=FusedAttention)                          # only the attention
 """
 
 from vitkernels.swap.timm.eva import FusedAttentionRope, FusedEvaAttention, FusedEvaBlock, FusedEvaBlockPostNorm

@@ -1,4 +1,4 @@
-"""The user's own model: what it is loaded from, the shapes that it gives the ops, and its accelerated copy judged."""
+"""Verify the user's own model: load it, find the shapes that it gives the ops, and judge its accelerated copy."""
 
 from vitkernels.verify.model.checks import Unreached, check_model, model_checks
 from vitkernels.verify.model.load import Inputs, as_inputs, load

@@ -1,18 +1,18 @@
-"""An accelerated copy of a model against the model as it is: outputs, every gradient, and how its loss goes down.
+"""Compare an accelerated copy of a model with the model: outputs, every gradient, and the loss curve.
 
-The truth is the model in fp64, the yardstick the model in the dtype under test, both on PyTorch alone. All three have
-the same parameters, with noise added: biases of zero and a LayerScale of 1e-5 would hide what they do. The user's own
-model is left as it is.
+The truth is the model in fp64, the yardstick the model in the dtype under test, both on PyTorch only. All three have
+the same parameters, with noise added: biases of zero and a LayerScale of 1e-5 would hide errors. The user's own model
+is not changed.
 
-The loss curve is chaotic: two correct implementations drift apart, and either may be the nearer to fp64 by luck. So
-its yardstick is not one run of PyTorch but the worst of several, whose first parameters are off by one rounding each:
-as far from fp64 as roundings take PyTorch itself. Over 10 seeds of a small ViT (5 tokens, 16 channels, 2 blocks, fp32,
-20 steps; CPU, torch 2.13.0, Triton 3.7.1, 2026-11-21) the accelerated curve was 0.19 to 0.77 times as far as that.
-With scores that are off by 0.1 % it was 4,800 times as far (one seed), with a branch that is off by 0.1 % 3,300 times,
-without the gradients of two biases a block 16,600 times.
+The loss curve is chaotic: two correct implementations drift apart, and luck decides which is nearer to fp64. So its
+yardstick is the worst of several runs of PyTorch, whose initial parameters differ by one rounding each: this is how far
+roundings take PyTorch itself from fp64. Over 10 seeds of a small ViT (5 tokens, 16 channels, 2 blocks, fp32, 20 steps;
+CPU, torch 2.13.0, Triton 3.7.1, 2026-11-21) the accelerated curve was 0.19 to 0.77 times as far as the yardstick.
+With a defect it was much farther: 4,800 times with scores wrong by 0.1 % (one seed), 3,300 times with a branch wrong by
+0.1 %, 16,600 times without the gradients of two biases per block.
 
-Emulated, a model of real size takes minutes. Where time is short the model stays whole, but of modules alike the
-first few alone run on the kernels, the others on PyTorch; and the curve may have fewer steps. The result says so.
+On an emulated GPU a model of real size takes minutes. If time is short, only the first few of equal modules (same class
+and shapes) run on the kernels and the others on PyTorch, and the curve may have fewer steps. The result says so.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from vitkernels.verify.problems import problems
 from vitkernels.verify.results import Check, Result
 
 STEPS = 20
-NEIGHBOURS = 4  # runs of PyTorch from parameters one rounding off
-CURVE_LIMIT = 3.0  # times the distance of the worst of them
+NEIGHBOURS = 4  # runs of PyTorch from parameters that are one rounding off
+CURVE_LIMIT = 3.0  # times the largest distance of PyTorch's runs
 SECONDS = {"quick": 160.0, "full": 540.0}  # for a model on an emulated GPU
-PASSES = 4.5  # a training step's time over a forward pass's, emulated, with what PyTorch does beside it
+PASSES = 4.5  # time of an emulated training step, PyTorch's comparison runs included, in forward passes
 
 
 class Unreached(Exception):
-    """A check that did not look at what it should have looked at."""
+    """Raised by a check that did not reach what it should check."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +56,10 @@ class Subject:
     """A model under test.
 
     Attributes:
-        model: As the user has it; never changed.
-        inputs: What it is called with.
-        dtype: Of the copies; None for the model's own.
-        device: Of the copies.
+        model: The user's model; never changed.
+        inputs: The arguments of its call.
+        dtype: Dtype of the copies; None for the model's own.
+        device: Device of the copies.
     """
 
     model: nn.Module
@@ -69,15 +69,15 @@ class Subject:
 
     @functools.cached_property
     def alike(self) -> int:
-        """Of how many modules alike the model has at most, in what is swapped."""
+        """The size of the largest group of equal modules among those that are swapped."""
         plain = _plain_copy(self.model)
         return max(map(len, _alike(swap.explain(plain), plain)), default=0)
 
     @functools.cached_property
     def pass_seconds(self) -> float:
-        """What a forward pass takes with one of the modules alike on kernels."""
+        """CPU seconds of a forward pass with one module of each group of equal ones on the kernels."""
         trio = _trio(self, 0, 1, training=False)
-        start = time.process_time()  # a busy machine takes longer, and verifies as much
+        start = time.process_time()  # CPU time: a busy machine must not verify less
         with torch.no_grad():
             trio.fast(*trio.inputs.args, **trio.inputs.kwargs)
         return time.process_time() - start
@@ -85,7 +85,7 @@ class Subject:
 
 @dataclasses.dataclass
 class Trio:
-    """The same parameters three times: on the kernels, on PyTorch in the same dtype, and in fp64."""
+    """Three models with the same parameters: on the kernels, on PyTorch in the same dtype, and in fp64."""
 
     fast: nn.Module
     plain: nn.Module
@@ -101,20 +101,20 @@ def model_checks(
     """Yield the checks of the model that ``spec`` names, and of the ops at its shapes.
 
     Args:
-        spec: As :func:`vitkernels.verify.model.load` takes it.
-        device: What the kernels run on.
-        seed: Of all that is drawn.
+        spec: A model in the form that :func:`vitkernels.verify.model.load` accepts.
+        device: Where the kernels run.
+        seed: Seed of all random draws.
         full: Take more time.
-        dtypes: fp32, fp16 or bf16; none for the level's own choice.
+        dtypes: Names among fp32, fp16 and bf16; empty for the default of the level.
 
     Raises:
-        UserError: There is no such model, it does not run, or no op runs in it.
+        UserError: There is no such model, it does not run, or it calls no op.
     """
     with busy(f"Loading {spec}"):
         batch = 1 if device.type == "cpu" else 2
         model, inputs, words = load(spec, batch)
         cases = shapes(model, inputs, batch)
-    # On an emulated GPU the time goes into one dtype; the ops are looked at in the others.
+    # An emulated GPU has time for one dtype of the model; other checks run the ops in further dtypes.
     dtypes = dtypes or (("fp32",) if device.type == "cpu" else ("fp32", "bf16", "fp16") if full else ("fp32", "bf16"))
     seconds = SECONDS["full" if full else "quick"] / len(dtypes) if device.type == "cpu" else None
     yield _check(f"model/{spec}/swapped", "", lambda id: check_swapped(id, model, inputs, words))
@@ -150,14 +150,14 @@ def check_model(
     """Yield what is swapped, and the verdicts on outputs, gradients and loss curve.
 
     Args:
-        id: Of the check that the results are of.
+        id: Id of the check in the results.
         model: Any module; it is not changed.
-        inputs: What to call it with, in any dtype, on any device.
-        dtype: To verify in; None for the model's own.
-        device: To verify on.
-        seed: Of the noise and the upstream gradients.
-        steps: Of the loss curve; 0 for none.
-        seconds: How long it may take on an emulated GPU, about; None for no limit.
+        inputs: The arguments of its call, in any dtype, on any device.
+        dtype: Dtype to verify in; None for the model's own.
+        device: Device to verify on.
+        seed: Seed of the noise and the upstream gradients.
+        steps: Steps of the loss curve; 0 for no curve.
+        seconds: Approximate time limit on an emulated GPU; None for no limit.
         announce: Called with the name of each part before it runs.
 
     Raises:
@@ -180,7 +180,7 @@ def check_model(
 
 
 def check_swapped(id: str, model: nn.Module, inputs: Inputs, words: str = "") -> Iterator[Result]:
-    """Yield what is swapped in ``model``; where no op runs in it at all, that is not verified."""
+    """Yield which modules of ``model`` are swapped; the result is not ``passed`` if the model calls no op."""
     report = swap.explain(_plain_copy(model))
     classes = sorted({f"{s.was} → {s.now}" for s in report.swapped})
     known = [f"{k.module or k.cls}: {k.reason}" for k in report.kept if k.known]
@@ -222,9 +222,9 @@ def check_outputs(id: str, subject: Subject, seed: int, seconds: float | None = 
 
 
 def check_gradients(id: str, subject: Subject, seed: int, seconds: float | None = None) -> Iterator[Result]:
-    """Yield a verdict on the gradients of all parameters, in training mode with nothing dropped.
+    """Yield one verdict on the gradients of all parameters, in training mode with all dropout rates at 0.
 
-    Every one that fails has a line of its own.
+    If gradients fail, yield a verdict for each of these instead.
     """
     if not any(p.requires_grad for p in subject.model.parameters()):
         yield Result(id, "gradients", "skipped", "no parameter requires a gradient")
@@ -259,7 +259,7 @@ def check_gradients(id: str, subject: Subject, seed: int, seconds: float | None 
 def check_curve(
     id: str, subject: Subject, seed: int, seconds: float | None = None, steps: int = STEPS
 ) -> Iterator[Result]:
-    """Yield a verdict on the losses of ``steps`` steps of AdamW on one batch, nothing dropped."""
+    """Yield a verdict on the losses of ``steps`` steps of AdamW on one batch, with all dropout rates at 0."""
     if not any(p.requires_grad for p in subject.model.parameters()):
         yield Result(id, "loss curve", "skipped", "no parameter requires a gradient")
         return
@@ -284,7 +284,7 @@ def check_curve(
         yield Result(id, v.name, "passed" if v.passed else "failed", _join(v.detail, note), v.ratio)
 
 
-# Each with its share of the time.
+# The parts of a model's check: name, function, and share of the time.
 PARTS: tuple[tuple[str, Callable[..., Iterator[Result]], float], ...] = (
     ("outputs", check_outputs, 0.2),
     ("gradients", check_gradients, 0.3),
@@ -293,14 +293,14 @@ PARTS: tuple[tuple[str, Callable[..., Iterator[Result]], float], ...] = (
 
 
 def judge_curve(fast: Tensor, own: Sequence[Tensor], truth: Tensor, eps: float) -> Verdict:
-    """Judge the losses ``fast`` (steps,) by how far PyTorch's ``own`` curves lie from the ``truth``.
+    """Judge the losses ``fast`` (steps,) by the distance of PyTorch's ``own`` curves from the ``truth``.
 
-    The distance is the root of the mean square over the steps; it may be ``CURVE_LIMIT`` times the largest of
-    PyTorch's, and a rounding of the loss by ``eps``.
+    The distance is the root mean square over the steps. The limit is ``CURVE_LIMIT`` times the largest of PyTorch's
+    distances, plus one rounding of the loss by ``eps``.
     """
     distance, *torch_own = ((curve - truth).square().mean().sqrt().item() for curve in (fast, *own))
     limit = CURVE_LIMIT * max(torch_own) + eps * truth.abs().max().item()
-    passed = distance <= limit  # not so for NaN
+    passed = distance <= limit  # False for NaN
     ratio = distance / max(*torch_own, 1e-300) if distance == distance else float("inf")
     gap = (fast - truth).abs()
     step = int(gap.nan_to_num(torch.inf).argmax())
@@ -348,7 +348,7 @@ def _trio(subject: Subject, seed: int, depth: int | None, *, training: bool = Tr
 
 
 def _drop_nothing(model: nn.Module) -> None:
-    """Set every rate at which ``model`` drops to zero: those of dropout layers, DropPath, and attention."""
+    """Set every dropout rate of ``model`` to 0: dropout layers, DropPath, and attention."""
     for module in model.modules():
         is_drop = "drop" in type(module).__name__.lower()
         for name, value in vars(module).items():
@@ -357,11 +357,11 @@ def _drop_nothing(model: nn.Module) -> None:
 
 
 def _shake(model: nn.Module) -> None:
-    """Add noise, drawn on the CPU, to every parameter, so that each counts in the outputs.
+    """Add noise, drawn on the CPU, to every parameter, so that each affects the outputs.
 
-    A trained matrix gets a tenth of its own size; one that is smaller than 1/√fan-in, as before training, is filled up
-    to that, or else features would be small and attention flat. Vectors and embeddings get 0.1: they are of the
-    order of 1, or begin at 0.
+    A trained matrix gets noise of a tenth of its RMS. A matrix with an RMS below 1/√fan-in, as before training, gets
+    enough noise to reach that; otherwise features would be small and attention weights uniform. Vectors and embeddings
+    get noise of 0.1: their values are of the order of 1, or start at 0.
     """
     with torch.no_grad():
         for p in (p for p in model.parameters() if p.is_floating_point() and p.numel()):
@@ -389,9 +389,9 @@ def _outputs(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
 
 
 def _by_either_order(judge: Callable[[], list[Verdict]], trio: Trio) -> list[Verdict]:
-    """Judge by PyTorch as it is, and on an emulated GPU, where that fails, with fp32 products summed as a GPU does.
+    """Judge by plain PyTorch; if that fails on an emulated GPU, judge by fp32 products summed as a GPU sums them.
 
-    Which is slow: it is left for where it matters.
+    Such sums are slow, so they are computed only if needed.
     """
     verdicts = judge()
     emulated = runtime.emulated_arch() is not None and all(p.is_cpu for p in trio.plain.parameters())
@@ -407,7 +407,7 @@ def _on_torch(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
 
 
 def _gradients(model: nn.Module, inputs: Inputs, dtype: torch.dtype, seed: int) -> dict[str, Tensor | None]:
-    """Return the gradient of every parameter, for an upstream gradient that ``dtype`` can hold."""
+    """Return the gradient of every parameter, for an upstream gradient that is exact in ``dtype``."""
     wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
     outputs = [t for t in _outputs(model, inputs).values() if t.requires_grad]
     draws = torch.Generator().manual_seed(seed)
@@ -427,7 +427,7 @@ def _judge_gradient(name: str, fast: Tensor | None, plain: Tensor | None, truth:
 def _losses(model: nn.Module, inputs: Inputs, seed: int, steps: int) -> Tensor:
     """Return the loss before each of ``steps`` steps: the mean square distance of the outputs to random targets.
 
-    AdamW steps in fp32 at least, as mixed precision does: the squares of small gradients are 0 in fp16.
+    AdamW updates master copies in at least fp32, as in mixed precision: squares of small gradients are 0 in fp16.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     masters = [p.detach().to(runtime.wide_dtype(p.dtype), copy=True) for p in parameters]
@@ -455,12 +455,12 @@ def _require(seen: OpCalls, ending: str, what: str) -> None:
 
 
 def _beyond(report: swap.Report, model: nn.Module, depth: int) -> list[str]:
-    """Return the paths of the swapped modules that have ``depth`` others alike before them."""
+    """Return the paths of the swapped modules after the first ``depth`` of each group of equal ones."""
     return [path for alike in _alike(report, model) for path in alike[depth:]]
 
 
 def _alike(report: swap.Report, model: nn.Module) -> list[list[str]]:
-    """Group the swapped modules that differ in the numbers of their paths alone."""
+    """Group the paths of swapped modules of the same class and shapes whose paths differ only in numbers."""
     groups: dict[object, list[str]] = {}
     for entry in report.swapped:
         shapes = tuple(tuple(p.shape) for p in model.get_submodule(entry.module).parameters())
@@ -470,9 +470,11 @@ def _alike(report: swap.Report, model: nn.Module) -> list[list[str]]:
 
 
 def _depth(subject: Subject, seconds: float | None, passes: float) -> tuple[int | None, str, float]:
-    """Return how many of the modules alike can run on kernels, None for all, and what to say about it.
+    """Return how many modules of each group of equal ones can run on the kernels in ``seconds``.
 
-    And how often the time allows for what takes as long as ``passes`` forward passes with one of them on kernels.
+    Returns:
+        That number, None for all; a note for the result; and how often ``seconds`` is enough for ``passes`` forward
+        passes with one module of each group on the kernels.
     """
     if seconds is None or subject.alike < 2:
         return None, "", 1.0

@@ -1,6 +1,6 @@
-"""A model by its name: of timm, in a folder of transformers or timm, or what a function of the user's returns.
+"""Load a model: by timm's name, from a folder of transformers or timm, or from a function of the user's.
 
-Nothing is downloaded, and no code is run but that of the installed packages and of the module that the user names.
+Nothing is downloaded. Only code of the installed packages and of the module that the user names is run.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from vitkernels.swap.estimate import image_size
 
 
 class Inputs(NamedTuple):
-    """What a model is called with."""
+    """The arguments of a model's call."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Inputs:
-        """Return them on ``device``, what is floating-point in ``dtype``, detached."""
+        """Return the inputs detached, on ``device``, with floating-point tensors in ``dtype``."""
 
         def move(t: Tensor) -> Tensor:
             return t.detach().to(device, dtype if t.is_floating_point() else None)
@@ -36,7 +36,7 @@ class Inputs(NamedTuple):
 
 
 def as_inputs(given: object) -> Inputs:
-    """Return ``given``, a tensor, a tuple of arguments, or a dict of keywords, as :class:`Inputs`."""
+    """Convert ``given`` (a tensor, a tuple of arguments, or a dict of keyword arguments) to :class:`Inputs`."""
     if isinstance(given, Inputs):
         return given
     if isinstance(given, Mapping):
@@ -45,17 +45,17 @@ def as_inputs(given: object) -> Inputs:
 
 
 def load(spec: str, batch: int = 2) -> tuple[nn.Module, Inputs, str]:
-    """Return the model that ``spec`` names, what to call it with, and what it is in words.
+    """Return the model that ``spec`` names, its inputs, and a description.
 
     Args:
-        spec: A name as :func:`vitkernels.names.resolve` takes it: of timm, with random weights, or a folder of
-            transformers or timm, with weights or without; or ``module:function``, where ``function()`` returns the
-            model, or the model and its inputs (a tensor, a tuple of arguments or a dict of keywords). The module is
-            one that Python finds from the current folder.
-        batch: How many images to draw where the function gives none.
+        spec: A name that :func:`vitkernels.names.resolve` accepts: timm's name, for random weights, or a folder of
+            transformers or timm, with or without weights. Or ``module:function``, where ``function()`` returns the
+            model, or the model and its inputs (a tensor, a tuple of arguments or a dict of keyword arguments). Python
+            must find the module from the current folder.
+        batch: How many images to draw if the function returns no inputs.
 
     Raises:
-        UserError: There is no such model, or what it needs is missing.
+        UserError: There is no such model, something it needs is missing, or building it fails.
     """
     try:
         if ":" in spec and "/" not in spec and not spec.startswith(("hf_hub:", "hf-hub:", "local-dir:")):
@@ -67,7 +67,7 @@ def load(spec: str, batch: int = 2) -> tuple[nn.Module, Inputs, str]:
         return model, _images(named.name, model, batch), f"timm's {named.name}, random weights"
     except UserError:
         raise
-    except Exception as error:  # libraries and the user's own code fail in ways of their own
+    except Exception as error:  # libraries and the user's code may raise anything
         raise UserError(f"{spec} cannot be built: {type(error).__name__}: {one_line(error)}") from error
 
 
@@ -78,7 +78,7 @@ def _of_folder(named: Named, batch: int) -> tuple[nn.Module, Inputs, str]:
     if "model_type" in described:
         model, note = _of_transformers(folder, weights, safe)
     else:
-        # timm reads both kinds of file, pickles as plain tensors alone.
+        # timm reads both kinds of file; from pickles it loads only plain tensors.
         model, note = import_timm().create_model(named.for_timm, pretrained=weights), ""
     words = f"{type(model).__name__} in {folder}, {'its weights' if weights else 'random weights'}{note}"
     return model, _images(str(folder), model, batch), words
@@ -106,7 +106,7 @@ def _of_function(spec: str, batch: int) -> tuple[nn.Module, Inputs, str]:
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
-    prepare_torchvision()  # for the timm or transformers that the module may import
+    prepare_torchvision()  # the module may import timm or transformers
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -126,7 +126,7 @@ def _of_function(spec: str, batch: int) -> tuple[nn.Module, Inputs, str]:
 
 
 def _images(name: str, model: nn.Module, batch: int) -> Inputs:
-    """Return images of the size that ``model`` takes, drawn alike each time."""
+    """Return random images of the size that ``model`` takes; the same at every call."""
     size = image_size(model)
     if size is None:
         raise UserError(f"the size of the images that {name} takes is not known; give module:function, returning both")

@@ -1,7 +1,7 @@
-"""The shapes that a model gives the ops: what its accelerated copy calls, seen where the ops are registered.
+"""Find the shapes that a model gives the ops: run an accelerated copy and record its calls of registered ops.
 
-That copy runs on the meta device, which computes nothing. So all that the swap knows of libraries counts, and a part
-that keeps its own forward gives no shape.
+The copy runs on the meta device, which computes nothing. Every module that the swap knows is covered; a module that
+keeps its own forward gives no shape.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vitkernels.verify.model.load import Inputs
 
 
 class OpCalls(TorchDispatchMode):
-    """Lists the calls of vitkernels' registered ops: each op's name and its arguments by name."""
+    """Record the calls of vitkernels' registered ops: each op's name, and its arguments by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,21 +35,21 @@ class OpCalls(TorchDispatchMode):
             names = [argument.name for argument in func._schema.arguments]
             defaults = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
             given = defaults | dict(zip(names, args, strict=False)) | (kwargs or {})
-            # Of a tensor its shape is enough, and nothing is kept alive.
+            # Keeping the tensors would keep their memory alive, and only their shapes are needed.
             given = {n: torch.empty_like(t, device="meta") if isinstance(t, Tensor) else t for n, t in given.items()}
             self.calls.append((func.name().removeprefix("vitkernels::"), given))
         return func(*args, **(kwargs or {}))
 
 
 def op_calls(model: nn.Module, inputs: Inputs) -> list[tuple[str, dict[str, Any]]]:
-    """Return what an accelerated copy of ``model`` asks of the ops in evaluation mode, without computing it if it can.
+    """Return the op calls of an accelerated copy of ``model`` in evaluation mode, on the meta device if possible.
 
     Raises:
         UserError: The model does not run on ``inputs``.
     """
     try:
         return _calls(without_data(model), inputs.to("meta"))
-    except Exception:  # a model that looks at its numbers
+    except Exception:  # a model that reads values of its tensors
         first = next(model.parameters(), None)
         try:
             return _calls(copy.deepcopy(model), inputs if first is None else inputs.to(first.device, first.dtype))
@@ -65,9 +65,10 @@ def _calls(model: nn.Module, inputs: Inputs) -> list[tuple[str, dict[str, Any]]]
 
 
 def shapes(model: nn.Module, inputs: Inputs, batch: int = 1) -> list[Case]:
-    """Return a case for each kind of block in ``model``, as many images each as ``batch``.
+    """Return a case of ``batch`` images for each kind of block in ``model``.
 
-    Tokens that no square of patches and few prefix tokens make up get as many prefix tokens as it takes.
+    A case has the model's grid of patches if that is square, else the largest square of patches that its tokens fill.
+    All other tokens become prefix tokens.
 
     Raises:
         UserError: The model does not run on ``inputs``, or calls no op.
@@ -94,7 +95,7 @@ class _Block:
 
 
 def _blocks(calls: list[tuple[str, dict[str, Any]]]) -> Iterator[_Block]:
-    """Cut the calls into blocks: one begins with attention, or with an MLP where the last block has one."""
+    """Split the calls into blocks: a new one begins at attention, or at an MLP if the present block has one."""
     block, norm, rope = _Block(), "layer_norm", ()
     for op, given in calls:
         attends = op in ("attention_fwd", "attention_qkvpacked_fwd")
@@ -126,7 +127,7 @@ def _blocks(calls: list[tuple[str, dict[str, Any]]]) -> Iterator[_Block]:
 
 
 def _hidden(op: str, given: dict[str, Any]) -> int:
-    """Return the hidden features of an MLP that ``op`` begins, or 0."""
+    """Return the hidden features of the MLP that begins with ``op``, or 0 if none does."""
     if op == "mlp_fwd":
         return given["w1"].shape[0]
     if op == "linear_fwd" and given["activation"] is not None:
@@ -163,7 +164,7 @@ def _case(block: _Block, embedding: dict[str, Any] | None, batch: int) -> Case:
         patch,
         N - side**2,
         C,
-        # Heads divide the channels in a case; where they do not in the model, the width of a head is what counts.
+        # In a case the heads must divide the channels. If they do not in the model, the case keeps the head dim.
         max(1, C // block.head_dim) if block.head_dim else 1,
         block.hidden or C,
         block.activation,

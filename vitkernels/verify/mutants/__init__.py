@@ -1,4 +1,4 @@
-"""The self-test of ``verify``: defects in the kernels, which its own checks must catch, else they prove nothing."""
+"""The self-test of ``verify``: seed defects in the kernels, which its checks must catch, or they prove nothing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = [
     "total",
 ]
 
-ENOUGH = 0.95  # of all mutants
+ENOUGH = 0.95  # share of the mutants to be caught
 
 MUTANTS: tuple[Mutant | CompiledMutant, ...] = defects.MUTANTS + COMPILED
 
@@ -47,9 +47,9 @@ _GROUPS = {
 
 
 def mutant_checks(seed: int) -> Iterator[Check]:
-    """Yield one check a mutant; :func:`total` judges what they found together.
+    """Yield one check per mutant; :func:`total` judges their results together.
 
-    They are made on an emulated H100, whatever the others run on: which kernels run there hangs on the GPU.
+    They always run on an emulated H100, because the GPU decides which kernels run.
     """
     for mutant in MUTANTS:
         yield Check(f"mutants/{mutant.name}", functools.partial(_one, mutant, seed))
@@ -58,7 +58,7 @@ def mutant_checks(seed: int) -> Iterator[Check]:
 def check_mutants(
     device: torch.device, seed: int, mutants: Iterable[Mutant | CompiledMutant] = MUTANTS
 ) -> Iterator[Result]:
-    """Yield a result for each of ``mutants``, and last their total."""
+    """Yield a result for each of ``mutants``, and then their total."""
     results = []
     for mutant in mutants:
         results.append(catch(mutant, device, seed))
@@ -76,13 +76,13 @@ def total(results: Iterable[Result]) -> Result:
 
 
 def catch(mutant: Mutant | CompiledMutant, device: torch.device, seed: int) -> Result:
-    """Run, with ``mutant``'s defect inside, the checks that should show it, the smallest first, until one fails.
+    """Seed ``mutant``'s defect and run the checks that should catch it, the smallest first, until one fails.
 
-    What the emulator finds is a check's failure, too.
+    An error that the emulator reports counts as a failed check.
 
     Returns:
-        ``passed``, with what caught it, or ``skipped``: it survived, it could not be made, or it could not run, which
-        is no proof that a check sees it.
+        ``passed``, with the check that caught it. Or ``skipped``: it survived, it could not be made, or a check
+        raised another exception, which does not prove that a check catches it.
     """
     ran = []
 
@@ -106,7 +106,7 @@ def catch(mutant: Mutant | CompiledMutant, device: torch.device, seed: int) -> R
 
 
 def _emulation_error() -> type[Exception]:
-    from vitkernels.emulator.launch import EmulationError  # which needs Triton
+    from vitkernels.emulator.launch import EmulationError  # needs Triton, so it is imported late
 
     return EmulationError
 
@@ -117,16 +117,16 @@ def _one(mutant: Mutant | CompiledMutant, seed: int) -> Iterator[Result]:
 
 
 def seeded_defect(mutant: Mutant | CompiledMutant) -> contextlib.AbstractContextManager:
-    """Run with ``mutant``'s defect inside a ``with`` block.
+    """Seed ``mutant``'s defect for a ``with`` block.
 
     Raises:
-        MutantError: The function, or the text to edit, is not there.
+        MutantError: The function or the text to edit does not exist.
     """
     return (seeded_in_ptx if isinstance(mutant, CompiledMutant) else seeding.seeded_defect)(mutant)
 
 
 def shown_by(mutant: Mutant | CompiledMutant) -> Iterator[Problem]:
-    """Yield the problems that should show ``mutant``, the smallest first."""
+    """Yield the problems on which checks should catch ``mutant``, the smallest first."""
     for case in QUICK if mutant.case is None else (mutant.case,):
         for problem in problems(case):
             if problem.op == mutant.op and mutant.variant in (None, problem.variant):

@@ -1,9 +1,9 @@
-"""Defects in what was compiled: edits of a kernel's PTX, of which most show in no value, and on a GPU only at times.
+"""Defects in compiled code: edits of a kernel's PTX, most of which on a GPU change values only sometimes or never.
 
-A barrier, a wait or a fence is dropped where something needs it. A kernel has barriers that nothing needs as well: one
-in front of the first write to shared memory, or between two writes that nothing reads meanwhile, as the windows'
-backward has. So the barrier taken is the first one behind such a write, or behind the first wait for copies, and only
-where a read comes next: without it other warps read what is not there yet.
+An edit removes a barrier, wait or fence that is needed. A kernel also has barriers that are not needed: before the
+first write to shared memory, or between two writes without a read between them, as in the windows' backward. So the
+edit removes the first barrier after such a write or after the first wait for copies, and only in kernels that read
+next: without it other warps read values that are not written yet.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from vitkernels.verify.problems import BLOCKS, GATED, GATED_APART, MANY, ROW, WI
 
 @dataclasses.dataclass(frozen=True)
 class CompiledMutant:
-    """One defect.
+    """One defect in a kernel's PTX.
 
     Attributes:
         name: What is wrong, for a person; unique.
-        kernel: The kernel that it is in.
-        old, new: The edit of its PTX: a regular expression, and what each match becomes.
-        op: The public op whose problems show it.
-        tests: As :class:`Mutant` has it.
-        variant, case: The problem's that shows it.
+        kernel: The name of the kernel.
+        old, new: The edit of its PTX: a regular expression and the replacement of each match.
+        op: The public op whose problems show the defect.
+        tests: As in :class:`Mutant`.
+        variant, case: Variant and sizes of the problem that shows it.
         count: How many matches are edited; 0 for all.
         by: The group of checks that shows it.
-        dtype: The operands'.
+        dtype: The dtype of the inputs.
     """
 
     name: str
@@ -48,17 +48,17 @@ class CompiledMutant:
 
     @property
     def where(self) -> str:
-        """For a person, as a :class:`Mutant` says it."""
+        """The place of the defect, for a person, as in :class:`Mutant`."""
         return f"PTX of {self.kernel}"
 
     def edit(self, kernel) -> str:
-        """Return the PTX to run for ``kernel``, as :class:`~vitkernels.emulator.launch.Emulation` asks for it."""
+        """Return the PTX to run for ``kernel``: the ``edit`` of :class:`~vitkernels.emulator.launch.Emulation`."""
         return re.sub(self.old, self.new, kernel.ptx, count=self.count) if kernel.name == self.kernel else kernel.ptx
 
 
 @contextlib.contextmanager
 def seeded_in_ptx(mutant: CompiledMutant) -> Iterator[None]:
-    """Emulate with ``mutant``'s defect inside."""
+    """Emulate with ``mutant``'s defect for a ``with`` block."""
     from vitkernels.emulator.launch import emulating  # which needs Triton
 
     with emulating(runtime.emulated_arch() or "sm_90", edit=mutant.edit):
@@ -67,7 +67,7 @@ def seeded_in_ptx(mutant: CompiledMutant) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class _Site:
-    """A kernel, and the problem that launches it."""
+    """A kernel and the problem that launches it."""
 
     label: str
     kernel: str

@@ -1,4 +1,4 @@
-"""The seeded defects: slips that a person makes in a kernel, each where the checks of ``verify`` must show it."""
+"""The seeded defects: mistakes that people make in kernels, which the checks of ``verify`` must catch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How a defect gets into the code of this process, and out again.
+"""Seed a defect into the code of this process, and remove it again.
 
-A mutant is one edit of one function's source. A kernel is compiled from the edited source, a plain function gets the
-edited function's code, and both are put back afterwards.
+A mutant is one edit of one function's source. A kernel is replaced by one from the edited source, a plain function
+gets the code of the edited function, and both are restored afterwards.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from vitkernels.testing.cases import Case
 
 
 class MutantError(Exception):
-    """A mutant that cannot be made: the source is not what it was."""
+    """Raised if a mutant cannot be made, because the source has changed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Mutant:
-    """One defect.
+    """One defect in the source.
 
     Attributes:
         name: What is wrong, for a person; unique.
         where: Module and function, as ``ops.layer_norm.forward:_layer_norm_fwd_kernel`` or ``ops.block:A.method``.
         old, new: The edit; ``old`` occurs once in the function.
-        op: The public op whose problems show it.
-        tests: Which of the project's own tests show it: what follows ``pytest``, relative to ``tests/``.
-        variant: The problem's variant that shows it, or None for any.
+        op: The public op whose problems show the defect.
+        tests: The project's own tests that show it: arguments of ``pytest``, relative to ``tests/``.
+        variant: The variant of the problems that show it, or None for any.
         case: The sizes that show it, or None for any.
         by: The group of checks that shows it.
-        dtype: The operands'.
+        dtype: The dtype of the inputs.
     """
 
     name: str
@@ -55,10 +55,10 @@ class Mutant:
 
 @contextlib.contextmanager
 def seeded_defect(mutant: Mutant) -> Iterator[None]:
-    """Run with ``mutant``'s defect inside.
+    """Seed ``mutant``'s defect for a ``with`` block.
 
     Raises:
-        MutantError: The function, or the text to edit, is not there.
+        MutantError: The function or the text to edit does not exist.
     """
     module_name, _, path = mutant.where.partition(":")
     module = importlib.import_module(f"vitkernels.{module_name}")
@@ -68,7 +68,7 @@ def seeded_defect(mutant: Mutant) -> Iterator[None]:
         raise MutantError(f"{mutant.name}: {mutant.where} does not exist") from None
     edited = _edited_function if isinstance(target, FunctionType) else _edited_kernel
     with edited(module, target, mutant):
-        _plan.forget()  # else the launches of what was edited would go on
+        _plan.forget()  # otherwise cached plans would still launch the unedited kernel
         try:
             yield
         finally:
@@ -79,7 +79,7 @@ def seeded_defect(mutant: Mutant) -> Iterator[None]:
 def _edited_function(module: ModuleType, function: FunctionType, mutant: Mutant) -> Iterator[None]:
     function = inspect.unwrap(function)
     edited = _execute(module, function, _edit(function, mutant), mutant.name)
-    # What is registered with torch is this very function: it must stay the same object.
+    # torch's registry holds this function object, so only its code is replaced.
     before = function.__code__
     function.__code__ = edited.__code__
     try:
@@ -92,7 +92,7 @@ def _edited_function(module: ModuleType, function: FunctionType, mutant: Mutant)
 def _edited_kernel(module: ModuleType, kernel, mutant: Mutant) -> Iterator[None]:
     new = {id(kernel): _execute(module, kernel.fn, _edit(kernel.fn, mutant), mutant.name)}
     places = list(places_of_kernels())
-    # A kernel keeps what it once compiled, also where a function that it calls has changed.
+    # Triton would reuse a compiled kernel even if a function that it calls has changed. So its callers are made anew.
     for other in _callers(kernel, [value for _, _, value in places]):
         home = sys.modules[other.fn.__module__]
         new[id(other)] = _execute(home, other.fn, inspect.getsource(other.fn), mutant.name)
@@ -107,7 +107,7 @@ def _edited_kernel(module: ModuleType, kernel, mutant: Mutant) -> Iterator[None]
 
 
 def places_of_kernels() -> Iterator[tuple[ModuleType, str, object]]:
-    """Yield each name, in any module of ops, that a kernel goes by."""
+    """Yield the module, name and kernel of each global in ``vitkernels.ops`` that holds a kernel."""
     for module_name, module in list(sys.modules.items()):
         if module_name.startswith("vitkernels.ops"):
             for name, value in list(vars(module).items()):
@@ -116,7 +116,7 @@ def places_of_kernels() -> Iterator[tuple[ModuleType, str, object]]:
 
 
 def _callers(kernel, kernels: Iterable) -> list:
-    """Those of ``kernels`` that call ``kernel``, or one that does."""
+    """Return those of ``kernels`` that call ``kernel``, directly or indirectly."""
     found = {id(kernel): kernel}
     callees = {id(k): (k, {id(c) for c in _callees(k.fn)}) for k in kernels}
     while more := {i: k for i, (k, called) in callees.items() if i not in found and not called.isdisjoint(found)}:
@@ -125,7 +125,7 @@ def _callers(kernel, kernels: Iterable) -> list:
 
 
 def _callees(function: FunctionType) -> Iterator[object]:
-    """Yield the kernels that ``function`` names, by themselves or as a module's."""
+    """Yield the kernels that ``function`` names directly or as attributes of a module."""
     names = function.__code__.co_names
     named = [function.__globals__[name] for name in names if name in function.__globals__]
     for value in named:
@@ -147,10 +147,10 @@ def _edit(function: FunctionType, mutant: Mutant) -> str:
 
 
 def _execute(module: ModuleType, function: FunctionType, source: str, label: str):
-    """Define ``function`` anew from ``source``, decorators included, among its module's names."""
-    source = textwrap.dedent(source)  # a method's
+    """Define ``function`` from ``source``, with its decorators, in its module's namespace."""
+    source = textwrap.dedent(source)  # a method's source is indented
     file = f"<{label}: {module.__name__}.{function.__name__}>"
-    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # Triton reads sources
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # Triton reads it
     names: dict[str, object] = {}
     exec(compile(source, file, "exec", flags=_flags(module)), vars(module), names)
     made = names[function.__name__]

@@ -1,7 +1,7 @@
-"""What a verification found: for a person at a terminal, as JSON, as JUnit's XML and as one HTML page.
+"""Reports of a verification: at the terminal, as JSON, as JUnit XML and as one HTML page.
 
-The JSON is :meth:`Verification.to_dict`: its keys stay, others may come. ``status`` is ``passed``, ``failed``,
-``skipped`` or ``broken``; ``ratio``, the error over PyTorch's, is null where none was measured or it is not finite::
+The JSON is :meth:`Verification.to_dict`. Its keys are stable; later versions may add keys. ``status`` is ``passed``,
+``failed``, ``skipped`` or ``broken``. ``ratio`` is our error divided by PyTorch's, null if not measured or not finite::
 
     {
       "verdict": "failed: numbers or behaviour are wrong",
@@ -39,10 +39,10 @@ __all__ = ["print_report", "to_html", "to_json", "to_junit", "write_html", "writ
 
 
 def to_json(verification: Verification) -> str:
-    """Return all of it as JSON, in the form that this module documents."""
+    """Return the verification as JSON, in the form that this module documents."""
     data = verification.to_dict()
     for result in data["results"]:
-        if result["ratio"] is not None and not math.isfinite(result["ratio"]):  # JSON has no word for it
+        if result["ratio"] is not None and not math.isfinite(result["ratio"]):  # JSON cannot represent it
             result["ratio"] = None
     return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -51,7 +51,7 @@ def write_json(verification: Verification, path: Path) -> None:
     """Write :func:`to_json` to ``path``.
 
     Raises:
-        UserError: The folder is not there, or the file cannot be written. An older file is then as it was.
+        UserError: The folder does not exist, or the file cannot be written; an older file is then unchanged.
     """
     write_file(path, to_json(verification))
 

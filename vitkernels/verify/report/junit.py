@@ -1,4 +1,4 @@
-"""The report as JUnit's XML, which GitHub's, GitLab's and Jenkins' test views read."""
+"""The report as JUnit XML, for the test views of GitHub, GitLab and Jenkins."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from xml.etree import ElementTree
 from vitkernels.verify.report import summary
 from vitkernels.verify.results import Result, Verification
 
-# What XML 1.0 has no place for, not even escaped: most control characters, as those of a coloured error message.
+# Characters that XML 1.0 forbids even escaped: most control characters, such as those of a coloured error message.
 _NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def to_junit(verification: Verification) -> str:
     """Return a ``testsuite`` for each group of checks and a ``testcase`` for each result.
 
-    What failed is a ``failure``, a check that could not run an ``error``; either holds the command that repeats it.
-    The environment is each suite's ``properties``. Seconds are the results' own, of work side by side, too.
+    A failed result is a ``failure``, and a check that could not run is an ``error``; both hold the command that repeats
+    it. Each suite's ``properties`` are the environment. A suite's time is the sum over its results, in parallel or not.
     """
     root = ElementTree.Element("testsuites", _attributes("vitkernels verify", verification.results))
     for group in dict.fromkeys(r.group for r in verification.results):
         results = [r for r in verification.results if r.group == group]
         attributes = _attributes(group, results) | {"skipped": str(sum(r.status == "skipped" for r in results))}
         if "date" in verification.environment:
-            attributes["timestamp"] = verification.environment["date"][:19]  # schemas have no place for a zone
+            attributes["timestamp"] = verification.environment["date"][:19]  # JUnit's schemas allow no time zone
         suite = ElementTree.SubElement(root, "testsuite", attributes)
         properties = ElementTree.SubElement(suite, "properties")
         for name, value in (verification.environment | {"command": verification.command}).items():

@@ -1,4 +1,4 @@
-"""The report as one HTML page: no script, nothing fetched, light or dark as its reader's screen is."""
+"""The report as one HTML page without scripts or downloads, light or dark by the reader's setting."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ TONES = {"failed": "bad", "broken": "warn"}
 
 
 def to_html(verification: Verification) -> str:
-    """Return the page: the verdict, what went wrong, the tables, and every result, folded."""
+    """Return the page: verdict, failures, tables, and every result in folded sections."""
     parts = itertools.chain(
         _head(verification), _faults(verification), _tables(verification), _skips(verification),
         _mutants(verification), _environment(verification), _everything(verification),

@@ -1,4 +1,4 @@
-"""What every form of the report says in its own way: counts, the worst errors, what failed, what was skipped."""
+"""The contents that all forms of the report share: counts, worst errors, failures, skips."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ VERSIONS = ("vitkernels", "torch", "triton", "python")
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Columns after the first ``words`` hold figures."""
+    """A table whose first ``words`` columns hold text and whose others hold figures."""
 
     header: tuple[str, ...]
     rows: list[tuple[str, ...]]
@@ -23,7 +23,7 @@ class Table:
 
 
 def facts(verification: Verification) -> list[str]:
-    """Return the environment in two lines: versions, and where and when."""
+    """Return the environment in two lines: versions; device, system, date and duration."""
     known = verification.environment
     versions = ", ".join(f"{name} {known[name]}" for name in VERSIONS if name in known)
     others = [known[name] for name in ("device", "system", "date") if name in known]
@@ -36,7 +36,7 @@ def verdict(verification: Verification) -> str:
 
 
 def by_op(verification: Verification) -> Table:
-    """Return how far the errors of each op and dtype are from PyTorch's, and what came of its checks."""
+    """Return, for each op and dtype, the worst error divided by PyTorch's, and the counts of its results."""
     rows: dict[tuple[str, str], list[Result]] = collections.defaultdict(list)
     for result in kernels(verification):
         if result.dtype:
@@ -54,7 +54,7 @@ def by_op(verification: Verification) -> Table:
 
 
 def by_group(verification: Verification) -> Table:
-    """Return what came of each group of checks."""
+    """Return the counts of results and the seconds of each group of checks."""
     rows: dict[str, list[Result]] = collections.defaultdict(list)
     for result in verification.results:
         rows[result.group].append(result)
@@ -65,7 +65,7 @@ def by_group(verification: Verification) -> Table:
 
 
 def faults(verification: Verification, status: str) -> dict[str, list[Result]]:
-    """Return the results of ``status`` (``failed`` or ``broken``) by their check's id, which one command repeats."""
+    """Return the results of ``status`` (``failed`` or ``broken``) by check id; one command repeats each check."""
     found: dict[str, list[Result]] = collections.defaultdict(list)
     for result in verification.results:
         if result.status == status:
@@ -74,7 +74,7 @@ def faults(verification: Verification, status: str) -> dict[str, list[Result]]:
 
 
 def skips(verification: Verification) -> list[tuple[str, str]]:
-    """Return each reason for skipping, and what was skipped for it: parts of ids, with how many results."""
+    """Return each reason for skipping with what was skipped: group and subject, and the number of results."""
     reasons: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for result in kernels(verification):
         if result.status == "skipped":
@@ -85,7 +85,7 @@ def skips(verification: Verification) -> list[tuple[str, str]]:
 
 
 def mutants(verification: Verification) -> tuple[str, list[Result]]:
-    """Return how many of the seeded defects were caught, "" where none was made, and those that were not."""
+    """Return a sentence on the number of seeded defects caught ("" without any), and the results of the others."""
     made = [r for r in verification.results if r.check.startswith("mutants/")]
     survivors = [r for r in made if r.status != "passed"]
     score = f"Seeded defects: {len(made) - len(survivors)} of {len(made)} caught." if made else ""
@@ -98,14 +98,14 @@ def kernels(verification: Verification) -> Iterable[Result]:
 
 
 def ratio_text(ratio: float | None) -> str:
-    """Return a ratio in three digits, "" where there is none."""
+    """Return the ratio with about three digits, or "" for None."""
     if ratio is None:
         return ""
     return f"{ratio:.2f}" if ratio < 100 else f"{ratio:.3g}" if math.isfinite(ratio) else "∞"
 
 
 def _worst_ratio(results: list[Result]) -> float | None:
-    # NaN is no number to be the largest, and worse than any.
+    # max() would mishandle NaN, which is worse than any number.
     ratios = [math.inf if math.isnan(r.ratio) else r.ratio for r in results if r.ratio is not None]
     return max(ratios, default=None)
 

@@ -1,4 +1,4 @@
-"""The report at a terminal: the verdict is its last line."""
+"""The report at a terminal, with the verdict in the last line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WIDTH = 100
 
 
 def print_report(verification: Verification) -> None:
-    """Print tables of what was checked, all that went wrong with the commands that repeat it, and the verdict."""
+    """Print the tables, all failures with the commands that repeat them, and the verdict."""
     for line in summary.facts(verification):
         print(line)
     for table in (summary.by_op(verification), summary.by_group(verification)):

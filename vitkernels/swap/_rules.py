@@ -94,10 +94,7 @@ def why_not_swap(rule: Rule, module: nn.Module) -> str | None:
 
 
 def hides_forward(module: nn.Module) -> bool:
-    """Tell whether a forward bound to the instance hides the class's forward.
-
-    transformers 4.56 and 4.57 bind the class's own forward, which hides nothing.
-    """
+    """Tell whether a forward bound to ``module`` hides its class's; transformers 4.56 and 4.57 bind the class's own."""
     forward = module.__dict__.get("forward")
     if forward is None:
         return False
@@ -127,10 +124,7 @@ def _strange_attribute(rule: Rule, module: nn.Module) -> str | None:
 
 
 def _blocked(rule: Rule, module: nn.Module, dtypes: set[torch.dtype], read: dict[type[nn.Module], None]) -> str | None:
-    """Return why ``module`` cannot run fused, or None.
-
-    Adds the dtypes of its parameters to ``dtypes``, and the classes that are read but not called to ``read``.
-    """
+    """Return why ``module`` cannot run fused, or None; add its dtypes to ``dtypes``, the classes read to ``read``."""
     reason = _strange_parameters(module, rule.parameters, dtypes, rule.optional_parameters)
     if reason is not None:
         return reason
@@ -234,9 +228,9 @@ def _unless_traced(rule: Rule, name: str) -> Callable:
     """Return a method that runs the fused method ``name``, but the original one under a tracer.
 
     torch.fx calls a module with proxies, and ``torch.jit.trace`` (also the older ONNX export) makes sizes tensors:
-    neither can trace a kernel launch. ``torch.jit.script`` compiles a method's source and looks up its names in the
-    function's globals: ``__wrapped__`` leads it to the original's source, so the method made here has the original's
-    globals. Therefore it uses names of this module only through its closure.
+    neither can trace a kernel launch. ``torch.jit.script`` follows ``__wrapped__`` to the original's source, and looks
+    up its names in this method's globals. So the method has the original's globals, and gets names of this module
+    only through its closure.
     """
     fused, original, cls = inspect.unwrap(getattr(rule.fused, name)), getattr(rule.original, name), rule.original
     first = list(inspect.signature(fused).parameters)[1]

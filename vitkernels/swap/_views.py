@@ -1,7 +1,6 @@
 """Views of other libraries' blocks under timm's attribute names, which :mod:`vitkernels.layers.fused` reads.
 
-A view is made at each call, because a swapped module has no state of its own. The views are dataclasses, because
-torch.compile can trace through these.
+A view is made at each call, because a swapped module has no state of its own. torch.compile can trace dataclasses.
 """
 
 from __future__ import annotations
@@ -146,7 +145,7 @@ def fills_patches(embed: nn.Module, x: Tensor) -> bool:
     return patch_y <= Y and patch_x <= X and Y % patch_y == 0 and X % patch_x == 0
 
 
-# The parameters of nn.MultiheadAttention. The limit of a rule that reads them must call multihead_limit.
+# Of nn.MultiheadAttention. The limit of a rule that reads these must call multihead_limit.
 MULTIHEAD_PARAMETERS = frozenset({"in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight"})
 
 

@@ -1,9 +1,8 @@
 """Rules for DINOv2's own code (``torch.hub`` and the repository): blocks, attention, MLPs, patch embedding.
 
-Imported only if the package ``dinov2`` is imported. The subclasses are defined at module level, so that pickle finds
-them. A block runs its original forward, with swapped modules inside, in two cases: on a list of tensors, which it
-nests for xFormers; and in training with ``sample_drop_ratio``, which removes samples from the branches rather than
-masking them.
+Imported only if the package ``dinov2`` is imported. Pickle needs the subclasses at module level. A block runs its
+original forward, with swapped modules inside, in two cases: on a list of tensors, which it nests for xFormers; and in
+training with ``sample_drop_ratio``, which removes samples from the branches rather than masking them.
 """
 
 from __future__ import annotations

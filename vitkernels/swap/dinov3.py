@@ -1,8 +1,8 @@
 """Rules for DINOv3's own code (``torch.hub`` and the repository): blocks, attention, MLPs, patch embedding.
 
-Imported only if the package ``dinov3`` is imported. The subclasses are defined at module level, so that pickle finds
-them. ``LinearKMaskedBias`` multiplies its bias by a mask from the checkpoint (NaN until one is loaded). On a list of
-tensors, and in training with ``sample_drop_ratio``, a block runs its original forward with swapped modules inside.
+Imported only if the package ``dinov3`` is imported. Pickle needs the subclasses at module level. ``LinearKMaskedBias``
+multiplies its bias by a mask from the checkpoint (NaN until one is loaded). On a list of tensors, and in training with
+``sample_drop_ratio``, a block runs its original forward with swapped modules inside.
 """
 
 from __future__ import annotations

@@ -120,10 +120,7 @@ _TOWERS = ("visual", "vision_model")  # open_clip's and transformers'
 
 
 def image_size(model: nn.Module) -> tuple[int, int, int] | None:
-    """Return channels, height and width of a model's images, or None if unknown.
-
-    Known for models of timm, torchvision, transformers and open_clip's towers.
-    """
+    """Return channels, height and width of the images that ``model`` takes, or None if unknown."""
     config = getattr(model, "config", None)
     known = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, None, None))
     sizes = (

@@ -1,7 +1,7 @@
 """Rules for open_clip: the residual blocks, their LayerNorms, and the image tower's embedding.
 
-Imported only if open_clip is imported. The subclasses are defined at module level, so that pickle finds them. Text
-towers consist of the same blocks, with a mask.
+Imported only if open_clip is imported. Pickle needs the subclasses at module level. Text towers consist of the same
+blocks, with a mask.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Rules for torchvision's ViTs: the encoder's blocks, their MLPs, and the model's patch embedding.
 
-Imported only if torchvision is imported. The subclasses are defined at module level, so that pickle finds them.
+Imported only if torchvision is imported. Pickle needs the subclasses at module level.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Compare outputs and gradients with fp64, PyTorch's own error the yardstick, without false alarms.
 
-Both errors are random, so the rule of :mod:`vitkernels.testing.compare` fails one in some hundreds of small tensors by
-chance. So a tensor that breaks the rule is drawn twice more, and fails if it breaks the rule in most of the three
-draws: a defect of the code shows in all of them. An error that luck cannot explain fails at once.
+Both errors are random, so by chance one in some hundreds of small tensors breaks the rule of
+:mod:`vitkernels.testing.compare`. Such a tensor is drawn twice more, and fails if it breaks the rule in most of the
+three draws: a defect of the code shows in all. An error that luck cannot explain fails at once.
 """
 
 from __future__ import annotations

@@ -191,9 +191,9 @@ def run_all(chosen: Sequence[Check], device: torch.device) -> list[Result]:
     if workers < 2:
         return [result for check in track(chosen, text) for result in _run(check)]
     found: dict[int, list[Result]] = {}
-    # Checks are closures, which cannot be pickled. Forked workers inherit them through this list.
+    # Checks are closures, which cannot be pickled; forked workers inherit them.
     _CHOSEN[:] = chosen
-    gc.freeze()  # otherwise each worker's collector would scan all objects made before the fork
+    gc.freeze()  # or each worker's collector would scan all older objects
     try:
         with _interrupt.pool(workers, "fork") as pool:
             jobs = {pool.submit(_run_in_worker, i): i for i in range(len(chosen))}
@@ -228,7 +228,7 @@ def _run(check: Check) -> list[Result]:
     start = time.perf_counter()
     try:
         with warnings.catch_warnings():
-            # Checks put in NaN and infinities on purpose, so warnings about them are noise.
+            # Checks put in NaN and infinities on purpose.
             warnings.simplefilter("ignore", RuntimeWarning)
             results = list(check.run())
     except (UserError, ImportError, MemoryError, torch.OutOfMemoryError) as error:  # the machine's fault

@@ -199,7 +199,7 @@ class ViTAttention(Attention):
 
 
 class CLIPAttention(Attention):
-    """CLIP's attention, in the vision tower and in the text tower."""
+    """CLIP's attention, in both towers."""
 
     _options = attention_options("q_proj", "k_proj", "v_proj", "out_proj")
     _names = ("out_proj", "scale", "dropout")

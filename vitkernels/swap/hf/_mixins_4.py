@@ -34,7 +34,7 @@ class SelfAttention(new._Attention):
 
 
 class TupleSelfAttention(SelfAttention):
-    """:class:`SelfAttention` until 4.55, with ``output_attentions`` and a tuple as the result."""
+    """:class:`SelfAttention` until 4.55, which returns a tuple."""
 
     _takes = SelfAttention._takes | {"output_attentions"}
 

@@ -1,6 +1,6 @@
 """timm's layers: norms, attention, the MLPs, and the patch embedding.
 
-The subclasses are defined at module level, so that pickle finds them.
+Pickle needs the subclasses at module level.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class Subject:
 
     @functools.cached_property
     def pass_seconds(self) -> float:
-        """CPU seconds of a forward pass with one module of each group of equal ones on the kernels."""
+        """CPU seconds of a forward pass with one module of each group on the kernels."""
         trio = _trio(self, 0, 1, training=False)
         start = time.process_time()  # CPU time: a busy machine must not verify less
         with torch.no_grad():
@@ -359,9 +359,9 @@ def _drop_nothing(model: nn.Module) -> None:
 def _shake(model: nn.Module) -> None:
     """Add noise, drawn on the CPU, to every parameter, so that each affects the outputs.
 
-    A trained matrix gets noise of a tenth of its RMS. A matrix with an RMS below 1/√fan-in, as before training, gets
-    enough noise to reach that; otherwise features would be small and attention weights uniform. Vectors and embeddings
-    get noise of 0.1: their values are of the order of 1, or start at 0.
+    A trained matrix gets a tenth of its RMS. One with an RMS below 1/√fan-in, as before training, gets enough to reach
+    that: otherwise features would be small and attention weights uniform. Vectors and embeddings get 0.1: their values
+    are of the order of 1, or start at 0.
     """
     with torch.no_grad():
         for p in (p for p in model.parameters() if p.is_floating_point() and p.numel()):
@@ -389,10 +389,7 @@ def _outputs(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
 
 
 def _by_either_order(judge: Callable[[], list[Verdict]], trio: Trio) -> list[Verdict]:
-    """Judge by plain PyTorch; if that fails on an emulated GPU, judge by fp32 products summed as a GPU sums them.
-
-    Such sums are slow, so they are computed only if needed.
-    """
+    """Judge by plain PyTorch; if that fails on an emulated GPU, by fp32 products summed as on a GPU, which is slow."""
     verdicts = judge()
     emulated = runtime.emulated_arch() is not None and all(p.is_cpu for p in trio.plain.parameters())
     if all(v.passed for v in verdicts) or not emulated or trio.dtype != torch.float32:
@@ -473,8 +470,8 @@ def _depth(subject: Subject, seconds: float | None, passes: float) -> tuple[int 
     """Return how many modules of each group of equal ones can run on the kernels in ``seconds``.
 
     Returns:
-        That number, None for all; a note for the result; and how often ``seconds`` is enough for ``passes`` forward
-        passes with one module of each group on the kernels.
+        That number, None for all; a note for the result; and how often ``passes`` forward passes with one module of
+        each group on the kernels fit into ``seconds``.
     """
     if seconds is None or subject.alike < 2:
         return None, "", 1.0

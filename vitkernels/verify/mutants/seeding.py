@@ -92,7 +92,7 @@ def _edited_function(module: ModuleType, function: FunctionType, mutant: Mutant)
 def _edited_kernel(module: ModuleType, kernel, mutant: Mutant) -> Iterator[None]:
     new = {id(kernel): _execute(module, kernel.fn, _edit(kernel.fn, mutant), mutant.name)}
     places = list(places_of_kernels())
-    # Triton would reuse a compiled kernel even if a function that it calls has changed. So its callers are made anew.
+    # Triton reuses a compiled kernel even if a function that it calls has changed, so callers are defined again too.
     for other in _callers(kernel, [value for _, _, value in places]):
         home = sys.modules[other.fn.__module__]
         new[id(other)] = _execute(home, other.fn, inspect.getsource(other.fn), mutant.name)

@@ -23,7 +23,7 @@ class Table:
 
 
 def facts(verification: Verification) -> list[str]:
-    """Return the environment in two lines: versions; device, system, date and duration."""
+    """Return two lines: versions; device, system, date and duration."""
     known = verification.environment
     versions = ", ".join(f"{name} {known[name]}" for name in VERSIONS if name in known)
     others = [known[name] for name in ("device", "system", "date") if name in known]
@@ -36,7 +36,7 @@ def verdict(verification: Verification) -> str:
 
 
 def by_op(verification: Verification) -> Table:
-    """Return, for each op and dtype, the worst error divided by PyTorch's, and the counts of its results."""
+    """Return the worst error divided by PyTorch's, and the counts of results, by op and dtype."""
     rows: dict[tuple[str, str], list[Result]] = collections.defaultdict(list)
     for result in kernels(verification):
         if result.dtype:

@@ -25,7 +25,6 @@ EPILOGUE = {"residual": (150, 140), "layer_scale": (140,)}
 CALLS = {
     "layer_norm in chunks": of("layer_norm", {"x": (9, 8200), "weight": (8200,), "bias": (8200,)}),
     "add_layer_norm": of("add_layer_norm", {**SUM, "bias": (40,)}),
-    "add_rms_norm": of("add_rms_norm", SUM),
     "linear": of(
         "linear", {"x": (150, 30), "weight": (140, 30), "bias": (140,), **EPILOGUE}, torch.float32, activation="gelu"
     ),
@@ -35,11 +34,6 @@ CALLS = {
         recompute=True,
     ),
     "swiglu_mlp": of("swiglu_mlp", {"x": (150, 30), "w12": (300, 30), "b12": (300,), "w3": (140, 150), "b3": (140,)}),
-    "swiglu_mlp with a norm": of(
-        "swiglu_mlp",
-        {"x": (150, 30), "gate": (150, 30), "value": (150, 30), "w3": (140, 150), "b3": (140,), "norm_weight": (150,)},
-        eps=1e-6,
-    ),
     "attention by rows": of("attention", {**heads(2, 2, 70, 16), "attn_mask": (2, 70, 70)}),
     "attention by windows": of("attention", {**heads(9, 2, 17, 16), "attn_mask": (2, 17, 17)}),
     "attention by blocks": of("attention", heads(1, 2, 270, 16), is_causal=True, dropout_p=0.2),

@@ -146,15 +146,18 @@ class _Slot(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """One call made by a launcher; ``reads`` and ``results`` are slots, ``kept`` marks a call with side effects."""
+    """One call made by a launcher; a :class:`_Slot` stands for each tensor, ``kept`` marks a call with side effects."""
 
     name: str
     call: Callable
     arguments: list[Any]
     options: dict[str, Any]
-    reads: set[int]
-    results: int | list[int] | None
+    results: _Slot | tuple[_Slot, ...] | None
     kept: bool
+
+    @property
+    def reads(self) -> set[int]:
+        return _slots_in(self.arguments) | _slots_in(self.options)
 
 
 _STREAM = object()
@@ -175,6 +178,8 @@ class _Writer:
             return "stream"
         if type(value) is list:
             return f"[{', '.join(map(self.value, value))}]"
+        if type(value) is tuple:
+            return f"({''.join(f'{self.value(each)}, ' for each in value)})"
         return self.name("c", value)
 
     def name(self, prefix: str, value: Any) -> str:
@@ -188,21 +193,14 @@ class _Writer:
             self.lines.append("stream = current_stream(device)")
         arguments = [self.value(each) for each in step.arguments]
         arguments += [f"{key}={self.value(each)}" for key, each in step.options.items()]
-        call = self.name(f"{step.name}_", step.call)
-        results = step.results
-        if type(results) is list:
-            results = f"({''.join(f't{slot}, ' for slot in results)})"
-        elif results is not None:
-            results = f"t{results}"
-        self.lines.append(
-            f"{results} = {call}({', '.join(arguments)})" if results else f"{call}({', '.join(arguments)})"
-        )
+        call = f"{self.name(f'{step.name}_', step.call)}({', '.join(arguments)})"
+        self.lines.append(call if step.results is None else f"{self.value(step.results)} = {call}")
         if spent:
             self.lines.append(f"del {', '.join(f't{slot}' for slot in sorted(spent))}")
 
-    def plan(self, given: int, returned: str) -> Plan:
+    def plan(self, given: int, returned: _Slot | tuple[_Slot, ...]) -> Plan:
         head = f"def run({', '.join(['device', *(f't{slot}' for slot in range(given))])}):"
-        source = "\n    ".join([head, *self.lines, f"return {returned}"])
+        source = "\n    ".join([head, *self.lines, f"return {self.value(returned)}"])
         exec(compile(source, "<a plan of vitkernels>", "exec"), self.globals)
         return Plan(self.globals["run"], source)
 
@@ -240,7 +238,7 @@ class _Watch(TorchDispatchMode):
             return
         # The JIT's launch call without the hook arguments: no plan runs while launch hooks are set.
         launch = [*(*grid, 1, 1)[:3], _STREAM, compiled.function, compiled.packed_metadata, None, None, None, *ordered]
-        self._steps.append(_Step(kernel.__name__, compiled.run, launch, {}, _slots_in(ordered), None, kept=True))
+        self._steps.append(_Step(kernel.__name__, compiled.run, launch, {}, None, kept=True))
 
     def _add(self, func, args: list, kwargs: dict, result: Any) -> None:
         arguments, options = self._to_slots(args), self._to_slots(kwargs)
@@ -252,33 +250,32 @@ class _Watch(TorchDispatchMode):
                 return
             results = self._slot_of(result)
             if func.is_view and args[0].data_ptr() == result.data_ptr() and result.numel():
-                self._views[results] = self._slots[id(args[0])]
+                self._views[results.index] = self._slots[id(args[0])]
         elif isinstance(result, (list, tuple)) and all(isinstance(t, Tensor) for t in result):
-            results = [self._slot_of(t) for t in result]
+            results = tuple([self._slot_of(t) for t in result])
         else:
             raise _Unknown
         if func in _ALLOCATE:
             self._steps.append(self._allocation(result, results))
             return
-        reads = _slots_in(arguments) | _slots_in(options)
         name, kept = func.overloadpacket.__name__, func._schema.is_mutable
-        self._steps.append(_Step(name, _SHORTER.get(func, func), arguments, options, reads, results, kept))
+        self._steps.append(_Step(name, _SHORTER.get(func, func), arguments, options, results, kept))
 
-    def _allocation(self, made: Tensor, slot: int) -> _Step:
+    def _allocation(self, made: Tensor, slot: _Slot) -> _Step:
         """Return the fastest call that allocates a tensor like ``made``, without the original call's arguments."""
         size, options = list(made.shape), {"dtype": made.dtype, "device": made.device}
         if made.stride() != torch.empty(made.shape, device="meta").stride():  # compares dims of size 1, too
-            return _Step("empty", torch.empty_strided, [size, list(made.stride())], options, set(), slot, kept=False)
+            return _Step("empty", torch.empty_strided, [size, list(made.stride())], options, slot, kept=False)
         for i, given in enumerate(self._tensors[: self._given]):
             if given.dtype is made.dtype and given.device == made.device:
-                return _Step("empty", Tensor.new_empty, [_Slot(i), size], {}, {i}, slot, kept=False)
-        return _Step("empty", torch.empty, [size], options, set(), slot, kept=False)
+                return _Step("empty", Tensor.new_empty, [_Slot(i), size], {}, slot, kept=False)
+        return _Step("empty", torch.empty, [size], options, slot, kept=False)
 
-    def _slot_of(self, tensor: Tensor) -> int:
+    def _slot_of(self, tensor: Tensor) -> _Slot:
         slot = self._slots.setdefault(id(tensor), len(self._tensors))
         if slot == len(self._tensors):
             self._tensors.append(tensor)
-        return slot
+        return _Slot(slot)
 
     def _to_slots(self, value: Any, through_views: bool = False) -> Any:
         if isinstance(value, Tensor):
@@ -296,21 +293,20 @@ class _Watch(TorchDispatchMode):
 
     def plan(self, results: Any) -> Plan | None:
         """Return a plan that computes ``results``, or None if the recorded calls cannot be repeated."""
-        results_ = list(results) if isinstance(results, (list, tuple)) else [results]
-        if not self._known or not all(isinstance(t, Tensor) and id(t) in self._slots for t in results_):
+        outputs = (results,) if isinstance(results, Tensor) else tuple(results)
+        if not self._known or not all(isinstance(t, Tensor) and id(t) in self._slots for t in outputs):
             return None
-        returned = [self._slots[id(t)] for t in results_]
-        needed, steps = set(returned), []
+        returned = self._to_slots(outputs)
+        needed, steps = _slots_in(returned), []
         for step in reversed(self._steps):
-            made = [] if step.results is None else [step.results] if type(step.results) is int else step.results
-            if step.kept or needed.intersection(made):
-                steps.append((step, {slot for slot in {*step.reads, *made} - needed if slot >= self._given}))
+            made = _slots_in(step.results)
+            if step.kept or needed & made:
+                steps.append((step, {slot for slot in (step.reads | made) - needed if slot >= self._given}))
                 needed |= step.reads
         writer = _Writer()
         for step, spent in reversed(steps):
             writer.step(step, spent)
-        tensors = [f"t{slot}" for slot in returned]
-        return writer.plan(self._given, tensors[0] if isinstance(results, Tensor) else f"({', '.join(tensors)},)")
+        return writer.plan(self._given, returned[0] if isinstance(results, Tensor) else returned)
 
 
 def _slots_in(value: Any) -> set[int]:

@@ -2,8 +2,8 @@
 
 The public function runs with a bench's arguments as it does on a GPU: checks, autograd, the dispatcher, the plan of its
 launches (``vitkernels/ops/_plan.py``) and Triton. Only the launch does nothing: a stand-in replaces Triton's driver. So
-the figure leaves out the time of CUDA's driver, about 3 µs per launch, and the switch to the tensor's device, which
-only a GPU needs. PyTorch's own ops run on the CPU, on tensors so small that their work hardly counts.
+the figure leaves out the time of CUDA's driver and the switch to the tensor's device, which only a GPU needs. PyTorch's
+own ops run on the CPU, on tensors so small that their work hardly counts.
 
 Only undisturbed samples count; :mod:`benchmarks.run` says how they are found. A Python compiled without profile-guided
 optimization, such as pyenv's default, takes about 30 % longer than a distribution's.

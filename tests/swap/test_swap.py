@@ -42,7 +42,7 @@ def images(device):
 def fused_calls(monkeypatch):
     """The names of the fused forwards in the order of their calls."""
     calls = []
-    for name in ("layer_norm", "attention", "mlp", "block", "patch_embed"):
+    for name in ("norm", "attention", "mlp", "block", "patch_embed"):
         original = getattr(fused, name)
 
         def spy(*args, _name=name, _original=original, **kwargs):

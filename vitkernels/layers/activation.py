@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from vitkernels import reference
-from vitkernels.layers import fused
+from vitkernels.layers import records
 
 
 class QuickGELU(nn.Module):
@@ -43,7 +43,7 @@ def create_activation(act_layer: str | Callable[[], nn.Module] | None) -> nn.Mod
             raise ValueError(f"unknown act_layer {act_layer!r}; expected one of {', '.join(_BY_NAME)}")
         return _BY_NAME[act_layer]()
     act = act_layer()
-    name = fused.activation_name(act)
+    name = records.activation_name(act)
     if name is None:
         raise NotImplementedError(f"act_layer makes {act!r}; expected the meaning of one of {', '.join(_BY_NAME)}")
     return _BY_NAME[name]()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from vitkernels import ops
-from vitkernels.layers import fused
+from vitkernels.layers import fused, records
 from vitkernels.layers._plain import has_plain_children
 
 _DROP = {"attn_drop": (nn.Dropout,)}
@@ -61,10 +61,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fuses():
-            return fused.attention(self, x)
+            return fused.attention(records.attention(self), x)
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
         if has_plain_children(self, _DROP):
-            out = ops.attention_qkvpacked(qkv, scale=self.scale, dropout_p=fused.attention_dropout(self))
+            out = ops.attention_qkvpacked(qkv, scale=self.scale, dropout_p=records.dropout(self.attn_drop))
         else:  # another module in place of the dropout, or a hook on it, needs the weights
             q, k, v = qkv.permute(2, 0, 3, 1, 4)
             weights = self.attn_drop(ops.attention_weights(q, k, scale=self.scale).to(v.dtype))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from vitkernels.layers import fused
+from vitkernels.layers import fused, records
 from vitkernels.layers._plain import has_plain_children
 from vitkernels.layers.attention import Attention
 from vitkernels.layers.drop_path import DropPath
@@ -86,6 +86,6 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fuses():
-            return fused.block(self, x)
+            return fused.block(records.block(self), x)
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from vitkernels.layers import fused
+from vitkernels.layers import fused, records
 
 
 class DropPath(nn.Module):
@@ -23,7 +23,7 @@ class DropPath(nn.Module):
         self.scale_by_keep = scale_by_keep
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = fused.drop_path_scale(self, x)
+        scale = fused.drop_path_scale(records.drop_path(self), x)
         return x if scale is None else x * scale.reshape(-1, *[1] * (x.ndim - 1))
 
     def extra_repr(self) -> str:

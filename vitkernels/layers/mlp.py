@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from vitkernels.layers import fused
+from vitkernels.layers import fused, records
 from vitkernels.layers._plain import has_plain_children
 from vitkernels.layers.activation import QuickGELU, create_activation
 
@@ -57,5 +57,5 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fuses():
-            return fused.mlp(self, x)
+            return fused.mlp(records.mlp(self), x)
         return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))

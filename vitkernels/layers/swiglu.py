@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from vitkernels.layers import fused, records
 from vitkernels.layers._plain import has_plain_children
 from vitkernels.layers.activation import QuickGELU, create_activation
-from vitkernels.layers.fused import swiglu as fused_swiglu
 from vitkernels.layers.layer_norm import LayerNorm
 
 _CHILDREN = {
@@ -40,7 +40,7 @@ class _GatedMlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         dropped = self.training and (self.drop1.p or self.drop2.p)
         if self.fuses() and not dropped:
-            return fused_swiglu(self, x)
+            return fused.mlp(records.mlp(self), x)
         gate, value = self._gate_and_value(x)
         return self.drop2(self.fc2(self.norm(self.drop1(self.act(gate) * value))))
 

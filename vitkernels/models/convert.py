@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vitkernels.layers.fused import activation_name
+from vitkernels.layers.records import activation_name
 from vitkernels.models.weights import FILES, State, read_config, read_weights
 
 Config = dict[str, object]

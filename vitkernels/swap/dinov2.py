@@ -16,8 +16,9 @@ from dinov2.layers.patch_embed import PatchEmbed
 from dinov2.layers.swiglu_ffn import SwiGLUFFN, SwiGLUFFNFused
 from torch import Tensor, nn
 
-from vitkernels.layers import fused
-from vitkernels.swap import _views
+from vitkernels.layers import fused, records
+from vitkernels.swap import _dino
+from vitkernels.swap._limits import layer_scales_limit, packed_heads_limit
 from vitkernels.swap._rules import PARAMETERS, Rule, add, runs_fused
 
 
@@ -44,7 +45,7 @@ class FusedMlp(Mlp):
 
     def forward(self, x: Tensor) -> Tensor:
         if runs_fused(MLP, self, x):
-            return fused.mlp(_views.dino_mlp(self), x)
+            return fused.mlp(_dino.mlp(self), x)
         return super().forward(x)
 
 
@@ -53,7 +54,7 @@ class FusedSwiGLUFFN(SwiGLUFFN):
 
     def forward(self, x: Tensor) -> Tensor:
         if runs_fused(SWIGLU, self, x):
-            return fused.mlp(_views.packed_swiglu(self.w12, self.w3), x)
+            return fused.mlp(_dino.mlp(self), x)
         return super().forward(x)
 
 
@@ -62,7 +63,7 @@ class FusedSwiGLUFFNFused(SwiGLUFFNFused):
 
     def forward(self, x: Tensor) -> Tensor:
         if runs_fused(SWIGLU_FUSED, self, x):
-            return fused.mlp(_views.packed_swiglu(self.w12, self.w3), x)
+            return fused.mlp(_dino.mlp(self), x)
         return super().forward(x)
 
 
@@ -71,8 +72,8 @@ class FusedPatchEmbed(PatchEmbed):
 
     def forward(self, x: Tensor) -> Tensor:
         # For images of a wrong size the original raises.
-        if runs_fused(PATCH_EMBED, self, x) and _views.fills_patches(self, x):
-            return _views.dino_patch_embed(self, x)
+        if runs_fused(PATCH_EMBED, self, x) and _dino.fills_patches(self, x):
+            return _dino.patch_embed(self, x)
         return super().forward(x)
 
 
@@ -81,7 +82,7 @@ class FusedBlock(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         if not _drops_samples(self) and runs_fused(BLOCK, self, x):
-            return _block(self, x)
+            return fused.block(_dino.block(self, _attention(self.attn)), x)
         return super().forward(x)
 
 
@@ -90,41 +91,35 @@ class FusedNestedTensorBlock(NestedTensorBlock):
 
     def forward(self, x_or_x_list: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
         if not _drops_samples(self) and runs_fused(NESTED_BLOCK, self, x_or_x_list):
-            return _block(self, x_or_x_list)
+            return fused.block(_dino.block(self, _attention(self.attn)), x_or_x_list)
         return super().forward(x_or_x_list)
 
 
-def _attention(attn: Attention) -> _views.Attention:
-    head_dim = attn.qkv.in_features // attn.num_heads
-    return _views.Attention(
-        attn.qkv, attn.proj, attn.num_heads, head_dim, attn.scale, attn.proj_drop, _attention_drop(attn)
+def _attention(attn: Attention) -> records.Attention:
+    children = attn._modules
+    return records.Attention(
+        records.linear(children["qkv"]),
+        records.linear(children["proj"]),
+        attn.num_heads,
+        children["qkv"].in_features // attn.num_heads,
+        attn.scale,
+        attn_drop=_attention_drop(attn),
+        proj_drop=records.dropout(children["proj_drop"]),
     )
 
 
-def _attention_drop(attn: Attention) -> _views.Dropout | nn.Dropout | None:
-    """Return the dropout of attention weights, or None. The rate is a number, in the code of 2023 an nn.Dropout."""
+def _attention_drop(attn: Attention) -> float:
+    """Return the dropout of attention weights. The rate is a number, in the code of 2023 an nn.Dropout."""
     if isinstance(attn, MemEffAttention) and getattr(dinov2_attention, "XFORMERS_AVAILABLE", False):
-        return None  # DINOv2 does not pass the rate to xFormers' attention
+        return 0.0  # DINOv2 does not pass the rate to xFormers' attention
     drop = attn.attn_drop
-    return drop if isinstance(drop, nn.Dropout) else _views.Dropout(drop, attn.training)
+    if isinstance(drop, nn.Dropout):
+        return records.dropout(drop)
+    return drop if attn.training else 0.0
 
 
 def _drops_samples(block: Block) -> bool:
     return block.training and block.sample_drop_ratio > 0.0
-
-
-def _block(block: Block, x: Tensor) -> Tensor:
-    mlp = block.mlp
-    mlp = _views.dino_mlp(mlp) if isinstance(mlp, Mlp) else _views.packed_swiglu(mlp.w12, mlp.w3)
-    return fused.block(_views.Block(block.norm1, _attention(block.attn), block.norm2, mlp, block.ls1, block.ls2), x)
-
-
-def _attention_limit(attn: Attention) -> str | None:
-    return _views.head_dim_limit(attn.qkv.in_features // attn.num_heads)
-
-
-def _patch_embed_limit(embed: PatchEmbed) -> str | None:
-    return _views.patches_limit(embed.proj, tuple(embed.patch_size))
 
 
 PARAMETERS[LayerScale] = frozenset({"gamma"})
@@ -137,7 +132,7 @@ _ATTENTION = {
         "proj_drop": (nn.Dropout,),
     },
     "attributes": frozenset({"dim", "num_heads", "scale", "attn_drop"}),
-    "limit": _attention_limit,
+    "limit": packed_heads_limit,
 }
 _SWIGLU = {"bypassed": {"w12": (nn.Linear,), "w3": (nn.Linear,)}}
 _BLOCK = {
@@ -151,7 +146,7 @@ _BLOCK = {
     },
     "called": frozenset({"drop_path1", "drop_path2"}),  # by the original forward, which runs when they drop
     "attributes": frozenset({"sample_drop_ratio"}),
-    "limit": _views.layer_scales_limit,
+    "limit": layer_scales_limit,
 }
 
 ATTENTION = Rule(Attention, FusedAttention, **_ATTENTION)
@@ -168,8 +163,8 @@ PATCH_EMBED = Rule(
     FusedPatchEmbed,
     bypassed={"proj": (nn.Conv2d,)},
     called=frozenset({"norm"}),
-    attributes=_views.DINO_PATCH_EMBED_ATTRIBUTES,
-    limit=_patch_embed_limit,
+    attributes=_dino.PATCH_EMBED_ATTRIBUTES,
+    limit=_dino.patch_embed_limit,
 )
 BLOCK = Rule(Block, FusedBlock, **_BLOCK)
 NESTED_BLOCK = Rule(NestedTensorBlock, FusedNestedTensorBlock, **_BLOCK)

@@ -15,8 +15,9 @@ from dinov3.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
 from vitkernels import ops
-from vitkernels.layers import fused
-from vitkernels.swap import _views
+from vitkernels.layers import fused, records
+from vitkernels.swap import _dino
+from vitkernels.swap._limits import layer_scales_limit, packed_heads_limit
 from vitkernels.swap._rules import PARAMETERS, Rule, add, runs_fused
 
 
@@ -37,7 +38,7 @@ class FusedMlp(Mlp):
 
     def forward(self, x: Tensor) -> Tensor:
         if runs_fused(MLP, self, x):
-            return fused.mlp(_views.dino_mlp(self), x)
+            return fused.mlp(_dino.mlp(self), x)
         return super().forward(x)
 
 
@@ -46,7 +47,7 @@ class FusedSwiGLUFFN(SwiGLUFFN):
 
     def forward(self, x: Tensor) -> Tensor:
         if runs_fused(SWIGLU, self, x):
-            return fused.mlp(_views.swiglu(self.w1, self.w2, self.w3), x)
+            return fused.mlp(_dino.mlp(self), x)
         return super().forward(x)
 
 
@@ -54,8 +55,8 @@ class FusedPatchEmbed(PatchEmbed):
     """DINOv3's PatchEmbed on :func:`vitkernels.ops.patch_embed`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if runs_fused(PATCH_EMBED, self, x) and _views.fills_patches(self, x):
-            return _views.dino_patch_embed(self, x)
+        if runs_fused(PATCH_EMBED, self, x) and _dino.fills_patches(self, x):
+            return _dino.patch_embed(self, x)
         return super().forward(x)
 
 
@@ -63,13 +64,11 @@ class FusedSelfAttentionBlock(SelfAttentionBlock):
     """DINOv3's pre-norm block on one tensor, with both residual sums and LayerScale inside the kernels."""
 
     def forward(self, x_or_x_list, rope_or_rope_list=None):
-        x, mlp = x_or_x_list, self.mlp
+        x = x_or_x_list
         if (self.training and self.sample_drop_ratio > 0.0) or not runs_fused(BLOCK, self, x):
             return super().forward(x_or_x_list, rope_or_rope_list)
         tables, prefix = _rope(rope_or_rope_list, x.shape[1])
-        attn = _attention(self.attn, prefix)
-        mlp = _views.dino_mlp(mlp) if isinstance(mlp, Mlp) else _views.swiglu(mlp.w1, mlp.w2, mlp.w3)
-        return fused.block(_views.Block(self.norm1, attn, self.norm2, mlp, self.ls1, self.ls2), x, rope=tables)
+        return fused.block(_dino.block(self, _attention(self.attn, prefix)), x, rope=tables)
 
 
 def _rope(rope: tuple[Tensor, Tensor] | None, tokens: int) -> tuple[ops.Rope | None, int]:
@@ -80,28 +79,21 @@ def _rope(rope: tuple[Tensor, Tensor] | None, tokens: int) -> tuple[ops.Rope | N
     return ops.Rope(cos, sin), tokens - sin.shape[-2]
 
 
-def _attention(attn: SelfAttention, prefix: int) -> _views.Attention:
-    qkv = attn.qkv
-    bias = qkv.bias
+def _attention(attn: SelfAttention, prefix: int) -> records.Attention:
+    children = attn._modules
+    qkv = children["qkv"]
+    weight, bias = records.linear(qkv)
     if bias is not None and isinstance(qkv, LinearKMaskedBias):
         bias = bias * qkv.bias_mask.to(bias.dtype)
-    return _views.Attention(
-        _views.Linear(qkv.weight, bias),
-        attn.proj,
+    return records.Attention(
+        records.Linear(weight, bias),
+        records.linear(children["proj"]),
         attn.num_heads,
         qkv.in_features // attn.num_heads,
         attn.scale,
-        attn.proj_drop,
+        proj_drop=records.dropout(children["proj_drop"]),
         num_prefix_tokens=prefix,
     )
-
-
-def _attention_limit(attn: SelfAttention) -> str | None:
-    return _views.head_dim_limit(attn.qkv.in_features // attn.num_heads)
-
-
-def _patch_embed_limit(embed: PatchEmbed) -> str | None:
-    return _views.patches_limit(embed.proj, tuple(embed.patch_size))
 
 
 PARAMETERS[LayerScale] = frozenset({"gamma"})
@@ -113,7 +105,7 @@ ATTENTION = Rule(
     bypassed={"qkv": (nn.Linear, LinearKMaskedBias), "proj": (nn.Linear,), "proj_drop": (nn.Dropout,)},
     called=frozenset({"attn_drop"}),  # nothing calls it, in the original either
     attributes=frozenset({"num_heads", "scale"}),
-    limit=_attention_limit,
+    limit=packed_heads_limit,
 )
 MLP = Rule(
     Mlp,
@@ -126,8 +118,8 @@ PATCH_EMBED = Rule(
     FusedPatchEmbed,
     bypassed={"proj": (nn.Conv2d,)},
     called=frozenset({"norm"}),
-    attributes=_views.DINO_PATCH_EMBED_ATTRIBUTES,
-    limit=_patch_embed_limit,
+    attributes=_dino.PATCH_EMBED_ATTRIBUTES,
+    limit=_dino.patch_embed_limit,
 )
 BLOCK = Rule(
     SelfAttentionBlock,
@@ -141,6 +133,6 @@ BLOCK = Rule(
         "ls2": (nn.Identity, LayerScale),
     },
     attributes=frozenset({"sample_drop_ratio"}),
-    limit=_views.layer_scales_limit,
+    limit=layer_scales_limit,
 )
 add(ATTENTION, MLP, SWIGLU, PATCH_EMBED, BLOCK)

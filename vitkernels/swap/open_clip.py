@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from vitkernels import runtime
-from vitkernels.layers import fused
-from vitkernels.swap import _views
+from vitkernels.layers import fused, records
+from vitkernels.swap._limits import layer_scales_limit, one_dim, patches_limit
+from vitkernels.swap._multihead import multihead, multihead_limit
 from vitkernels.swap._rules import PARAMETERS, Rule, add, runs_fused
-from vitkernels.swap.torch_nn import one_dim
 
 
 class FusedLayerNorm(LayerNorm):
@@ -22,7 +22,7 @@ class FusedLayerNorm(LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if runs_fused(LAYER_NORM, self, x):
-            return fused.layer_norm(self, x).to(x.dtype)
+            return fused.norm(records.norm(self), x).to(x.dtype)
         return super().forward(x)
 
 
@@ -38,12 +38,8 @@ class FusedResidualAttentionBlock(ResidualAttentionBlock):
     ) -> Tensor:
         one_mask = attn_mask is None or attn_mask.ndim == 2  # three dims would be images × heads first
         if k_x is None and v_x is None and one_mask and runs_fused(BLOCK, self, q_x):
-            no_dropout = _views.Dropout(0.0, False)
-            attn = _views.multihead(self.attn, no_dropout)
-            mlp = _views.Mlp(self.mlp.c_fc, self.mlp.gelu, no_dropout, self.mlp.c_proj, no_dropout)
-            block = _views.Block(self.ln_1, attn, self.ln_2, mlp, self.ls_1, self.ls_2)
             # open_clip converts masks, bool ones too, to numbers that are added to the scores.
-            return fused.block(block, q_x, attn_mask=None if attn_mask is None else attn_mask.to(q_x.dtype))
+            return fused.block(_block(self), q_x, attn_mask=None if attn_mask is None else attn_mask.to(q_x.dtype))
         return super().forward(q_x, k_x, v_x, attn_mask)
 
 
@@ -65,21 +61,30 @@ class FusedVisionTransformer(VisionTransformer):
         return super()._embeds(x)
 
 
+def _block(block: ResidualAttentionBlock) -> records.Block:
+    children = block._modules
+    first, act, last = children["mlp"]._modules.values()
+    return records.Block(
+        records.norm(children["ln_1"]),
+        multihead(children["attn"]),
+        records.norm(children["ln_2"]),
+        records.Mlp(records.linear(first), records.linear(last), records.activation_name(act)),
+        records.layer_scale(children["ls_1"]),
+        records.layer_scale(children["ls_2"]),
+    )
+
+
 def _block_limit(block: ResidualAttentionBlock) -> str | None:
     if len(block.mlp) != 3:
         return f"its mlp has {len(block.mlp)} layers, not c_fc, gelu and c_proj alone"
-    if getattr(block.ls_1, "inplace", False) or getattr(block.ls_2, "inplace", False):
-        return "its LayerScale works in place"
-    reason = _views.multihead_limit(block.attn)
-    return reason and f"attn: {reason}"
+    reason = multihead_limit(block.attn)
+    return layer_scales_limit(block, ("ls_1", "ls_2")) or (reason and f"attn: {reason}")
 
 
 def _tower_limit(tower: VisionTransformer) -> str | None:
-    return _views.patches_limit(tower.conv1, tuple(tower.patch_size))
+    return patches_limit(tower.conv1, tuple(tower.patch_size))
 
 
-PARAMETERS[nn.MultiheadAttention] = _views.MULTIHEAD_PARAMETERS
-PARAMETERS[NonDynamicallyQuantizableLinear] = PARAMETERS[nn.Linear]
 PARAMETERS[LayerScale] = frozenset({"gamma"})
 
 LAYER_NORM = Rule(

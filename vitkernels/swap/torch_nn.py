@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from vitkernels.layers import fused
+from vitkernels.layers import fused, records
+from vitkernels.swap._limits import one_dim
 from vitkernels.swap._rules import Rule, add, runs_fused
 
 
@@ -27,14 +28,8 @@ class FusedLayerNorm(nn.LayerNorm, metaclass=_ShownInTorch):
 
     def forward(self, input: Tensor) -> Tensor:
         if runs_fused(LAYER_NORM, self, input):
-            return fused.layer_norm(self, input)
+            return fused.norm(records.norm(self), input)
         return super().forward(input)
-
-
-def one_dim(norm: nn.LayerNorm) -> str | None:
-    """Return why ``norm`` has no kernel (it normalises over more than the last dim), or None if it has one."""
-    dims = len(norm.normalized_shape)
-    return None if dims == 1 else f"it normalises over the last {dims} dims; the kernel over the last one"
 
 
 LAYER_NORM = Rule(

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torchvision.models.vision_transformer import EncoderBlock, MLPBlock, VisionTransformer
 
-from vitkernels.layers import fused
-from vitkernels.swap import _views
-from vitkernels.swap._rules import PARAMETERS, Rule, add, runs_fused
+from vitkernels.layers import fused, records
+from vitkernels.swap._limits import patches_limit
+from vitkernels.swap._multihead import multihead, multihead_limit
+from vitkernels.swap._rules import Rule, add, runs_fused
 
 
 class FusedMLPBlock(MLPBlock):
@@ -28,8 +29,10 @@ class FusedEncoderBlock(EncoderBlock):
 
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() == 3 and runs_fused(BLOCK, self, input):
-            attn = _views.multihead(self.self_attention, self.dropout)
-            return fused.block(_views.Block(self.ln_1, attn, self.ln_2, _mlp(self.mlp)), input)
+            children = self._modules
+            attn = multihead(children["self_attention"], records.dropout(children["dropout"]))
+            norm1, norm2 = records.norm(children["ln_1"]), records.norm(children["ln_2"])
+            return fused.block(records.Block(norm1, attn, norm2, _mlp(children["mlp"])), input)
         return super().forward(input)
 
 
@@ -43,21 +46,25 @@ class FusedVisionTransformer(VisionTransformer):
         return super()._process_input(x)
 
 
-def _mlp(mlp: MLPBlock) -> _views.Mlp:
-    return _views.Mlp(*mlp)
+def _mlp(mlp: MLPBlock) -> records.Mlp:
+    fc1, act, drop1, fc2, drop2 = mlp._modules.values()
+    return records.Mlp(
+        records.linear(fc1),
+        records.linear(fc2),
+        records.activation_name(act),
+        drop1=records.dropout(drop1),
+        drop2=records.dropout(drop2),
+    )
 
 
 def _block_limit(block: EncoderBlock) -> str | None:
-    reason = _views.multihead_limit(block.self_attention)
+    reason = multihead_limit(block.self_attention)
     return reason and f"self_attention: {reason}"
 
 
 def _model_limit(model: VisionTransformer) -> str | None:
-    return _views.patches_limit(model.conv_proj, (model.patch_size, model.patch_size))
+    return patches_limit(model.conv_proj, (model.patch_size, model.patch_size))
 
-
-PARAMETERS[nn.MultiheadAttention] = _views.MULTIHEAD_PARAMETERS
-PARAMETERS[NonDynamicallyQuantizableLinear] = PARAMETERS[nn.Linear]
 
 MLP = Rule(
     MLPBlock,

@@ -6,7 +6,7 @@ that only releases 4.5x have are in ``_mixins_4``.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vitkernels import ops
-from vitkernels.layers import fused
+from vitkernels.layers import fused, records
+from vitkernels.swap._limits import head_dim_limit, patches_limit
 from vitkernels.swap._rules import Rule, runs_fused
-from vitkernels.swap._views import head_dim_limit, patches_limit
 
 # The attention implementations that the kernels replace. Not eager: its callers rely on the weights that it returns.
 IMPLEMENTATIONS = ("sdpa", "vitkernels")
@@ -130,12 +130,22 @@ class Kind:
     _rule: ClassVar[Rule]
 
 
+class Names(NamedTuple):
+    """Names of projections and attributes; ``out`` is None if the parent has the output projection."""
+
+    out: str | None = "o_proj"
+    scale: str = "scaling"
+    dropout: str = "dropout"
+    projections: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj")
+    head_dim: str = "head_dim"
+
+
 class _Attention(Kind):
-    """Self-attention with three input projections and one output projection."""
+    """Self-attention with three input projections."""
 
     _takes = frozenset({"hidden_states", "attention_mask", "kwargs"})
     _options = attention_options("q_proj", "k_proj", "v_proj", "o_proj")
-    _names: ClassVar[tuple[str, str, str]] = ("o_proj", "scaling", "dropout")
+    _names: ClassVar[Names] = Names()
 
     def _fuses(self, x: Tensor, mask: Tensor | None, kwargs: dict[str, object]) -> bool:
         if x.ndim != 3:
@@ -146,41 +156,28 @@ class _Attention(Kind):
         return (mask is None or (isinstance(mask, Tensor) and mask.ndim == 4)) and runs_fused(self._rule, self, x)
 
     def _attend(
-        self, x: Tensor, mask: Tensor | None, is_causal: bool | None = None, **rope: object
-    ) -> tuple[Tensor, None]:
-        out, scale, dropout = (getattr(self, name) for name in self._names)
-        is_causal = self.is_causal if is_causal is None else is_causal
-        options = {"scale": scale, "dropout": dropout, "is_causal": is_causal, **rope}
-        o = self._context(x, mask, (self.q_proj, self.k_proj, self.v_proj), self.head_dim, **options)
-        return ops.linear(o, out.weight, out.bias), None
-
-    def _context(
         self,
         x: Tensor,
         mask: Tensor | None,
-        projections: tuple[nn.Linear, nn.Linear, nn.Linear],
-        head_dim: int,
-        *,
-        scale: float,
-        dropout: float,
-        is_causal: bool,
-        **rope: object,
+        is_causal: bool | None = None,
+        rope: ops.Rope | None = None,
+        num_prefix_tokens: int = 0,
     ) -> Tensor:
-        """Return the attention output (B, N, H·D) of x (B, N, C), before the output projection."""
-        q, k, v = (
-            ops.linear(x, proj.weight, proj.bias).unflatten(-1, (-1, head_dim)).transpose(1, 2) for proj in projections
+        children, names = self._modules, self._names
+        qkv = tuple(records.linear(children[name]) for name in names.projections)
+        head_dim = getattr(self, names.head_dim)
+        attn = records.Attention(
+            qkv,
+            records.linear(children[names.out]) if names.out else None,
+            qkv[0].weight.shape[0] // head_dim,
+            head_dim,
+            getattr(self, names.scale),
+            attn_drop=getattr(self, names.dropout) if self.training else 0.0,
+            num_prefix_tokens=num_prefix_tokens,
         )
-        o = ops.attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            scale=scale,
-            is_causal=is_causal and mask is None,  # as in transformers' sdpa: a mask includes the causal part
-            dropout_p=dropout if self.training else 0.0,
-            **rope,
-        )
-        return o.transpose(1, 2).flatten(2)
+        is_causal = self.is_causal if is_causal is None else is_causal
+        # As in transformers' sdpa: a mask includes the causal part.
+        return fused.attention(attn, x, attn_mask=mask, is_causal=bool(is_causal) and mask is None, rope=rope)
 
 
 class Attention(_Attention):
@@ -188,32 +185,32 @@ class Attention(_Attention):
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs):
         if self._fuses(hidden_states, attention_mask, kwargs):
-            return self._attend(hidden_states, attention_mask, kwargs.get("is_causal"))
+            return self._attend(hidden_states, attention_mask, kwargs.get("is_causal")), None
         return super().forward(hidden_states, attention_mask, **kwargs)
 
 
 class ViTAttention(Attention):
     """ViT's attention."""
 
-    _names = ("o_proj", "scaling", "attention_dropout")
+    _names = Names(dropout="attention_dropout")
 
 
 class CLIPAttention(Attention):
     """CLIP's attention, in both towers."""
 
     _options = attention_options("q_proj", "k_proj", "v_proj", "out_proj")
-    _names = ("out_proj", "scale", "dropout")
+    _names = Names("out_proj", "scale")
 
 
 class SiglipAttention(_Attention):
     """SigLIP's attention, which does not pass its keyword arguments on."""
 
     _options = attention_options("q_proj", "k_proj", "v_proj", "out_proj")
-    _names = ("out_proj", "scale", "dropout")
+    _names = Names("out_proj", "scale")
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs):
         if self._fuses(hidden_states, attention_mask, {}):
-            return self._attend(hidden_states, attention_mask)
+            return self._attend(hidden_states, attention_mask), None
         return super().forward(hidden_states, attention_mask, **kwargs)
 
 
@@ -232,9 +229,7 @@ class RopeAttention(_Attention):
         if position_embeddings is not None and self._fuses(hidden_states, attention_mask, kwargs):
             rope = ops.Rope(*position_embeddings)
             prefix = hidden_states.shape[1] - rope.cos.shape[-2]
-            return self._attend(
-                hidden_states, attention_mask, kwargs.get("is_causal"), rope=rope, num_prefix_tokens=prefix
-            )
+            return self._attend(hidden_states, attention_mask, kwargs.get("is_causal"), rope, prefix), None
         return super().forward(hidden_states, attention_mask, position_embeddings, **kwargs)
 
 
@@ -246,7 +241,7 @@ class Mlp(Kind):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if runs_fused(self._rule, self, hidden_states):
-            return _mlp(self, hidden_states)
+            return fused.mlp(_mlp(self), hidden_states)
         return super().forward(hidden_states)
 
 
@@ -357,10 +352,9 @@ class ViTLayer(_Layer):
         if not runs_fused(self._rule, self, hidden_states):
             return super().forward(hidden_states, *args, **kwargs)
         branch, _ = self.attention(self.layernorm_before(hidden_states), *args, **kwargs)
-        normed, hidden_states = add_norm(self.layernorm_after, self.dropout(branch), hidden_states)
-        if self.dropout.training and self.dropout.p:
-            return self.dropout(_mlp(self.mlp, normed)) + hidden_states
-        return _mlp(self.mlp, normed, residual=hidden_states)
+        normed, hidden_states = fused.add_norm(records.norm(self.layernorm_after), self.dropout(branch), hidden_states)
+        mlp = _mlp(self.mlp)._replace(drop2=records.dropout(self.dropout))
+        return fused.mlp(mlp, normed, residual=hidden_states)
 
 
 class CLIPLayer(_Layer):
@@ -377,8 +371,8 @@ class CLIPLayer(_Layer):
     def _layer(self, x: Tensor, **kwargs: object) -> tuple[Tensor, Tensor | None]:
         """Run the layer, pass ``kwargs`` to its attention, and return the output and the attention weights."""
         branch, weights = self.self_attn(hidden_states=self.layer_norm1(x), **kwargs)
-        normed, x = add_norm(self.layer_norm2, branch, x)
-        return _mlp(self.mlp, normed, residual=x), weights
+        normed, x = fused.add_norm(records.norm(self.layer_norm2), branch, x)
+        return fused.mlp(_mlp(self.mlp), normed, residual=x), weights
 
 
 class Dinov2Layer(_Layer):
@@ -395,21 +389,17 @@ class Dinov2Layer(_Layer):
 
     def _behind_attention(self, branch: Tensor, x: Tensor) -> Tensor:
         gamma1, gamma2 = self.layer_scale1.lambda1, self.layer_scale2.lambda1
+        norm2, mlp = records.norm(self.norm2), _mlp(self.mlp)
         keep = 1.0 - getattr(self.drop_path, "drop_prob", 0.0) if self.drop_path.training else 1.0
         if keep == 1.0:
-            normed, x = add_norm(self.norm2, branch, x, layer_scale=gamma1)
-            return _mlp(self.mlp, normed, residual=x, layer_scale=gamma2)
+            normed, x = fused.add_norm(norm2, branch, x, layer_scale=gamma1)
+            return fused.mlp(mlp, normed, residual=x, layer_scale=gamma2)
         kept = _draw(keep, branch, gamma1)
         # A drop_path_scale of 1 / keep, rounded to bf16, would scale every branch wrongly. So the scale is 0 or 1 here,
         # and the branch is divided by keep.
-        normed, x = add_norm(self.norm2, branch / keep, x, layer_scale=gamma1, drop_path_scale=kept)
-        branch = _mlp(self.mlp, normed, layer_scale=gamma2)
+        normed, x = fused.add_norm(norm2, branch / keep, x, layer_scale=gamma1, drop_path_scale=kept)
+        branch = fused.mlp(mlp, normed, layer_scale=gamma2)
         return torch.addcmul(x, branch, _draw(keep, branch, gamma2).reshape(-1, 1, 1), value=1 / keep)
-
-
-def add_norm(norm: nn.LayerNorm, branch: Tensor, residual: Tensor, **scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Add and normalise in one pass; return the normalised sum and the sum."""
-    return ops.add_layer_norm(branch, residual, norm.weight, norm.bias, norm.eps, **scales)
 
 
 def _draw(keep: float, branch: Tensor, gamma: Tensor) -> Tensor:
@@ -418,24 +408,22 @@ def _draw(keep: float, branch: Tensor, gamma: Tensor) -> Tensor:
     return torch.floor(torch.rand((branch.shape[0], 1, 1), dtype=dtype, device=branch.device) + keep).reshape(-1)
 
 
-def _mlp(mlp: nn.Module, x: Tensor, *, residual: Tensor | None = None, layer_scale: Tensor | None = None) -> Tensor:
-    """Return ``residual + layer_scale · mlp(x)`` for an MLP of any kind in this folder."""
+def _mlp(mlp: nn.Module) -> records.Mlp:
+    """Read an MLP of any kind in this folder."""
     children = mlp._modules
-    epilogue = {"residual": residual, "layer_scale": layer_scale}
     if "weights_in" in children:  # gate and value packed, the gate first
-        first, last = children["weights_in"], children["weights_out"]
-        return ops.swiglu_mlp(x, first.weight, first.bias, last.weight, last.bias, **epilogue)
-    first, last = (children[name] for name in (("fc1", "fc2") if "fc1" in children else ("up_proj", "down_proj")))
-    epilogue["activation"] = activation(mlp)
+        first, last = (records.linear(children[name]) for name in ("weights_in", "weights_out"))
+        return records.Mlp(first, last, "silu", gated=True)
+    names = ("fc1", "fc2") if "fc1" in children else ("up_proj", "down_proj")
+    first, last = (records.linear(children[name]) for name in names)
     gate = children.get("gate_proj")
     if gate is None:
-        return ops.mlp(x, first.weight, first.bias, last.weight, last.bias, **epilogue)
-    biases = None if first.bias is None else (gate.bias, first.bias)
-    return ops.swiglu_mlp(x, (gate.weight, first.weight), biases, last.weight, last.bias, **epilogue)
+        return records.Mlp(first, last, activation(mlp))
+    return records.Mlp((records.linear(gate), first), last, activation(mlp), gated=True)
 
 
 def activation(mlp: nn.Module) -> str | None:
     """Return the ops' name of the activation of ``mlp``, or None if they have none."""
     names = ("activation_fn", "act_fn", "activation", "intermediate_act_fn")
     act = next(mlp._modules[name] for name in names if name in mlp._modules)
-    return _ACTIVATIONS.get(type(act)) or fused.activation_name(act)
+    return _ACTIVATIONS.get(type(act)) or records.activation_name(act)

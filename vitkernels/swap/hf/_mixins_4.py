@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkernels import ops
+from vitkernels.layers import fused, records
 from vitkernels.swap._rules import runs_fused
 from vitkernels.swap.hf import _mixins as new
-from vitkernels.swap.hf._mixins import Kind, activation, add_norm, attention_options, layer_options, mlp_options
+from vitkernels.swap.hf._mixins import Kind, Names, activation, attention_options, layer_options, mlp_options
 
 
 class SelfAttention(new._Attention):
@@ -22,15 +23,12 @@ class SelfAttention(new._Attention):
 
     _takes = frozenset({"hidden_states", "head_mask"})
     _options = attention_options("query", "key", "value")
+    _names = Names(None, "scaling", "dropout_prob", ("query", "key", "value"), "attention_head_size")
 
     def forward(self, hidden_states: Tensor, head_mask: Tensor | None = None):
         if head_mask is None and self._fuses(hidden_states, None, {}):
-            return self._self_context(hidden_states), None
+            return self._attend(hidden_states, None), None
         return super().forward(hidden_states, head_mask)
-
-    def _self_context(self, x: Tensor) -> Tensor:
-        options = {"scale": self.scaling, "dropout": self.dropout_prob, "is_causal": self.is_causal}
-        return self._context(x, None, (self.query, self.key, self.value), self.attention_head_size, **options)
 
 
 class TupleSelfAttention(SelfAttention):
@@ -40,7 +38,7 @@ class TupleSelfAttention(SelfAttention):
 
     def forward(self, hidden_states: Tensor, head_mask: Tensor | None = None, output_attentions: bool = False):
         if head_mask is None and not output_attentions and self._fuses(hidden_states, None, {}):
-            return (self._self_context(hidden_states),)
+            return (self._attend(hidden_states, None),)
         return super(SelfAttention, self).forward(hidden_states, head_mask, output_attentions)
 
 
@@ -126,19 +124,14 @@ class ViTLayer(Kind):
             return super().forward(hidden_states, *args, **kwargs)
         attended = self.attention(self.layernorm_before(hidden_states), *args, **kwargs)
         branch, *weights = attended if isinstance(attended, tuple) else (attended,)
-        normed, x = add_norm(self.layernorm_after, branch, hidden_states)
-        first, last, drop = self.intermediate.dense, self.output.dense, self.output.dropout
-        drops = drop.training and drop.p > 0.0
-        out = ops.mlp(
-            normed,
-            first.weight,
-            first.bias,
-            last.weight,
-            last.bias,
-            activation=activation(self.intermediate),
-            residual=None if drops else x,
+        normed, x = fused.add_norm(records.norm(self.layernorm_after), branch, hidden_states)
+        mlp = records.Mlp(
+            records.linear(self.intermediate.dense),
+            records.linear(self.output.dense),
+            activation(self.intermediate),
+            drop2=records.dropout(self.output.dropout),
         )
-        out = F.dropout(out, drop.p) + x if drops else out
+        out = fused.mlp(mlp, normed, residual=x)
         return (out, *weights) if isinstance(attended, tuple) else out
 
 
@@ -165,7 +158,7 @@ class SiglipAttention(new._Attention):
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: bool = False):
         if not output_attentions and self._fuses(hidden_states, attention_mask, {}):
-            return self._attend(hidden_states, attention_mask)
+            return self._attend(hidden_states, attention_mask), None
         return super().forward(hidden_states, attention_mask, output_attentions)
 
 
@@ -187,7 +180,7 @@ class CLIPAttention(new._Attention):
         if not output_attentions and all(self._fuses(hidden_states, mask, {}) for mask in masks or (None,)):
             mask = masks[0] + masks[1] if len(masks) == 2 else next(iter(masks), None)
             # Until 4.51 the class has no attribute is_causal.
-            return self._attend(hidden_states, mask, getattr(self, "is_causal", False))
+            return self._attend(hidden_states, mask, getattr(self, "is_causal", False)), None
         return super().forward(hidden_states, attention_mask, causal_attention_mask, output_attentions)
 
 

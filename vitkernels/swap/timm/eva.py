@@ -7,7 +7,7 @@ from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import Tensor, nn
 
 from vitkernels import ops
-from vitkernels.layers import fused
+from vitkernels.layers import fused, records
 from vitkernels.swap._rules import Rule, add, runs_fused
 from vitkernels.swap.timm.layers import ABSENT, ATTENTION_CHILDREN, attention_limit, given, head_dim, takes_masks
 from vitkernels.swap.timm.vision_transformer import BRANCHES
@@ -20,7 +20,7 @@ class FusedEvaAttention(EvaAttention):
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         if _runs(EVA_ATTENTION, self, self, x, rope, attn_mask, is_causal):
-            return fused.attention(self, x, attn_mask=attn_mask, is_causal=is_causal, rope=split_rope(self, rope))
+            return fused.attention(records.attention(self), x, **_options(self, rope, attn_mask, is_causal))
         return super().forward(x, rope=rope, **given(attn_mask, is_causal))
 
 
@@ -31,7 +31,7 @@ class FusedAttentionRope(AttentionRope):
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         if _runs(ATTENTION_ROPE, self, self, x, rope, attn_mask, is_causal):
-            return fused.attention(self, x, attn_mask=attn_mask, is_causal=is_causal, rope=split_rope(self, rope))
+            return fused.attention(records.attention(self), x, **_options(self, rope, attn_mask, is_causal))
         return super().forward(x, rope=rope, **given(attn_mask, is_causal))
 
 
@@ -43,7 +43,7 @@ class FusedEvaBlock(EvaBlock):
     ) -> Tensor:
         # Only FusedNaFlexVit passes Packed, after it has checked that this block runs fused.
         if isinstance(attn_mask, fused.Packed) or _runs(EVA_BLOCK, self, self.attn, x, rope, attn_mask, is_causal):
-            return fused.block(self, x, attn_mask=attn_mask, is_causal=is_causal, rope=split_rope(self.attn, rope))
+            return fused.block(records.block(self), x, **_options(self.attn, rope, attn_mask, is_causal))
         return super().forward(x, rope=rope, **given(attn_mask, is_causal))
 
 
@@ -54,8 +54,8 @@ class FusedEvaBlockPostNorm(EvaBlockPostNorm):
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         if _runs(EVA_BLOCK_POST_NORM, self, self.attn, x, rope, attn_mask, is_causal):
-            tables = split_rope(self.attn, rope)
-            return fused.post_norm_block(self, x, attn_mask=attn_mask, is_causal=is_causal, rope=tables)
+            options = _options(self.attn, rope, attn_mask, is_causal)
+            return fused.post_norm_block(records.block(self), x, **options)
         return super().forward(x, rope=rope, **given(attn_mask, is_causal))
 
 
@@ -65,6 +65,10 @@ def split_rope(attn: nn.Module, rope: Tensor | None) -> ops.Rope | None:
         return None
     sin, cos = rope.chunk(2, dim=-1)
     return ops.Rope(cos, sin, interleaved=not getattr(attn, "rotate_half", False))
+
+
+def _options(attn: nn.Module, rope: Tensor | None, attn_mask: Tensor | None, is_causal: bool) -> dict[str, object]:
+    return {"attn_mask": attn_mask, "is_causal": is_causal, "rope": split_rope(attn, rope)}
 
 
 def _runs(

@@ -20,10 +20,9 @@ from timm.layers.activations import GELU, GELUTanh, QuickGELU
 from timm.layers.format import Format, nchw_to
 from torch import Tensor, nn
 
-from vitkernels.layers import fused
+from vitkernels.layers import fused, records
+from vitkernels.swap._limits import head_dim_limit, one_dim, patches_limit
 from vitkernels.swap._rules import Rule, add, runs_fused
-from vitkernels.swap._views import head_dim_limit, patches_limit
-from vitkernels.swap.torch_nn import one_dim
 
 
 class FusedLayerNorm(LayerNorm):
@@ -31,7 +30,7 @@ class FusedLayerNorm(LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if runs_fused(LAYER_NORM, self, x):
-            return fused.layer_norm(self, x)
+            return fused.norm(records.norm(self), x)
         return super().forward(x)
 
 
@@ -40,7 +39,7 @@ class FusedRmsNorm(RmsNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if runs_fused(RMS_NORM, self, x):
-            return fused.rms_norm(self, x)
+            return fused.norm(records.norm(self), x)
         return super().forward(x)
 
 
@@ -49,7 +48,7 @@ class FusedAttention(Attention):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if runs_fused(ATTENTION, self, x) and takes_masks(attn_mask, is_causal):
-            return fused.attention(self, x, attn_mask=attn_mask, is_causal=is_causal)
+            return fused.attention(records.attention(self), x, attn_mask=attn_mask, is_causal=is_causal)
         return super().forward(x, **given(attn_mask, is_causal))
 
 
@@ -58,7 +57,7 @@ class FusedMlp(Mlp):
 
     def forward(self, x: Tensor) -> Tensor:
         if runs_fused(MLP, self, x):
-            return fused.mlp(self, x)
+            return fused.mlp(records.mlp(self), x)
         return super().forward(x)
 
 
@@ -67,7 +66,7 @@ class FusedGluMlp(GluMlp):
 
     def forward(self, x: Tensor) -> Tensor:
         if runs_fused(GLU_MLP, self, x):
-            return fused.mlp(self, x)
+            return fused.mlp(records.mlp(self), x)
         return super().forward(x)
 
 
@@ -76,7 +75,7 @@ class FusedSwiGLU(SwiGLU):
 
     def forward(self, x: Tensor) -> Tensor:
         if runs_fused(SWIGLU, self, x):
-            return fused.mlp(self, x)
+            return fused.mlp(records.mlp(self), x)
         return super().forward(x)
 
 

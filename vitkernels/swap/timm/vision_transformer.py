@@ -7,7 +7,8 @@ from timm.models.vision_transformer import Block, LayerScale, ResPostBlock
 from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 
-from vitkernels.layers import fused
+from vitkernels.layers import fused, records
+from vitkernels.swap._limits import layer_scales_limit
 from vitkernels.swap._rules import PARAMETERS, Rule, add, runs_fused
 from vitkernels.swap.timm.layers import ACTIVATIONS, DROP_PATHS, NORMS, given, takes_masks
 
@@ -17,7 +18,7 @@ class FusedGeGluMlp(GeGluMlp):
 
     def forward(self, x: Tensor) -> Tensor:
         if runs_fused(GE_GLU_MLP, self, x):
-            return fused.mlp(self, x)
+            return fused.mlp(records.mlp(self), x)
         return super().forward(x)
 
 
@@ -26,9 +27,9 @@ class FusedBlock(Block):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if isinstance(attn_mask, fused.Packed):  # only from FusedNaFlexVit, which has checked this block
-            return fused.block(self, x, attn_mask=attn_mask)
+            return fused.block(records.block(self), x, attn_mask=attn_mask)
         if runs_fused(BLOCK, self, x) and takes_masks(attn_mask, is_causal):
-            return fused.block(self, x, attn_mask=attn_mask, is_causal=is_causal)
+            return fused.block(records.block(self), x, attn_mask=attn_mask, is_causal=is_causal)
         return super().forward(x, **given(attn_mask, is_causal))
 
 
@@ -37,14 +38,8 @@ class FusedResPostBlock(ResPostBlock):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if runs_fused(RES_POST_BLOCK, self, x) and takes_masks(attn_mask, is_causal):
-            return fused.post_norm_block(self, x, attn_mask=attn_mask, is_causal=is_causal)
+            return fused.post_norm_block(records.block(self), x, attn_mask=attn_mask, is_causal=is_causal)
         return super().forward(x, **given(attn_mask, is_causal))
-
-
-def _block_limit(block: Block) -> str | None:
-    if getattr(block.ls1, "inplace", False) or getattr(block.ls2, "inplace", False):
-        return "its LayerScale works in place"
-    return None
 
 
 PARAMETERS[LayerScale] = frozenset({"gamma"})
@@ -74,7 +69,7 @@ BLOCK = Rule(
     Block,
     FusedBlock,
     bypassed={**BRANCHES, "ls1": (nn.Identity, LayerScale), "ls2": (nn.Identity, LayerScale)},
-    limit=_block_limit,
+    limit=layer_scales_limit,
 )
 RES_POST_BLOCK = Rule(ResPostBlock, FusedResPostBlock, bypassed=BRANCHES, attributes=frozenset({"init_values"}))
 add(GE_GLU_MLP, BLOCK, RES_POST_BLOCK)

@@ -1,0 +1,229 @@
+"""What a fused forward reads of a module, as plain data.
+
+:mod:`vitkernels.layers.fused` computes from these records alone. The functions below fill them from modules with timm's
+attribute names; each library's file in :mod:`vitkernels.swap` fills them from that library's modules. A record is made
+at each call, because parameters, dropout rates and the mode (training or eval) may change between calls.
+
+Children and parameters are read from ``_modules`` and ``_parameters``: ``nn.Module.__getattr__`` would cost more than
+all the rest of a block's record.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Linear(NamedTuple):
+    """``x · weightᵀ + bias``: weight (out, in), bias (out,) or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+class Norm(NamedTuple):
+    """LayerNorm, or RMSNorm with ``rms``, over the last dim; None in place of a record is the identity."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float | None
+    rms: bool = False
+
+
+class Attention(NamedTuple):
+    """Self-attention.
+
+    Attributes:
+        qkv: The packed projection, or three: queries, keys, values. Keys and values may have fewer heads.
+        proj: The output projection; None if the caller has it.
+        q_norm, k_norm: Norms of each head's queries and keys.
+        norm: Norm in front of ``proj``.
+        gate: Module whose sigmoid multiplies what enters ``proj``; it is called.
+        attn_drop, proj_drop: Dropout probability of the weights and of the output in the present mode.
+        num_prefix_tokens: Tokens in front that RoPE does not rotate.
+    """
+
+    qkv: Linear | tuple[Linear, Linear, Linear]
+    proj: Linear | None
+    num_heads: int
+    head_dim: int
+    scale: float | None = None
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    norm: Norm | None = None
+    gate: nn.Module | None = None
+    attn_drop: float = 0.0
+    proj_drop: float = 0.0
+    num_prefix_tokens: int = 0
+
+
+class Mlp(NamedTuple):
+    """``drop2(fc2(norm(drop1(act(fc1(x))))))``, or gated: ``act(gate) · value`` in place of ``act(fc1(x))``.
+
+    Attributes:
+        fc1: The first layer. If gated: gate and value packed, or two layers, the gate's first.
+        activation: The ops' name of the activation.
+        input_norm: Norm in front of the first layer.
+        drop1, drop2: Dropout probabilities in the present mode.
+        gated: Whether it is a gated MLP.
+        gate_last: Whether the gate's features come last in a packed ``fc1``.
+    """
+
+    fc1: Linear | tuple[Linear, Linear]
+    fc2: Linear
+    activation: str | None
+    norm: Norm | None = None
+    input_norm: Norm | None = None
+    drop1: float = 0.0
+    drop2: float = 0.0
+    gated: bool = False
+    gate_last: bool = False
+
+
+class DropPath(NamedTuple):
+    """Stochastic depth that drops something in the present mode; None in place of a record drops nothing."""
+
+    drop_prob: float
+    scale_by_keep: bool = True
+
+
+class Block(NamedTuple):
+    """A Transformer block; ``gamma1`` and ``gamma2`` are its LayerScales (C,), or None."""
+
+    norm1: Norm | None
+    attn: Attention
+    norm2: Norm | None
+    mlp: Mlp
+    gamma1: Tensor | None = None
+    gamma2: Tensor | None = None
+    drop_path1: DropPath | None = None
+    drop_path2: DropPath | None = None
+
+
+_ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu"}
+
+
+def activation_name(act: nn.Module) -> str | None:
+    """Return the ops' name for the activation module ``act``, or None if they do not support it."""
+    cls = type(act)
+    if cls is nn.GELU:
+        return "gelu" if act.approximate == "none" else "gelu_tanh"
+    if cls is nn.SiLU:
+        return "silu"
+    # Compare other libraries' classes by name, so that nothing imports these libraries.
+    return _ACTIVATIONS.get(cls.__name__) if cls.__module__.startswith(("timm.", "vitkernels.", "open_clip.")) else None
+
+
+def parameter(module: nn.Module, name: str) -> Tensor | None:
+    """Return a parameter of ``module``; a replica of ``nn.DataParallel`` has tensors as attributes instead."""
+    own = module._parameters
+    return own[name] if name in own else getattr(module, name)
+
+
+def linear(module: nn.Module) -> Linear:
+    """Read a Linear."""
+    return Linear(parameter(module, "weight"), parameter(module, "bias"))
+
+
+def norm(module: nn.Module | None) -> Norm | None:
+    """Read an ``nn.LayerNorm``, an ``nn.Identity``, or else an RMSNorm."""
+    if module is None or isinstance(module, nn.Identity):
+        return None
+    if isinstance(module, nn.LayerNorm):
+        return Norm(parameter(module, "weight"), parameter(module, "bias"), module.eps)
+    return Norm(parameter(module, "weight"), None, module.eps, rms=True)
+
+
+def dropout(module: nn.Module | None) -> float:
+    """Return the probability with which an ``nn.Dropout`` drops in its mode."""
+    return module.p if module is not None and module.training else 0.0
+
+
+def drop_path(module: nn.Module) -> DropPath | None:
+    """Read a DropPath, or an ``nn.Identity`` in its place."""
+    if isinstance(module, nn.Identity) or not module.training or not module.drop_prob > 0.0:
+        return None
+    return DropPath(module.drop_prob, module.scale_by_keep)
+
+
+def layer_scale(module: nn.Module) -> Tensor | None:
+    """Return the ``gamma`` of a LayerScale, or None for an ``nn.Identity`` in its place."""
+    return None if isinstance(module, nn.Identity) else parameter(module, "gamma")
+
+
+def attention(module: nn.Module) -> Attention:
+    """Read timm's attentions: ``qkv`` (or ``q_proj``, ``k_proj`` and ``v_proj``) and ``proj``, with what they may add.
+
+    With ``fused_attn``, timm calls PyTorch's attention, which scales by 1/√D whatever ``scale`` is, and takes the mode
+    of the attention, not of its dropout module.
+    """
+    children, own, heads = module._modules, module.__dict__, module.num_heads
+    packed, drop = children.get("qkv"), children.get("attn_drop")
+    if packed is None:
+        qkv = tuple(linear(children[name]) for name in ("q_proj", "k_proj", "v_proj"))
+        head_dim = qkv[0].weight.shape[0] // heads
+    else:
+        qkv = linear(packed)
+        if module._parameters.get("q_bias") is not None:  # EVA stores it in three parts; that of the keys is zero
+            qkv = Linear(qkv.weight, torch.cat((module.q_bias, module.k_bias, module.v_bias)))
+        head_dim = qkv.weight.shape[0] // (3 * heads)
+    calls_torch = own.get("fused_attn", False)
+    return Attention(
+        qkv,
+        linear(children["proj"]),
+        heads,
+        head_dim,
+        None if calls_torch else module.scale,
+        norm(children.get("q_norm")),
+        norm(children.get("k_norm")),
+        norm(children.get("norm")),
+        children.get("gate"),
+        0.0 if drop is None or not (module if calls_torch else drop).training else drop.p,
+        dropout(children["proj_drop"]),
+        own.get("num_prefix_tokens", 0),
+    )
+
+
+def mlp(module: nn.Module) -> Mlp:
+    """Read timm's MLPs: ``fc1`` (or ``fc1_g`` and ``fc1_x``) and ``fc2``, or ViTamin's ``w0``, ``w1`` and ``w2``."""
+    children = module._modules
+    last, inner, outer, gated = "fc2", children.get("norm"), None, "gate_last" in module.__dict__
+    if "fc1" in children:
+        first = linear(children["fc1"])
+    else:
+        names = ("fc1_g", "fc1_x")
+        if "w0" in children:
+            names, last, inner, outer = ("w0", "w1"), "w2", None, inner
+        gated, first = True, (linear(children[names[0]]), linear(children[names[1]]))
+    return Mlp(
+        first,
+        linear(children[last]),
+        activation_name(children["act"]),
+        norm(inner),
+        norm(outer),
+        dropout(children["drop1"]),
+        dropout(children["drop2"]),
+        gated,
+        module.__dict__.get("gate_last", False),
+    )
+
+
+def block(module: nn.Module) -> Block:
+    """Read timm's blocks. LayerScales are ``ls1`` and ``ls2`` in its ViT, ``gamma_1`` and ``gamma_2`` in its EVA."""
+    children = module._modules
+    if "ls1" in children:
+        gamma1, gamma2 = layer_scale(children["ls1"]), layer_scale(children["ls2"])
+    else:
+        gamma1, gamma2 = module._parameters.get("gamma_1"), module._parameters.get("gamma_2")
+    return Block(
+        norm(children["norm1"]),
+        attention(children["attn"]),
+        norm(children["norm2"]),
+        mlp(children["mlp"]),
+        gamma1,
+        gamma2,
+        drop_path(children["drop_path1"]),
+        drop_path(children["drop_path2"]),
+    )

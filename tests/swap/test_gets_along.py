@@ -34,7 +34,7 @@ def images(device):
 @pytest.fixture
 def fused_calls(monkeypatch):
     calls = []
-    for name in ("layer_norm", "attention", "mlp", "block", "patch_embed"):
+    for name in ("norm", "attention", "mlp", "block", "patch_embed"):
         original = getattr(fused, name)
         monkeypatch.setattr(fused, name, lambda *a, f=original, n=name, **k: (calls.append(n), f(*a, **k))[1])
     return calls
@@ -86,7 +86,7 @@ def test_peft(adapter, when, model, images, fused_calls):
     close(model(images), expected)
     close(gradients(model, images), expected_grads)
     assert "block" not in fused_calls
-    assert "layer_norm" in fused_calls
+    assert "norm" in fused_calls
     report = reasons(accelerate(model))
     inner = next(name for name in report if name.endswith("blocks.0.attn"))
     assert "qkv is a peft.tuners." in report[inner] and "not exactly Linear" in report[inner]

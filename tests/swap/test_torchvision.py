@@ -71,13 +71,13 @@ def test_attention_dropout_is_drawn_by_a_seed_and_off_in_eval(images, device):
 
 def test_blocks_run_fused(images, device, monkeypatch):
     calls = []
-    for name in ("block", "patch_embed", "layer_norm"):
+    for name in ("block", "patch_embed", "norm"):
         original = getattr(fused, name)
         monkeypatch.setattr(fused, name, lambda *a, f=original, n=name, **k: (calls.append(n), f(*a, **k))[1])
     model = build().to(device).eval()
     accelerate(model)
     model(images)
-    assert calls == ["patch_embed", "block", "block", "layer_norm"]
+    assert calls == ["patch_embed", "block", "block", "norm"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -64,6 +64,11 @@ def replaced(cls: type[nn.Module]) -> str | None:
     return None
 
 
+def noted(cls: type[nn.Module]) -> tuple[tuple[str, object], ...]:
+    """Return the recorded methods of ``cls`` by name; None for one that is not the library's own."""
+    return _noted.get(cls, ())
+
+
 def sees_all_calls() -> bool:
     """Tell whether someone, such as a profiler, has replaced ``__call__`` of torch.nn.Module."""
     return nn.Module.__call__ is not _CALL and not _is_of(nn.Module.__call__, "torch")

@@ -103,7 +103,7 @@ def attention(
     if isinstance(attn.qkv, Linear):
         qkv = ops.linear(x, attn.qkv.weight, attn.qkv.bias).view(B, N, 3, attn.num_heads, attn.head_dim)
         if packed:
-            out = ops.attention_varlen(*qkv[0].unbind(1), *attn_mask, **options)
+            out = ops.attention_varlen(*qkv[0].unbind(1), *attn_mask, **options)[None]
         else:
             out = ops.attention_qkvpacked(qkv, **options)
     else:
@@ -113,7 +113,7 @@ def attention(
         if groups > 1:  # grouped-query attention: q heads share a k and v head (arXiv 2305.13245)
             k, v = (t.repeat_interleave(groups, dim=2) for t in (k, v))
         if packed:
-            out = ops.attention_varlen(q[0], k[0], v[0], *attn_mask, **options)
+            out = ops.attention_varlen(q[0], k[0], v[0], *attn_mask, **options)[None]
         else:
             out = ops.attention(*(t.transpose(1, 2) for t in (q, k, v)), **options).transpose(1, 2)
     out = norm(attn.norm, out.flatten(2))

@@ -23,6 +23,7 @@ from vitkernels import ops
 from vitkernels.layers import _own
 from vitkernels.layers._plain import has_hooks
 from vitkernels.ops._checks import FLOATING
+from vitkernels.swap._guards import Guards
 
 # The parameters of each class that a fused forward may read instead of calling. Classes not listed have none.
 PARAMETERS: dict[type[nn.Module], frozenset[str]] = {
@@ -52,6 +53,9 @@ class Rule:
         optional_parameters: The names of further parameters that it may have or lack.
         attributes: The known public attributes; any other one may switch on unknown behaviour.
         limit: A further check of a module: returns the reason why it cannot run fused, or None.
+        limited_by: The attributes, as paths below the module, from which alone ``limit`` follows. As long as they keep
+            their values it is not called again; None: it is called each time.
+        guards: See :mod:`vitkernels.swap._guards`.
     """
 
     original: type[nn.Module]
@@ -61,12 +65,23 @@ class Rule:
     parameters: frozenset[str] = frozenset()
     optional_parameters: frozenset[str] = frozenset()
     attributes: frozenset[str] = frozenset()
-    limit: Callable[[nn.Module], str | None] = lambda module: None
+    limit: Callable[[nn.Module], str | None] | None = None
+    limited_by: tuple[str, ...] | None = None
+    guards: Guards = dataclasses.field(default_factory=Guards, repr=False, compare=False)
 
 
 def runs_fused(rule: Rule, module: nn.Module, x: Tensor) -> bool:
     """Tell whether ``module`` runs its fused forward on ``x`` in this call."""
-    return ops.uses_kernels(x) and why_not(rule, module) is None
+    if not ops.uses_kernels(x):
+        return False
+    if torch.compiler.is_compiling():
+        return why_not(rule, module) is None
+    if rule.guards.any(module):
+        return True
+    if why_not(rule, module) is not None:
+        return False
+    rule.guards.add(rule, module, RULES)
+    return True
 
 
 def why_not(rule: Rule, module: nn.Module) -> str | None:
@@ -153,7 +168,7 @@ def _blocked(rule: Rule, module: nn.Module, dtypes: set[torch.dtype], read: dict
             reason = _blocked(inner, child, dtypes, read)
         if reason is not None:
             return f"{name}: {reason}"
-    return rule.limit(module)
+    return None if rule.limit is None else rule.limit(module)
 
 
 def descendant(module: nn.Module, path: str) -> nn.Module | None:

@@ -9,7 +9,15 @@ from torch import Tensor, nn
 from vitkernels import ops
 from vitkernels.layers import fused, records
 from vitkernels.swap._rules import Rule, add, runs_fused
-from vitkernels.swap.timm.layers import ABSENT, ATTENTION_CHILDREN, attention_limit, given, head_dim, takes_masks
+from vitkernels.swap.timm.layers import (
+    ABSENT,
+    ATTENTION_CHILDREN,
+    ATTENTION_LIMITED_BY,
+    attention_limit,
+    given,
+    head_dim,
+    takes_masks,
+)
 from vitkernels.swap.timm.vision_transformer import BRANCHES
 
 
@@ -105,6 +113,7 @@ EVA_ATTENTION = Rule(
     optional_parameters=frozenset({"q_bias", "v_bias"}),
     attributes=_ATTRIBUTES,
     limit=attention_limit,
+    limited_by=ATTENTION_LIMITED_BY,
 )
 ATTENTION_ROPE = Rule(
     AttentionRope,
@@ -113,6 +122,7 @@ ATTENTION_ROPE = Rule(
     called=frozenset({"gate"}),
     attributes=_ATTRIBUTES | {"num_kv_heads", "num_kv_groups", "attn_dim", "kv_dim"},
     limit=attention_limit,
+    limited_by=ATTENTION_LIMITED_BY,
 )
 EVA_BLOCK = Rule(
     EvaBlock,

@@ -154,6 +154,8 @@ NORMS = (LayerNorm, nn.LayerNorm, RmsNorm)
 ABSENT = type(None)
 NORM_ATTRIBUTES = frozenset({"normalized_shape", "eps", "elementwise_affine"})
 DROP_PATHS = (nn.Identity, DropPath)
+# What attention_limit reads; see head_dim.
+ATTENTION_LIMITED_BY = ("head_dim", "num_heads", "proj.in_features")
 # The children of every attention in this folder, except those that make queries, keys and values.
 ATTENTION_CHILDREN = {
     "q_norm": (nn.Identity, *NORMS),
@@ -178,8 +180,16 @@ LAYER_NORM = Rule(
     parameters=frozenset({"weight", "bias"}),
     attributes=NORM_ATTRIBUTES,
     limit=_norm_limit,
+    limited_by=("_fast_norm", "normalized_shape"),
 )
-RMS_NORM = Rule(RmsNorm, FusedRmsNorm, parameters=frozenset({"weight"}), attributes=NORM_ATTRIBUTES, limit=_norm_limit)
+RMS_NORM = Rule(
+    RmsNorm,
+    FusedRmsNorm,
+    parameters=frozenset({"weight"}),
+    attributes=NORM_ATTRIBUTES,
+    limit=_norm_limit,
+    limited_by=("_fast_norm", "normalized_shape"),
+)
 ATTENTION = Rule(
     Attention,
     FusedAttention,
@@ -187,6 +197,7 @@ ATTENTION = Rule(
     called=frozenset({"gate"}),
     attributes=frozenset({"num_heads", "head_dim", "attn_dim", "scale", "fused_attn"}),
     limit=attention_limit,
+    limited_by=ATTENTION_LIMITED_BY,
 )
 MLP = Rule(Mlp, FusedMlp, bypassed={"fc1": (nn.Linear,), **MLP_CHILDREN})
 GLU_MLP = Rule(
@@ -195,6 +206,7 @@ GLU_MLP = Rule(
     bypassed={"fc1": (nn.Linear,), **MLP_CHILDREN},
     attributes=frozenset({"chunk_dim", "gate_last"}),
     limit=_glu_limit,
+    limited_by=("chunk_dim",),
 )
 SWIGLU = Rule(SwiGLU, FusedSwiGLU, bypassed={"fc1_g": (nn.Linear,), "fc1_x": (nn.Linear,), **MLP_CHILDREN})
 PATCH_EMBED = Rule(

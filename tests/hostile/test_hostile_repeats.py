@@ -15,6 +15,7 @@ import torch
 import triton
 from op_calls import call, each_op, needs_gpu
 from test_hostile_layouts import every_other, expanded, lazily_negated, off_by_one_element, transposed
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitkernels
 from vitkernels.emulator.launch import emulating
@@ -132,15 +133,16 @@ def test_a_key_tells_whatever_a_launch_depends_on(op, device, instead_of_launche
 
     def through_launcher(self, device, *args):
         nonlocal repeated
-        launches.clear()
+        first = len(launches)
         outputs = watched(self, device, *args)
+        own = launches[first:]
         if not any(isinstance(x, torch.Tensor) and x.dtype is torch.float32 for x in args):
-            for *_, facts in launches:
+            for *_, facts in own:
                 facts.pop("PRECISION", None)  # of fp32 products, and said to all
         key, _ = _plan._key(device, args)
         if key is not None:
             repeated += (self._launcher, key) in by_key
-            for got, want in zip(launches, by_key.setdefault((self._launcher, key), [*launches]), strict=True):
+            for got, want in zip(own, by_key.setdefault((self._launcher, key), own), strict=True):
                 assert got == want
         return outputs
 
@@ -256,17 +258,43 @@ def test_a_tensor_from_elsewhere():
     assert plan is None
 
 
-def test_a_launcher_that_calls_a_registered_op(repeats):
-    """Its kernels would be launched by the op and by the plan around it."""
-    x, w = torch.randn(4, 8), torch.randn(8, 8)
+def test_a_function_that_calls_a_registered_op(repeats):
+    """Its plan launches the op's kernel in place of the op, and once."""
+    x, w, calls = torch.randn(4, 8), torch.randn(8, 8), []
 
-    def launcher(x, w):
+    def function(x, w):
+        calls.append(x)
         return torch.ops.vitkernels.linear_fwd(x, w, None, None, None, "gelu")[0] + 1.0
 
     with emulating("sm_90"):
-        plans = Plans(launcher)
-        results_ = [plans("here", x, w) for _ in range(4)]
-    assert all(torch.equal(y, results_[0]) for y in results_) and set(plans._plans.values()) == {None}
+        plans = Plans(function)
+        want, *others = [plans("here", x, w) for _ in range(4)]
+    (plan,) = plans._plans.values()
+    assert all(torch.equal(y, want) for y in others) and len(calls) == len(repeats) == 2
+    assert plan.source.count("_product_kernel") == 1 and "linear_fwd" not in plan.source
+
+
+def test_a_block_hides_its_ops_from_nobody(device, repeats):
+    made = call("block", device=device)
+    want = anew(lambda: gradients(made))
+    for _ in range(3):
+        gradients(made)
+    seen = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.add(str(func).removesuffix(".default"))
+            return func(*args, **(kwargs or {}))
+
+    ops = {f"vitkernels.{part}_{way}" for part in ("layer_norm", "linear", "mlp") for way in ("fwd", "bwd")}
+    with Watch():
+        assert equal(gradients(made), want)
+    assert ops <= seen
+    with torch.profiler.profile() as profile:
+        assert equal(gradients(made), want)
+    assert ops <= {event.name.replace("::", ".") for event in profile.events()}
+    repeats.clear()
+    assert equal(gradients(made), want) and len(repeats) == 2, "one plan forward, one backward"
 
 
 @each_op()

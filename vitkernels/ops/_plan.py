@@ -40,6 +40,7 @@ _SHORTER = {
     _aten.view.default: Tensor.view,
 }  # fmt: skip
 _all: list[Plans] = []
+_launchers: dict[str, Callable] = {}  # of the registered ops, by name
 
 
 def forget() -> None:
@@ -52,10 +53,16 @@ class Plans:
     """A launcher with a cache of plans; called with a device key, then the arguments of ``launcher``.
 
     Raises what the launcher raises; a failed call gets no plan.
+
+    Args:
+        launcher: The launcher of a registered op, or a function of tensors that calls registered ops and PyTorch's.
+        op: The op's name. The plan of a function that calls the op contains the actions of this launcher.
     """
 
-    def __init__(self, launcher: Callable):
+    def __init__(self, launcher: Callable, op: str | None = None):
         self._launcher = launcher
+        if op is not None:
+            _launchers[op] = launcher
         self._plans: dict[Hashable, Plan | None] = {}
         self._seen: set[int] = set()  # hashes of keys
         _all.append(self)
@@ -105,8 +112,10 @@ def _key(device: Hashable, args: tuple) -> tuple[Hashable | None, list[Tensor]]:
         kind = type(x)
         if kind in _PLAIN:
             dtype = x.dtype
-            # Triton specializes on addresses divisible by 16; attention also looks at smaller powers of two.
-            key.append((x.shape, x.stride(), dtype, x.data_ptr() & 15))
+            # Triton specializes on addresses divisible by 16; attention also looks at smaller powers of two. PyTorch's
+            # own zeros without memory have address 0, and become a tensor when they pass the dispatcher.
+            address = x.data_ptr()
+            key.append((x.shape, x.stride(), dtype, address & 15 if address else None))
             tensors.append(x)
             single = single or dtype is torch.float32
         elif kind is list:
@@ -218,9 +227,11 @@ class _Watch(TorchDispatchMode):
         self._steps: list[_Step] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "vitkernels":
+            defaults = [argument.default_value for argument in func._schema.arguments[len(args) :]]
+            with self:  # records what the op does instead of the op
+                return _launchers[func._schema.name.partition("::")[2]](*args, *defaults)
         result = func(*args, **(kwargs or {}))
-        if func.namespace == "vitkernels":  # its kernels would be recorded, and launched by the op as well
-            self._known = False
         try:
             self._add(func, list(args), dict(kwargs or {}), result)
         except _Unknown:

@@ -11,11 +11,13 @@ of the same layout.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, profiler
 from torch.compiler import is_compiling
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from vitkernels import runtime
 from vitkernels.ops import _triton
@@ -53,14 +55,46 @@ def register(schema: str, *, launcher: Callable, reference: Callable, fake: Call
     """
     name = _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
 
-    plans = Plans(launcher)
-    on_gpu = _on_its_device(plans)
-    kernels = {"cuda": on_gpu, "xpu": on_gpu, "cpu": _on_emulated_gpu(plans, reference)}
+    kernels = _kernels(Plans(launcher, name), reference)
     for kind, implementation in kernels.items():
         _LIBRARY.impl(name, implementation, kind.upper())
     OPS[name] = Implementations(launcher, reference, fake, kernels)
     torch.library.register_fake(f"vitkernels::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.vitkernels, name).default
+
+
+def planned(function: Callable) -> Callable:
+    """Decorate a function of tensors, the first one never None, that calls registered ops and PyTorch's.
+
+    It gets plans of its own, so that a call looks up one plan and passes the dispatcher for PyTorch's ops only. That
+    hides the registered ops; so where somebody may look at them (a mode, a profiler, a compiler, a transform of
+    torch.func), and for tensors with a pending negation, which the dispatcher would resolve, the function itself runs.
+    ``kernels`` of the result maps a device type to what is called for it.
+    """
+    kernels = _kernels(Plans(function), function)
+
+    @functools.wraps(function)
+    def run(x, *args):
+        if (
+            is_compiling()
+            or is_in_torch_dispatch_mode()
+            or profiler._is_profiler_enabled
+            or torch._C._are_functorch_transforms_active()
+        ):
+            return function(x, *args)
+        for t in (x, *args):
+            if isinstance(t, torch.Tensor) and t.is_neg():
+                return function(x, *args)
+        kernel = kernels.get(runtime.device_type(x))
+        return function(x, *args) if kernel is None else kernel(x, *args)
+
+    run.kernels = kernels
+    return run
+
+
+def _kernels(plans: Plans, reference: Callable) -> dict[str, Callable]:
+    on_gpu = _on_its_device(plans)
+    return {"cuda": on_gpu, "xpu": on_gpu, "cpu": _on_emulated_gpu(plans, reference)}
 
 
 def _on_its_device(plans: Plans) -> Callable:

@@ -29,7 +29,7 @@ from vitkernels.ops._checks import (
     dtypes_and_devices_match,
 )
 from vitkernels.ops._once import once_differentiable
-from vitkernels.ops._registry import needs_grad, uses_kernels
+from vitkernels.ops._registry import needs_grad, planned, uses_kernels
 from vitkernels.ops.attention.checks import MAX_HEAD_DIM
 from vitkernels.ops.attention.registered import attention_qkvpacked_bwd, attention_qkvpacked_fwd
 from vitkernels.ops.layer_norm import NormWanted, check_layer_norm, layer_norm_bwd, layer_norm_fwd
@@ -43,75 +43,30 @@ class BlockFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, n1_w, n1_b, qkv_w, qkv_b, proj_w, proj_b, gamma1, n2_w, n2_b, w1, b1, w2, b2, gamma2, options):
         tensors = (x, n1_w, n1_b, qkv_w, qkv_b, proj_w, proj_b, gamma1, n2_w, n2_b, w1, b1, w2, b2, gamma2)
-        y, saved = _forward(tensors, options, save=True)
-        ctx.save_for_backward(*saved)
+        y, h1, mean1, rstd1, qkv, o, lse, r, h2, mean2, rstd2, z, *act = _forward(*tensors, options, True)
+        ctx.save_for_backward(
+            x, n1_w, mean1, rstd1, h1, qkv_w, qkv, o, lse, proj_w, proj_b, gamma1,
+            r, n2_w, mean2, rstd2, h2, w1, w2, b2, gamma2, z, act[0] if act else None,
+        )  # fmt: skip
         ctx.emulated = runtime.emulated_arch()
         ctx.unsaved = (n1_b, qkv_b, n2_b, b1)  # already added in h1, qkv, h2 and z
         ctx.options = options
-        ctx.dtypes = [None if t is None else t.dtype for t in tensors]
+        ctx.dtypes = tuple([None if t is None else t.dtype for t in tensors])
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, saved, dy):
-        (
-            x, n1_w, mean1, rstd1, h1, qkv_w, qkv, o, lse, proj_w, proj_b, gamma1,
-            r, n2_w, mean2, rstd2, h2, w1, w2, b2, gamma2, z, act,
-        ) = saved  # fmt: skip
-        _, scale, eps1, eps2, activation, _ = ctx.options
-        (
-            need_x, need_n1_w, need_n1_b, need_qkv_w, need_qkv_b, need_proj_w, need_proj_b, need_gamma1,
-            need_n2_w, need_n2_b, need_w1, need_b1, need_w2, need_b2, need_gamma2,
-        ) = ctx.needs_input_grad[:15]  # fmt: skip
-        # A gradient of an activation is needed if anything before it in the forward needs a gradient.
-        need_h1 = need_x or need_n1_w or need_n1_b
-        need_qkv = need_h1 or need_qkv_w or need_qkv_b
-        need_r = need_qkv or need_proj_w or need_proj_b or need_gamma1
-        need_h2 = need_r or need_n2_w or need_n2_b
-        # b2 needs the sum of dy, and so does gamma2 if there is a b2; norm2's backward computes it, so it must run.
-        need_dy_sum = need_b2 or (need_gamma2 and b2 is not None)
-        need_dr_sum = need_proj_b or (need_gamma1 and proj_b is not None)
-
-        d_qkv_w = d_qkv_b = d_proj_w = d_proj_b = d_gamma1 = d_n1_w = d_n1_b = dx = None
-        dh2, d_w1, d_b1, d_w2, _, d_gamma2 = mlp_bwd(
-            dy, h2, w1, w2, None, gamma2, z, act, activation,
-            list(MlpWanted(need_h2 or need_dy_sum, need_w1, need_b1, need_w2, dgamma=need_gamma2)),
-        )  # fmt: skip
-        d_n2_w = d_n2_b = d_b2 = None
-        if need_h2 or need_dy_sum:
-            _, dr, d_n2_w, d_n2_b, _, dy_sum, dr_sum = layer_norm_bwd(
-                dh2, dy, r, None, n2_w, None, None, mean2, rstd2, eps2, r.dtype,
-                list(NormWanted(dresidual=need_r, dweight=need_n2_w, dbias=need_n2_b, dr_sum=need_dy_sum,
-                                dresidual_sum=need_dr_sum)),
-            )  # fmt: skip
-            d_b2, d_gamma2 = _bias_and_gamma(dy_sum, b2, gamma2, d_gamma2, need_b2, need_gamma2)
-        if need_r:
-            do, d_proj_w, _, d_gamma1 = linear_bwd(
-                dr, o.flatten(2), proj_w, None, None, gamma1, None,
-                list(LinearWanted(need_qkv, need_proj_w, dgamma=need_gamma1)),
-            )  # fmt: skip
-            d_proj_b, d_gamma1 = _bias_and_gamma(dr_sum, proj_b, gamma1, d_gamma1, need_proj_b, need_gamma1)
-        if need_qkv:
-            dqkv, d_qkv_b, _ = attention_qkvpacked_bwd(do.view(o.shape), qkv, o, lse, scale, need_qkv_b)
-            d_qkv_b = d_qkv_b.flatten()
-            dh1, d_qkv_w, _, _ = linear_bwd(
-                dqkv.flatten(2), h1, qkv_w, None, None, None, None, list(LinearWanted(need_h1, need_qkv_w))
-            )
-        if need_h1:
-            _, dx, d_n1_w, d_n1_b, *_ = layer_norm_bwd(
-                dh1, dr, x, None, n1_w, None, None, mean1, rstd1, eps1, x.dtype,
-                list(NormWanted(dresidual=need_x, dweight=need_n1_w, dbias=need_n1_b)),
-            )  # fmt: skip
-        grads = (dx, d_n1_w, d_n1_b, d_qkv_w, d_qkv_b, d_proj_w, d_proj_b, d_gamma1,
-                 d_n2_w, d_n2_b, d_w1, d_b1, d_w2, d_b2, d_gamma2)  # fmt: skip
-        return *(
-            g.to(dtype) if n else None for g, dtype, n in zip(grads, ctx.dtypes, ctx.needs_input_grad[:15], strict=True)
-        ), None
+        needed = ctx.needs_input_grad[:15]
+        grads = iter(_backward(dy, *saved, ctx.options, ctx.dtypes, needed))
+        return *[next(grads) if need else None for need in needed], None
 
 
-def _forward(tensors, options, *, save):
-    """Return the output, and the tensors to save for the backward."""
-    x, n1_w, n1_b, qkv_w, qkv_b, proj_w, proj_b, gamma1, n2_w, n2_b, w1, b1, w2, b2, gamma2 = tensors
+@planned
+def _forward(
+    x, n1_w, n1_b, qkv_w, qkv_b, proj_w, proj_b, gamma1, n2_w, n2_b, w1, b1, w2, b2, gamma2, options, save
+):  # fmt: skip
+    """Return the output, and with ``save`` the tensors made here that the backward needs."""
     heads, scale, eps1, eps2, activation, recompute = options
     dtype = qkv_w.dtype
     h1, _, mean1, rstd1 = layer_norm_fwd(x, None, n1_w, n1_b, None, None, eps1, dtype)
@@ -122,11 +77,64 @@ def _forward(tensors, options, *, save):
     h2, r, mean2, rstd2 = layer_norm_fwd(branch, x, n2_w, n2_b, None, None, eps2, dtype)
     save_act = save and not recompute
     y, z, act = mlp_fwd(h2, w1, b1, w2, b2, gamma2, r, activation, None, save, save_act)
-    saved = (
-        x, n1_w, mean1, rstd1, h1, qkv_w, qkv, o, lse, proj_w, proj_b, gamma1,
-        r, n2_w, mean2, rstd2, h2, w1, w2, b2, gamma2, z, act if save_act else None,
+    if not save:
+        return (y,)
+    return y, h1, mean1, rstd1, qkv, o, lse, r, h2, mean2, rstd2, z, *([act] if save_act else [])
+
+
+@planned
+def _backward(
+    dy, x, n1_w, mean1, rstd1, h1, qkv_w, qkv, o, lse, proj_w, proj_b, gamma1,
+    r, n2_w, mean2, rstd2, h2, w1, w2, b2, gamma2, z, act, options, dtypes, needed,
+):  # fmt: skip
+    """Return the gradients that are needed, of the 15 tensors of the forward in their order."""
+    _, scale, eps1, eps2, activation, _ = options
+    (
+        need_x, need_n1_w, need_n1_b, need_qkv_w, need_qkv_b, need_proj_w, need_proj_b, need_gamma1,
+        need_n2_w, need_n2_b, need_w1, need_b1, need_w2, need_b2, need_gamma2,
+    ) = needed  # fmt: skip
+    # A gradient of an activation is needed if anything before it in the forward needs a gradient.
+    need_h1 = need_x or need_n1_w or need_n1_b
+    need_qkv = need_h1 or need_qkv_w or need_qkv_b
+    need_r = need_qkv or need_proj_w or need_proj_b or need_gamma1
+    need_h2 = need_r or need_n2_w or need_n2_b
+    # b2 needs the sum of dy, and so does gamma2 if there is a b2; norm2's backward computes it, so it must run.
+    need_dy_sum = need_b2 or (need_gamma2 and b2 is not None)
+    need_dr_sum = need_proj_b or (need_gamma1 and proj_b is not None)
+
+    d_qkv_w = d_qkv_b = d_proj_w = d_proj_b = d_gamma1 = d_n1_w = d_n1_b = dx = None
+    dh2, d_w1, d_b1, d_w2, _, d_gamma2 = mlp_bwd(
+        dy, h2, w1, w2, None, gamma2, z, act, activation,
+        list(MlpWanted(need_h2 or need_dy_sum, need_w1, need_b1, need_w2, dgamma=need_gamma2)),
     )  # fmt: skip
-    return y, saved
+    d_n2_w = d_n2_b = d_b2 = None
+    if need_h2 or need_dy_sum:
+        _, dr, d_n2_w, d_n2_b, _, dy_sum, dr_sum = layer_norm_bwd(
+            dh2, dy, r, None, n2_w, None, None, mean2, rstd2, eps2, r.dtype,
+            list(NormWanted(dresidual=need_r, dweight=need_n2_w, dbias=need_n2_b, dr_sum=need_dy_sum,
+                            dresidual_sum=need_dr_sum)),
+        )  # fmt: skip
+        d_b2, d_gamma2 = _bias_and_gamma(dy_sum, b2, gamma2, d_gamma2, need_b2, need_gamma2)
+    if need_r:
+        do, d_proj_w, _, d_gamma1 = linear_bwd(
+            dr, o.flatten(2), proj_w, None, None, gamma1, None,
+            list(LinearWanted(need_qkv, need_proj_w, dgamma=need_gamma1)),
+        )  # fmt: skip
+        d_proj_b, d_gamma1 = _bias_and_gamma(dr_sum, proj_b, gamma1, d_gamma1, need_proj_b, need_gamma1)
+    if need_qkv:
+        dqkv, d_qkv_b, _ = attention_qkvpacked_bwd(do.view(o.shape), qkv, o, lse, scale, need_qkv_b)
+        d_qkv_b = d_qkv_b.flatten()
+        dh1, d_qkv_w, _, _ = linear_bwd(
+            dqkv.flatten(2), h1, qkv_w, None, None, None, None, list(LinearWanted(need_h1, need_qkv_w))
+        )
+    if need_h1:
+        _, dx, d_n1_w, d_n1_b, *_ = layer_norm_bwd(
+            dh1, dr, x, None, n1_w, None, None, mean1, rstd1, eps1, x.dtype,
+            list(NormWanted(dresidual=need_x, dweight=need_n1_w, dbias=need_n1_b)),
+        )  # fmt: skip
+    grads = (dx, d_n1_w, d_n1_b, d_qkv_w, d_qkv_b, d_proj_w, d_proj_b, d_gamma1,
+             d_n2_w, d_n2_b, d_w1, d_b1, d_w2, d_b2, d_gamma2)  # fmt: skip
+    return tuple([g.to(dtype) for g, dtype, need in zip(grads, dtypes, needed, strict=True) if need])
 
 
 def _bias_and_gamma(
@@ -204,7 +212,7 @@ def block(
     options = (num_heads, scale, *map(float, eps), activation, recompute)
     if needs_grad(*tensors):
         return BlockFunction.apply(*tensors, options)
-    return _forward(tensors, options, save=False)[0]
+    return _forward(*tensors, options, False)[0]
 
 
 def _check(x, norm1, qkv, proj, norm2, fc1, fc2, layer_scale, num_heads, scale, eps, activation):

@@ -40,6 +40,7 @@ class Implementations:
 
 
 OPS: dict[str, Implementations] = {}
+PLANNED: list[Callable] = []  # what planned() decorated
 
 
 def register(schema: str, *, launcher: Callable, reference: Callable, fake: Callable):
@@ -89,6 +90,7 @@ def planned(function: Callable) -> Callable:
         return function(x, *args) if kernel is None else kernel(x, *args)
 
     run.kernels = kernels
+    PLANNED.append(run)
     return run
 
 

@@ -91,6 +91,7 @@ SPACES = {
     "linear": _PRODUCT,
     "swiglu_mlp": _PRODUCT,
     "layer_norm": Space({"block_m": (1, 2, 4, 8, 16), "num_warps": (1, 2, 4, 8, 16)}),
+    "layer_norm_backward": Space({"block_m": (1, 2, 4, 8), "num_warps": (1, 2, 4, 8, 16)}),
     "patch_embed": Space(
         {
             "block_m": (32, 64, 128),

@@ -132,6 +132,7 @@ def test_spaces_have_the_fields_of_the_configurations():
         "linear": ProductConfig,
         "swiglu_mlp": ProductConfig,
         "layer_norm": layer_norm.LayerNormConfig,
+        "layer_norm_backward": layer_norm.LayerNormBackwardConfig,
         "patch_embed": patch_embed.PatchEmbedConfig,
     }
     assert SPACES["attention"].fields == {"provider": ("sdpa",)}, "an answer, no configuration of a kernel"

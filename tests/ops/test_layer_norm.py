@@ -8,7 +8,7 @@ from drawn import drawn
 
 from vitkernels import ops, reference
 from vitkernels.ops._registry import OPS
-from vitkernels.ops.layer_norm import choose_config
+from vitkernels.ops.layer_norm.config import choose_backward_config
 from vitkernels.runtime import DeviceFacts
 from vitkernels.testing import check_op
 
@@ -281,10 +281,11 @@ def test_padded_rows(rms, affine, C, device):
 def test_config_caps_programs_and_covers_rows():
     h200 = DeviceFacts("h200", "sm_90", 132, 227 << 10)
     for C in (1, 48, 192, 768, 1024, 4096, 8192, 100_000):
-        config = choose_config(50_432, C, h200)
-        assert config.programs <= 2 * h200.num_sms
-        assert config.block_c >= min(C, 8192) and config.block_c & (config.block_c - 1) == 0
-    assert choose_config(1, 768, h200).programs == 1
+        for dtype in (torch.bfloat16, torch.float32, torch.float64):
+            config = choose_backward_config(50_432, C, h200, dtype)
+            assert config.programs * config.num_warps <= 16 * h200.num_sms, "they all run at the same time"
+            assert config.block_c >= min(C, 8192) and config.block_c & (config.block_c - 1) == 0
+    assert choose_backward_config(1, 768, h200, torch.float32).programs == 1
 
 
 def test_a_wider_residual_stays_wide(device):

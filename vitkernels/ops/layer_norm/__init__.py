@@ -26,7 +26,6 @@ from vitkernels.ops._once import once_differentiable
 from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
 from vitkernels.ops.layer_norm.backward import NormWanted as NormWanted
 from vitkernels.ops.layer_norm.backward import layer_norm_backward
-from vitkernels.ops.layer_norm.config import choose_config as choose_config
 from vitkernels.ops.layer_norm.forward import forward_outputs, layer_norm_forward
 from vitkernels.runtime import promoted_dtype, wide_dtype
 

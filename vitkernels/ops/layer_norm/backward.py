@@ -10,7 +10,7 @@ from torch import Tensor
 from vitkernels import runtime
 from vitkernels.ops import _tile
 from vitkernels.ops._triton import tl, triton
-from vitkernels.ops.layer_norm.config import choose_config
+from vitkernels.ops.layer_norm.config import choose_backward_config
 from vitkernels.runtime import as_rows, dense_or
 
 
@@ -92,6 +92,10 @@ def _layer_norm_bwd_kernel(
 
             dy = tl.load(dy_rows + offs_c[None, :], mask=mask, other=0.0).to(ACC)
             r = tl.load(r_rows + offs_c[None, :], mask=mask, other=0.0).to(ACC)
+            if HAS_DR:  # loaded before the reductions, whose barriers no load passes
+                upstream = tl.load(dr_ptr + offs_m[:, None] * stride_dr_row + offs_c[None, :], mask=mask, other=0.0).to(
+                    ACC
+                )
             mask_real = mask & (offs_c < width)[None, :] if PADDED else mask
             x_hat = tl.where(mask_real, (r - mean[:, None]) * rstd[:, None], 0.0)
             g = dy * weight[None, :]
@@ -113,8 +117,6 @@ def _layer_norm_bwd_kernel(
                 if PADDED:
                     dr = tl.where(mask_real, dr, 0.0)
                 if HAS_DR:
-                    dr_rows = dr_ptr + offs_m[:, None] * stride_dr_row
-                    upstream = tl.load(dr_rows + offs_c[None, :], mask=mask, other=0.0).to(ACC)
                     dr += upstream
                     if NEEDS_DR_SUM:
                         dr_sum += tl.sum(upstream, axis=0)
@@ -226,7 +228,7 @@ def layer_norm_backward(
     if M == 0:
         shares = [torch.zeros((1, C), dtype=rstd.dtype, device=r.device) for _ in sums_wanted]
     else:
-        config = choose_config(M, C, runtime.device_facts(r.device))
+        config = choose_backward_config(M, C, runtime.device_facts(r.device), r.dtype)
         shares = [torch.empty((config.programs if n else 0, C), dtype=rstd.dtype, device=r.device) for n in sums_wanted]
         _layer_norm_bwd_kernel[(config.programs,)](
             dy_ptr=dy_rows,
@@ -270,8 +272,7 @@ def layer_norm_backward(
             BLOCK_M=config.block_m,
             BLOCK_C=config.block_c,
             WHOLE_ROW=config.block_c >= C,
-            # The backward holds several tiles at once, the forward only one.
-            num_warps=min(16, 2 * config.num_warps),
+            num_warps=config.num_warps,
         )
     sums = (share.sum(0) if n else rstd.new_empty(0) for share, n in zip(shares, sums_wanted, strict=True))
     return dx, dresidual, *sums

@@ -259,11 +259,11 @@ def _traffic(args: argparse.Namespace) -> bool:
 
     named = resolve(args.traffic)
     try:
-        counted = run_traffic(named.for_timm)
+        traffic = run_traffic(named.for_timm)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         raise UserError(one_line(error)) from error
     if args.json is not None:
-        write_file(args.json, json.dumps(counted, indent=1) + "\n")
+        write_file(args.json, json.dumps(traffic, indent=1) + "\n")
     return True
 
 

@@ -27,7 +27,6 @@ class CompiledMutant:
         kernel: The name of the kernel.
         old, new: The edit of its PTX: a regular expression and the replacement of each match.
         op: The public op whose problems show the defect.
-        tests: As in :class:`Mutant`.
         variant, case: Variant and sizes of the problem that shows it.
         count: How many matches are edited; 0 for all.
         by: The group of checks that shows it.
@@ -39,7 +38,6 @@ class CompiledMutant:
     old: str
     new: str
     op: str
-    tests: str
     variant: str
     case: Case
     count: int = 0
@@ -104,14 +102,6 @@ _FAR_EMBED = dataclasses.replace(_EMBED, label="patch_embed of far images")
 _EMBED_WEIGHT = _Site("patch_embed backward, weight", "_patch_embed_bwd_weight_kernel", "patch_embed", "", WINDOW)
 _EMBED_IMAGES = _Site("patch_embed backward, images", "_patch_embed_bwd_images_kernel", "patch_embed", "", WINDOW)
 
-_TESTS = {
-    "layer_norm": "ops/test_layer_norm.py", "add_layer_norm": "ops/test_layer_norm.py",
-    "rms_norm": "ops/test_rms_norm.py", "linear": "ops/test_linear.py", "mlp": "ops/test_mlp.py",
-    "swiglu_mlp": "ops/test_swiglu.py", "attention": "ops/test_attention.py",
-    "attention_varlen": "ops/test_attention_varlen.py", "prepare": "ops/test_attention_prepare.py",
-    "patch_embed": "ops/test_patch_embed.py", "reach": "fuzz/test_beyond_int32.py",
-}  # fmt: skip
-
 # What is wrong, the edit, how many matches (0: all), the check, and where.
 _EDITS = (
     (
@@ -173,11 +163,8 @@ _EDITS = (
 
 COMPILED = tuple(
     CompiledMutant(
-        f"{site.label}: {what}", site.kernel, old, new, site.op,
-        _TESTS[by if by == "reach" else "prepare" if site.kernel.startswith("_prepare") else site.op],
-        site.variant, site.case, count, by,
-        site.dtype,
+        f"{site.label}: {what}", site.kernel, old, new, site.op, site.variant, site.case, count, by, site.dtype
     )
     for what, old, new, count, by, sites in _EDITS
     for site in sites
-)  # fmt: skip
+)

@@ -93,7 +93,7 @@ def test_each_edit_of_the_ptx_is_caught(what, device):
 
 
 def test_only_kernels_that_call_the_edited_function_are_made_anew():
-    mutant = BY_NAME["layer_norm: lanes beyond the row hold minus the mean"]  # in a function that kernels call
+    mutant = BY_NAME["layer_norm: lanes beyond the row not zeroed after centring"]  # in a function that kernels call
     before = {(module.__name__, name): value for module, name, value in seeding.places_of_kernels()}
     with seeded_defect(mutant):
         new = {

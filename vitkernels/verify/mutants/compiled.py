@@ -105,13 +105,13 @@ _EMBED_IMAGES = _Site("patch_embed backward, images", "_patch_embed_bwd_images_k
 # What is wrong, the edit, how many matches (0: all), the check, and where.
 _EDITS = (
     (
-        "no barrier behind the first values in shared memory",
+        "no barrier after the first write to shared memory",
         r"((?:st\.shared|cp\.async\.c)[\s\S]*?)bar\.sync\s+0;", r"\1", 1, "accuracy",
         (_NORM, _NORM_BACKWARD, _PRODUCT, _DACT, _GATED, _GATED_BACKWARD, _WINDOWS, _ROWS, _ROWS_BACKWARD, _VARLEN,
          _DQ, _DKV, _PREPARE_BACKWARD, _EMBED),
     ),
     (
-        "no barrier behind the first wait for copies",
+        "no barrier after the first cp.async.wait_group",
         r"(cp\.async\.wait_group\s+\d+;[\s\S]*?)bar\.sync\s+0;", r"\1", 1, "accuracy",
         (_FMA_PRODUCT, _EMBED_WEIGHT, _EMBED_IMAGES),
     ),
@@ -120,7 +120,7 @@ _EDITS = (
         (_FMA_PRODUCT, _VARLEN, _WIDE, _DQ, _DKV, _EMBED, _EMBED_WEIGHT, _EMBED_IMAGES),
     ),
     (
-        "no fence in front of wgmma", r"wgmma\.fence\.sync\.aligned;", "", 0, "accuracy",
+        "no wgmma.fence before wgmma", r"wgmma\.fence\.sync\.aligned;", "", 0, "accuracy",
         (_PRODUCT, _ROWS, _ROWS_BACKWARD, _WIDE, _DQ, _DKV, _EMBED_WEIGHT),
     ),
     (
@@ -128,7 +128,7 @@ _EDITS = (
         (_PRODUCT, _ROWS, _DQ, _DKV, _EMBED_WEIGHT),
     ),
     (
-        "wgmma in no group", r"wgmma\.commit_group\.sync\.aligned;", "", 0, "accuracy",
+        "wgmma not committed to a group", r"wgmma\.commit_group\.sync\.aligned;", "", 0, "accuracy",
         (_PRODUCT, _ROWS, _DQ, _DKV, _EMBED_WEIGHT),
     ),
     (
@@ -144,7 +144,7 @@ _EDITS = (
         (_ADD_NORM, _RMS_BACKWARD, _FMA_PRODUCT, _GATED, _WINDOWS_BACKWARD, _VARLEN, _EMBED, _EMBED_WEIGHT),
     ),
     (
-        "what is masked off never set",
+        "masked-off registers not set",
         r"mov\.[ub]32\s+%r\d+, [%\w]+;(?=(?:\s*mov\.[ub]32[^;]*;)*\s*@%p\d+ ld\.global)", "", 0, "accuracy",
         (_NORM, _NORM_BACKWARD, _WINDOWS),
     ),

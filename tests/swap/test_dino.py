@@ -3,10 +3,10 @@
     git clone https://github.com/facebookresearch/dinov2 && git clone https://github.com/facebookresearch/dinov3
     PYTHONPATH=dinov2:dinov3 pytest tests/swap/test_dino.py
 
-Meta publishes neither as a package (the ``dinov2`` of PyPI is another's copy of April 2023, CC BY-NC), and DINOv3's
-licence is not this project's. The modules in ``dino_stand_in/`` have the paths, classes, attributes, results and errors
-of dinov2 at b8931f7 (August 2025) and dinov3 at 6876159 (July 2026), as far as these tests see them; the constructors
-take the options that they set. A package that is on the path goes before them, as the imitations are namespaces.
+Meta publishes neither as a package, and DINOv3's licence is not this project's. (PyPI's ``dinov2`` is somebody else's
+copy of April 2023, by its metadata CC BY-NC.) The modules in ``dino_stand_in/`` have the paths, classes, attributes,
+results and errors of dinov2 at b8931f7 (August 2025) and dinov3 at 6876159 (July 2026), as far as these tests see them;
+the constructors take the options that they set. A package on the path goes before them, as they are namespaces.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""The command line: ``python -m benchmarks [run | report | everything | tune | page]``."""
+"""The command line: ``python -m benchmarks [report | everything | tune | page]``."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Speed, memory and errors, measured.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure speed, memory and errors.")
     _add_run(parser, budget=None)
     parser.add_argument(
         "--suite", choices=("ops", "models", "quick", "all"), default="quick", help="what to measure (%(default)s)"
@@ -42,34 +42,44 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(run=_run)
     commands = parser.add_subparsers(metavar="COMMAND")
 
-    report = commands.add_parser("report", help="render a run, or compare two: exit status 1 where B is worse than A")
+    report = commands.add_parser(
+        "report", help="write the report of a run, or compare two: exit status 1 if B is worse than A"
+    )
     report.add_argument("a", type=Path, metavar="A.json")
     report.add_argument("b", type=Path, metavar="B.json", nargs="?")
-    report.add_argument("--out", type=Path, metavar="DIR", help="where to write it (beside the last file)")
+    report.add_argument("--out", type=Path, metavar="DIR", help="write the report to DIR (the folder of the last file)")
     report.add_argument("--interrupted", action="store_true", help=argparse.SUPPRESS)
     report.set_defaults(run=_report)
 
-    everything = commands.add_parser("everything", help="check every op on this device, tune, and measure: one command")
+    everything = commands.add_parser("everything", help="check every op on this device, then tune, then measure")
     _add_run(everything, budget=540.0)
     everything.set_defaults(run=_everything)
 
-    tune = commands.add_parser("tune", help="search launch configurations on this GPU and write its table")
-    tune.add_argument("--budget", type=_seconds, default=300.0, metavar="SECONDS", help="(%(default)g)")
+    tune = commands.add_parser("tune", help="search launch configurations on this GPU and write its tuning table")
+    tune.add_argument("--budget", type=_seconds, default=300.0, metavar="SECONDS", help="time limit (%(default)g)")
     tune.set_defaults(run=_tune)
 
-    page = commands.add_parser("page", help="make the results in docs/benchmarks.md from the newest run of each device")
-    page.add_argument("--check", action="store_true", help="change nothing; exit status 1 where they are out of date")
+    page = commands.add_parser(
+        "page", help="write the results in docs/benchmarks.md from the newest run of each device"
+    )
+    page.add_argument("--check", action="store_true", help="write nothing; exit status 1 if the page is out of date")
     page.set_defaults(run=_page)
     return parser
 
 
 def _add_run(parser: argparse.ArgumentParser, budget: float | None) -> None:
-    said = "300, or 3600 for ops, models and all" if budget is None else "%(default)g"
-    parser.add_argument("--budget", type=_seconds, default=budget, metavar="SECONDS", help=f"time for it all ({said})")
+    said = "300 for quick, else 3600" if budget is None else "%(default)g"
     parser.add_argument(
-        "--out", type=Path, default=Path("benchmark_results"), metavar="DIR", help="JSON, Markdown, HTML and PNGs"
+        "--budget", type=_seconds, default=budget, metavar="SECONDS", help=f"time limit of the whole run ({said})"
     )
-    parser.add_argument("--keep", action="store_true", help="keep the JSON in benchmarks/results as well")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("benchmark_results"),
+        metavar="DIR",
+        help="write JSON, Markdown, HTML and PNG files to DIR (%(default)s)",
+    )
+    parser.add_argument("--keep", action="store_true", help="also keep the JSON in benchmarks/results")
 
 
 def _seconds(text: str) -> float:
@@ -111,7 +121,7 @@ def _measure(args: argparse.Namespace, seconds: float, measure) -> int:
     def report_instead() -> None:
         # Replace this process: an import may have been interrupted halfway, and its modules are unusable.
         if path.exists():
-            os.write(2, b"\nInterrupted: the report of what was measured is written; Ctrl-C leaves without it.\n")
+            os.write(2, b"\nInterrupted: writing the report of what was measured. Ctrl-C ends without it.\n")
             os.chdir(ROOT)
             os.execv(sys.executable, [sys.executable, "-m", "benchmarks", "report", str(path), "--interrupted"])
 
@@ -193,7 +203,7 @@ def _page(args: argparse.Namespace) -> int:
 
     stale = update(write=not args.check)
     if args.check and stale:
-        print("The results in docs/benchmarks.md are out of date: python -m benchmarks page", file=sys.stderr)
+        print("The results in docs/benchmarks.md are out of date: run python -m benchmarks page", file=sys.stderr)
     return int(args.check and stale)
 
 

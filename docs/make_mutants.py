@@ -3,8 +3,8 @@
     python docs/make_mutants.py [--minutes N]
 
 For each defect of ``vitkernels.verify.mutants``, the script runs the check that should catch it. Then it runs pytest
-with ``--mutant NAME`` until a test fails: first the test that the defect names, then that test's file, then the whole
-suite. The page says which defects were not run because the minutes ran out.
+with ``--mutant NAME`` until a test fails: first the test that failed last, as the page has it, then that test's file,
+then all of the ops, then the whole suite. The page says which defects were not run because the minutes ran out.
 """
 
 from __future__ import annotations
@@ -58,17 +58,24 @@ def main() -> None:
     end = time.monotonic() + 60 * parser.parse_args().minutes
     os.chdir(ROOT)
     torch.set_num_threads(1)
-    rows = []
+    before, rows = failed_last(), []
     for mutant in track(MUTANTS, "Seeding defects"):
         caught = catch(mutant, torch.device("cpu"), 0)
-        rows.append((mutant, caught, first_failure(mutant, end)))
+        rows.append((mutant, caught, first_failure(mutant, before.get(mutant.name, "ops"), end)))
         write(rows)
 
 
-def first_failure(mutant: Mutant | CompiledMutant, end: float) -> str | None:
-    """Return the first of the project's tests that fails with ``mutant``; "" if none fails, None if time ran out."""
-    file = mutant.tests.partition("::")[0]
-    for tests in (f"tests/{mutant.tests}", f"tests/{file}", "tests"):
+def failed_last() -> dict[str, str]:
+    """Return, by defect, the test that the page names, without its parameters."""
+    return dict(re.findall(r"^\| (.+?) \|.*\| `([\w/]+\.py::\w+)[^|]*` \|$", PAGE.read_text(encoding="utf-8"), re.M))
+
+
+def first_failure(mutant: Mutant | CompiledMutant, failed: str, end: float) -> str | None:
+    """Return the first of the project's tests that fails with ``mutant``; "" if none fails, None if time ran out.
+
+    ``failed`` is the test that failed last, which may not exist any more.
+    """
+    for tests in dict.fromkeys((f"tests/{failed}", f"tests/{failed.partition('::')[0]}", "tests/ops", "tests")):
         if time.monotonic() > end:
             return None
         with tempfile.TemporaryFile() as output:
@@ -84,7 +91,8 @@ def first_failure(mutant: Mutant | CompiledMutant, end: float) -> str | None:
             text = output.read().decode()
         if process.exitcode == 1:
             return re.search(r"^(?:FAILED|ERROR) (?:tests/)?(.+?)(?: - .*)?$", text, re.MULTILINE).group(1)
-        if process.exitcode != 0:
+        # A usage error: there is no such test.
+        if process.exitcode not in (pytest.ExitCode.OK, pytest.ExitCode.USAGE_ERROR):
             sys.exit(f"pytest {tests} with {mutant.name!r} ended with {process.exitcode}:\n{text[-4000:]}")
     return ""
 

@@ -13,7 +13,7 @@ LAYERS = [
     {"ops"},
     {"layers"},
     {"models"},
-    {"swap", "precompile", "maps", "hf"},
+    {"swap", "_warmup", "maps", "hf"},
     {"_interrupt"},
     {"testing", "console"},
     {"names"},

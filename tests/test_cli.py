@@ -72,7 +72,7 @@ def test_demo(tmp_path):
     for word in ("plain", "PyTorch", "450", "accuracy", "images/s", "Δ fp64", f"Wrote {out}"):
         assert word in done.stdout
     if not _triton.HAS_TRITON:
-        assert "kernels were not run" in done.stdout
+        assert "kernels did not run" in done.stdout
     elif measure.pick_device().type == "cpu":
         assert "emulated H100" in done.stdout
         assert "no performance figure" in done.stdout
@@ -130,7 +130,7 @@ def test_classify(backend, timm, image, tmp_path, capsys, monkeypatch):
     assert found == wanted
     assert "blocks.*" in said  # the swap's report
     if measure.pick_device().type == "cpu":
-        assert ("kernels were not run: There is no GPU" in said) == (backend is None)
+        assert ("kernels did not run: There is no GPU" in said) == (backend is None)
         assert ("head dim 32, ×6: sdpa" in said) == (backend is None), "what runs"
 
 

@@ -109,7 +109,7 @@ def test_demo_without_triton(tmp_path):
         [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "kernels were not run: Triton cannot be imported" in done.stdout
+    assert "kernels did not run: Triton cannot be imported" in done.stdout
     assert "pip install triton" in done.stdout
     assert "accelerated" not in done.stdout
     assert out.read_bytes().startswith(b"\x89PNG")

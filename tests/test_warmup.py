@@ -207,7 +207,7 @@ import json, sys, unittest.mock
 import torch, triton
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from vitkernels import precompile, runtime, warmup
+from vitkernels import _warmup, runtime, warmup
 from vitkernels.aot import build
 from vitkernels.ops._registry import OPS
 
@@ -232,7 +232,7 @@ def listener(**told):
     heard.append(told["metadata"]["name"])
 triton.knobs.compilation.listener = listener
 model, rows = Model(8, 8), []
-with unittest.mock.patch.object(precompile, "uses_kernels", lambda x: True):
+with unittest.mock.patch.object(_warmup, "uses_kernels", lambda x: True):
     for shape, purpose in (((64, 768), "first"), ((64, 768), "first"), ((128, 768), "first"), ((64, 768), "again"),
                            ((64, 2048), "again")):
         model.purpose = purpose

@@ -18,7 +18,7 @@ _HOME = {
     "restore": "swap",
     "backend": "runtime",
     "use_backend": "runtime",
-    "warmup": "precompile",
+    "warmup": "_warmup",  # a module of this name would hide the function
 }
 _SUBMODULES = ("layers", "models", "ops", "reference", "runtime", "swap", "testing", "tuning")
 

@@ -164,20 +164,21 @@ def _end_trees(roots: Iterable[int]) -> None:
 
     All are stopped first: otherwise a process that starts a child meanwhile would leave it behind as an orphan.
     """
-    known: set[int] = set()
+    stopped: set[int] = set()
     found = {pid for pid in roots if not _tracks_resources(pid)}
     while found:
         for pid in found:
             _send(pid, signal.SIGSTOP)
-        known |= found
-        found = {pid for pid, (parent, _) in _processes().items() if parent in known} - known
-    for pid in known:
+        stopped |= found
+        found = {pid for pid, (parent, _) in _processes().items() if parent in stopped} - stopped
+    for pid in stopped:
         _send(pid, signal.SIGKILL)
     end = time.monotonic() + PATIENCE_S
-    while known and time.monotonic() < end:
+    alive = stopped
+    while alive and time.monotonic() < end:
         time.sleep(0.01)
         processes = _processes()
-        known = {pid for pid in known if pid in processes and processes[pid][1] != "Z"}
+        alive = {pid for pid in alive if pid in processes and processes[pid][1] != "Z"}
 
 
 def _send(pid: int, number: signal.Signals) -> None:

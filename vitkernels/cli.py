@@ -51,75 +51,103 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"vitkernels {__version__}")
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="classify 450 handwritten digits, and draw what the model looks at")
-    demo.add_argument("--out", type=Path, default=Path("vitkernels_demo.png"), help="the picture (%(default)s)")
+    def command(name: str, help: str, more: str = "") -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.{more}")
+
+    demo = command("demo", "classify 450 handwritten digits and draw where the model attends")
+    demo.add_argument(
+        "--out", type=Path, default=Path("vitkernels_demo.png"), help="write the picture to OUT (%(default)s)"
+    )
     demo.set_defaults(run=_demo, runs_kernels=True, extra="demo")
 
-    classify = commands.add_parser("classify", help="classify an image with a Vision Transformer of timm")
+    classify = command("classify", "classify an image with a Vision Transformer from timm")
     classify.add_argument(
         "image", type=Path, metavar="IMAGE",
-        help="PNG, JPEG or WebP; what is transparent shows white, or black around a subject that is nearly white",
+        help="PNG, JPEG or WebP file; its transparent parts become white, or black behind a nearly white subject",
     )  # fmt: skip
     classify.add_argument(
-        "--model", required=True, metavar="NAME", help="timm's name, as vit_tiny_patch16_224, or the hub's"
+        "--model",
+        required=True,
+        metavar="NAME",
+        help="a model of timm by name, such as vit_tiny_patch16_224, or a name on the Hugging Face hub",
     )
-    classify.add_argument("--weights", type=Path, metavar="FILE", help="safetensors, or a state dict of torch.save")
-    classify.add_argument("--out", type=Path, default=Path("vitkernels_classify.png"), help="the picture (%(default)s)")
+    classify.add_argument(
+        "--weights", type=Path, metavar="FILE",
+        help="load weights from safetensors or from a state dict of torch.save (timm's pretrained weights)",
+    )  # fmt: skip
+    classify.add_argument(
+        "--out", type=Path, default=Path("vitkernels_classify.png"), help="write the picture to OUT (%(default)s)"
+    )
     classify.set_defaults(run=_classify, runs_kernels=False, extra="demo,timm")
 
-    explain = commands.add_parser("explain", help="say what accelerate() would make of a model, without its weights")
+    explain = command("explain", "show what accelerate() would swap in a model, without loading weights")
     explain.add_argument(
-        "name", metavar="NAME", help="timm's name, as vit_tiny_patch16_224, the hub's, or a folder with a config.json"
-    )
-    explain.add_argument("--json", action="store_true", help="print JSON, not a table")
+        "name", metavar="NAME",
+        help="a model of timm by name, such as vit_tiny_patch16_224; a name on the Hugging Face hub; or a folder with "
+        "a config.json",
+    )  # fmt: skip
+    explain.add_argument("--json", action="store_true", help="print JSON instead of a table")
     explain.set_defaults(run=_explain, runs_kernels=False, extra="timm")
 
-    verify = commands.add_parser(
-        "verify", help="compare every op, and your model, with fp64 on this machine",
-        description="Exit code: 0 passed, 1 numbers or behaviour are wrong, 2 this machine or the self-test is at "
-        "fault, 3 nothing was verified.",
+    verify = command(
+        "verify", "check every op, and your model, against an fp64 reference on this machine",
+        " Exit code: 0 all checks passed; 1 numbers or behaviour are wrong; 2 a check could not run, or the self-test "
+        "let a seeded defect through; 3 nothing was verified.",
     )  # fmt: skip
     level = verify.add_mutually_exclusive_group()
-    level.add_argument("--quick", action="store_true", help="what fits in a few minutes on a CPU (the default)")
+    level.add_argument("--quick", action="store_true", help="run what takes a few minutes on a CPU (the default)")
     level.add_argument(
-        "--full",
-        action="store_true",
-        help="every dtype and layout, ViTs' tokens and head dims, models by name, all targets",
-    )
-    verify.add_argument("--cpu", action="store_true", help="an emulated GPU and the compiler's report, no GPU")
+        "--full", action="store_true",
+        help="run every dtype and layout, more token counts and head dims, models by name, and all targets",
+    )  # fmt: skip
     verify.add_argument(
-        "--model", metavar="MODEL", help="this model as well, and the ops at its shapes: a name of timm, a "
+        "--cpu", action="store_true", help="use an emulated GPU and the compiler's report, even where there is a GPU"
+    )
+    verify.add_argument(
+        "--model", metavar="MODEL", help="also check this model, and the ops at its shapes: a name of timm, a "
         "folder with a config.json, or module:function, where the function returns the model, or it and its inputs",
     )  # fmt: skip
-    verify.add_argument("--dtype", action="append", choices=("fp32", "fp16", "bf16"), help="may be given several times")
-    verify.add_argument("--seed", type=int, default=0, help="of all that is drawn (%(default)s)")
-    verify.add_argument("--only", action="append", metavar="PATTERN", help="only the checks whose id matches")
-    for form in ("json", "junit", "html"):
-        verify.add_argument(f"--{form}", type=Path, metavar="FILE", help=f"write the results as {form.upper()}")
+    verify.add_argument(
+        "--dtype", action="append", choices=("fp32", "fp16", "bf16"), help="check only this dtype; may be repeated"
+    )
+    verify.add_argument("--seed", type=int, default=0, help="seed of all random numbers (%(default)s)")
+    verify.add_argument(
+        "--only", action="append", metavar="PATTERN", help="run only checks whose id matches PATTERN; may be repeated"
+    )
+    for form, name in {"json": "JSON", "junit": "JUnit XML", "html": "HTML"}.items():
+        verify.add_argument(f"--{form}", type=Path, metavar="FILE", help=f"write the results as {name}")
     verify.set_defaults(run=_verify, runs_kernels=True, extra="triton")
 
-    inspect = commands.add_parser("inspect", help="compile every kernel, without a GPU, and hold it to the contract")
+    inspect = command("inspect", "compile every kernel without a GPU and check it against the contract")
     inspect.add_argument(
         "--target", action="append", choices=("sm_80", "sm_90", "sm_100", "sm_120", "gfx942"), metavar="ARCH",
-        help="sm_80, sm_90, sm_100, sm_120 or gfx942; may be given several times (sm_90)",
+        help="compile for sm_80, sm_90, sm_100, sm_120 or gfx942; may be repeated (sm_90)",
     )  # fmt: skip
-    inspect.add_argument("--kernel", metavar="NAME", help="only kernels whose name holds NAME")
-    inspect.add_argument("--case", action="append", metavar="NAME", help="only this case of vitkernels.testing.cases")
-    inspect.add_argument("--all", action="store_true", help="a row for each launch, not for each kernel")
+    inspect.add_argument("--kernel", metavar="NAME", help="inspect only kernels whose name contains NAME")
+    inspect.add_argument(
+        "--case",
+        action="append",
+        metavar="NAME",
+        help="use only this case of vitkernels.testing.cases; may be repeated",
+    )
+    inspect.add_argument("--all", action="store_true", help="print one row per launch instead of one per kernel")
     inspect.add_argument("--markdown", action="store_true", help="print the tables in Markdown")
-    inspect.add_argument("--json", type=Path, metavar="FILE", help="write all that was read")
-    inspect.add_argument("--dump", type=Path, metavar="DIR", help="write TTGIR, PTX, cubin, SASS and the like")
-    inspect.add_argument("--jobs", type=int, metavar="N", help="kernels compiled or run at a time (one a core)")
+    inspect.add_argument("--json", type=Path, metavar="FILE", help="write all figures as JSON")
+    inspect.add_argument("--dump", type=Path, metavar="DIR", help="write TTGIR, PTX, cubin, SASS and the like to DIR")
+    inspect.add_argument("--jobs", type=int, metavar="N", help="compile or run N kernels at a time (one per core)")
     inspect.add_argument(
         "--run", dest="count", action="store_true",
-        help="run some programs of each on an emulated GPU, too: instructions by pipe, bytes, bank conflicts, and the "
-        "least time they take (sm_80, sm_90, sm_120)",
+        help="also run some programs of each kernel on an emulated GPU: count instructions by pipe, bytes and bank "
+        "conflicts, and derive a lower bound of the time (sm_80, sm_90, sm_120)",
     )  # fmt: skip
-    inspect.add_argument("--update", action="store_true", help="take what is new or better into the contract")
-    inspect.add_argument("--accept-worse", action="store_true", help="with --update: and what is worse, but no breach")
+    inspect.add_argument("--update", action="store_true", help="write new and better figures into the contract")
     inspect.add_argument(
-        "--traffic", metavar="MODEL", help="count a block's passes over its activations instead, for a ViT of timm"
+        "--accept-worse", action="store_true", help="with --update: write worse figures, too, unless they break a rule"
     )
+    inspect.add_argument(
+        "--traffic", metavar="MODEL",
+        help="count, instead, how often a block of MODEL, a ViT of timm, reads or writes its activations",
+    )  # fmt: skip
     inspect.set_defaults(run=_inspect, runs_kernels=False, extra="triton")
     return parser
 
@@ -259,11 +287,11 @@ def _traffic(args: argparse.Namespace) -> bool:
 
     named = resolve(args.traffic)
     try:
-        counted = run_traffic(named.for_timm)
+        traffic = run_traffic(named.for_timm)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         raise UserError(one_line(error)) from error
     if args.json is not None:
-        write_file(args.json, json.dumps(counted, indent=1) + "\n")
+        write_file(args.json, json.dumps(traffic, indent=1) + "\n")
     return True
 
 

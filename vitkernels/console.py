@@ -62,8 +62,8 @@ def why_not_imported(command: str, error: ImportError, extra: str) -> str:
 
 def near(name: str, names: Iterable[str]) -> str:
     """Return ``; did you mean …?`` with the ``names`` that resemble ``name``, or an empty string."""
-    alike = difflib.get_close_matches(name, list(names), n=3)
-    return f"; did you mean {', '.join(alike)}?" if alike else ""
+    matches = difflib.get_close_matches(name, list(names), n=3)
+    return f"; did you mean {', '.join(matches)}?" if matches else ""
 
 
 def write_file(path: Path, content: str | bytes) -> None:

@@ -331,7 +331,8 @@ def block(
     eps: tuple[float, float] = (1e-6, 1e-6),
     activation: str | None = "gelu",
 ) -> Tensor:
-    """``r = x + γ1 · proj(attention(qkv(norm1(x))))``, then ``r + γ2 · mlp(norm2(r))`` (arXiv 2010.11929)."""
+    """``r = x + layer_scale[0] · proj(attention(qkv(norm1(x))))``, then ``r + layer_scale[1] · mlp(norm2(r))``
+    (arXiv 2010.11929)."""
     h = linear(layer_norm(x, *norm1, eps[0]), *qkv)
     h = attention_qkvpacked(h.unflatten(-1, (3, num_heads, -1)), scale=scale).flatten(2)
     r = linear(h, *proj, residual=x, layer_scale=layer_scale[0])

@@ -66,7 +66,7 @@ def llava(**more) -> nn.Module:
         hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=99
     )
     vision = transformers.CLIPVisionConfig(**VISION | more)
-    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_id=98)
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=98)
     return transformers.LlavaForConditionalGeneration(config)
 
 
@@ -76,7 +76,9 @@ def paligemma() -> nn.Module:
         head_dim=16, vocab_size=99,
     )  # fmt: skip
     vision = transformers.SiglipVisionConfig(**VISION)
-    config = transformers.PaliGemmaConfig(vision_config=vision, text_config=text, image_token_id=98, projection_dim=32)
+    config = transformers.PaliGemmaConfig(
+        vision_config=vision, text_config=text, image_token_index=98, projection_dim=32
+    )
     return transformers.PaliGemmaForConditionalGeneration(config)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vitkernels import accelerate, explain, ops, restore, use_backend
 
-transformers = pytest.importorskip("transformers", minversion="4.50")
+transformers = pytest.importorskip("transformers", minversion="4.53")  # vitkernels.hf
 from hf_models import (  # noqa: E402
     OLD,
     VISION,

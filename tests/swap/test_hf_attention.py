@@ -6,7 +6,7 @@ from torch import nn
 
 from vitkernels import accelerate, use_backend
 
-transformers = pytest.importorskip("transformers", minversion="4.50")
+transformers = pytest.importorskip("transformers", minversion="4.53")  # vitkernels.hf
 from hf_models import OLD, VISION, build, inputs_of, tensors  # noqa: E402
 from parity import shake  # noqa: E402
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402

@@ -148,7 +148,7 @@ def test_jit_trace(name, device):
         assert "vitkernels::" not in str(actual.inlined_graph)
         kinds = [[node.kind() for node in traced.inlined_graph.nodes()] for traced in (expected, actual)]
         assert kinds[1] == kinds[0]
-        for batch in (2,) if name == "dinov3" else (2, 3):  # of its stand-in, the batch is kept as it was traced
+        for batch in (2, 3):
             other = torch.randn(batch, *x.shape[1:], device=device)
             assert torch.equal(actual(other), expected(other))
 

@@ -66,7 +66,7 @@ def test_a_defect_fails_by_name_with_its_error_and_how_to_repeat_it(pytester):
     from vitkernels.verify.mutants import Mutant, seeded_defect
 
     scale = "attention_qkvpacked_fwd(qkv, scale"
-    with seeded_defect(Mutant("scale", "ops.block:_forward", f"{scale})", f"{scale} * 1.001)", "block", tests="")):
+    with seeded_defect(Mutant("scale", "ops.block:_forward", f"{scale})", f"{scale} * 1.001)", "block")):
         result = run(pytester, AGREES)
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(

@@ -191,7 +191,7 @@ DEFECTS = {
 
 def defect(name: str):
     where, old, new, _ = DEFECTS[name]
-    return seeded_defect(Mutant(name, where, old, new, "block", tests=""))
+    return seeded_defect(Mutant(name, where, old, new, "block"))
 
 
 @pytest.mark.parametrize("name", DEFECTS)

@@ -50,7 +50,7 @@ def classify(image_path: Path, name: str, weights: Path | None, out: Path) -> No
         with runtime.use_backend("torch"), torch.inference_mode():
             swap.accelerate(model).print()
             logits = model(images)[0].cpu()
-        print(f"The kernels were not run: {no_kernels}")
+        print(f"The kernels did not run: {no_kernels}")
 
     probabilities, classes = logits.float().softmax(-1).topk(min(5, len(logits)))
     names = _class_names(timm, model, len(logits))
@@ -80,7 +80,7 @@ def load_model(timm, name: str, weights: Path | None) -> nn.Module:
     """
     named = resolve(name, may_download=True)
     if named.kind == "folder" and "architecture" not in read_config(named.name):
-        raise UserError(f"{named.name} holds no model of timm; classify runs timm's")
+        raise UserError(f"{named.name} holds no model of timm; classify runs no other")
     name = named.for_timm
     if weights is None:
         try:

@@ -67,5 +67,5 @@ def load_model(path: Path = CHECKPOINT) -> VisionTransformer:
             model = VisionTransformer(**json.loads(file.metadata()["config"]))
             model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} is no whole checkpoint of the digits: {one_line(error)}") from error
+        raise UserError(f"{path} is no complete checkpoint of the digits model: {one_line(error)}") from error
     return model.eval()

@@ -123,7 +123,7 @@ def print_runs(runs: dict[str, Run], labels: Tensor | None = None) -> None:
     if labels is None:
         header, rows = header[:4] + header[5:], [row[:4] + row[5:] for row in rows]
     print_table(header, rows)
-    print("Δ fp64: the largest difference of a logit from that of the same model in fp64 on PyTorch.")
+    print("Δ fp64: the largest error of a logit; the truth is the same model in fp64 on PyTorch.")
 
 
 def _run(model: nn.Module, images: Tensor, truth: Tensor, backend: str) -> Run:

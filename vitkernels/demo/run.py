@@ -24,7 +24,7 @@ def run_demo(out: Path) -> None:
     model = load_model().to(device)
     _, digits = load_digits()
     images = digits.images.to(device)
-    print(f"{len(images)} handwritten digits that the model has not seen, on {measure.device_name(device)}:")
+    print(f"{len(images)} held-out handwritten digits on {measure.device_name(device)}:")
 
     truth = measure.fp64_logits(model, images)
     runs = {"plain": measure.run_torch(model, images, truth)}
@@ -33,11 +33,11 @@ def run_demo(out: Path) -> None:
         runs["accelerated"] = measure.run_kernels(model, few, truth)
     measure.print_runs(runs, digits.labels)
     if no_kernels is not None:
-        print(f"The kernels were not run: {no_kernels}")
+        print(f"The kernels did not run: {no_kernels}")
     elif device.type == "cpu":
         print(
-            f"There is no GPU here: the kernels ran on an emulated one, on {EMULATED_IMAGES} of the images.\n"
-            "This shows that they compute the right thing. An emulator's images/s is no performance figure."
+            f"This machine has no GPU: an emulated one ran the kernels on {EMULATED_IMAGES} of the images.\n"
+            "This shows that their results are right. Its images/s is no performance figure."
         )
 
     logits = runs["plain"].logits

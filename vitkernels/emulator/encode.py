@@ -270,11 +270,11 @@ class Encoder:
 
     def address(self, text: str, bits: int) -> tuple[int, int]:
         """Return ``[base + offset]`` as the base's operand (none for a constant address) and the offset in bytes."""
-        inner = text.strip()[1:-1].strip()
-        symbol = self._symbol(inner)
+        expression = text.strip()[1:-1].strip()
+        symbol = self._symbol(expression)
         if symbol is not None:
             return NO_OPERAND, symbol
-        found = re.fullmatch(r"([%$\w]+)\s*(?:\+\s*(-?\w+))?", inner)
+        found = re.fullmatch(r"([%$\w]+)\s*(?:\+\s*(-?\w+))?", expression)
         if not found:
             raise Unsupported(f"address {text}")
         base, offset = found.group(1), int(found.group(2) or "0", 0)

@@ -333,10 +333,10 @@ class _Machine:
         views = [set(), set()]
         for i, s in enumerate(self.storages):
             sectors = self._marks(self.lib.emu_sectors(self.handle, i), np.uint8, (s.size >> 5) + 1)
-            known = {View.of(self.tensors[argument], i) for argument, _, _ in s.views if argument < len(self.tensors)}
+            passed = {View.of(self.tensors[argument], i) for argument, _, _ in s.views if argument < len(self.tensors)}
             for written in (0, 1):
                 marked = np.flatnonzero(sectors & 1 << written)
-                if len(known) > 1:  # elements of several views may interleave, even within a sector
+                if len(passed) > 1:  # elements of several views may interleave, even within a sector
                     granule = s.granule
                     marks = self._marks(
                         self.lib.emu_granules(self.handle, i, written), np.uint64, (s.size >> granule) + 1
@@ -344,9 +344,9 @@ class _Machine:
                     at = ((marked << 5 - granule)[:, None] + np.arange(32 >> granule)).ravel()
                     at = at[at < len(marks)]
                     at = at[marks[at] != 0] << granule
-                    views[written] |= {view for view in known if view.covers(at)}
+                    views[written] |= {view for view in passed if view.covers(at)}
                 elif len(marked):
-                    views[written] |= known
+                    views[written] |= passed
         return [frozenset(v) for v in views]
 
     @staticmethod

@@ -165,7 +165,9 @@ def block(
     activation: str | None = "gelu",
     recompute: bool = False,
 ) -> Tensor:
-    """A pre-norm transformer block: ``r = x + γ1 · attn(norm1(x))``, ``r + γ2 · mlp(norm2(r))``.
+    """A pre-norm transformer block.
+
+    ``r = x + layer_scale[0] · attn(norm1(x))``, then ``r + layer_scale[1] · mlp(norm2(r))``.
 
     Args:
         x: (B, N, C), fp16, bf16, fp32 or fp64; B may be 0.

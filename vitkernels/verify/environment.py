@@ -25,8 +25,8 @@ def describe(device: torch.device) -> dict[str, str]:
     }
     if device.type == "cpu":
         return facts | {"device": f"CPU, {runtime.device_facts(device).name}"}
-    known = runtime.device_facts(device)
-    return facts | {"device": f"{known.name} ({known.arch})", "CUDA": torch.version.cuda or torch.version.hip or "none"}
+    gpu = runtime.device_facts(device)
+    return facts | {"device": f"{gpu.name} ({gpu.arch})", "CUDA": torch.version.cuda or torch.version.hip or "none"}
 
 
 def _version(package: str) -> str | None:

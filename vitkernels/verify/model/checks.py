@@ -68,10 +68,10 @@ class Subject:
     device: torch.device
 
     @functools.cached_property
-    def alike(self) -> int:
+    def largest_group(self) -> int:
         """The size of the largest group of equal modules among those that are swapped."""
         plain = _plain_copy(self.model)
-        return max(map(len, _alike(swap.explain(plain), plain)), default=0)
+        return max(map(len, _groups(swap.explain(plain), plain)), default=0)
 
     @functools.cached_property
     def pass_seconds(self) -> float:
@@ -453,10 +453,10 @@ def _require(seen: OpCalls, ending: str, what: str) -> None:
 
 def _beyond(report: swap.Report, model: nn.Module, depth: int) -> list[str]:
     """Return the paths of the swapped modules after the first ``depth`` of each group of equal ones."""
-    return [path for alike in _alike(report, model) for path in alike[depth:]]
+    return [path for group in _groups(report, model) for path in group[depth:]]
 
 
-def _alike(report: swap.Report, model: nn.Module) -> list[list[str]]:
+def _groups(report: swap.Report, model: nn.Module) -> list[list[str]]:
     """Group the paths of swapped modules of the same class and shapes whose paths differ only in numbers."""
     groups: dict[object, list[str]] = {}
     for entry in report.swapped:
@@ -473,13 +473,14 @@ def _depth(subject: Subject, seconds: float | None, passes: float) -> tuple[int 
         That number, None for all; a note for the result; and how often ``passes`` forward passes with one module of
         each group on the kernels fit into ``seconds``.
     """
-    if seconds is None or subject.alike < 2:
+    if seconds is None or subject.largest_group < 2:
         return None, "", 1.0
     affordable = seconds / (passes * subject.pass_seconds)
     depth = max(1, int(affordable))
-    if depth >= subject.alike:
+    if depth >= subject.largest_group:
         return None, "", affordable
-    return depth, f"kernels in the first {depth} of {subject.alike} modules alike, PyTorch in the others", affordable
+    note = f"kernels in the first {depth} of {subject.largest_group} modules alike, PyTorch in the others"
+    return depth, note, affordable
 
 
 def _join(*texts: str) -> str:

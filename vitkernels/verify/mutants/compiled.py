@@ -27,7 +27,6 @@ class CompiledMutant:
         kernel: The name of the kernel.
         old, new: The edit of its PTX: a regular expression and the replacement of each match.
         op: The public op whose problems show the defect.
-        tests: As in :class:`Mutant`.
         variant, case: Variant and sizes of the problem that shows it.
         count: How many matches are edited; 0 for all.
         by: The group of checks that shows it.
@@ -39,7 +38,6 @@ class CompiledMutant:
     old: str
     new: str
     op: str
-    tests: str
     variant: str
     case: Case
     count: int = 0
@@ -104,24 +102,16 @@ _FAR_EMBED = dataclasses.replace(_EMBED, label="patch_embed of far images")
 _EMBED_WEIGHT = _Site("patch_embed backward, weight", "_patch_embed_bwd_weight_kernel", "patch_embed", "", WINDOW)
 _EMBED_IMAGES = _Site("patch_embed backward, images", "_patch_embed_bwd_images_kernel", "patch_embed", "", WINDOW)
 
-_TESTS = {
-    "layer_norm": "ops/test_layer_norm.py", "add_layer_norm": "ops/test_layer_norm.py",
-    "rms_norm": "ops/test_rms_norm.py", "linear": "ops/test_linear.py", "mlp": "ops/test_mlp.py",
-    "swiglu_mlp": "ops/test_swiglu.py", "attention": "ops/test_attention.py",
-    "attention_varlen": "ops/test_attention_varlen.py", "prepare": "ops/test_attention_prepare.py",
-    "patch_embed": "ops/test_patch_embed.py", "reach": "fuzz/test_beyond_int32.py",
-}  # fmt: skip
-
 # What is wrong, the edit, how many matches (0: all), the check, and where.
 _EDITS = (
     (
-        "no barrier behind the first values in shared memory",
+        "no barrier after the first write to shared memory",
         r"((?:st\.shared|cp\.async\.c)[\s\S]*?)bar\.sync\s+0;", r"\1", 1, "accuracy",
         (_NORM, _NORM_BACKWARD, _PRODUCT, _DACT, _GATED, _GATED_BACKWARD, _WINDOWS, _ROWS, _ROWS_BACKWARD, _VARLEN,
          _DQ, _DKV, _PREPARE_BACKWARD, _EMBED),
     ),
     (
-        "no barrier behind the first wait for copies",
+        "no barrier after the first cp.async.wait_group",
         r"(cp\.async\.wait_group\s+\d+;[\s\S]*?)bar\.sync\s+0;", r"\1", 1, "accuracy",
         (_FMA_PRODUCT, _EMBED_WEIGHT, _EMBED_IMAGES),
     ),
@@ -130,7 +120,7 @@ _EDITS = (
         (_FMA_PRODUCT, _VARLEN, _WIDE, _DQ, _DKV, _EMBED, _EMBED_WEIGHT, _EMBED_IMAGES),
     ),
     (
-        "no fence in front of wgmma", r"wgmma\.fence\.sync\.aligned;", "", 0, "accuracy",
+        "no wgmma.fence before wgmma", r"wgmma\.fence\.sync\.aligned;", "", 0, "accuracy",
         (_PRODUCT, _ROWS, _ROWS_BACKWARD, _WIDE, _DQ, _DKV, _EMBED_WEIGHT),
     ),
     (
@@ -138,7 +128,7 @@ _EDITS = (
         (_PRODUCT, _ROWS, _DQ, _DKV, _EMBED_WEIGHT),
     ),
     (
-        "wgmma in no group", r"wgmma\.commit_group\.sync\.aligned;", "", 0, "accuracy",
+        "wgmma not committed to a group", r"wgmma\.commit_group\.sync\.aligned;", "", 0, "accuracy",
         (_PRODUCT, _ROWS, _DQ, _DKV, _EMBED_WEIGHT),
     ),
     (
@@ -154,7 +144,7 @@ _EDITS = (
         (_ADD_NORM, _RMS_BACKWARD, _FMA_PRODUCT, _GATED, _WINDOWS_BACKWARD, _VARLEN, _EMBED, _EMBED_WEIGHT),
     ),
     (
-        "what is masked off never set",
+        "masked-off registers not set",
         r"mov\.[ub]32\s+%r\d+, [%\w]+;(?=(?:\s*mov\.[ub]32[^;]*;)*\s*@%p\d+ ld\.global)", "", 0, "accuracy",
         (_NORM, _NORM_BACKWARD, _WINDOWS),
     ),
@@ -173,11 +163,8 @@ _EDITS = (
 
 COMPILED = tuple(
     CompiledMutant(
-        f"{site.label}: {what}", site.kernel, old, new, site.op,
-        _TESTS[by if by == "reach" else "prepare" if site.kernel.startswith("_prepare") else site.op],
-        site.variant, site.case, count, by,
-        site.dtype,
+        f"{site.label}: {what}", site.kernel, old, new, site.op, site.variant, site.case, count, by, site.dtype
     )
     for what, old, new, count, by, sites in _EDITS
     for site in sites
-)  # fmt: skip
+)

@@ -34,7 +34,6 @@ class Mutant:
         where: Module and function, as ``ops.layer_norm.forward:_layer_norm_fwd_kernel`` or ``ops.block:A.method``.
         old, new: The edit; ``old`` occurs once in the function.
         op: The public op whose problems show the defect.
-        tests: The project's own tests that show it: arguments of ``pytest``, relative to ``tests/``.
         variant: The variant of the problems that show it, or None for any.
         case: The sizes that show it, or None for any.
         by: The group of checks that shows it.
@@ -46,7 +45,6 @@ class Mutant:
     old: str
     new: str
     op: str
-    tests: str
     variant: str | None = None
     case: Case | None = None
     by: str = "accuracy"

@@ -25,7 +25,8 @@ def shake(model: nn.Module, size: float = 0.1) -> nn.Module:
 def judge(draw: Callable[[int], tuple[dict[str, Tensor], ...]], **options) -> None:
     """Fail where a tensor breaks the error rule in most of three draws: through a network that of one may be bad luck.
 
-    A bias on keys alone changes nothing: its gradient is 0, of terms of the size of the weight's that all cancel.
+    A bias on keys alone changes nothing: its gradient is 0, of terms of the size of the weight's that all cancel. Each
+    is rounded twice, as the gradient of a score and as that of a key.
 
     Args:
         draw: Returns, from a seed, what is judged, what PyTorch gives in the same dtype, and the truth in fp64.
@@ -38,7 +39,7 @@ def judge(draw: Callable[[int], tuple[dict[str, Tensor], ...]], **options) -> No
         found = []
         for name, wanted in truth.items():
             terms = truth.get(name.removesuffix("bias") + "weight") if name.endswith("bias") else None
-            noise = None if terms is None else wanted.new_full(wanted.shape, terms.abs().max() * eps(actual[name]))
+            noise = None if terms is None else wanted.new_full(wanted.shape, 2 * terms.abs().max() * eps(actual[name]))
             found.append(check(name, actual[name], yardstick[name], wanted, noise=noise, **options))
         return found
 

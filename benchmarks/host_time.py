@@ -31,7 +31,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from benchmarks.environment import load_timm
-from benchmarks.ops import OpBench, all_ops
+from benchmarks.ops import Tensors, all_ops
 from benchmarks.ops.measure import leaves_of
 from benchmarks.run import sample_undisturbed, summary
 from benchmarks.schema import OURS
@@ -39,11 +39,13 @@ from vitkernels import accelerate, ops
 from vitkernels.ops._plan import Plans
 from vitkernels.ops._registry import OPS, PLANNED
 from vitkernels.testing.cases import Case
+from vitkernels.testing.workloads import find
 
 SMALL = (
     Case("small", 1, 32, 16, 1, 32, 2, 64),
     Case("small, RMSNorm and packed gate", 1, 32, 16, 1, 32, 2, 64, "silu", norm="rms_norm", mlp="packed"),
 )
+CPU = torch.device("cpu")
 MODES = ("no grad", "forward and backward")
 # In bf16 a CPU takes 30 µs for a product even of this size.
 DTYPE = torch.float32
@@ -94,8 +96,12 @@ def main(seconds: float) -> None:
     calls = {}
     for mode in MODES:
         for name, bench in all_ops().items():
-            calls[f"{OURS}, {name}, {mode}"] = call_of(bench, mode, noted)
-        calls[f"{OURS}, block, {mode}"] = call_of_block(mode)
+            case = next(case for case in SMALL if bench.applies(case))
+            tensors = bench.inputs(case, DTYPE, CPU)
+            calls[f"{OURS}, {name}, {mode}"] = call_of(bench.ours, case, tensors, mode, noted)
+        block = find("block", SMALL[0])
+        tensors = block.draw(SMALL[0], DTYPE, CPU)
+        calls[f"{OURS}, block, {mode}"] = call_of(block.function, SMALL[0], tensors, mode, noted)
         calls[f"{OURS}, accelerated timm Block, {mode}"] = call_of_timm_block(mode, swap=True)
         calls[f"torch, timm Block with the CPU's work, {mode}"] = call_of_timm_block(mode, swap=False)
     calls["torch, an op without checks, no grad"] = an_op_without_checks(own)
@@ -121,12 +127,12 @@ def note_calls() -> list[Callable[[], object]]:
     return noted
 
 
-def call_of(bench: OpBench, mode: str, noted: list[Callable[[], object]]) -> Callable[[], object]:
-    """Return ``bench``'s call of its op, warmed up so that its plans exist."""
-    case = next(case for case in SMALL if bench.applies(case))
-    tensors = bench.inputs(case, DTYPE, torch.device("cpu"))
+def call_of(
+    run: Callable, case: Case, tensors: Tensors, mode: str, noted: list[Callable[[], object]]
+) -> Callable[[], object]:
+    """Return the call of a public op that ``run(case, **tensors)`` makes, warmed up so that its plans exist."""
     with torch.set_grad_enabled(mode == "forward and backward"):
-        outputs = bench.ours(case, **tensors)
+        outputs = run(case, **tensors)
     op = noted[-1]
     if mode == "no grad":
         return planned(torch.no_grad()(op))
@@ -135,24 +141,8 @@ def call_of(bench: OpBench, mode: str, noted: list[Callable[[], object]]) -> Cal
     return planned(lambda: torch.autograd.grad(op(), leaves, upstreams))
 
 
-def call_of_block(mode: str) -> Callable[[], object]:
-    """Return a call of :func:`vitkernels.ops.block` on a ViT's tensors, warmed up so that its plans exist."""
-    case = SMALL[0]
-    C, F = case.channels, case.hidden
-    shapes = {"norm1": (C,), "qkv": (3 * C, C), "proj": (C, C), "norm2": (C,), "fc1": (F, C), "fc2": (C, F)}
-    grad = mode == "forward and backward"
-    new = functools.partial(torch.randn, dtype=DTYPE, requires_grad=grad)
-    x = new((case.batch, case.tokens, C))
-    pairs = {n: tuple(new(s) for s in (shape, shape[:1])) for n, shape in shapes.items()}
-    op = functools.partial(ops.block, x, **pairs, num_heads=case.heads)
-    if not grad:
-        return planned(torch.no_grad()(op))
-    leaves, upstream = [x, *(t for pair in pairs.values() for t in pair)], torch.ones_like(x)
-    return planned(lambda: torch.autograd.grad(op(), leaves, upstream))
-
-
 def call_of_timm_block(mode: str, swap: bool) -> Callable[[], object]:
-    """Return a call of timm's ``Block`` of the size of :func:`call_of_block`, accelerated or not."""
+    """Return a call of timm's ``Block`` of the size of the other calls, accelerated or not."""
     case = SMALL[0]
     timm = load_timm()
     block = timm.models.vision_transformer.Block(case.channels, case.heads, case.hidden / case.channels, qkv_bias=True)

@@ -1,4 +1,4 @@
-"""One file per op: its inputs at a named case, its rivals, and the minimum work.
+"""One file per op: its rivals and the minimum work; inputs, op and reference are :mod:`vitkernels.testing.workloads`'.
 
 ``flops(case, mode)`` counts each multiplication and each addition. ``bytes(case, mode, itemsize)`` counts once each
 tensor that must be read or written. Modes: ``forward`` (as in inference), ``backward``, and ``both`` (training).
@@ -16,9 +16,10 @@ from torch import Tensor
 
 from benchmarks.environment import Missing
 from vitkernels.testing.cases import Case
+from vitkernels.testing.workloads import WORKLOADS, find
 
 MODES = ("forward", "backward", "both")
-Tensors = dict[str, Tensor | None]
+Tensors = dict[str, Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,23 +42,43 @@ class OpBench:
     reference: Callable[..., Tensor | tuple[Tensor, ...]]
     flops: Callable[[Case, str], int]
     bytes: Callable[[Case, str, int], int]
-    rivals: Mapping[str, Callable[[torch.device], Callable]] = dataclasses.field(default_factory=dict)
-    applies: Callable[[Case], bool] = lambda case: True
+    rivals: Mapping[str, Callable[[torch.device], Callable]]
+    applies: Callable[[Case], bool]
+
+
+def bench_of(
+    name: str,
+    flops: Callable[[Case, str], int],
+    bytes: Callable[[Case, str, int], int],
+    rivals: Mapping[str, Callable[[torch.device], Callable]] | None = None,
+    *,
+    workload: str = "",
+    reference: Callable[..., Tensor] | None = None,
+    change: Callable[[Tensors], Tensors] = lambda tensors: tensors,
+) -> OpBench:
+    """Return the bench ``name`` of a workload.
+
+    Args:
+        name, flops, bytes, rivals: As of :class:`OpBench`.
+        workload: Its name in the table, if another than ``name``.
+        reference: In place of the workload's, if that is a weaker rival.
+        change: Makes the bench's tensors of the workload's.
+    """
+    workload = workload or name
+    rows = [row for row in WORKLOADS if row.name == workload]  # their inputs alone differ
+
+    def inputs(case: Case, dtype: torch.dtype, device: torch.device) -> Tensors:
+        return change(find(workload, case).draw(case, dtype, device, on=device))
+
+    def applies(case: Case) -> bool:
+        return any(row.of(case) for row in rows)
+
+    return OpBench(name, inputs, rows[0].function, reference or rows[0].reference, flops, bytes, rivals or {}, applies)
 
 
 def by_mode(mode: str, forward: int, backward: int) -> int:
     """Return the count for ``mode`` from those of forward and backward."""
     return {"forward": forward, "backward": backward, "both": forward + backward}[mode]
-
-
-def normal(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, scale: float = 1.0, shift: float = 0.0):
-    """Return a random tensor that requires grad."""
-    return (torch.randn(shape, device=device) * scale + shift).to(dtype).requires_grad_()
-
-
-def weight_of(rows: int, columns: int, dtype: torch.dtype, device: torch.device):
-    """Return a random (rows, columns) weight, scaled so that outputs are as large as inputs."""
-    return normal((rows, columns), dtype, device, columns**-0.5)
 
 
 def require(module: str, device: torch.device) -> ModuleType:
@@ -76,6 +97,6 @@ def require(module: str, device: torch.device) -> ModuleType:
 
 def all_ops() -> dict[str, OpBench]:
     """Return every op's bench by name, the most important first."""
-    files = ("attention", "mlp", "linear", "layer_norm", "patch_embed", "swiglu", "rms_norm")
+    files = ("attention", "mlp", "linear", "layer_norm", "patch_embed", "swiglu")
     modules = [importlib.import_module(f"{__name__}.bench_{file}") for file in files]
     return {bench.name: bench for module in modules for bench in module.BENCHES}

@@ -1,39 +1,10 @@
-"""LayerNorm, and residual + LayerScale + LayerNorm. M rows (batch · tokens) of C channels."""
+"""LayerNorm and RMSNorm, alone and as residual + LayerScale + norm. M rows (batch · tokens) of C channels."""
 
 from __future__ import annotations
 
-from benchmarks.ops import OpBench, by_mode, normal, require
-from vitkernels import ops, reference
+from benchmarks.ops import bench_of, by_mode, require
 
 EPS = 1e-6
-
-
-def _inputs(case, dtype, device):
-    return inputs_without_bias(case, dtype, device) | {"bias": normal((case.channels,), dtype, device, 0.2)}
-
-
-def inputs_without_bias(case, dtype, device):
-    """Return x and weight, RMSNorm's inputs."""
-    return {
-        "x": normal((case.batch, case.tokens, case.channels), dtype, device),
-        "weight": normal((case.channels,), dtype, device, 0.2, 1.0),
-    }
-
-
-def with_residual(inputs):
-    """Return a function that adds the residual, and LayerScale if the case has it, to ``inputs``."""
-
-    def make(case, dtype, device):
-        more = {"residual": normal((case.batch, case.tokens, case.channels), dtype, device)}
-        if case.layer_scale:
-            more["layer_scale"] = normal((case.channels,), dtype, device, 0.2, 1.0)
-        return inputs(case, dtype, device) | more
-
-    return make
-
-
-def _applies(case):
-    return case.norm == "layer_norm"
 
 
 def _elements(case):
@@ -59,29 +30,24 @@ def bytes_with_residual(case, mode, itemsize):
     return by_mode(mode, 4 * _elements(case) * itemsize, backward * _elements(case) * itemsize)
 
 
+def rms_flops(case, mode):
+    """Forward has one sum and the scaling; backward one mean and two more products."""
+    return by_mode(mode, 4 * _elements(case), 9 * _elements(case))
+
+
 def _liger(device):
     norm = require("liger_kernel.ops.layer_norm", device).LigerLayerNormFunction
     return lambda case, x, weight, bias: norm.apply(x, weight, bias, EPS)
 
 
+def _liger_rms(device):
+    norm = require("liger_kernel.ops.rms_norm", device).LigerRMSNormFunction
+    return lambda case, x, weight: norm.apply(x, weight, EPS, 0.0, "gemma", False)
+
+
 BENCHES = (
-    OpBench(
-        "add_layer_norm",
-        with_residual(_inputs),
-        lambda case, **tensors: ops.add_layer_norm(**tensors, eps=EPS),
-        lambda case, **tensors: reference.add_layer_norm(**tensors, eps=EPS),
-        flops,
-        bytes_with_residual,
-        applies=_applies,
-    ),
-    OpBench(
-        "layer_norm",
-        _inputs,
-        lambda case, **tensors: ops.layer_norm(**tensors, eps=EPS),
-        lambda case, **tensors: reference.layer_norm(**tensors, eps=EPS),
-        flops,
-        bytes,
-        rivals={"liger": _liger},
-        applies=_applies,
-    ),
+    bench_of("add_layer_norm", flops, bytes_with_residual),
+    bench_of("layer_norm", flops, bytes, {"liger": _liger}),
+    bench_of("rms_norm", rms_flops, bytes, {"liger": _liger_rms}),
+    bench_of("add_rms_norm", rms_flops, bytes_with_residual),
 )

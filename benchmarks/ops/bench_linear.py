@@ -2,23 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.ops import OpBench, by_mode, normal, weight_of
-from vitkernels import ops, reference
-
-
-def _inputs(case, dtype, device, N):
-    return {
-        "x": normal((case.batch, case.tokens, case.channels), dtype, device),
-        "weight": weight_of(N, case.channels, dtype, device),
-        "bias": normal((N,), dtype, device, 0.1),
-    }
-
-
-def _inputs_with_residual(case, dtype, device):
-    more = {"residual": normal((case.batch, case.tokens, case.channels), dtype, device)}
-    if case.layer_scale:
-        more["layer_scale"] = normal((case.channels,), dtype, device, 0.2, 1.0)
-    return _inputs(case, dtype, device, case.channels) | more
+from benchmarks.ops import bench_of, by_mode
 
 
 def product_flops(case, mode, N):
@@ -36,28 +20,18 @@ def product_bytes(case, mode, itemsize, N, kept=0, residual=0):
 
 
 BENCHES = (
-    OpBench(
+    bench_of(
         "linear_activation",
-        lambda case, dtype, device: _inputs(case, dtype, device, case.hidden),
-        lambda case, **tensors: ops.linear(**tensors, activation=case.activation),
-        lambda case, **tensors: reference.linear(**tensors, activation=case.activation),
         lambda case, mode: product_flops(case, mode, case.hidden),
         lambda case, mode, itemsize: product_bytes(case, mode, itemsize, case.hidden, kept=1),
-        applies=lambda case: case.mlp == "mlp",
     ),
-    OpBench(
+    bench_of(
         "linear",
-        lambda case, dtype, device: _inputs(case, dtype, device, 3 * case.channels),
-        lambda case, **tensors: ops.linear(**tensors),
-        lambda case, **tensors: reference.linear(**tensors),
         lambda case, mode: product_flops(case, mode, 3 * case.channels),
         lambda case, mode, itemsize: product_bytes(case, mode, itemsize, 3 * case.channels),
     ),
-    OpBench(
+    bench_of(
         "linear_residual",
-        _inputs_with_residual,
-        lambda case, **tensors: ops.linear(**tensors),
-        lambda case, **tensors: reference.linear(**tensors),
         lambda case, mode: product_flops(case, mode, case.channels),
         lambda case, mode, itemsize: product_bytes(case, mode, itemsize, case.channels, residual=1),
     ),

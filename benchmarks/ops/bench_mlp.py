@@ -2,23 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.ops import OpBench, by_mode, normal, weight_of
-from vitkernels import ops, reference
-
-
-def _inputs(case, dtype, device):
-    C, F = case.channels, case.hidden
-    tensors = {
-        "x": normal((case.batch, case.tokens, C), dtype, device),
-        "w1": weight_of(F, C, dtype, device),
-        "b1": normal((F,), dtype, device, 0.1),
-        "w2": weight_of(C, F, dtype, device),
-        "b2": normal((C,), dtype, device, 0.1),
-        "residual": normal((case.batch, case.tokens, C), dtype, device),
-    }
-    if case.layer_scale:
-        tensors["layer_scale"] = normal((C,), dtype, device, 0.2, 1.0)
-    return tensors
+from benchmarks.ops import bench_of, by_mode
 
 
 def flops(case, mode):
@@ -39,14 +23,4 @@ def bytes(case, mode, itemsize):
     return by_mode(mode, forward * itemsize, backward * itemsize)
 
 
-BENCHES = (
-    OpBench(
-        "mlp",
-        _inputs,
-        lambda case, **tensors: ops.mlp(**tensors, activation=case.activation),
-        lambda case, **tensors: reference.mlp(**tensors, activation=case.activation),
-        flops,
-        bytes,
-        applies=lambda case: case.mlp == "mlp",
-    ),
-)
+BENCHES = (bench_of("mlp", flops, bytes),)

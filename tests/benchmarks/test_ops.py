@@ -74,7 +74,7 @@ def test_flops_are_those_that_pytorch_counts(name, case, mode):
 @pytest.mark.parametrize("varlen", [False, True])
 def test_flops_of_attention_are_those_of_its_products(varlen):
     bench, shape = OPS["attention_varlen" if varlen else "attention"], SMALL["mlp"]
-    lengths = [5 // 4, 5 // 2, 5] if varlen else [5] * 3
+    lengths = [5, 15 // 4, 5 // 4] if varlen else [5] * 3
     scores = sum(n * n for n in lengths) * shape.heads * shape.head_dim
     assert shape.tokens == 5
     assert [bench.flops(shape, mode) for mode in MODES] == [4 * scores, 10 * scores, 14 * scores]

@@ -16,9 +16,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from vitkernels import ops, reference
 from vitkernels.runtime import use_backend
 from vitkernels.testing import Verdict, judge_op
+from vitkernels.testing.workloads import WORKLOADS, call_op, call_reference
 
 REDRAWS = 8
 
@@ -106,7 +106,7 @@ KIND_DTYPES = {"keep": torch.bool, "pixels": torch.uint8}
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A call of the public function ``op``; its tensors by name, some of which :data:`OPS` puts in pairs and tuples.
+    """A call of the public function ``op``; its tensors by name, as those of a workload.
 
     Attributes:
         op: The function's name.
@@ -226,119 +226,21 @@ class Spec:
     reference: Callable
 
 
-def _norm(function, dtype_of):
-    """The reference, whose PyTorch takes no fp32 parameters beside half inputs."""
-
-    def call(weight=None, bias=None, **arguments):
-        dtype = functools.reduce(torch.promote_types, (arguments[n].dtype for n in dtype_of if n in arguments))
-        parameters = {"weight": weight} if "rms" in function.__name__ else {"weight": weight, "bias": bias}
-        return function(**arguments, **{n: None if t is None else t.to(dtype) for n, t in parameters.items()})
-
-    return call
-
-
-def _mlp_reference(recompute=False, **arguments):
-    return reference.mlp(**arguments)
+def _run_op(run: Callable, op: str, /, **arguments):
+    """Call an op or its reference with what is drawn here in another form than a workload has."""
+    if "starts" in arguments:  # of packed images: numbers, which a failure prints
+        dtype, device = arguments.pop("starts_dtype", torch.int32), getattr(arguments["q"], "device", None)
+        arguments["cu_seqlens"] = torch.tensor(arguments.pop("starts"), dtype=dtype, device=device)
+    if op == "block":  # not all of the three have a gradient worth a look
+        biases = [arguments.pop(f"{name}_bias", None) for name in "qkv"]
+        if biases[0] is not None:
+            arguments["qkv_bias"] = torch.cat(biases)
+    return run(op, **arguments)
 
 
-def _swiglu(function, *, is_reference=False):
-    def call(
-        x, w12=None, b12=None, gate=None, value=None, gate_bias=None, value_bias=None, norm_weight=None, norm_bias=None,
-        eps=None, recompute=False, **arguments,
-    ):  # fmt: skip
-        if w12 is None:
-            w12, b12 = (gate, value), None if gate_bias is None else (gate_bias, value_bias)
-        if is_reference:
-            norm_weight, norm_bias = (None if t is None else t.to(x.dtype) for t in (norm_weight, norm_bias))
-        else:
-            arguments["recompute"] = recompute
-        norm = None if eps is None else (norm_weight, norm_bias, eps)
-        return function(x, w12, b12, norm=norm, **arguments)
-
-    return call
-
-
-def _prepared(arguments: dict) -> dict:
-    """The arguments of attention, with those that prepare q and k put together."""
-    cos, sin, interleaved = (arguments.pop(n, None) for n in ("cos", "sin", "interleaved"))
-    if cos is not None or sin is not None:
-        arguments["rope"] = (cos, sin, interleaved)
-    for name in ("q", "k"):
-        kind, eps, weight, bias = (arguments.pop(f"{name}_{n}", None) for n in ("kind", "eps", "weight", "bias"))
-        if kind is not None:
-            arguments[f"{name}_norm"] = (weight, bias, eps, kind == "rms")
-    return arguments
-
-
-def _attention(function):
-    return lambda **arguments: function(**_prepared(arguments))
-
-
-def _attention_reference(function, *, packed=False):
-    def call(**arguments):
-        arguments = _prepared(arguments)
-        p = arguments.pop("dropout_p", 0.0)
-        if p:
-            if packed:
-                B, N, _, H, _ = arguments["qkv"].shape
-                shape, device = (B, H, N, N), arguments["qkv"].device
-            else:
-                q, k = arguments["q"], arguments["k"]
-                shape, device = (*q.shape[:3], k.shape[2]), q.device
-            seed = int(torch.randint(2**62, (1,), device=device))  # as the op draws its own
-            arguments["dropout_scale"] = reference.dropout_scale(seed, shape, p).to(device)
-        return function(**arguments)
-
-    return call
-
-
-def _varlen(starts, q, starts_dtype=torch.int32, **arguments):
-    starts = torch.tensor(starts, dtype=starts_dtype, device=getattr(q, "device", None))
-    return ops.attention_varlen(q=q, cu_seqlens=starts, **_prepared(arguments))
-
-
-def _varlen_reference(starts, max_seqlen, q, k, v, starts_dtype=None, **arguments):
-    arguments = _prepared(arguments)
-    prepare = [arguments.pop(n, default) for n, default in (("rope", None), ("q_norm", None), ("k_norm", None))]
-    q, k = (x.transpose(0, 1)[None] for x in (q, k))
-    q, k = reference.prepare_qk(q, k, prepare[0], 0, *prepare[1:])
-    q, k = (x[0].transpose(0, 1) for x in (q, k))
-    return reference.attention_varlen(q, k, v, torch.tensor(starts), **arguments)
-
-
-def _block(function, *, is_reference=False):
-    layers = ("norm1", "qkv", "proj", "norm2", "fc1", "fc2")
-
-    def call(x, q_bias=None, k_bias=None, v_bias=None, gamma1=None, gamma2=None, recompute=False, **arguments):
-        pairs = {n: (arguments.pop(f"{n}_weight", None), arguments.pop(f"{n}_bias", None)) for n in layers}
-        if q_bias is not None:
-            pairs["qkv"] = pairs["qkv"][0], torch.cat([q_bias, k_bias, v_bias])
-        if is_reference:
-            pairs |= {n: tuple(None if t is None else t.to(x.dtype) for t in pairs[n]) for n in ("norm1", "norm2")}
-        else:
-            arguments["recompute"] = recompute
-        return function(x, **pairs, layer_scale=(gamma1, gamma2), **arguments)
-
-    return call
-
-
+# The shapes, layouts, dtypes and options that strategies.py draws are those of no network: of the workloads these calls
+# have the functions alone.
 OPS = {
-    "layer_norm": Spec(ops.layer_norm, _norm(reference.layer_norm, ("x",))),
-    "rms_norm": Spec(ops.rms_norm, _norm(reference.rms_norm, ("x",))),
-    "add_layer_norm": Spec(
-        ops.add_layer_norm, _norm(reference.add_layer_norm, ("x", "residual", "layer_scale", "drop_path_scale"))
-    ),
-    "add_rms_norm": Spec(
-        ops.add_rms_norm, _norm(reference.add_rms_norm, ("x", "residual", "layer_scale", "drop_path_scale"))
-    ),
-    "linear": Spec(ops.linear, reference.linear),
-    "mlp": Spec(ops.mlp, _mlp_reference),
-    "swiglu_mlp": Spec(_swiglu(ops.swiglu_mlp), _swiglu(reference.swiglu_mlp, is_reference=True)),
-    "attention": Spec(_attention(ops.attention), _attention_reference(reference.attention)),
-    "attention_qkvpacked": Spec(
-        _attention(ops.attention_qkvpacked), _attention_reference(reference.attention_qkvpacked, packed=True)
-    ),
-    "attention_varlen": Spec(_varlen, _varlen_reference),
-    "block": Spec(_block(ops.block), _block(reference.block, is_reference=True)),
-    "patch_embed": Spec(ops.patch_embed, reference.patch_embed),
+    op: Spec(*(functools.partial(_run_op, run, op) for run in (call_op, call_reference)))
+    for op in dict.fromkeys(workload.op for workload in WORKLOADS)
 }

@@ -143,10 +143,10 @@ def swiglu_mlps(draw):
         d.add("w12", 2 * F, C, kind="weight")
         d.maybe_add("b12", 2 * F)
     else:
-        d.add("gate", F, C, kind="weight")
-        d.add("value", F, C, kind="weight")
-        if d.maybe_add("gate_bias", F):
-            d.add("value_bias", F)
+        d.add("w1", F, C, kind="weight")
+        d.add("w2", F, C, kind="weight")
+        if d.maybe_add("b1", F):
+            d.add("b2", F)
     d.add("w3", out, F, kind="weight")
     if not d.maybe_add("b3", out):
         d.inputs["b3"] = Input((), "none")

@@ -1,29 +1,28 @@
-"""Every public op on tiny valid tensors, one table for all of this folder: an input is made hostile by one change.
+"""Every public op on tiny valid tensors, for all of this folder: an input is made hostile by one change.
 
-An op's tensors are written by dim: ``"B N C"`` is (B, N, C), ``"3HD C"`` is (3·H·D, C); sizes are in :data:`SIZES`.
+Of an op's workloads (:mod:`vitkernels.testing.workloads`) each call is the one with most tensors; a new op joins them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-import re
 from collections.abc import Callable, Iterable
 
 import pytest
 import torch
 from torch import Tensor
 
-from vitkernels import ops, reference
 from vitkernels.models import VisionTransformer
 from vitkernels.testing import check_op
+from vitkernels.testing.cases import Case
+from vitkernels.testing.workloads import WORKLOADS, Input, Workload, call_op, call_reference, shape_of, sizes
 
 HAS_GPU = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
-# Batch, tokens, channels, heads, head dim, hidden features; image channels, patch, height, width; prefix tokens.
+# By the workloads' letters: no two tokens, channels or sides of an image are alike.
 SIZES = {"B": 2, "N": 5, "C": 16, "H": 2, "D": 8, "F": 12, "I": 3, "P": 4, "Y": 8, "X": 12, "R": 1}
 
 
@@ -32,20 +31,20 @@ class Op:
     """A public op as a function of named tensors, and what it is held against.
 
     Attributes:
-        shapes: Of every tensor it takes, by name.
+        tensors: What it takes, by name.
         inputs: Which of them are activations, with a sample along the first dim; the others are parameters.
         optional: Which may be None.
         normed: Whether it takes ``eps``.
-        options: Further arguments, made from sizes and device.
+        options: Further arguments, of a case.
     """
 
     function: Callable
     reference: Callable
-    shapes: dict[str, str]
+    tensors: dict[str, Input]
     inputs: tuple[str, ...]
-    optional: tuple[str, ...] = ()
-    normed: bool = False
-    options: Callable[[dict[str, int], torch.device], dict] = lambda sizes, device: {}
+    optional: tuple[str, ...]
+    normed: bool
+    options: Callable[[Case], dict]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,16 +75,25 @@ class Call:
         check_op(self.op.function, self.op.reference, self.tensors, options=self.options, **more)
 
 
-def call(name: str, *, dtype=torch.float32, device="cpu", grad=True, **sizes: int) -> Call:
+def call(name: str, *, dtype=torch.float32, device="cpu", grad=True, **changed: int) -> Call:
     """Make a call of the op ``name`` on random tensors, with other sizes where they are given."""
-    op, sizes = OPS[name], {**SIZES, **sizes}
+    op, given = OPS[name], SIZES | changed
+    B, N = given["B"], given["N"]
+    activation = "silu" if name == "swiglu_mlp" else "gelu"
+    case = Case("tiny", B, 0, 1, N, given["C"], given["H"], given["F"], activation, layer_scale=True, mlp_norm=True)
+    letters = sizes(case) | given | {"T": B * N}
+    if name == "patch_embed":
+        letters["N"] = given["R"] + (given["Y"] // given["P"]) * (given["X"] // given["P"])
     tensors = {
-        n: (0.5 * torch.randn(shape(spec, sizes), dtype=torch.float64)).to(device, dtype).requires_grad_(grad)
-        for n, spec in op.shapes.items()
+        n: (0.5 * torch.randn(shape_of(t.shape, letters), dtype=torch.float64)).to(device, dtype)
+        for n, t in op.tensors.items()
     }
-    if "drop_path_scale" in tensors:
-        tensors["drop_path_scale"].requires_grad_(False)  # a drawn constant
-    return Call(op, tensors, op.options(sizes, torch.device(device)))
+    for n, t in tensors.items():
+        t.requires_grad_(grad and op.tensors[n].grad)
+    options = op.options(case)
+    if name == "attention_varlen":
+        options["cu_seqlens"] = torch.arange(B + 1, dtype=torch.int32, device=device) * N
+    return Call(op, tensors, options)
 
 
 def tiny_model(device="cpu", **more) -> VisionTransformer:
@@ -94,17 +102,9 @@ def tiny_model(device="cpu", **more) -> VisionTransformer:
     return VisionTransformer(**{**sizes, **more}, device=device)
 
 
-def shape(spec: str, sizes: dict[str, int]) -> tuple[int, ...]:
-    """``"3HD C"`` in numbers; T is what patch_embed makes of the image."""
-    sizes = {**sizes, "T": sizes["R"] + (sizes["Y"] // sizes["P"]) * (sizes["X"] // sizes["P"])}
-    return tuple(
-        math.prod(sizes[f] if f.isalpha() else int(f) for f in re.findall(r"\d+|[A-Z]", dim)) for dim in spec.split()
-    )
-
-
 def parameters(name: str) -> list[str]:
     """The tensors of an op that are no activations."""
-    return [n for n in OPS[name].shapes if n not in OPS[name].inputs]
+    return [n for n in OPS[name].tensors if n not in OPS[name].inputs]
 
 
 def each_op(names: Iterable[str] | None = None, **having):
@@ -113,93 +113,31 @@ def each_op(names: Iterable[str] | None = None, **having):
     return pytest.mark.parametrize("op", chosen)
 
 
-def _block(function: Callable) -> Callable:
-    def block(
-        x, norm1_weight, norm1_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, layer_scale1, norm2_weight,
-        norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale2, *, num_heads, eps=1e-6,
-    ):  # fmt: skip
-        return function(
-            x, norm1=(norm1_weight, norm1_bias), qkv=(qkv_weight, qkv_bias), proj=(proj_weight, proj_bias),
-            norm2=(norm2_weight, norm2_bias), fc1=(fc1_weight, fc1_bias), fc2=(fc2_weight, fc2_bias),
-            layer_scale=(layer_scale1, layer_scale2), num_heads=num_heads, eps=(eps, eps),
-        )  # fmt: skip
-
-    return block
+LESS = ("residual", "separate weights")  # as many tensors, but no activation, or weights that go in pairs
 
 
-def _swiglu(function: Callable) -> Callable:
-    def swiglu_mlp(x, w12, b12, w3, b3, norm_weight, norm_bias, residual, layer_scale, *, eps=1e-6):
-        norm = (norm_weight, norm_bias, eps)
-        return function(x, w12, b12, w3, b3, norm=norm, residual=residual, layer_scale=layer_scale)
+def _op(name: str) -> Op:
+    mine = [w for w in WORKLOADS if w.op == name and not (w.variant or "").startswith(LESS)]
+    fullest: Workload = max(mine, key=lambda w: (not w.attention, len(w.inputs)))
+    tensors = {n: t for n, t in fullest.inputs.items() if n != "cu_seqlens"}  # it is no floating-point tensor
+    if name == "linear":
+        tensors["residual"] = Input("B N F", optional=True)
+    return Op(
+        *(functools.partial(_with_eps, function, name) for function in (call_op, call_reference)),
+        tensors,
+        tuple(n for n, t in tensors.items() if t.shape[:2] in ("B ", "T ")),
+        tuple(n for n, t in tensors.items() if t.optional),
+        "norm" in name or any("norm" in n for n in tensors),
+        fullest.options,
+    )
 
-    return swiglu_mlp
+
+def _with_eps(function: Callable, op: str, /, **arguments):
+    if op == "block" and "eps" in arguments:
+        arguments["eps"] = (arguments["eps"],) * 2
+    return function(op, **arguments)
 
 
-def _varlen_reference(q, k, v, cu_seqlens, max_seqlen, **options):
-    return reference.attention_varlen(q, k, v, cu_seqlens, **options)
-
-
-def _packed_images(sizes: dict[str, int], device: torch.device) -> dict:
-    starts = torch.arange(sizes["B"] + 1, dtype=torch.int32, device=device) * sizes["N"]
-    return {"cu_seqlens": starts, "max_seqlen": max(1, sizes["N"])}
-
-
-_NORM = {"x": "B N C", "weight": "C", "bias": "C"}
-_RMS = {"x": "B N C", "weight": "C"}
-_SUM = {"residual": "B N C", "layer_scale": "C", "drop_path_scale": "B"}
-_QKV = dict.fromkeys("qkv", "B H N D")
-_BLOCK = {
-    "x": "B N C", "norm1_weight": "C", "norm1_bias": "C", "qkv_weight": "3HD C", "qkv_bias": "3HD",
-    "proj_weight": "C HD", "proj_bias": "C", "layer_scale1": "C", "norm2_weight": "C", "norm2_bias": "C",
-    "fc1_weight": "F C", "fc1_bias": "F", "fc2_weight": "C F", "fc2_bias": "C", "layer_scale2": "C",
-}  # fmt: skip
-_SCALES = ("layer_scale", "drop_path_scale")
-
-OPS = {
-    "layer_norm": Op(ops.layer_norm, reference.layer_norm, _NORM, ("x",), ("weight", "bias"), normed=True),
-    "add_layer_norm": Op(
-        ops.add_layer_norm, reference.add_layer_norm, _NORM | _SUM, ("x", "residual"),
-        ("weight", "bias", *_SCALES), normed=True,
-    ),
-    "rms_norm": Op(ops.rms_norm, reference.rms_norm, _RMS, ("x",), ("weight",), normed=True),
-    "add_rms_norm": Op(
-        ops.add_rms_norm, reference.add_rms_norm, _RMS | _SUM, ("x", "residual"), ("weight", *_SCALES), normed=True
-    ),
-    "linear": Op(
-        functools.partial(ops.linear, activation="gelu"), functools.partial(reference.linear, activation="gelu"),
-        {"x": "B N C", "weight": "F C", "bias": "F", "residual": "B N F", "layer_scale": "F"},
-        ("x", "residual"), ("bias", "residual", "layer_scale"),
-    ),
-    "mlp": Op(
-        ops.mlp, reference.mlp,
-        {"x": "B N C", "w1": "F C", "b1": "F", "w2": "C F", "b2": "C", "residual": "B N C", "layer_scale": "C"},
-        ("x", "residual"), ("b1", "b2", "residual", "layer_scale"),
-    ),
-    "swiglu_mlp": Op(
-        _swiglu(ops.swiglu_mlp), _swiglu(reference.swiglu_mlp),
-        {"x": "B N C", "w12": "2F C", "b12": "2F", "w3": "C F", "b3": "C", "norm_weight": "F", "norm_bias": "F",
-         "residual": "B N C", "layer_scale": "C"},
-        ("x", "residual"), ("b12", "b3", "norm_weight", "norm_bias", "residual", "layer_scale"), normed=True,
-    ),
-    "attention": Op(ops.attention, reference.attention, _QKV, ("q", "k", "v")),
-    "attention_qkvpacked": Op(
-        ops.attention_qkvpacked, reference.attention_qkvpacked, {"qkv": "B N 3 H D"}, ("qkv",)
-    ),
-    "attention_varlen": Op(
-        ops.attention_varlen, _varlen_reference, dict.fromkeys("qkv", "BN H D"), ("q", "k", "v"),
-        options=_packed_images,
-    ),
-    "block": Op(
-        _block(ops.block), _block(reference.block), _BLOCK, ("x",),
-        tuple(n for n in _BLOCK if n.startswith("norm") or n.endswith("bias") or n.startswith("layer_scale")),
-        normed=True, options=lambda sizes, device: {"num_heads": sizes["H"]},
-    ),
-    "patch_embed": Op(
-        ops.patch_embed, reference.patch_embed,
-        {"images": "B I Y X", "weight": "C I P P", "bias": "C", "pos_embed": "1 T C", "prefix_tokens": "1 R C"},
-        ("images",), ("bias", "pos_embed", "prefix_tokens"),
-    ),
-}  # fmt: skip
-
+OPS = {name: _op(name) for name in dict.fromkeys(w.op for w in WORKLOADS)}
 ATTENTION = ("attention", "attention_qkvpacked", "attention_varlen")
 ROWS = ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm", "linear", "mlp", "swiglu_mlp")

@@ -441,7 +441,7 @@ def test_pairs_are_pairs(device, record_launches):
         "norm1": (t["norm1_weight"], t["norm1_bias"]), "qkv": (t["qkv_weight"], t["qkv_bias"]),
         "proj": (t["proj_weight"], t["proj_bias"]), "norm2": (t["norm2_weight"], t["norm2_bias"]),
         "fc1": (t["fc1_weight"], t["fc1_bias"]), "fc2": (t["fc2_weight"], t["fc2_bias"]),
-        "layer_scale": (t["layer_scale1"], t["layer_scale2"]),
+        "layer_scale": (t["gamma1"], t["gamma2"]),
     }  # fmt: skip
     run = functools.partial(vitkernels.ops.block, t["x"], **pairs, num_heads=2)
     run()

@@ -1,16 +1,37 @@
-"""The launches of every op's forward and backward at a case's shapes, on fake tensors: what there is to compile."""
+"""The launches of every op's forward and backward at a case's shapes, on fake tensors: what there is to compile.
+
+A workload runs on the meta device, which computes nothing, and the launchers of the registered ops that it calls run on
+tensors of the same layouts. Launches that no workload makes, but a block or a model does, are made here by hand.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from vitkernels import ops  # noqa: F401  registers the ops
 from vitkernels.ops._registry import OPS
-from vitkernels.ops.swiglu.config import padded
-from vitkernels.runtime import wide_dtype
+from vitkernels.runtime import use_backend, wide_dtype
 from vitkernels.testing.cases import Case
+from vitkernels.testing.workloads import Workload, find, workloads
+
+META = torch.device("meta")
+# Workloads whose kernels others launch, too.
+LEFT_OUT = {
+    "layer_norm_near_eps", "rms_norm_near_eps", "add_layer_norm_scaled", "add_rms_norm_scaled", "linear_residual",
+    "linear_scaled", "mlp_recompute", "swiglu_mlp_recompute", "attention_separate", "block",
+}  # fmt: skip
+# Where that is no training step: the workloads, whether in training, and the registered ops taken from them.
+STEPS = {
+    "mlp": (("mlp", False, "mlp_fwd"), ("mlp", True, "mlp_fwd"), ("mlp_recompute", True, "mlp_bwd")),
+    "swiglu_mlp": (("swiglu_mlp_recompute", True, ("glu_", "linear_fwd", "layer_norm")),),
+}
+# What the contract's kernels are compiled with, in place of the workloads' values.
+CONSTANTS = {"dropout_p": 0.1, "normalize": ((0.5,) * 3, (0.25,) * 3)}
 
 
 def launches(case: Case, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
@@ -19,142 +40,112 @@ def launches(case: Case, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     The functions create their tensors on device ``cuda``. Call them through :func:`vitkernels.aot.trace`, which makes
     these tensors fake, so that they need no GPU.
     """
-    B, N, C, F, H, D = case.batch, case.tokens, case.channels, case.hidden, case.heads, case.head_dim
-    sums = wide_dtype(dtype)
+    B, N, H, D, R = case.batch, case.tokens, case.heads, case.head_dim, case.prefix
+    wide = wide_dtype(dtype)
 
-    def new(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+    def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="cuda")
 
-    def run(op: str, *args):
-        return OPS[op].launcher(*args)
+    def traced(name: str, **changed: int) -> Callable[[], None]:
+        def run():
+            for workload, trains, taken in STEPS.get(name, ((name, True, ""),)):
+                _launch(c for c in _calls(find(workload, case), case, dtype, trains, changed) if c[0].startswith(taken))
 
-    def gamma():
-        return new(C) if case.layer_scale else None
-
-    rms = case.norm == "rms_norm"
-
-    def norm():
-        x, w, b = new(B, N, C), new(C), None if rms else new(C)
-        statistics = new(0 if rms else B * N, dtype=sums), new(B * N, dtype=sums)
-        run("layer_norm_fwd", x, None, w, b, None, None, 1e-6, dtype, rms)
-        run("layer_norm_bwd", x, None, x, None, w, None, None, *statistics, 1e-6, dtype,
-            [False, True, True, not rms, False, False, False], rms)  # fmt: skip
+        return run
 
     def add_norm():
-        x, w, b = new(B, N, C), new(C), None if rms else new(C)
-        statistics = new(0 if rms else B * N, dtype=sums), new(B * N, dtype=sums)
-        needs_dx = case.layer_scale
-        run("layer_norm_fwd", x, x, w, b, gamma(), None, 1e-6, dtype, rms)
-        run("layer_norm_bwd", x, x, x, x, w, gamma(), None, *statistics, 1e-6, dtype,
-            [needs_dx, True, True, not rms, needs_dx, False, False], rms)  # fmt: skip
-        run("layer_norm_bwd", x, x, x, None, w, None, None, *statistics, 1e-6, dtype,
-            [False, True, True, not rms, False, True, True], rms)  # fmt: skip
+        calls = _calls(find(f"add_{case.norm}", case), case, dtype, True, {})
+        # In a block there is no gradient for the branch, and sums give those of the projection's bias and LayerScale.
+        name, (dy, dr, r, _, weight, _, *more) = calls[-1]
+        more[5] = [False, *more[5][1:4], False, True, True]
+        _launch([*calls, (name, (dy, dr, r, None, weight, None, *more))])
 
-    def linear():
-        x, y = new(B, N, C), new(B, N, 3 * C)
-        run("linear_fwd", x, new(3 * C, C), new(3 * C), None, None, None, dtype, False)
-        run("linear_bwd", y, x, new(3 * C, C), new(3 * C), None, None, None, [True] * 3 + [False])
+    def frozen_queries():
+        q, lse = new(B, N, H, D), new(B, H, N, dtype=wide)
+        OPS["attention_bwd"].launcher(q, q, q, q, q, lse, D**-0.5, [False, True, False])
 
-    def linear_activation():
-        x, z, w = new(B, N, C), new(B, N, F), new(F, C)
-        run("linear_fwd", x, w, new(F), None, None, case.activation, dtype, True)
-        run("linear_bwd", z, x, w, new(F), z, None, case.activation, [True] * 3 + [False])
+    def rope(interleaved: bool):
+        q, weight, tables = new(B, N, 3, H, D).select(2, 0), new(D), [new(1, 1, N - R, D, dtype=wide)] * 2
+        for parameters, norm in (((None, None), ("", 0.0)), ((weight, weight), ("layer", 1e-6))):
+            spec = *parameters, *tables, *norm, interleaved, R
+            OPS["attention_prepare_fwd"].launcher(q, *spec)
+            OPS["attention_prepare_bwd"].launcher(q, q, *spec, [norm[0] != ""] * 2)
 
-    def mlp():
-        x, z, w1, w2 = new(B, N, C), new(B, N, F), new(F, C), new(C, F)
-        run("mlp_fwd", x, w1, new(F), w2, new(C), gamma(), x, case.activation, dtype, False, False)
-        run("mlp_fwd", x, w1, new(F), w2, new(C), gamma(), x, case.activation, dtype, True, True)
-        run("mlp_bwd", x, x, w1, w2, new(C), gamma(), z, None, case.activation, [True] * 5 + [case.layer_scale])
-
-    def swiglu_mlp():
-        P = padded(F)
-        x, h, z, w3 = new(B, N, C), new(B, N, P), new(B, N, 2, P), new(C, P)
-        if case.mlp == "packed":
-            first = new(2 * F, C), new(2 * F), None, None
-        else:
-            first = new(F, C), new(F), new(F, C), new(F)
-        if dtype.itemsize == 2:
-            for save_z in (False, True):
-                run("glu_fwd", x, *first, case.activation, False, save_z)
-        else:  # PyTorch computes the products, which needs a GPU; only the gate is our kernel
-            run("glu_gate", z, case.activation, False)
-        run("linear_fwd", h, w3, new(C), gamma(), x, None, dtype, False)
-        if not case.mlp_norm:
-            run("glu_bwd", x, w3, gamma(), z, case.activation, False, True, True)
-        else:
-            w, statistics = new(F), [new(B * N, dtype=sums)] * 2
-            options = False, None if P == F else F
-            run("layer_norm_fwd", h, None, w, w, None, None, 1e-6, dtype, *options)
-            run("layer_norm_bwd", h, None, h, None, w, None, None, *statistics, 1e-6, dtype,
-                [False, True, True, True, False, False, False], *options)  # fmt: skip
-            run("glu_gate", z, case.activation, False)
-            run("glu_bwd", h, None, None, z, case.activation, False, False, True)
-
-    def attention():
-        qkv, o, lse = new(B, N, 3, H, D), new(B, N, H, D), new(B, H, N, dtype=sums)
-        run("attention_qkvpacked_fwd", qkv, D**-0.5)
-        run("attention_qkvpacked_bwd", o, qkv, o, lse, D**-0.5, True)
-
-    def attend(B, N, H, D, *options, needs_dmask=False):
-        qkv = new(B, N, 3, H, D)
-        o, lse, *_ = run("attention_qkvpacked_fwd", qkv, D**-0.5, *options)
-        run("attention_qkvpacked_bwd", o, qkv, o, lse, D**-0.5, True, needs_dmask, *options)
-
-    def attention_varlen():
-        q, lse = new(B * N, H, D), new(1, H, B * N, dtype=sums)
-        options = False, None, None, False, 0.0, new(B + 1, dtype=torch.int32), N
-        run("attention_fwd", q, q, q, D**-0.5, *options)
-        run("attention_bwd", q, q, q, q, q, lse, D**-0.5, [True, True, False], *options)
-
-    def attention_frozen_queries():
-        q, lse = new(B, N, H, D), new(B, H, N, dtype=sums)
-        run("attention_bwd", q, q, q, q, q, lse, D**-0.5, [False, True, False])
-
-    def attention_rope(interleaved: bool):
-        qkv, tables = new(B, N, 3, H, D), [new(1, 1, N - case.prefix, D, dtype=sums)] * 2
-        q, weight = qkv.select(2, 0), new(D)
-        spec = weight, weight, *tables, "layer", 1e-6, interleaved, case.prefix
-        run("attention_prepare_fwd", q, None, None, *tables, "", 0.0, interleaved, case.prefix)
-        run("attention_prepare_fwd", q, *spec)
-        run("attention_prepare_bwd", q, q, None, None, *tables, "", 0.0, interleaved, case.prefix, [False, False])
-        run("attention_prepare_bwd", q, q, *spec, [True, True])
-
-    variants = {
-        "biased": lambda: attend(B, N, H, D, new(1, H, N, N), needs_dmask=True),
-        "key_mask": lambda: attend(B, N, H, D, new(B, 1, 1, N, dtype=torch.bool)),
-        "pair_mask": lambda: attend(B, N, H, D, new(B, 1, N, N, dtype=torch.bool)),
-        "causal": lambda: attend(B, N, H, D, None, None, True),
-        "dropout": lambda: attend(B, N, H, D, None, new(1, dtype=torch.int64), False, 0.1),
-        "windows": lambda: attend(64 * B, 49, 4, 32, new(1, 4, 49, 49), needs_dmask=True),
-        "visible": lambda: attend(8 * B, 50, H, D),
-        "varlen": attention_varlen,
-        "frozen_queries": attention_frozen_queries,
-        "rope_half": lambda: attention_rope(False),
-        "rope_interleaved": lambda: attention_rope(True),
+    found = {w.name: traced(w.name) for w in workloads(case) if w.name not in LEFT_OUT}
+    by_hand = {
+        "windows": traced("attention_biased", B=64 * B, N=49, H=4, D=32),
+        "visible": traced("attention", B=8 * B, N=50),
+        "varlen": traced("attention_varlen", T=B * N),
+        "frozen_queries": frozen_queries,
+        "rope_half": functools.partial(rope, False),
+        "rope_interleaved": functools.partial(rope, True),
     }
+    asked_for = {f"attention_{name}": by_hand[name] for name in by_hand if name in case.attention}
+    return found | {f"add_{case.norm}": add_norm} | asked_for
 
-    def patch_embed():
-        side = case.image // case.patch * case.patch
-        images, weight = new(B, 3, side, side), new(C, 3, case.patch, case.patch)
-        prefix = new(1, case.prefix, C) if case.prefix else None
-        run("patch_embed_fwd", images, weight, new(C), new(1, N, C), prefix, True, None, dtype)
-        run("patch_embed_bwd", new(B, N, C), images, weight, True, True)
 
-    def patch_embed_uint8():
-        side = case.image // case.patch * case.patch
-        weight, constants = new(C, 3, case.patch, case.patch), [0.5] * 3 + [0.25] * 3
-        prefix = new(1, case.prefix, C) if case.prefix else None
-        planar = new(B, 3, side, side, dtype=torch.uint8)
-        channels_last = new(B, side, side, 3, dtype=torch.uint8).permute(0, 3, 1, 2)  # as decoders write
-        # One layout compiles every kernel; only cases that list attention variants compile the other one, too.
-        for images in (planar, channels_last) if case.attention else (planar,):
-            run("patch_embed_fwd", images, weight, new(C), new(1, N, C), prefix, True, constants, dtype)
-            run("patch_embed_bwd", new(B, N, C), images, weight, False, True, constants)
+def _calls(
+    workload: Workload, case: Case, dtype: torch.dtype, trains: bool, changed: dict[str, int]
+) -> list[tuple[str, tuple]]:
+    """Return the registered ops that ``workload`` calls, with arguments on the meta device, equal calls once."""
+    workload = workload.packed() if workload.op == "attention" else workload  # as models call it
+    options = {name: CONSTANTS.get(name, value) for name, value in workload.options(case).items()}
+    workload = dataclasses.replace(workload, options=lambda case: options)
+    tensors = workload.draw(case, dtype, META, on=META, **changed)
+    with use_backend("auto"), torch.set_grad_enabled(trains), _Recorded() as recorded:
+        layouts = [tensors]
+        # One layout of images compiles every kernel; cases that list attention variants compile the decoders', too.
+        if workload.name == "patch_embed_uint8" and case.attention:
+            images = tensors["images"].contiguous(memory_format=torch.channels_last)
+            layouts.append(tensors | {"images": images})
+        for given in layouts:
+            outputs = workload.function(case, **given)
+            if trains:
+                outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+                torch.autograd.backward(outputs, [torch.empty_like(o) for o in outputs])
+    return list(recorded.calls.values())
 
-    functions = {case.norm: norm, f"add_{case.norm}": add_norm, "linear": linear}
-    if case.mlp == "mlp":
-        functions |= {"linear_activation": linear_activation, "mlp": mlp}
-    else:
-        functions["swiglu_mlp"] = swiglu_mlp
-    functions |= {f"attention_{name}": variants[name] for name in case.attention}
-    return functions | {f.__name__: f for f in (attention, patch_embed, patch_embed_uint8)}
+
+class _Recorded(TorchDispatchMode):
+    """Keeps the calls of registered ops in place of running them."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: dict[str, tuple[str, tuple]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace != "vitkernels":
+            return func(*args, **(kwargs or {}))
+        name = func.name().removeprefix("vitkernels::")
+        layouts = [(a.shape, a.stride(), a.dtype) if isinstance(a, Tensor) else a for a in args]
+        self.calls.setdefault(f"{name} {layouts}", (name, args))
+        return OPS[name].fake(*args)
+
+
+def _launch(calls: Iterable[tuple[str, tuple]]) -> None:
+    """Run the launchers of ``calls`` on new tensors of the same layouts.
+
+    As the contract counts the bytes of DRAM, the activations of a call share their memory if they have one shape, and
+    so do all tensors of a gated MLP's norm.
+    """
+    for name, args in calls:
+        made: dict[object, Tensor] = {}
+        gated_norm = name.startswith("layer_norm") and type(args[-1]) is int  # its width
+
+        def real(x: object, made=made, gated_norm=gated_norm) -> object:
+            if not isinstance(x, Tensor):
+                return x
+            key = (x.shape, x.dtype) if x.ndim > 2 or gated_norm else id(x)
+            if key not in made:
+                flat = torch.empty(x.untyped_storage().nbytes() // x.itemsize, dtype=x.dtype, device="cuda")
+                made[key] = flat.as_strided(x.shape, x.stride(), flat.storage_offset() + x.storage_offset())
+            return made[key]
+
+        args = [real(a) for a in args]
+        if name == "attention_qkvpacked_bwd":
+            args[5] = True  # needs_sum: in a block, for the gradient of the projection's bias
+        if name == "glu_fwd":
+            if args[0].itemsize > 2:
+                continue  # PyTorch computes the products, which needs a GPU
+            OPS[name].launcher(*args[:-1])  # in inference it saves nothing
+        OPS[name].launcher(*args)

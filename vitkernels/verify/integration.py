@@ -235,8 +235,6 @@ def _cuda_graph(problem: Problem, device: torch.device, seed: int) -> _Findings:
     _needs_cuda(device)
     if problem.variant == "dropout":
         raise _Impossible("each replay draws new random numbers")
-    if problem.variant.startswith("RoPE"):
-        raise _Impossible("this problem's tables are copied from the host, which a graph cannot hold")
     static, fresh = _drawn(problem, device, seed), _drawn(problem, device, seed + 1)
     expected = outputs_and_gradients(problem.function, fresh, torch.ones_like)  # also compiles the kernels
     stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"emulator"},
-    {"reference", "runtime", "tuning"},
+    {"reference", "runtime", "tuning", "_intercept"},
     {"ops"},
     {"layers"},
     {"models"},

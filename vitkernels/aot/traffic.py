@@ -29,25 +29,18 @@ import torch
 import triton
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from triton._C.libtriton import ir, passes
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 
 from vitkernels import runtime, swap
+from vitkernels._intercept import Access, Intercept, accesses, op_accesses, tensors
 from vitkernels.aot.build import TARGETS
 from vitkernels.ops._registry import OPS
 
 TARGET = TARGETS["sm_90"]  # launchers ask for the device's facts
 
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
-ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
-# Ops that do not read their inputs: they overwrite them or use only their shape.
-FILLS = {
-    "zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones",
-    "new_full", "zero_", "fill_", "bernoulli_", "uniform_", "normal_",
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,22 +100,12 @@ class Traffic:
 
 
 @dataclasses.dataclass
-class _Access:
-    """One tensor that an op reads or writes."""
-
-    storage: torch.UntypedStorage
-    elements: int
-    written: bool
-    least: int = 0
-
-
-@dataclasses.dataclass
 class _Event:
     """One op or kernel that ran."""
 
     phase: str
     op: str
-    accesses: list[_Access]
+    accesses: list[Access]
     attention: bool = False
 
 
@@ -177,71 +160,48 @@ def _row(event: _Event, larger: _Event, unit: int) -> Row:
     )
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(Intercept):
     """Records PyTorch's ops when they are dispatched, and kernels when :func:`_recorded_launches` reports them."""
 
     def __init__(self):
-        super().__init__()
+        super().__init__(self._look_inside, self._record, in_parts=lambda op: True)
         self.events: list[_Event] = []
         self.phase = "forward"
         self.within = ""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        name = func._schema.name.partition("::")[2]
-        first = len(self.events)
-        if func.namespace == "vitkernels":
-            out = self._look_inside(name, args, kwargs)
-        else:
-            # Below autograd, for instance in a launcher, a composite op arrives undivided: count its parts instead.
-            with self:
-                out = func.decompose(*args, **kwargs)
-            if out is NotImplemented:
-                out = func(*args, **kwargs)
-                self._record(func, name, args, kwargs, out)
-        if "attention" in name:
-            _attention_least(self.events[first:], _tensors((args, kwargs)), _tensors(out))
-        return out
-
-    def _look_inside(self, name: str, args, kwargs):
+    def _look_inside(self, op, args, kwargs):
+        if op.namespace != "vitkernels":
+            return NotImplemented
+        name, first = op.overloadpacket.__name__, len(self.events)
         outside, self.within = self.within, f"{name}: "
         try:
             with self:
-                return OPS[name].launcher(*args, **kwargs)
+                out = OPS[name].launcher(*args, **kwargs)
         finally:
             self.within = outside
+        if "attention" in name:
+            _attention_least(self.events[first:], tensors((args, kwargs)), tensors(out))
+        return out
 
-    def _record(self, func, name: str, args, kwargs, out) -> None:
-        schema = func._schema
-        if name in ALLOCATIONS:
+    def _record(self, op, args, kwargs, out) -> None:
+        name, found = op.overloadpacket.__name__, op_accesses(op, args, kwargs, out)
+        if not found:
             return
-        given = dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
-        read, written = [], []
-        for argument in schema.arguments:
-            tensors = _tensors(given.get(argument.name))
-            mutated = argument.alias_info is not None and argument.alias_info.is_write
-            if mutated:
-                written += tensors
-            overwritten = name in FILLS or (mutated and (argument.kwarg_only or name == "copy_"))
-            if not overwritten:
-                read += tensors
-        inputs = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
-        written += [t for t in _tensors(out) if t.untyped_storage()._cdata not in inputs]
-        if not written:  # a view or a no-op
-            return
-        event = _Event(self.phase, self.within + name, _accesses(read, False) + _accesses(written, True))
+        event = _Event(self.phase, self.within + name, found)
         if name in PRODUCTS:
-            summand = _tensors(given.get("self")) if name in ("addmm", "baddbmm") else []
+            summand = tensors(args[:1]) if name in ("addmm", "baddbmm") else []
             spared = {t.untyped_storage()._cdata for t in summand}
-            for access in event.accesses:
+            for access in found:
                 access.least = 0 if access.storage._cdata in spared else access.elements
+        if "attention" in name:
+            _attention_least([event], tensors((args, kwargs)), tensors(out))
         self.events.append(event)
 
     def launch(self, kernel: triton.JITFunction, arguments: dict[str, object]) -> None:
         """Record the launch of ``kernel``."""
         uses = _uses(kernel, arguments)
         read, written, multiplied = ([arguments[name] for name in names] for names in uses)
-        event = _Event(self.phase, self.within + kernel.fn.__name__, _accesses(read, False) + _accesses(written, True))
+        event = _Event(self.phase, self.within + kernel.fn.__name__, accesses(read, written))
         if multiplied:
             operands = {t.untyped_storage()._cdata for t in multiplied}
             for access in event.accesses:
@@ -252,30 +212,11 @@ class _Counter(TorchDispatchMode):
         self.events.append(event)
 
 
-def _tensors(tree) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def _accesses(tensors: Sequence[Tensor], written: bool) -> list[_Access]:
-    """Return one access per storage: the elements of its distinct views, at most those that it holds."""
-    views: dict[int, dict] = {}
-    for t in tensors:
-        views.setdefault(t.untyped_storage()._cdata, {})[t.storage_offset(), t.shape, t.stride()] = t
-    accesses = []
-    for distinct in views.values():
-        some = next(iter(distinct.values()))
-        # A dim of stride 0 repeats one element.
-        elements = sum(math.prod(n for n, s in zip(*v[1:], strict=True) if s or not n) for v in distinct)
-        held = some.untyped_storage().nbytes() // some.element_size()
-        accesses.append(_Access(some.untyped_storage(), min(elements, held), written))
-    return accesses
-
-
 def _attention_least(events: list[_Event], inputs: list[Tensor], outputs: list[Tensor]) -> None:
     """Mark as least the op's own inputs and outputs, once each, in the accesses of its kernels."""
     # The first input is q, do, or all of qkv. Statistics and random states are smaller by a factor of the head dim.
     demanded = [t for t in inputs + outputs if t.numel() > inputs[0].numel() // 6]
-    budget = {a.storage._cdata: a.elements for a in _accesses(demanded, False)}
+    budget = {a.storage._cdata: a.elements for a in accesses(demanded, ())}
     for event in events:
         event.attention = True
         for access in event.accesses:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from benchmarks.environment import Missing, load_timm
+from benchmarks.environment import Missing
 from benchmarks.ops import MODES, OpBench
 from benchmarks.schema import OURS, Row
 from vitkernels.console import one_line
@@ -36,9 +36,8 @@ def traffic_rows(model: str) -> Iterator[Row]:
     """Count the passes of one of ``model``'s blocks over its activations, plain (timm) and accelerated.
 
     Raises:
-        Missing: Triton or timm cannot be imported.
+        UserError: Triton or timm cannot be imported.
     """
-    load_timm()
     require_compiler()
     from vitkernels.aot.traffic import run_traffic
 

@@ -36,6 +36,8 @@ from triton.compiler.compiler import make_backend
 from vitkernels import runtime, swap
 from vitkernels._intercept import Access, Intercept, accesses, op_accesses, tensors
 from vitkernels.aot.build import TARGETS
+from vitkernels.console import import_timm
+from vitkernels.names import build, resolve
 from vitkernels.ops._registry import OPS
 
 TARGET = TARGETS["sm_90"]  # launchers ask for the device's facts
@@ -420,7 +422,8 @@ def run_traffic(model_name: str, *, batch: int = 32, train: bool | None = None) 
     """Print how often a block of timm's ``model_name`` passes over its activations in bf16, plain and accelerated.
 
     Args:
-        model_name: timm's name of a Vision Transformer, which is counted at its default image size.
+        model_name: A Vision Transformer of timm, in any form that :func:`vitkernels.names.resolve` accepts, which is
+            counted at its default image size.
         batch: Number of images.
         train: True counts forward and backward, False inference; None counts both cases.
 
@@ -428,17 +431,15 @@ def run_traffic(model_name: str, *, batch: int = 32, train: bool | None = None) 
         ``{"inference" | "training": {"timm" | "vitkernels": Traffic.to_dict()}}``.
 
     Raises:
-        ImportError: timm is missing.
-        RuntimeError: timm does not know the name, or see :func:`count`.
+        UserError: timm is missing, or does not know the name.
+        RuntimeError: As for :func:`count`.
         ValueError: The model is no Vision Transformer, or ``batch`` is below 1.
     """
-    import timm
-
     if batch < 1:
         raise ValueError(f"batch is {batch}; expected 1 or more")
     with torch.device("meta"):
-        model = timm.create_model(model_name).to(torch.bfloat16)
-    shape = (batch, *timm.data.resolve_model_data_config(model)["input_size"])
+        model = build(resolve(model_name).for_timm)[0].to(torch.bfloat16)
+    shape = (batch, *import_timm().data.resolve_model_data_config(model)["input_size"])
     counted = {"inference": {}, "training": {}}
     for name in ("timm", "vitkernels"):
         if name == "vitkernels":

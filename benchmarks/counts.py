@@ -33,7 +33,7 @@ def work_rows(benches: Sequence[OpBench], cases: Sequence[Case]) -> Iterator[Row
 
 
 def traffic_rows(model: str) -> Iterator[Row]:
-    """Count the passes of one of ``model``'s blocks over its activations, plain (timm) and accelerated.
+    """Count the passes of one of ``model``'s blocks over its activations: timm's plain, compiled and accelerated.
 
     Raises:
         UserError: Triton or timm cannot be imported.

@@ -87,7 +87,7 @@ def _counts() -> list[Job]:
     jobs = [
         Job(
             f"passes over the activations, {model}",
-            lambda session: 4.0,
+            lambda session: 8.0,
             lambda session, model=model: counts.traffic_rows(model),
         )
         for model in (VIT_B, "vit_base_patch14_dinov2", "deit3_base_patch16_224")

@@ -13,6 +13,8 @@ o, and in backward q, k, v, o, do, dq, dk and dv. "Extra" is the rest.
 The count misses two things: a tile that several programs of one launch read, which depends on caches; and the inside of
 PyTorch's ops, which count as one kernel even if they launch several (as the backward of LayerNorm and of attention do).
 Both favour PyTorch, whose ops are the larger.
+
+What torch.compile makes of timm's block is counted by Inductor: see :mod:`vitkernels.aot.inductor`.
 """
 
 from __future__ import annotations
@@ -36,10 +38,11 @@ from triton.compiler.compiler import make_backend
 from vitkernels import runtime, swap
 from vitkernels._intercept import Access, Intercept, accesses, op_accesses, tensors
 from vitkernels.aot.build import TARGETS
-from vitkernels.console import import_timm
+from vitkernels.console import import_timm, one_line, warn
 from vitkernels.names import build, resolve
 from vitkernels.ops._registry import OPS
 
+PROVIDERS = ("timm", "torch.compile", "vitkernels")
 TARGET = TARGETS["sm_90"]  # launchers ask for the device's facts
 
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
@@ -131,9 +134,9 @@ def count(
     Raises:
         RuntimeError: Different ops run at batch B + 1 than at B, so that we cannot tell what grows with the batch.
     """
-    runs = []
-    for more in (0, 1):
-        x = torch.empty((shape[0] + more, *shape[1:]), dtype=dtype, device="meta", requires_grad=train)
+
+    def run(batch: int) -> list[_Event]:
+        x = torch.empty((batch, *shape[1:]), dtype=dtype, device="meta", requires_grad=train)
         counter = _Counter()
         with _recorded_launches(counter), _FlashAttention(), counter:
             with torch.set_grad_enabled(train):
@@ -141,12 +144,45 @@ def count(
             if train:
                 counter.phase = "backward"
                 torch.autograd.grad(y, (x, *parameters), torch.empty_like(y))
-        runs.append(counter.events)
-    here, larger = ([(e.op, len(e.accesses)) for e in events] for events in runs)
-    if here != larger:
+        return counter.events
+
+    return _traffic(run, shape)
+
+
+def count_compiled(
+    function: Callable[..., Tensor], shape: Sequence[int], rest: tuple, *, train: bool, dtype: torch.dtype
+) -> Traffic:
+    """Count the passes of ``torch.compile(function)(x, *rest)`` as :func:`count` does of ``function(x)``.
+
+    ``train`` computes the gradients of x and of all tensors in ``rest`` that require one. See
+    :mod:`vitkernels.aot.inductor` for what is counted.
+
+    Raises:
+        RuntimeError: As for :func:`count`, or from Inductor.
+    """
+    from vitkernels.aot.inductor import compiled_kernels
+
+    def run(batch: int) -> list[_Event]:
+        x = torch.empty((batch, *shape[1:]), dtype=dtype, device="meta", requires_grad=train)
+        events = [_Event(*kernel) for kernel in compiled_kernels(function, (x, *rest), train=train)]
+        for event in events:
+            event.attention = "attention" in event.op
+            # An attention's statistics and random states are smaller than its q by a factor of the head dim.
+            smallest = max(a.elements for a in event.accesses) // 6 if event.attention else 0
+            for access in event.accesses:
+                if event.attention or event.op in PRODUCTS:
+                    access.least = access.elements if access.elements > smallest else 0
+        return events
+
+    return _traffic(run, shape)
+
+
+def _traffic(run: Callable[[int], list[_Event]], shape: Sequence[int]) -> Traffic:
+    """Return the traffic of ``run(shape[0])``; what changes with one more in the batch grows with it."""
+    events, larger = run(shape[0]), run(shape[0] + 1)
+    if [(e.op, len(e.accesses)) for e in events] != [(e.op, len(e.accesses)) for e in larger]:
         raise RuntimeError(f"other ops run at batch {shape[0] + 1} than at {shape[0]}: try another batch")
-    unit = math.prod(shape)
-    return Traffic(tuple(_row(a, b, unit) for a, b in zip(*runs, strict=True)))
+    return Traffic(tuple(_row(a, b, math.prod(shape)) for a, b in zip(events, larger, strict=True)))
 
 
 def _row(event: _Event, larger: _Event, unit: int) -> Row:
@@ -383,8 +419,10 @@ class _Stop(Exception):
     pass
 
 
-def count_block(model: nn.Module, shape: Sequence[int], *, train: bool) -> Traffic:
+def count_block(model: nn.Module, shape: Sequence[int], *, train: bool, compiled: bool = False) -> Traffic:
     """Count the first block of ``model``, a ViT of timm on device meta, at images of ``shape`` (B, 3, Y, X).
+
+    With ``compiled`` count it as ``torch.compile`` fuses it.
 
     Raises:
         ValueError: The model has no ``blocks``.
@@ -409,26 +447,39 @@ def count_block(model: nn.Module, shape: Sequence[int], *, train: bool) -> Traff
         hook.remove()
     ((x, *args), kwargs) = seen[0]
     block.train(train)
+    options = {"train": train, "dtype": dtype}
+    if compiled:
+        state = dict(block.named_parameters()) | dict(block.named_buffers())
+        return count_compiled(
+            functools.partial(_call_block, block), (shape[0], *x.shape[1:]), (state, args, kwargs), **options
+        )
     return count(
         lambda x: block(x, *args, **kwargs),
         (shape[0], *x.shape[1:]),
         parameters=[p for p in block.parameters() if p.requires_grad],
-        train=train,
-        dtype=dtype,
+        **options,
     )
 
 
-def run_traffic(model_name: str, *, batch: int = 32, train: bool | None = None) -> dict[str, object]:
-    """Print how often a block of timm's ``model_name`` passes over its activations in bf16, plain and accelerated.
+def _call_block(block: nn.Module, x: Tensor, state: dict[str, Tensor], args: tuple, kwargs: dict) -> Tensor:
+    with _FlashAttention():
+        return torch.func.functional_call(block, state, (x, *args), kwargs)
+
+
+def run_traffic(
+    model_name: str, *, batch: int = 32, train: bool | None = None, providers: Sequence[str] = PROVIDERS
+) -> dict[str, object]:
+    """Print how often a block of ``model_name`` passes over its activations in bf16: plain, compiled, accelerated.
 
     Args:
         model_name: A Vision Transformer of timm, in any form that :func:`vitkernels.names.resolve` accepts, which is
             counted at its default image size.
         batch: Number of images.
         train: True counts forward and backward, False inference; None counts both cases.
+        providers: Which of :data:`PROVIDERS` to count, in their order.
 
     Returns:
-        ``{"inference" | "training": {"timm" | "vitkernels": Traffic.to_dict()}}``.
+        ``{"inference" | "training": {"timm" | "torch.compile" | "vitkernels": Traffic.to_dict()}}``.
 
     Raises:
         UserError: timm is missing, or does not know the name.
@@ -441,15 +492,23 @@ def run_traffic(model_name: str, *, batch: int = 32, train: bool | None = None) 
         model = build(resolve(model_name).for_timm)[0].to(torch.bfloat16)
     shape = (batch, *import_timm().data.resolve_model_data_config(model)["input_size"])
     counted = {"inference": {}, "training": {}}
-    for name in ("timm", "vitkernels"):
+    for name in providers:
         if name == "vitkernels":
             swap.accelerate(model)
         for kind in counted:
             if train is None or train == (kind == "training"):
-                counted[kind][name] = count_block(model, shape, train=kind == "training")
+                compiled = name == "torch.compile"
+                try:
+                    counted[kind][name] = count_block(model, shape, train=kind == "training", compiled=compiled)
+                except Exception as error:
+                    if not compiled:
+                        raise
+                    # Inductor's internals differ between versions of PyTorch.
+                    warn(f"torch.compile's block is not counted: {type(error).__name__}: {one_line(error)}")
     for kind, traffics in counted.items():
         for name, traffic in traffics.items():
-            title = f"{model_name}, a block of {name}, {kind}, batch {batch}: passes over the activations"
+            block = {"torch.compile": "timm by torch.compile"}.get(name, name)
+            title = f"{model_name}, a block of {block}, {kind}, batch {batch}: passes over the activations"
             print(f"{title}\n{traffic.to_text()}\n")
         if traffics:
             extras = (f"{name} {traffic.total('extra'):.1f}" for name, traffic in traffics.items())

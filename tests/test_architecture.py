@@ -15,7 +15,7 @@ LAYERS = [
     {"models"},
     {"swap", "precompile", "maps", "hf"},
     {"_interrupt"},
-    {"testing", "console"},
+    {"testing", "console", "tables"},
     {"names"},
     {"aot", "demo"},
     {"verify"},

@@ -187,14 +187,10 @@ def _tune(args: argparse.Namespace) -> int:
     from benchmarks.run import Budget
 
     budget = Budget(args.budget)
-    from benchmarks.environment import Missing, find_device
+    from benchmarks.environment import find_device
     from benchmarks.tune import tune
-    from vitkernels.console import UserError
 
-    try:
-        print(f"Written: {tune(find_device(), budget)}")
-    except Missing as error:
-        raise UserError(str(error)) from error
+    print(f"Written: {tune(find_device(), budget)}")
     return 0
 
 

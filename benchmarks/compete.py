@@ -8,11 +8,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from benchmarks.environment import Missing
 from benchmarks.judge import Judgement
 from benchmarks.run import Budget, CpuTimer, GpuTimer, measure
 from benchmarks.schema import OURS, Results, Row
-from vitkernels.console import one_line
+from vitkernels.console import UserError, one_line
 
 CPU_CACHE_BYTES = 128 << 20  # more than any CPU's cache holds
 Judge = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor]], Judgement]
@@ -83,7 +82,7 @@ def compete(
         try:
             entry = contender.build()
             verdict = judge(entry.results, yardstick, truth)
-        except Missing as why:
+        except UserError as why:
             if provider == OURS:
                 row.status, row.reason = "skipped", str(why)
             else:

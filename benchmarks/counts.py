@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from benchmarks.environment import Missing, load_timm
+from benchmarks.environment import Missing
 from benchmarks.ops import MODES, OpBench
 from benchmarks.schema import OURS, Row
 from vitkernels.console import one_line
@@ -33,12 +33,11 @@ def work_rows(benches: Sequence[OpBench], cases: Sequence[Case]) -> Iterator[Row
 
 
 def traffic_rows(model: str) -> Iterator[Row]:
-    """Count the passes of one of ``model``'s blocks over its activations, plain (timm) and accelerated.
+    """Count the passes of one of ``model``'s blocks over its activations: timm's plain, compiled and accelerated.
 
     Raises:
-        Missing: Triton or timm cannot be imported.
+        UserError: Triton or timm cannot be imported.
     """
-    load_timm()
     require_compiler()
     from vitkernels.aot.traffic import run_traffic
 

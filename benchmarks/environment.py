@@ -14,7 +14,7 @@ import torch
 from benchmarks.run import CpuTimer, GpuTimer, measure
 from benchmarks.schema import Results
 from vitkernels import runtime, tuning
-from vitkernels.console import UserError, import_timm
+from vitkernels.console import UserError
 from vitkernels.testing.cases import DTYPES
 
 ROOT = Path(__file__).parents[1]
@@ -24,7 +24,7 @@ PACKAGES = (
 )  # fmt: skip
 
 
-class Missing(Exception):
+class Missing(UserError):
     """A provider or a job cannot take part; the text says why."""
 
 
@@ -161,15 +161,3 @@ def measure_ceilings(device: torch.device, timer: CpuTimer | GpuTimer, dtypes: l
     fastest = {name: times.p20 for name, (times, _) in measure(work, timer, 2.0).items()}
     rates = {f"tflops {dtype}": 2 * n**3 / fastest[dtype] / 1e6 for dtype in dtypes}
     return rates | {"gb_per_s": 2 * copied / fastest["copy"] / 1e3}
-
-
-def load_timm():
-    """Return timm.
-
-    Raises:
-        Missing: timm cannot be imported.
-    """
-    try:
-        return import_timm()
-    except UserError as error:
-        raise Missing(str(error)) from error

@@ -13,9 +13,10 @@ import torch
 
 import vitkernels
 from benchmarks.compete import Session
-from benchmarks.environment import ROOT, Missing, load_timm
+from benchmarks.environment import ROOT, Missing
 from benchmarks.run import summary
 from benchmarks.schema import OURS, Row, Times
+from vitkernels import names
 
 LARGEST = "vit_giant_patch14_dinov2"
 # A user's first lines; each is timed after the ones above it.
@@ -74,7 +75,7 @@ def import_rows(session: Session, runs: int = 3) -> Iterator[Row]:
 def accelerate_rows(runs: int = 50) -> Iterator[Row]:
     """Measure ``accelerate`` on a ViT-g on the meta device, as its weights do not matter."""
     with torch.device("meta"):
-        model = load_timm().create_model(LARGEST)
+        model, _ = names.build(LARGEST)
 
     samples = []
     for _ in range(runs + 1):

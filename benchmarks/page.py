@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.environment import ROOT
-from benchmarks.report import Table, duels, markdown_table, score
+from benchmarks.report import duels, score
 from benchmarks.schema import Results, load
 from benchmarks.wording import GOALS, bytes_text, time_text, workload_name
 from vitkernels import _interrupt
 from vitkernels.console import UserError
+from vitkernels.tables import Table, markdown_table
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 RESULTS = ROOT / "benchmarks" / "results"

@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from benchmarks.schema import Results, Row
+from benchmarks.schema import OURS, Results, Row
 from benchmarks.wording import GOAL_BLOCK_US, workload_name
 
 OURS_COLOR = "#0b7a55"
@@ -270,18 +270,22 @@ def calls(results: Results) -> Figure | None:
 
 
 def traffic(results: Results) -> Figure | None:
-    """Draw the extra passes of timm's and our blocks, one panel per mode."""
+    """Draw the extra passes of our block, timm's and the compiled one, one panel per mode."""
     rows = [row for row in results.rows if row.name == "passes over the activations" and row.figures]
     if not rows:
         return None
-    modes, models = (_distinct(getattr(row, field) for row in rows) for field in ("mode", "case"))
+    modes, models, providers = (
+        _distinct(getattr(row, field) for row in rows) for field in ("mode", "case", "provider")
+    )
+    providers.sort(key=lambda provider: provider != OURS)
     figure, axes = _new(4 + 3.4 * len(modes), 1.6 + 0.5 * len(models), len(modes), sharey=True)
     for ax, mode in zip(axes, modes, strict=True):
-        for i, provider in enumerate(("vitkernels", "timm")):
+        for i, provider in enumerate(providers):
             mine = [row for row in rows if row.mode == mode and row.provider == provider]
-            places = [models.index(row.case) + (i - 0.5) * 0.38 for row in mine]
+            places = [models.index(row.case) + ((i + 0.5) / len(providers) - 0.5) * 0.76 for row in mine]
             values = [row.figures["extra"] for row in mine]
-            ax.barh(places, values, height=0.36, color=(OURS_COLOR, RIVAL_SHADES[0])[i], label=provider)
+            color = OURS_COLOR if provider == OURS else RIVAL_SHADES[i - 1]
+            ax.barh(places, values, height=0.72 / len(providers), color=color, label=provider)
             for place, value in zip(places, values, strict=True):
                 ax.annotate(f"{value:.1f}", (value, place), xytext=(4, 0), textcoords="offset points", va="center",
                             fontsize=8)  # fmt: skip
@@ -291,5 +295,5 @@ def traffic(results: Results) -> Figure | None:
         ax.set_xlabel("passes")
         ax.grid(axis="x")
     axes[0].invert_yaxis()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(providers))
     return figure

@@ -13,6 +13,7 @@ from pathlib import Path
 from benchmarks.schema import Results, Row
 from benchmarks.wording import GOALS, bytes_text, spread_text, time_text, workload_name
 from vitkernels import _interrupt
+from vitkernels.tables import Table, html_page, html_table, markdown_table
 
 DPI = 150
 LISTED = 12  # most names in a cell
@@ -37,20 +38,6 @@ class Heading:
 @dataclasses.dataclass(frozen=True)
 class Text:
     text: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """A table; columns after the first ``words`` hold figures.
-
-    Rows in ``marked`` are highlighted. With a text in ``folded``, the table is collapsed under that title.
-    """
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    words: int = 1
-    marked: frozenset[int] = frozenset()
-    folded: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -386,40 +373,14 @@ def to_markdown(title: str, blocks: Sequence[Block]) -> str:
                 parts.append(text)
             case Picture(name, caption, _):
                 parts.append(f"![{caption}]({name}.png)")
-            case Table(folded=folded):
-                table = markdown_table(block)
-                parts.append(f"<details><summary>{folded}</summary>\n\n{table}\n\n</details>" if folded else table)
+            case Table():
+                parts.append(markdown_table(block))
     return "\n\n".join(parts) + "\n"
-
-
-def markdown_table(table: Table) -> str:
-    rule = ["---" if i < table.words else "---:" for i in range(len(table.header))]
-    lines = [table.header, rule, *table.rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '¦') for cell in line)} |" for line in lines)
-
-
-CSS = """
-:root { color-scheme: light; }
-body { font: 15px/1.55 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; color: #1d2429; background: #fff;
-       max-width: 1120px; margin: 2.5rem auto; padding: 0 1.5rem; }
-h1 { font-size: 1.7rem; margin: 0 0 .4rem; } h2 { font-size: 1.2rem; margin: 2.4rem 0 .7rem; }
-p { max-width: 78ch; } .table { overflow-x: auto; margin: .8rem 0 1.2rem; }
-table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; }
-th { text-align: left; border-bottom: 2px solid #1d2429; padding: .3rem .8rem .3rem 0; vertical-align: bottom; }
-td { border-bottom: 1px solid #e4e7e9; padding: .28rem .8rem .28rem 0; vertical-align: top; }
-th.figure, td.figure { text-align: right; } td.figure { white-space: nowrap; }
-tr.marked td { background: #eef7f3; } tr.marked td:not(:first-child) { font-weight: 600; }
-td:first-child, th:first-child { padding-left: .4rem; }
-td.verdict-met, td.verdict-better { color: #0b7a55; font-weight: 600; }
-td.verdict-not-met, td.verdict-worse { color: #b3321f; font-weight: 600; }
-figure { margin: 1rem 0 1.4rem; } img { max-width: 100%; height: auto; }
-figcaption { font-size: .84rem; color: #56616a; } summary { cursor: pointer; color: #35506e; }
-"""
 
 
 def to_html(title: str, blocks: Sequence[Block]) -> str:
     """Return the report as one self-contained HTML page."""
-    parts = []
+    parts = [f"<h1>{html.escape(title)}</h1>"]
     for block in blocks:
         match block:
             case Heading(text):
@@ -432,30 +393,6 @@ def to_html(title: str, blocks: Sequence[Block]) -> str:
                 caption = html.escape(caption)
                 image = f'<img src="{source}" alt="{caption}" width="{width}">'
                 parts.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
-            case Table(folded=folded):
-                table = _html_table(block)
-                parts.append(f"<details><summary>{html.escape(folded)}</summary>{table}</details>" if folded else table)
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<h1>{html.escape(title)}</h1>\n"
-        + "\n".join(parts)
-        + "\n</body>\n</html>\n"
-    )
-
-
-def _html_table(table: Table) -> str:
-    def cell(tag: str, column: int, text: str) -> str:
-        classes = ["figure"] if column >= table.words else []
-        if text in ("met", "not met", "better", "worse"):
-            classes.append(f"verdict-{text.replace(' ', '-')}")
-        attribute = f' class="{" ".join(classes)}"' if classes else ""
-        return f"<{tag}{attribute}>{html.escape(text)}</{tag}>"
-
-    def line(tag: str, cells: Sequence[str], marked: bool = False) -> str:
-        inside = "".join(cell(tag, column, text) for column, text in enumerate(cells))
-        return f'<tr class="marked">{inside}</tr>' if marked else f"<tr>{inside}</tr>"
-
-    rows = "\n".join(line("td", row, i in table.marked) for i, row in enumerate(table.rows))
-    head = line("th", table.header)
-    return f'<div class="table"><table>\n<thead>{head}</thead>\n<tbody>\n{rows}\n</tbody></table></div>'
+            case Table():
+                parts.append(html_table(block))
+    return html_page(title, parts)

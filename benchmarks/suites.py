@@ -13,13 +13,13 @@ import torch
 
 from benchmarks import counts, host_costs
 from benchmarks.compete import Session
-from benchmarks.environment import Missing, clocks, make_timer, measure_ceilings, new_results
+from benchmarks.environment import clocks, make_timer, measure_ceilings, new_results
 from benchmarks.models.bench_vit import MODELS, Model, flops, measure_model
 from benchmarks.ops import MODES, OpBench, all_ops
 from benchmarks.ops.measure import measure_op, with_batch
 from benchmarks.run import Budget
 from benchmarks.schema import Results, Row, save
-from vitkernels.console import one_line
+from vitkernels.console import UserError, one_line
 from vitkernels.testing.cases import CASES, Case
 
 SUITES = ("ops", "models", "quick", "all")
@@ -87,7 +87,7 @@ def _counts() -> list[Job]:
     jobs = [
         Job(
             f"passes over the activations, {model}",
-            lambda session: 4.0,
+            lambda session: 8.0,
             lambda session, model=model: counts.traffic_rows(model),
         )
         for model in (VIT_B, "vit_base_patch14_dinov2", "deit3_base_patch16_224")
@@ -201,7 +201,7 @@ def run_jobs(jobs: list[Job], session: Session, path: Path, show: Callable) -> N
                 if budget.spent() - results.elapsed_s > SAVE_S:
                     results.elapsed_s = round(budget.spent(), 1)
                     save(results, path)
-        except Missing as why:
+        except UserError as why:
             results.left_out[job.title] = str(why)
         except torch.OutOfMemoryError:
             results.left_out[job.title] = "out of memory on the device"

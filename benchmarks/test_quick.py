@@ -7,10 +7,11 @@ import torch
 
 import vitkernels
 from benchmarks import host_costs
-from benchmarks.environment import Missing, find_device, load_timm
+from benchmarks.environment import find_device
 from benchmarks.judge import judge_op
 from benchmarks.ops import all_ops
 from benchmarks.ops.measure import call_of, results_of, truth_of, upstreams_of, with_batch
+from vitkernels import names
 from vitkernels.testing.cases import CASES, DTYPES
 
 DEVICE = find_device()
@@ -52,12 +53,9 @@ def test_op(benchmark, name, who, mode):
 
 @pytest.mark.parametrize("who", ["vitkernels", "timm"])
 def test_model(benchmark, who):
-    try:
-        timm = load_timm()
-    except Missing as why:
-        pytest.skip(str(why))
+    pytest.importorskip("timm")
     benchmark.group = "vit_base_patch16_224, inference"
-    model = timm.create_model("vit_base_patch16_224").to(DEVICE, DTYPES[DTYPE]).eval()
+    model = names.build("vit_base_patch16_224")[0].to(DEVICE, DTYPES[DTYPE]).eval()
     images = torch.randn(CASE.batch, 3, 224, 224, device=DEVICE, dtype=DTYPES[DTYPE])
     if who == "vitkernels":
         model = copy.deepcopy(model)
@@ -68,10 +66,7 @@ def test_model(benchmark, who):
 
 def test_accelerate(benchmark):
     benchmark.group = "accelerate, ViT-g"
-    try:
-        timm = load_timm()
-    except Missing as why:
-        pytest.skip(str(why))
+    pytest.importorskip("timm")
     with torch.device("meta"):
-        model = timm.create_model(host_costs.LARGEST)
+        model, _ = names.build(host_costs.LARGEST)
     benchmark.pedantic(vitkernels.accelerate, (model,), setup=lambda: vitkernels.restore(model) and None, rounds=20)

@@ -9,13 +9,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"emulator"},
-    {"reference", "runtime", "tuning"},
+    {"reference", "runtime", "tuning", "_intercept"},
     {"ops"},
     {"layers"},
     {"models"},
     {"swap", "_warmup", "maps", "hf"},
     {"_interrupt"},
-    {"testing", "console"},
+    {"testing", "console", "tables"},
     {"names"},
     {"aot", "demo"},
     {"verify"},

@@ -10,6 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from vitkernels import ops, reference, use_backend
+from vitkernels._intercept import Intercept
 from vitkernels.layers import Block
 from vitkernels.models import VisionTransformer
 from vitkernels.testing import check
@@ -215,18 +216,16 @@ def opcheck_cases(device):
     """Each registered op with arguments, taken from what a forward and a backward of everything calls."""
     calls = {}
 
-    class Record(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.namespace == "vitkernels":
-                calls.setdefault(func, []).append(
-                    tuple(a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args)
-                )
-            return func(*args, **(kwargs or {}))
+    def record(op, args, kwargs, result):
+        if op.namespace == "vitkernels":
+            calls.setdefault(op, []).append(
+                tuple(a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args)
+            )
 
     def randn(*shape):
         return torch.randn(*shape, device=device, requires_grad=True)
 
-    with Record():
+    with Intercept(saw=record):
         x, w = randn(2, 7, 20), randn(20)
         outputs = [ops.layer_norm(x, w, w), *ops.add_layer_norm(x, x, w, w, layer_scale=w)]
         outputs += [

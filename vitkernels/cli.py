@@ -178,48 +178,17 @@ def _classify(args: argparse.Namespace) -> None:
 
 
 def _explain(args: argparse.Namespace) -> None:
-    from vitkernels import swap
-    from vitkernels.console import UserError, one_line
+    import torch
 
-    try:
-        model = _without_weights(args.name)
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        raise UserError(one_line(error)) from error
+    from vitkernels import names, swap
+
+    with torch.device("meta"):
+        model, _ = names.build(args.name)
     report = swap.explain(model)
     if args.json:
         print(report.to_json())
     else:
         report.print()
-
-
-def _without_weights(name: str):
-    """Build the model named ``name`` on the meta device."""
-    import torch
-
-    from vitkernels.console import UserError, import_timm, import_transformers, near, one_line
-    from vitkernels.names import read_config, resolve
-
-    named = resolve(name)
-    if named.kind == "folder":
-        config, described = Path(named.name) / "config.json", read_config(named.name)
-        if "model_type" in described:
-            transformers = import_transformers()
-            try:
-                config_object = transformers.AutoConfig.from_pretrained(
-                    named.name, local_files_only=True, trust_remote_code=False
-                )
-                with torch.device("meta"):
-                    return transformers.AutoModel.from_config(config_object, trust_remote_code=False)
-            except Exception as error:  # each class of transformers raises its own errors for a bad config
-                raise UserError(f"{config} describes no model: {type(error).__name__}: {one_line(error)}") from error
-        timm, architecture = import_timm(), described["architecture"]
-        if not (isinstance(architecture, str) and architecture):
-            raise UserError(f"{config} names neither a model_type of transformers nor an architecture of timm")
-        if not timm.is_model(architecture):
-            hint = near(architecture.partition(".")[0], timm.list_models())
-            raise UserError(f"{config} names {architecture!r}, which is no model of timm{hint}")
-    with torch.device("meta"):
-        return import_timm().create_model(named.for_timm)
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -283,12 +252,10 @@ def _inspect(args: argparse.Namespace) -> bool:
 def _traffic(args: argparse.Namespace) -> bool:
     from vitkernels.aot.traffic import run_traffic
     from vitkernels.console import UserError, one_line, write_file
-    from vitkernels.names import resolve
 
-    named = resolve(args.traffic)
     try:
-        traffic = run_traffic(named.for_timm)
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        traffic = run_traffic(args.traffic)
+    except (RuntimeError, ValueError) as error:
         raise UserError(one_line(error)) from error
     if args.json is not None:
         write_file(args.json, json.dumps(traffic, indent=1) + "\n")

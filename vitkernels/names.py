@@ -1,6 +1,7 @@
-"""Resolve a model's name as users paste it: a name of timm or the hub, a web address, or a folder with a config.json.
+"""Resolve a model's name as users paste it, and build the model: every command's one road from a name to a model.
 
-Nothing is downloaded. timm's models on the hub are recognized by name; other models of the hub are looked up in its
+A name is one of timm or of the hub, a web address, or a folder with a config.json. Nothing is downloaded unless the
+caller asks for weights. timm's models on the hub are recognized by name; other models of the hub are looked up in its
 cache on this machine.
 """
 
@@ -11,7 +12,9 @@ import re
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from vitkernels.console import UserError, import_timm, near, one_line
+from torch import nn
+
+from vitkernels.console import UserError, import_timm, import_transformers, near, one_line
 from vitkernels.models import weights
 
 FORMS = "a name of timm (NAME or timm/NAME) or of the Hugging Face hub (OWNER/NAME), or a folder with a config.json"
@@ -32,9 +35,15 @@ class Named(NamedTuple):
     name: str
 
     @property
-    def for_timm(self) -> str:
-        """The model's name for ``timm.create_model``."""
-        return {"timm": "", "folder": "local-dir:", "hub": "hf-hub:"}[self.kind] + self.name
+    def for_timm(self) -> Named:
+        """The model by its name for ``timm.create_model``; a folder may describe it to transformers, too."""
+        return Named("timm", {"timm": "", "folder": "local-dir:", "hub": "hf-hub:"}[self.kind] + self.name)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether it is a folder that holds weights."""
+        files = ("*.safetensors", "pytorch_model*.bin")
+        return self.kind == "folder" and any(file for form in files for file in Path(self.name).glob(form))
 
 
 def resolve(text: str, *, may_download: bool = False) -> Named:
@@ -99,6 +108,63 @@ def _of_hub(id: str) -> Named | None:
         if isinstance(config, str):
             return Named("folder", str(Path(config).parent))
     return None
+
+
+def build(model: str | Named, *, weights: bool = False, **options) -> tuple[nn.Module, str]:
+    """Build a model, and say what was built. Under ``torch.device("meta")`` it has no data.
+
+    Args:
+        model: What :func:`resolve` returned, or a text for it.
+        weights: Load the weights in the model's folder, or timm's pretrained ones, which are downloaded. Otherwise the
+            weights are random.
+        options: Further arguments of ``timm.create_model``.
+
+    Raises:
+        UserError: There is no such model, a package that it needs is missing, or it or its weights cannot be loaded.
+    """
+    named = resolve(model) if isinstance(model, str) else model
+    described = read_config(named.name) if named.kind == "folder" else {}
+    if "model_type" in described:
+        return _of_transformers(Path(named.name), weights)
+    timm = import_timm()
+    if described:
+        config, architecture = Path(named.name) / "config.json", described["architecture"]
+        if not (isinstance(architecture, str) and architecture):
+            raise UserError(f"{config} names neither a model_type of transformers nor an architecture of timm")
+        if not timm.is_model(architecture):
+            hint = near(architecture.partition(".")[0], timm.list_models())
+            raise UserError(f"{config} names {architecture!r}, which is no model of timm{hint}")
+    try:
+        # From pickles timm loads only plain tensors.
+        made = timm.create_model(named.for_timm.name, pretrained=weights, **options)
+    except Exception as error:  # timm, the hub, the network and the cache raise many kinds of errors
+        why = f"{type(error).__name__}: {one_line(error)}"
+        if not weights or described:
+            raise UserError(f"{named.name} cannot be built: {why}") from error
+        hint = "check the network, or give a file with --weights FILE"
+        raise UserError(f"no pretrained weights for {named.for_timm.name} ({why}); {hint}") from error
+    what = f"{type(made).__name__} in {named.name}" if described else f"timm's {named.name}"
+    return made, f"{what}, {'its weights' if weights else 'random weights'}"
+
+
+def _of_transformers(folder: Path, weights: bool) -> tuple[nn.Module, str]:
+    transformers = import_transformers()
+    offline = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, **offline)
+        classifies = any(name.endswith("ForImageClassification") for name in config.architectures or ())
+        auto = transformers.AutoModelForImageClassification if classifies else transformers.AutoModel
+        if not weights:
+            made = auto.from_config(config, trust_remote_code=False)
+            return made, f"{type(made).__name__} in {folder}, random weights"
+        safe = any(folder.glob("*.safetensors"))
+        made, info = auto.from_pretrained(folder, use_safetensors=safe, output_loading_info=True, **offline)
+    except Exception as error:  # each class of transformers raises its own errors for a bad config
+        wrong = f"{folder} cannot be loaded" if weights else f"{folder / 'config.json'} describes no model"
+        raise UserError(f"{wrong}: {type(error).__name__}: {one_line(error)}") from error
+    missing = len(info["missing_keys"])
+    note = f", {missing} of them missing and random" if missing else ""
+    return made, f"{type(made).__name__} in {folder}, its weights{note}"
 
 
 def read_config(folder: str | Path) -> dict:

@@ -21,9 +21,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vitkernels
 from benchmarks.compete import Contender, Entry, Session, compete
-from benchmarks.environment import Missing, load_timm
+from benchmarks.environment import Missing
 from benchmarks.judge import judge_model
 from benchmarks.schema import Row
+from vitkernels import names
 from vitkernels.runtime import wide_dtype
 from vitkernels.testing.cases import DTYPES
 
@@ -71,7 +72,7 @@ def build(model: Model, dtype: torch.dtype, device: torch.device | str) -> nn.Mo
     """Return the network with random weights, so that no download is needed."""
     options = {} if model.image is None else {"img_size": model.image}
     with torch.device(device):
-        return load_timm().create_model(model.name, num_classes=1000, **options).to(dtype)
+        return names.build(model.name, num_classes=1000, **options)[0].to(dtype)
 
 
 @functools.cache
@@ -107,7 +108,7 @@ def measure_model(
     """Measure ``model`` at ``batch``, for about ``seconds`` per provider.
 
     Raises:
-        Missing: timm cannot be imported.
+        UserError: timm cannot be imported.
     """
     torch.compiler.reset()
     weights_dtype = torch.float32 if dtype == "amp" else DTYPES[dtype]

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 from op_calls import OPS, call, each_op, parameters
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from vitkernels._intercept import Intercept, tensors
 from vitkernels.testing import check
 
 hostile = pytest.mark.hostile
@@ -153,25 +153,18 @@ def test_autocast(op, dtype, device, computed_by_pytorch):
         assert verdict.passed, f"{verdict.name}: {verdict.detail}"
 
 
-class Made(TorchDispatchMode):
-    """Counts the elements that this package's ops give back."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if func.namespace == "vitkernels":
-            self.elements += sum(t.numel() for t in (result if isinstance(result, tuple) else (result,)))
-        return result
-
-
 def backward_elements(made) -> int:
+    """Return how many elements this package's ops give back in the backward of ``made``."""
+    found = []
+
+    def see(op, args, kwargs, result):
+        if op.namespace == "vitkernels":
+            found.extend(t.numel() for t in tensors(result))
+
     outputs = made.outputs()
-    with Made() as found:
+    with Intercept(saw=see):
         gradients(made, outputs)
-    return found.elements
+    return sum(found)
 
 
 @hostile(48, "a frozen tensor", "no gradient, no memory for one, and the others' gradients as ever")

@@ -152,7 +152,7 @@ def test_classify_takes_the_average(run, monkeypatch, timm):
     path, average = run
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, **options: create(name, **{**CUT, **options}))
-    model = classify.load_model(timm, "vit_tiny_patch16_224", path)
+    model = classify.load_model("vit_tiny_patch16_224", path)
     assert all(torch.equal(model.state_dict()[k], v) for k, v in average.state_dict().items())
 
 

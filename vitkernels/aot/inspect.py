@@ -24,6 +24,7 @@ from vitkernels.console import UserError, check_can_fill, one_line, print_table,
 from vitkernels.emulator.build import NoCompiler, library
 from vitkernels.emulator.devices import DEVICES
 from vitkernels.ops.attention.config import choose_config, useful_share
+from vitkernels.tables import Table, markdown_table
 from vitkernels.testing.cases import CASES
 
 # fp16 compiles like bf16. fp32 takes other paths (TF32, or no tensor cores at all): one case is enough. fp64 exists for
@@ -345,11 +346,10 @@ def _span(values: Iterable[float]) -> str:
 
 
 def _print(header: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool) -> None:
-    if not markdown:
+    if markdown:
+        print(markdown_table(Table(header, rows)))
+    else:
         print_table(header, rows)
-        return
-    for row in (header, ["---", *["---:"] * (len(header) - 1)], *rows):
-        print(f"| {' | '.join(row)} |")
 
 
 def _show_useful_work(target: str, reports: Iterable[Launch], uses: Mapping[Launch, list[Use]]) -> None:

@@ -13,6 +13,8 @@ o, and in backward q, k, v, o, do, dq, dk and dv. "Extra" is the rest.
 The count misses two things: a tile that several programs of one launch read, which depends on caches; and the inside of
 PyTorch's ops, which count as one kernel even if they launch several (as the backward of LayerNorm and of attention do).
 Both favour PyTorch, whose ops are the larger.
+
+What torch.compile makes of timm's block is counted by Inductor: see :mod:`vitkernels.aot.inductor`.
 """
 
 from __future__ import annotations
@@ -29,25 +31,21 @@ import torch
 import triton
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from triton._C.libtriton import ir, passes
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 
 from vitkernels import runtime, swap
+from vitkernels._intercept import Access, Intercept, accesses, op_accesses, tensors
 from vitkernels.aot.build import TARGETS
+from vitkernels.console import import_timm, one_line, warn
+from vitkernels.names import build, resolve
 from vitkernels.ops._registry import OPS
 
+PROVIDERS = ("timm", "torch.compile", "vitkernels")
 TARGET = TARGETS["sm_90"]  # launchers ask for the device's facts
 
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
-ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
-# Ops that do not read their inputs: they overwrite them or use only their shape.
-FILLS = {
-    "zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones",
-    "new_full", "zero_", "fill_", "bernoulli_", "uniform_", "normal_",
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,22 +105,12 @@ class Traffic:
 
 
 @dataclasses.dataclass
-class _Access:
-    """One tensor that an op reads or writes."""
-
-    storage: torch.UntypedStorage
-    elements: int
-    written: bool
-    least: int = 0
-
-
-@dataclasses.dataclass
 class _Event:
     """One op or kernel that ran."""
 
     phase: str
     op: str
-    accesses: list[_Access]
+    accesses: list[Access]
     attention: bool = False
 
 
@@ -146,9 +134,9 @@ def count(
     Raises:
         RuntimeError: Different ops run at batch B + 1 than at B, so that we cannot tell what grows with the batch.
     """
-    runs = []
-    for more in (0, 1):
-        x = torch.empty((shape[0] + more, *shape[1:]), dtype=dtype, device="meta", requires_grad=train)
+
+    def run(batch: int) -> list[_Event]:
+        x = torch.empty((batch, *shape[1:]), dtype=dtype, device="meta", requires_grad=train)
         counter = _Counter()
         with _recorded_launches(counter), _FlashAttention(), counter:
             with torch.set_grad_enabled(train):
@@ -156,12 +144,45 @@ def count(
             if train:
                 counter.phase = "backward"
                 torch.autograd.grad(y, (x, *parameters), torch.empty_like(y))
-        runs.append(counter.events)
-    here, larger = ([(e.op, len(e.accesses)) for e in events] for events in runs)
-    if here != larger:
+        return counter.events
+
+    return _traffic(run, shape)
+
+
+def count_compiled(
+    function: Callable[..., Tensor], shape: Sequence[int], rest: tuple, *, train: bool, dtype: torch.dtype
+) -> Traffic:
+    """Count the passes of ``torch.compile(function)(x, *rest)`` as :func:`count` does of ``function(x)``.
+
+    ``train`` computes the gradients of x and of all tensors in ``rest`` that require one. See
+    :mod:`vitkernels.aot.inductor` for what is counted.
+
+    Raises:
+        RuntimeError: As for :func:`count`, or from Inductor.
+    """
+    from vitkernels.aot.inductor import compiled_kernels
+
+    def run(batch: int) -> list[_Event]:
+        x = torch.empty((batch, *shape[1:]), dtype=dtype, device="meta", requires_grad=train)
+        events = [_Event(*kernel) for kernel in compiled_kernels(function, (x, *rest), train=train)]
+        for event in events:
+            event.attention = "attention" in event.op
+            # An attention's statistics and random states are smaller than its q by a factor of the head dim.
+            smallest = max(a.elements for a in event.accesses) // 6 if event.attention else 0
+            for access in event.accesses:
+                if event.attention or event.op in PRODUCTS:
+                    access.least = access.elements if access.elements > smallest else 0
+        return events
+
+    return _traffic(run, shape)
+
+
+def _traffic(run: Callable[[int], list[_Event]], shape: Sequence[int]) -> Traffic:
+    """Return the traffic of ``run(shape[0])``; what changes with one more in the batch grows with it."""
+    events, larger = run(shape[0]), run(shape[0] + 1)
+    if [(e.op, len(e.accesses)) for e in events] != [(e.op, len(e.accesses)) for e in larger]:
         raise RuntimeError(f"other ops run at batch {shape[0] + 1} than at {shape[0]}: try another batch")
-    unit = math.prod(shape)
-    return Traffic(tuple(_row(a, b, unit) for a, b in zip(*runs, strict=True)))
+    return Traffic(tuple(_row(a, b, math.prod(shape)) for a, b in zip(events, larger, strict=True)))
 
 
 def _row(event: _Event, larger: _Event, unit: int) -> Row:
@@ -177,71 +198,48 @@ def _row(event: _Event, larger: _Event, unit: int) -> Row:
     )
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(Intercept):
     """Records PyTorch's ops when they are dispatched, and kernels when :func:`_recorded_launches` reports them."""
 
     def __init__(self):
-        super().__init__()
+        super().__init__(self._look_inside, self._record, in_parts=lambda op: True)
         self.events: list[_Event] = []
         self.phase = "forward"
         self.within = ""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        name = func._schema.name.partition("::")[2]
-        first = len(self.events)
-        if func.namespace == "vitkernels":
-            out = self._look_inside(name, args, kwargs)
-        else:
-            # Below autograd, for instance in a launcher, a composite op arrives undivided: count its parts instead.
-            with self:
-                out = func.decompose(*args, **kwargs)
-            if out is NotImplemented:
-                out = func(*args, **kwargs)
-                self._record(func, name, args, kwargs, out)
-        if "attention" in name:
-            _attention_least(self.events[first:], _tensors((args, kwargs)), _tensors(out))
-        return out
-
-    def _look_inside(self, name: str, args, kwargs):
+    def _look_inside(self, op, args, kwargs):
+        if op.namespace != "vitkernels":
+            return NotImplemented
+        name, first = op.overloadpacket.__name__, len(self.events)
         outside, self.within = self.within, f"{name}: "
         try:
             with self:
-                return OPS[name].launcher(*args, **kwargs)
+                out = OPS[name].launcher(*args, **kwargs)
         finally:
             self.within = outside
+        if "attention" in name:
+            _attention_least(self.events[first:], tensors((args, kwargs)), tensors(out))
+        return out
 
-    def _record(self, func, name: str, args, kwargs, out) -> None:
-        schema = func._schema
-        if name in ALLOCATIONS:
+    def _record(self, op, args, kwargs, out) -> None:
+        name, found = op.overloadpacket.__name__, op_accesses(op, args, kwargs, out)
+        if not found:
             return
-        given = dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
-        read, written = [], []
-        for argument in schema.arguments:
-            tensors = _tensors(given.get(argument.name))
-            mutated = argument.alias_info is not None and argument.alias_info.is_write
-            if mutated:
-                written += tensors
-            overwritten = name in FILLS or (mutated and (argument.kwarg_only or name == "copy_"))
-            if not overwritten:
-                read += tensors
-        inputs = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
-        written += [t for t in _tensors(out) if t.untyped_storage()._cdata not in inputs]
-        if not written:  # a view or a no-op
-            return
-        event = _Event(self.phase, self.within + name, _accesses(read, False) + _accesses(written, True))
+        event = _Event(self.phase, self.within + name, found)
         if name in PRODUCTS:
-            summand = _tensors(given.get("self")) if name in ("addmm", "baddbmm") else []
+            summand = tensors(args[:1]) if name in ("addmm", "baddbmm") else []
             spared = {t.untyped_storage()._cdata for t in summand}
-            for access in event.accesses:
+            for access in found:
                 access.least = 0 if access.storage._cdata in spared else access.elements
+        if "attention" in name:
+            _attention_least([event], tensors((args, kwargs)), tensors(out))
         self.events.append(event)
 
     def launch(self, kernel: triton.JITFunction, arguments: dict[str, object]) -> None:
         """Record the launch of ``kernel``."""
         uses = _uses(kernel, arguments)
         read, written, multiplied = ([arguments[name] for name in names] for names in uses)
-        event = _Event(self.phase, self.within + kernel.fn.__name__, _accesses(read, False) + _accesses(written, True))
+        event = _Event(self.phase, self.within + kernel.fn.__name__, accesses(read, written))
         if multiplied:
             operands = {t.untyped_storage()._cdata for t in multiplied}
             for access in event.accesses:
@@ -252,30 +250,11 @@ class _Counter(TorchDispatchMode):
         self.events.append(event)
 
 
-def _tensors(tree) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def _accesses(tensors: Sequence[Tensor], written: bool) -> list[_Access]:
-    """Return one access per storage: the elements of its distinct views, at most those that it holds."""
-    views: dict[int, dict] = {}
-    for t in tensors:
-        views.setdefault(t.untyped_storage()._cdata, {})[t.storage_offset(), t.shape, t.stride()] = t
-    accesses = []
-    for distinct in views.values():
-        some = next(iter(distinct.values()))
-        # A dim of stride 0 repeats one element.
-        elements = sum(math.prod(n for n, s in zip(*v[1:], strict=True) if s or not n) for v in distinct)
-        held = some.untyped_storage().nbytes() // some.element_size()
-        accesses.append(_Access(some.untyped_storage(), min(elements, held), written))
-    return accesses
-
-
 def _attention_least(events: list[_Event], inputs: list[Tensor], outputs: list[Tensor]) -> None:
     """Mark as least the op's own inputs and outputs, once each, in the accesses of its kernels."""
     # The first input is q, do, or all of qkv. Statistics and random states are smaller by a factor of the head dim.
     demanded = [t for t in inputs + outputs if t.numel() > inputs[0].numel() // 6]
-    budget = {a.storage._cdata: a.elements for a in _accesses(demanded, False)}
+    budget = {a.storage._cdata: a.elements for a in accesses(demanded, ())}
     for event in events:
         event.attention = True
         for access in event.accesses:
@@ -440,8 +419,10 @@ class _Stop(Exception):
     pass
 
 
-def count_block(model: nn.Module, shape: Sequence[int], *, train: bool) -> Traffic:
+def count_block(model: nn.Module, shape: Sequence[int], *, train: bool, compiled: bool = False) -> Traffic:
     """Count the first block of ``model``, a ViT of timm on device meta, at images of ``shape`` (B, 3, Y, X).
+
+    With ``compiled`` count it as ``torch.compile`` fuses it.
 
     Raises:
         ValueError: The model has no ``blocks``.
@@ -466,48 +447,68 @@ def count_block(model: nn.Module, shape: Sequence[int], *, train: bool) -> Traff
         hook.remove()
     ((x, *args), kwargs) = seen[0]
     block.train(train)
+    options = {"train": train, "dtype": dtype}
+    if compiled:
+        state = dict(block.named_parameters()) | dict(block.named_buffers())
+        return count_compiled(
+            functools.partial(_call_block, block), (shape[0], *x.shape[1:]), (state, args, kwargs), **options
+        )
     return count(
         lambda x: block(x, *args, **kwargs),
         (shape[0], *x.shape[1:]),
         parameters=[p for p in block.parameters() if p.requires_grad],
-        train=train,
-        dtype=dtype,
+        **options,
     )
 
 
-def run_traffic(model_name: str, *, batch: int = 32, train: bool | None = None) -> dict[str, object]:
-    """Print how often a block of timm's ``model_name`` passes over its activations in bf16, plain and accelerated.
+def _call_block(block: nn.Module, x: Tensor, state: dict[str, Tensor], args: tuple, kwargs: dict) -> Tensor:
+    with _FlashAttention():
+        return torch.func.functional_call(block, state, (x, *args), kwargs)
+
+
+def run_traffic(
+    model_name: str, *, batch: int = 32, train: bool | None = None, providers: Sequence[str] = PROVIDERS
+) -> dict[str, object]:
+    """Print how often a block of ``model_name`` passes over its activations in bf16: plain, compiled, accelerated.
 
     Args:
-        model_name: timm's name of a Vision Transformer, which is counted at its default image size.
+        model_name: A Vision Transformer of timm, in any form that :func:`vitkernels.names.resolve` accepts, which is
+            counted at its default image size.
         batch: Number of images.
         train: True counts forward and backward, False inference; None counts both cases.
+        providers: Which of :data:`PROVIDERS` to count, in their order.
 
     Returns:
-        ``{"inference" | "training": {"timm" | "vitkernels": Traffic.to_dict()}}``.
+        ``{"inference" | "training": {"timm" | "torch.compile" | "vitkernels": Traffic.to_dict()}}``.
 
     Raises:
-        ImportError: timm is missing.
-        RuntimeError: timm does not know the name, or see :func:`count`.
+        UserError: timm is missing, or does not know the name.
+        RuntimeError: As for :func:`count`.
         ValueError: The model is no Vision Transformer, or ``batch`` is below 1.
     """
-    import timm
-
     if batch < 1:
         raise ValueError(f"batch is {batch}; expected 1 or more")
     with torch.device("meta"):
-        model = timm.create_model(model_name).to(torch.bfloat16)
-    shape = (batch, *timm.data.resolve_model_data_config(model)["input_size"])
+        model = build(resolve(model_name).for_timm)[0].to(torch.bfloat16)
+    shape = (batch, *import_timm().data.resolve_model_data_config(model)["input_size"])
     counted = {"inference": {}, "training": {}}
-    for name in ("timm", "vitkernels"):
+    for name in providers:
         if name == "vitkernels":
             swap.accelerate(model)
         for kind in counted:
             if train is None or train == (kind == "training"):
-                counted[kind][name] = count_block(model, shape, train=kind == "training")
+                compiled = name == "torch.compile"
+                try:
+                    counted[kind][name] = count_block(model, shape, train=kind == "training", compiled=compiled)
+                except Exception as error:
+                    if not compiled:
+                        raise
+                    # Inductor's internals differ between versions of PyTorch.
+                    warn(f"torch.compile's block is not counted: {type(error).__name__}: {one_line(error)}")
     for kind, traffics in counted.items():
         for name, traffic in traffics.items():
-            title = f"{model_name}, a block of {name}, {kind}, batch {batch}: passes over the activations"
+            block = {"torch.compile": "timm by torch.compile"}.get(name, name)
+            title = f"{model_name}, a block of {block}, {kind}, batch {batch}: passes over the activations"
             print(f"{title}\n{traffic.to_text()}\n")
         if traffics:
             extras = (f"{name} {traffic.total('extra'):.1f}" for name, traffic in traffics.items())

@@ -14,7 +14,7 @@ from vitkernels.demo.attention import class_token_attention, position_similarity
 from vitkernels.demo.figure import draw_classification
 from vitkernels.demo.image import open_image
 from vitkernels.models import weights as weights_file
-from vitkernels.names import read_config, resolve
+from vitkernels.names import build, read_config, resolve
 
 
 def classify(image_path: Path, name: str, weights: Path | None, out: Path) -> None:
@@ -35,7 +35,7 @@ def classify(image_path: Path, name: str, weights: Path | None, out: Path) -> No
     device = measure.pick_device()
     no_kernels = measure.why_no_kernels(device)
     with busy(f"Loading {name}"):
-        model = load_model(timm, name, weights).eval().to(device)
+        model = load_model(name, weights).eval().to(device)
     config = timm.data.resolve_model_data_config(model)
     images = timm.data.create_transform(**config, is_training=False)(picture)[None].to(device)
 
@@ -72,7 +72,7 @@ def classify(image_path: Path, name: str, weights: Path | None, out: Path) -> No
     print(f"Wrote {out}")
 
 
-def load_model(timm, name: str, weights: Path | None) -> nn.Module:
+def load_model(name: str, weights: Path | None) -> nn.Module:
     """Build timm's model ``name`` with the weights at ``weights``, or with timm's pretrained ones.
 
     Raises:
@@ -81,23 +81,14 @@ def load_model(timm, name: str, weights: Path | None) -> nn.Module:
     named = resolve(name, may_download=True)
     if named.kind == "folder" and "architecture" not in read_config(named.name):
         raise UserError(f"{named.name} holds no model of timm; classify runs no other")
-    name = named.for_timm
+    named = named.for_timm
     if weights is None:
-        try:
-            model = timm.create_model(name, pretrained=True)
-        except Exception as error:  # the hub, the network and the cache raise many kinds of errors
-            raise UserError(
-                f"no pretrained weights for {name} ({type(error).__name__}: {one_line(error)}); "
-                "check the network, or give a file with --weights FILE"
-            ) from error
+        model, _ = build(named, weights=True)
     else:
         state = read_weights(weights)
         head = state.get("head.weight")
         options = {} if head is None or head.ndim != 2 else {"num_classes": head.shape[0]}
-        try:
-            model = timm.create_model(name, pretrained=False, **options)
-        except Exception as error:  # a name of the hub downloads its config, which fails in many ways
-            raise UserError(f"timm cannot build {name}: {one_line(error)}") from error
+        model, _ = build(named, **options)
         _check_fits(weights, state, model)
         model.load_state_dict(state)
     if not getattr(model, "num_classes", 0):

@@ -16,24 +16,13 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from vitkernels import ops, runtime
+from vitkernels._intercept import Access, Intercept, accesses, op_accesses
 from vitkernels.swap import _rules
 
 FLOPS_PER_BYTE = 200  # fp16 and bf16 on an A100 (156) to an H100 (295), by their data sheets
-_FREE = {
-    "_unsafe_view",
-    "empty",
-    "empty_like",
-    "empty_strided",
-    "new_empty",
-    "new_empty_strided",
-    "detach",
-    "lift_fresh",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,11 +156,12 @@ def _on_cpu(own: str) -> str:
         return "none"
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(Intercept):
     """Adds up the time of all ops, and of the ops within swapped modules."""
 
     def __init__(self, model: nn.Module, swapped: Mapping[str, object]) -> None:
-        super().__init__()
+        # PyTorch's decomposition of upsampling is not what runs.
+        super().__init__(self._run, self._count, lambda op: "upsample" not in op.overloadpacket.__name__)
         self.total = self.fused = 0.0
         self.attention: Counter[tuple[int, int, int, str]] = Counter()  # queries, keys, head dim, PyTorch's provider
         self._within = [False]  # for each running module, outermost first: whether a fused forward covers it
@@ -187,40 +177,33 @@ class _Counter(TorchDispatchMode):
     def _leave(self) -> None:
         self._within.pop()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is torch.ops.aten.scaled_dot_product_attention.default:
-            return self.attend(*args[:3])
-        if func is torch.ops.aten.dropout.default and not args[2]:
+    def _run(self, op, args, kwargs):
+        if op is torch.ops.aten.scaled_dot_product_attention.default:
+            return self._attend(*args[:3])
+        if op is torch.ops.aten.dropout.default and not args[2]:
             return args[0]
-        name = func.overloadpacket.__name__
-        if "upsample" not in name:  # its decomposition in Python is not what runs
-            with self:  # a composite op counts as its parts
-                out = func.decompose(*args, **kwargs)
-            if out is not NotImplemented:
-                return out
-        out = func(*args, **kwargs)
-        if not func.is_view and name not in _FREE:
-            count = flop_registry.get(func.overloadpacket)
-            self.add(0 if count is None else count(*args, **kwargs, out_val=out), (args, kwargs, out))
-        if func is torch.ops.aten._softmax.default and args[0].ndim > 2:
+        return NotImplemented
+
+    def _count(self, op, args, kwargs, out) -> None:
+        if moved := op_accesses(op, args, kwargs, out):
+            formula = flop_registry.get(op.overloadpacket)
+            self._add(0 if formula is None else formula(*args, **kwargs, out_val=out), moved)
+        if op is torch.ops.aten._softmax.default and args[0].ndim > 2:
             self._weights = tuple(out.shape[-2:])
-        elif func is torch.ops.aten.bmm.default and tuple(args[0].shape[-2:]) == self._weights:
+        elif op is torch.ops.aten.bmm.default and tuple(args[0].shape[-2:]) == self._weights:
             self._note(*self._weights, args[1].shape[-1], "eager")
             self._weights = None
-        return out
 
-    def add(self, flops: float, operands: object) -> None:
-        """Add the time of an op that reads or writes the tensors in ``operands``."""
-        moved = sum(2 * t.numel() for t in tree_leaves(operands) if isinstance(t, Tensor))
-        time = max(flops / FLOPS_PER_BYTE, moved)
+    def _add(self, flops: float, moved: list[Access]) -> None:
+        time = max(flops / FLOPS_PER_BYTE, 2 * sum(access.elements for access in moved))
         self.total += time
         self.fused += time * self._within[-1]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Count attention on (..., N, D) as one op, and return its output."""
-        out = q.new_empty(*q.shape[:-1], v.shape[-1])  # not counted: a mode is off inside its own methods
-        self.add(2 * math.prod(q.shape[:-1]) * k.shape[-2] * (q.shape[-1] + v.shape[-1]), (q, k, v, out))
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        flops = 2 * math.prod(q.shape[:-1]) * k.shape[-2] * (q.shape[-1] + v.shape[-1])
+        self._add(flops, accesses((q, k, v), (out,)))
         self._note(q.shape[-2], k.shape[-2], q.shape[-1], "sdpa")
         return out
 

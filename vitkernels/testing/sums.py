@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitkernels import runtime
+from vitkernels._intercept import Intercept
 
 aten = torch.ops.aten
 
@@ -40,29 +41,28 @@ def summed_in_a_chain(order: int = 0) -> Iterator[None]:
     Args:
         order: The order of the terms: 0 for their order in memory, else a seed that draws the order.
     """
-    with sdpa_kernel(SDPBackend.MATH), _Chains(order):
+    with sdpa_kernel(SDPBackend.MATH), Intercept(_Chains(order).run):
         yield
 
 
-class _Chains(TorchDispatchMode):
+@dataclasses.dataclass(frozen=True)
+class _Chains:
     """Computes fp32 matrix products, and fp32 convolutions that cut an image into patches, in one chain."""
 
-    def __init__(self, order: int):
-        super().__init__()
-        self.order = order
+    order: int
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def run(self, op, args, kwargs):
         tensors = [a for a in args if isinstance(a, Tensor)]
         if not kwargs and tensors and all(t.dtype == torch.float32 for t in tensors):
-            if func in (aten.mm.default, aten.bmm.default):
+            if op in (aten.mm.default, aten.bmm.default):
                 return self._chain(*args)
-            if func in (aten.addmm.default, aten.baddbmm.default):
+            if op in (aten.addmm.default, aten.baddbmm.default):
                 return self._chain(*args[1:]) + args[0]
-            if func is aten.convolution.default and _cuts_patches(*args[1:2], *args[3:9]):
+            if op is aten.convolution.default and _cuts_patches(*args[1:2], *args[3:9]):
                 return self._embed(*args[:3])
-            if func is aten.convolution_backward.default and _cuts_patches(*args[2:3], *args[4:10]):
+            if op is aten.convolution_backward.default and _cuts_patches(*args[2:3], *args[4:10]):
                 return self._embed_backward(*args[:3], args[10])
-        return func(*args, **(kwargs or {}))
+        return NotImplemented
 
     def _chain(self, a: Tensor, b: Tensor) -> Tensor:
         """Return ``a @ b`` for (..., M, K) and (..., K, N)."""

@@ -17,11 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 import torch._dynamo  # imported once here, not again in each forked worker
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from vitkernels import ops
+from vitkernels._intercept import Intercept
 from vitkernels.console import one_line
 from vitkernels.ops._registry import OPS
 from vitkernels.testing.compare import Verdict, check, widened
@@ -318,21 +318,19 @@ _WAYS = _QUICK_WAYS | {
 }
 
 
-class _Record(TorchDispatchMode):
-    """Record the arguments of each call of a registered op, and return random numbers as its results."""
+def _recorded(calls: dict[str, list[tuple]]) -> Intercept:
+    """Record in ``calls`` the arguments of each call of a registered op, and return random numbers as its results."""
 
-    def __init__(self):
-        super().__init__()
-        self.calls: dict[str, list[tuple]] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace != "vitkernels":
-            return func(*args, **(kwargs or {}))
-        name = func.name().removeprefix("vitkernels::")
+    def record(op, args, kwargs):
+        if op.namespace != "vitkernels":
+            return NotImplemented
+        name = op.overloadpacket.__name__
         held = tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in args)
-        self.calls.setdefault(name, []).append(held)
+        calls.setdefault(name, []).append(held)
         # Later ops need only results of the right shapes, and emulating the kernel would take long.
         return tree_map(lambda t: t.normal_() if t.is_floating_point() else t.zero_(), OPS[name].fake(*args))
+
+    return Intercept(record)
 
 
 def _calls(posed: dict[str, list[Problem]], device: torch.device, seed: int) -> dict[str, list[tuple]]:
@@ -341,13 +339,14 @@ def _calls(posed: dict[str, list[Problem]], device: torch.device, seed: int) -> 
     For an op that is called only without gradients, return those calls.
     """
     all_posed = [problem for mine in posed.values() for problem in mine]
-    with seeded(seed, device), _Record() as training:
+    training, inference = {}, {}
+    with seeded(seed, device), _recorded(training):
         for problem in all_posed:
             outputs_and_gradients(problem.function, problem.draw(torch.float32, device), torch.ones_like)
-    with seeded(seed, device), torch.no_grad(), _Record() as inference:
+    with seeded(seed, device), torch.no_grad(), _recorded(inference):
         for problem in all_posed:
             problem.function(**problem.draw(torch.float32, device))
-    return inference.calls | training.calls
+    return inference | training
 
 
 def _opcheck(id: str, name: str, calls: Callable[[], dict[str, list[tuple]]], quick: bool) -> Iterator[Result]:

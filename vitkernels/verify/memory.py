@@ -6,38 +6,39 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitkernels import runtime
+from vitkernels._intercept import Intercept
 from vitkernels.ops._registry import OPS
 
 BAND = 512  # bytes on each side; a multiple of every element size
 PATTERN = 0x7F  # bytes that no kernel would write: 3.4e38 in fp32, NaN in fp16
 
 
-class GuardedMemory(TorchDispatchMode):
+class GuardedMemory(Intercept):
     """While active, poison every tensor that a launcher allocates and put it between guard bands.
 
     A dispatch mode does not see the allocations inside a registered op, so this mode calls the op's launcher itself.
     """
 
     def __init__(self):
-        super().__init__()
+        super().__init__(self._run)
         self._buffers: list[tuple[Tensor, int]] = []
         self.launched = False  # whether an op was called
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func.namespace == "vitkernels":
+    def _run(self, op, args, kwargs):
+        if op.namespace == "vitkernels":
             self.launched = True
-            kernels = OPS[func.name().removeprefix("vitkernels::")].kernels
+            kernels = OPS[op.overloadpacket.__name__].kernels
             with self:
                 return kernels[runtime.device_type(next(a for a in args if isinstance(a, Tensor)))](*args)
-        out = func(*args, **kwargs)
-        if func not in _ALLOCATORS or not out.numel() or out.device.type == "meta":
+        if op not in _ALLOCATORS:
+            return NotImplemented
+        out = op(*args, **kwargs)
+        if not out.numel() or out.device.type == "meta":
             return out
         guarded = self._guard(out)
-        return guarded.zero_() if func in _ZEROED else guarded
+        return guarded.zero_() if op in _ZEROED else guarded
 
     def _guard(self, like: Tensor) -> Tensor:
         """Return a poisoned tensor with the shape, strides and dtype of ``like``, between two guard bands."""

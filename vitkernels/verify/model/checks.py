@@ -36,7 +36,7 @@ from vitkernels.testing.compare import Verdict, check
 from vitkernels.testing.sums import summed_in_a_chain
 from vitkernels.verify.accuracy import check_accuracy, seeded, settled
 from vitkernels.verify.model.load import Inputs, load
-from vitkernels.verify.model.shapes import OpCalls, op_calls, shapes
+from vitkernels.verify.model.shapes import op_calls, recorded_calls, shapes
 from vitkernels.verify.problems import problems
 from vitkernels.verify.results import Check, Result
 
@@ -205,7 +205,7 @@ def check_outputs(id: str, subject: Subject, seed: int, seconds: float | None = 
     def draw(seed: int) -> list[Verdict]:
         trio = _trio(subject, seed, depth, training=False)
         with torch.no_grad():
-            with OpCalls() as seen:
+            with recorded_calls() as seen:
                 fast = _outputs(trio.fast, trio.inputs)
             truth = _on_torch(trio.truth, trio.wide_inputs)
         _require(seen, "_fwd", "the forward pass")
@@ -233,7 +233,7 @@ def check_gradients(id: str, subject: Subject, seed: int, seconds: float | None 
 
     def draw(seed: int) -> list[Verdict]:
         trio = _trio(subject, seed, depth)
-        with OpCalls() as seen:
+        with recorded_calls() as seen:
             fast = _gradients(trio.fast, trio.inputs, trio.dtype, seed)
         _require(seen, "_bwd", "the backward pass")
         with runtime.use_backend("torch"):
@@ -275,7 +275,7 @@ def check_curve(
             truth = _losses(trio.truth, trio.wide_inputs, seed, steps)
             starts = [_one_rounding_off(trio.plain, seed + i, subject.device) for i in range(NEIGHBOURS)]
             own = [_losses(m, trio.inputs, seed, steps) for m in (trio.plain, *starts)]
-        with OpCalls() as seen:
+        with recorded_calls() as seen:
             fast = _losses(trio.fast, trio.inputs, seed, steps)
         _require(seen, "_bwd", "training")
         return [judge_curve(fast, own, truth, torch.finfo(trio.dtype).eps)]
@@ -446,8 +446,8 @@ def _losses(model: nn.Module, inputs: Inputs, seed: int, steps: int) -> Tensor:
     return torch.tensor(losses, dtype=torch.float64)
 
 
-def _require(seen: OpCalls, ending: str, what: str) -> None:
-    if not any(op.endswith(ending) for op, _ in seen.calls):
+def _require(seen: list, ending: str, what: str) -> None:
+    if not any(op.endswith(ending) for op, _ in seen):
         raise Unreached(f"{what} of the accelerated model called no kernel, so that nothing was compared")
 
 

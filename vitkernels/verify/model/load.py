@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from vitkernels.console import UserError, import_timm, import_transformers, near, one_line, prepare_torchvision
-from vitkernels.names import Named, read_config, resolve
+from vitkernels.console import UserError, near, one_line, prepare_torchvision
+from vitkernels.names import build, resolve
 from vitkernels.swap.estimate import image_size
 
 
@@ -61,44 +61,14 @@ def load(spec: str, batch: int = 2) -> tuple[nn.Module, Inputs, str]:
         if ":" in spec and "/" not in spec and not spec.startswith(("hf_hub:", "hf-hub:", "local-dir:")):
             return _of_function(spec, batch)
         named = resolve(spec)
-        if named.kind == "folder":
-            return _of_folder(named, batch)
-        model = import_timm().create_model(named.name, pretrained=False)
-        return model, _images(named.name, model, batch), f"timm's {named.name}, random weights"
+        model, words = build(named, weights=named.has_weights)
+        if hasattr(model, "vision_model") and hasattr(model, "text_model"):
+            model, words = model.vision_model, f"{words}, its vision part"
+        return model, _images(named.name, model, batch), words
     except UserError:
         raise
     except Exception as error:  # libraries and the user's code may raise anything
         raise UserError(f"{spec} cannot be built: {type(error).__name__}: {one_line(error)}") from error
-
-
-def _of_folder(named: Named, batch: int) -> tuple[nn.Module, Inputs, str]:
-    folder, described = Path(named.name), read_config(named.name)
-    safe = any(folder.glob("*.safetensors"))
-    weights = safe or any(folder.glob("pytorch_model*.bin"))
-    if "model_type" in described:
-        model, note = _of_transformers(folder, weights, safe)
-    else:
-        # timm reads both kinds of file; from pickles it loads only plain tensors.
-        model, note = import_timm().create_model(named.for_timm, pretrained=weights), ""
-    words = f"{type(model).__name__} in {folder}, {'its weights' if weights else 'random weights'}{note}"
-    return model, _images(str(folder), model, batch), words
-
-
-def _of_transformers(folder: Path, weights: bool, safe: bool) -> tuple[nn.Module, str]:
-    transformers = import_transformers()
-    offline = {"local_files_only": True, "trust_remote_code": False}
-    config = transformers.AutoConfig.from_pretrained(folder, **offline)
-    classifies = any(name.endswith("ForImageClassification") for name in config.architectures or ())
-    auto = transformers.AutoModelForImageClassification if classifies else transformers.AutoModel
-    if weights:
-        model, info = auto.from_pretrained(folder, use_safetensors=safe, output_loading_info=True, **offline)
-        missing = len(info["missing_keys"])
-    else:
-        model, missing = auto.from_config(config, trust_remote_code=False), 0
-    note = f", {missing} of them missing and random" if missing else ""
-    if hasattr(model, "vision_model") and hasattr(model, "text_model"):
-        return model.vision_model, f"{note}, the vision part of a {type(model).__name__}"
-    return model, note
 
 
 def _of_function(spec: str, batch: int) -> tuple[nn.Module, Inputs, str]:

@@ -6,6 +6,7 @@ keeps its own forward gives no shape.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -14,31 +15,31 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitkernels import swap
+from vitkernels._intercept import Intercept
 from vitkernels.console import UserError
 from vitkernels.swap.estimate import without_data
 from vitkernels.testing.cases import Case
 from vitkernels.verify.model.load import Inputs
 
 
-class OpCalls(TorchDispatchMode):
+@contextlib.contextmanager
+def recorded_calls() -> Iterator[list[tuple[str, dict[str, Any]]]]:
     """Record the calls of vitkernels' registered ops: each op's name, and its arguments by name."""
+    calls = []
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[str, dict[str, Any]]] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "vitkernels":
-            names = [argument.name for argument in func._schema.arguments]
-            defaults = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
-            given = defaults | dict(zip(names, args, strict=False)) | (kwargs or {})
+    def record(op, args, kwargs, result):
+        if op.namespace == "vitkernels":
+            names = [argument.name for argument in op._schema.arguments]
+            defaults = {a.name: a.default_value for a in op._schema.arguments if a.has_default_value()}
+            given = defaults | dict(zip(names, args, strict=False)) | kwargs
             # Keeping the tensors would keep their memory alive, and only their shapes are needed.
             given = {n: torch.empty_like(t, device="meta") if isinstance(t, Tensor) else t for n, t in given.items()}
-            self.calls.append((func.name().removeprefix("vitkernels::"), given))
-        return func(*args, **(kwargs or {}))
+            calls.append((op.overloadpacket.__name__, given))
+
+    with Intercept(saw=record):
+        yield calls
 
 
 def op_calls(model: nn.Module, inputs: Inputs) -> list[tuple[str, dict[str, Any]]]:
@@ -59,9 +60,9 @@ def op_calls(model: nn.Module, inputs: Inputs) -> list[tuple[str, dict[str, Any]
 
 def _calls(model: nn.Module, inputs: Inputs) -> list[tuple[str, dict[str, Any]]]:
     swap.accelerate(model.eval())
-    with torch.no_grad(), OpCalls() as seen:
+    with torch.no_grad(), recorded_calls() as calls:
         model(*inputs.args, **inputs.kwargs)
-    return seen.calls
+    return calls
 
 
 def shapes(model: nn.Module, inputs: Inputs, batch: int = 1) -> list[Case]:

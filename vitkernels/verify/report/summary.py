@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import math
 from collections.abc import Iterable
 
+from vitkernels.tables import Table
 from vitkernels.verify.results import Result, Verification
 
 COUNTS = ("passed", "failed", "skipped", "broken")
 VERSIONS = ("vitkernels", "torch", "triton", "python")
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """A table whose first ``words`` columns hold text and whose others hold figures."""
-
-    header: tuple[str, ...]
-    rows: list[tuple[str, ...]]
-    words: int = 1
 
 
 def facts(verification: Verification) -> list[str]:

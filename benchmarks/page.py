@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.environment import ROOT
+from benchmarks.formats import bytes_text, time_text, workload_name
+from benchmarks.goals import GOALS
 from benchmarks.report import duels, score
 from benchmarks.schema import Results, load
-from benchmarks.wording import GOALS, bytes_text, time_text, workload_name
 from vitkernels import _interrupt
 from vitkernels.console import UserError
 from vitkernels.tables import Table, markdown_table

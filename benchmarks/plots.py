@@ -10,8 +10,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from benchmarks.formats import workload_name
+from benchmarks.goals import GOAL_BLOCK_US
 from benchmarks.schema import OURS, Results, Row
-from benchmarks.wording import GOAL_BLOCK_US, workload_name
 
 OURS_COLOR = "#0b7a55"
 OURS_SHADES = (OURS_COLOR, "#63b899", "#b5ddcd")

@@ -10,8 +10,9 @@ import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from benchmarks.formats import bytes_text, spread_text, time_text, workload_name
+from benchmarks.goals import GOALS
 from benchmarks.schema import Results, Row
-from benchmarks.wording import GOALS, bytes_text, spread_text, time_text, workload_name
 from vitkernels import _interrupt
 from vitkernels.tables import Table, html_page, html_table, markdown_table
 

@@ -7,9 +7,10 @@ import pytest
 
 from benchmarks import environment
 from benchmarks.__main__ import _keep, main
+from benchmarks.formats import bytes_text, time_text
+from benchmarks.goals import GOALS
 from benchmarks.report import _blocks, changed, duels, to_html, to_markdown, write_report
 from benchmarks.schema import Row, Times, load, save
-from benchmarks.wording import GOALS, bytes_text, time_text
 from vitkernels.tables import Table, markdown_table
 
 VIT_B = "vit_base_patch16_224"

@@ -30,12 +30,12 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from benchmarks.environment import load_timm
 from benchmarks.ops import Tensors, all_ops
 from benchmarks.ops.measure import leaves_of
 from benchmarks.run import sample_undisturbed, summary
 from benchmarks.schema import OURS
 from vitkernels import accelerate, ops
+from vitkernels.console import import_timm
 from vitkernels.ops._plan import Plans
 from vitkernels.ops._registry import OPS, PLANNED
 from vitkernels.testing.cases import Case
@@ -144,7 +144,7 @@ def call_of(
 def call_of_timm_block(mode: str, swap: bool) -> Callable[[], object]:
     """Return a call of timm's ``Block`` of the size of the other calls, accelerated or not."""
     case = SMALL[0]
-    timm = load_timm()
+    timm = import_timm()
     block = timm.models.vision_transformer.Block(case.channels, case.heads, case.hidden / case.channels, qkv_bias=True)
     if swap:
         accelerate(block)

@@ -9,6 +9,7 @@ from drawn import drawn
 from vitkernels import ops, reference
 from vitkernels.ops._triton import tl
 from vitkernels.ops.patch_embed.config import SUMMED, choose_config
+from vitkernels.ops.patch_embed.pixels import reciprocal
 from vitkernels.runtime import DeviceFacts
 from vitkernels.testing import check_op
 
@@ -546,6 +547,16 @@ def test_configs_fit_the_device_and_splits_do_not_grow_with_the_batch():
                         assert config.num_stages * summed * sum(blocks) * image_dtype.itemsize <= facts.shared_memory
     shares = [choose_config("dweight", M, 768, 768, torch.bfloat16, H200).splits for M in (64, 6272, 10**6, 10**8)]
     assert shares[0] == 1 and shares[-1] == shares[-2] <= 2 * H200.num_sms
+
+
+@pytest.mark.parametrize("divisor", [1, 2, 3, 7, 14, 16, 37, 196, 729, 1369, 2**16 + 1, 2**30 - 35, 2**30])
+def test_rows_are_divided_exactly(divisor):
+    """As the kernel divides them: in 32 bits, by a multiplication."""
+    factor, shift = reciprocal(divisor)
+    assert 2**31 <= factor < 2**32, "the JIT compiles a smaller factor as another type"
+    multiples = range(0, 2**31, max(divisor, 2**31 // divisor // 999 * divisor))
+    for n in {n for m in (*multiples, 2**31) for n in (m - 1, m, m + 1) if 0 <= n < 2**31}:
+        assert 2 * n * factor >> 32 >> shift == n // divisor
 
 
 def test_gradients_share_no_memory(device):

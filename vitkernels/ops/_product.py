@@ -86,7 +86,7 @@ def column_parts(block_n: int, in_parts: bool) -> int:
     return max(1, block_n // 32) if in_parts else 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _product_kernel(
     a_ptr,  # (M, K)
     b_ptr,  # (K, N)
@@ -150,7 +150,7 @@ def _product_kernel(
         tl.store(y_ptr + first_out + offs_out, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _product_dact_kernel(
     a_ptr,  # (M, K), upstream gradient of the layer after the activation
     b_ptr,  # (K, N), that layer's weight

@@ -29,8 +29,8 @@ else:
 class _Missing:
     """Stand-in for Triton's decorators and types; a launch, which ``uses_kernels`` should prevent, raises an error."""
 
-    def jit(self, fn):
-        return fn
+    def jit(self, fn=None, **options):
+        return fn or self.jit
 
     def constexpr(self, value):
         return value
@@ -123,8 +123,10 @@ if MISSING is None:
         """The object that op files import as ``triton``."""
 
         @staticmethod
-        def jit(fn):
-            kernel = _triton.jit(fn)
+        def jit(fn=None, *, do_not_specialize=()):
+            if fn is None:
+                return functools.partial(_Decorators.jit, do_not_specialize=do_not_specialize)
+            kernel = _triton.jit(fn, do_not_specialize=do_not_specialize)
             kernel.__class__ = _Kernel
             return kernel
 

@@ -28,7 +28,7 @@ from vitkernels.ops._triton import tl, triton
 from vitkernels.runtime import cdiv, dense_or, next_power_of_2, promoted_dtype, unit_stride, wide_dtype
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "programs_m"])
 def _activation_bwd_kernel(
     dy_ptr,  # (M, N)
     z_ptr,  # (M, N), contiguous

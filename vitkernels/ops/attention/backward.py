@@ -47,10 +47,11 @@ def attention_backward(
         return sums, torch.zeros_like(options.mask, dtype=lse.dtype) if needs_dmask else None
     do, q, k, v = (runtime.unit_stride(t) for t in (do, q, k, v))
     B, N_q, H, D = q.shape
+    varlen = options.starts is not None
     images, longest_q, longest_kv = options.rows(B, N_q, k.shape[1])
     config = choose_config(
         longest_q, longest_kv, D, q.dtype, runtime.device_facts(q.device),
-        heads=images * H, varlen=options.starts is not None, masked=options.mask is not None,
+        heads=images * H, varlen=varlen, masked=options.mask is not None,
         dropout=options.dropout_p > 0,
     )  # fmt: skip
     arguments = {
@@ -63,8 +64,8 @@ def attention_backward(
         **strides("k", k),
         **strides("v", v),
         **options.arguments(q),
-        "N_q": N_q,
-        "N_kv": k.shape[1],
+        "N_q": 0 if varlen else N_q,
+        "N_kv": 0 if varlen else k.shape[1],
         "H": H,
         "D": D,
         "PARTS": head_parts(D),
@@ -161,7 +162,8 @@ def _launch_blocks(arguments, config: AttentionConfig, options, rows, o, lse, dq
     do, q, k, v = (arguments[f"{x}_ptr"] for x in ("do", "q", "k", "v"))
     mask_reach = q.shape[1] * arguments["stride_mask_m"]
     B, N_q, H, D = q.shape
-    varlen = {"VARLEN": options.starts is not None, "starts_ptr": q if options.starts is None else options.starts}
+    varlen = options.starts is not None
+    images_of = {"VARLEN": varlen, "starts_ptr": options.starts if varlen else q, "T": N_q}
     delta = lse.new_empty((B, H, N_q))
     dq_sums = dkv_sums = None
     if dq is not None:
@@ -170,7 +172,7 @@ def _launch_blocks(arguments, config: AttentionConfig, options, rows, o, lse, dq
             dq_sums = torch.empty((B, num_blocks, H, D), dtype=lse.dtype, device=q.device)
         _attention_bwd_dq_kernel[(images * H * num_blocks,)](
             **arguments,
-            **varlen,
+            **images_of,
             o_ptr=o,
             lse_ptr=lse,
             delta_ptr=delta,
@@ -207,7 +209,7 @@ def _launch_blocks(arguments, config: AttentionConfig, options, rows, o, lse, dq
             dkv_sums = torch.empty((B, num_blocks, 2, H, D), dtype=lse.dtype, device=q.device)
         _attention_bwd_dkv_kernel[(images * H * num_blocks,)](
             **arguments,
-            **varlen,
+            **images_of,
             lse_ptr=lse,
             delta_ptr=delta,
             dk_ptr=dk,

@@ -33,7 +33,7 @@ from vitkernels.ops.attention.tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N_q", "num_blocks"])
 def _attention_bwd_delta_kernel(
     o_ptr,  # (B, N_q, H, D)
     do_ptr,  # (B, N_q, H, D)
@@ -68,7 +68,7 @@ def _attention_bwd_delta_kernel(
     tl.store(delta_ptr + bh * N_q + offs_m, row_inner(o, do, ACC), mask=mask_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "num_blocks"])
 def _attention_bwd_dq_kernel(
     do_ptr,  # (B, N_q, H, D); (1, all tokens, H, D) with VARLEN
     q_ptr,  # (B, N_q, H, D)
@@ -106,6 +106,7 @@ def _attention_bwd_dq_kernel(
     mask_width,
     N_q,
     N_kv,
+    T,  # tokens of all images, with VARLEN; N_q and N_kv are then 0
     H,
     num_blocks,
     scale: tl.constexpr,  # a runtime argument would be fp32, even for fp64 tensors
@@ -135,8 +136,8 @@ def _attention_bwd_dq_kernel(
     rows = bh * N_q
     lse_head = statistics_of(lse_ptr, bh, N_q, MASK)
     if VARLEN:
-        first, N_kv = image_of(starts_ptr, b, N_q)
-        rows = h * N_q + first
+        first, N_kv = image_of(starts_ptr, b, T)
+        rows = h * T + first
         lse_head = lse_ptr + rows
         N_q = N_kv
         b = b * 0
@@ -186,7 +187,7 @@ def _attention_bwd_dq_kernel(
         store_sums(sums_ptr + ((b * num_blocks + pid % num_blocks) * H + h) * D, dq, mask_m, D, PARTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "num_blocks"])
 def _attention_bwd_dkv_kernel(
     do_ptr,  # (B, N_q, H, D); (1, all tokens, H, D) with VARLEN
     q_ptr,  # (B, N_q, H, D)
@@ -221,6 +222,7 @@ def _attention_bwd_dkv_kernel(
     mask_width,
     N_q,
     N_kv,
+    T,  # tokens of all images, with VARLEN; N_q and N_kv are then 0
     H,
     num_blocks,
     scale: tl.constexpr,  # a runtime argument would be fp32, even for fp64 tensors
@@ -250,8 +252,8 @@ def _attention_bwd_dkv_kernel(
     rows = bh * N_q
     lse_head = statistics_of(lse_ptr, bh, N_q, MASK)
     if VARLEN:
-        first, N_kv = image_of(starts_ptr, b, N_q)
-        rows = h * N_q + first
+        first, N_kv = image_of(starts_ptr, b, T)
+        rows = h * T + first
         lse_head = lse_ptr + rows
         N_q = N_kv
         b = b * 0
@@ -310,7 +312,7 @@ def _attention_bwd_dkv_kernel(
         store_sums(sums + H * D, dv, mask_n, D, PARTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "num_splits"])
 def _attention_bwd_dmask_kernel(
     do_ptr,  # (B, N_q, H, D)
     q_ptr,  # (B, N_q, H, D)

@@ -152,7 +152,7 @@ def _attention_fwd_row_kernel(
     _store_output(o, total, m, o_head, lse_head, offs_m, stride_o_n, mask_m, MASK, False, D, PARTS, ALIGN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "windows"])
 def _attention_fwd_windows_kernel(
     q_ptr,  # (B, N_q, H, D)
     k_ptr,  # (B, N_kv, H, D)
@@ -269,7 +269,7 @@ def _attend(
     return m_new, total, gather(p, v, scaled_head(o, rescale[:, None]), PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "num_blocks"])
 def _attention_fwd_blocks_kernel(
     q_ptr,  # (B, N_q, H, D); (1, all tokens, H, D) with VARLEN
     k_ptr,  # (B, N_kv, H, D)
@@ -297,6 +297,7 @@ def _attention_fwd_blocks_kernel(
     mask_width,
     N_q,
     N_kv,
+    T,  # tokens of all images, with VARLEN; N_q and N_kv are then 0
     H,
     num_blocks,
     score_scale: tl.constexpr,
@@ -325,8 +326,8 @@ def _attention_fwd_blocks_kernel(
     first = 0
     lse_head = statistics_of(lse_ptr, bh, N_q, MASK)
     if VARLEN:
-        first, N_kv = image_of(starts_ptr, b, N_q)
-        lse_head = lse_ptr + h * N_q + first
+        first, N_kv = image_of(starts_ptr, b, T)
+        lse_head = lse_ptr + h * T + first
         N_q = N_kv
         b = b * 0
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -405,8 +406,8 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tupl
         **strides("o", o, dims),
         **addressing(q, k, v, o, tokens=dims[1], mask_reach=N_q * mask_arguments["stride_mask_m"]),
         **mask_arguments,
-        "N_q": N_q,
-        "N_kv": N_kv,
+        "N_q": 0 if varlen else N_q,
+        "N_kv": 0 if varlen else N_kv,
         "H": H,
         "D": D,
         "BLOCK_M": tiling.block_m,
@@ -441,6 +442,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tupl
         _attention_fwd_blocks_kernel[(images * H * num_blocks,)](
             **arguments,
             starts_ptr=options.starts if varlen else q,
+            T=N_q,
             num_blocks=num_blocks,
             VARLEN=varlen,
             BLOCK_N=tiling.block_n,

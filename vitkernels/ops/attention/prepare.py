@@ -90,7 +90,7 @@ def _statistics(x, in_head, eps, D: tl.constexpr, NORM: tl.constexpr):
     return mean, 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1)[:, None] / D + eps)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "num_blocks"])
 def _prepare_fwd_kernel(
     x_ptr,  # (B, N, H, D)
     weight_ptr,  # (D,)
@@ -175,7 +175,7 @@ def _prepare_fwd_kernel(
         tl.store(y_rows + cols[None, :], x.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "num_blocks"])
 def _prepare_bwd_kernel(
     dy_ptr,  # (B, N, H, D)
     x_ptr,  # (B, N, H, D), with NORM

@@ -14,7 +14,7 @@ from vitkernels.ops.layer_norm.config import choose_backward_config
 from vitkernels.runtime import as_rows, dense_or
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "rows_per_sample"])
 def _layer_norm_bwd_kernel(
     dy_ptr,  # (M, C)
     dr_ptr,  # (M, C), upstream gradient of the sum, with HAS_DR

@@ -12,7 +12,7 @@ from vitkernels.ops.layer_norm.config import choose_config
 from vitkernels.runtime import as_rows, cdiv, dense_or, promoted_dtype, wide_dtype
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "rows_per_sample"])
 def _layer_norm_fwd_kernel(
     x_ptr,  # (M, C)
     residual_ptr,  # (M, C), with HAS_RESIDUAL

@@ -12,6 +12,7 @@ from vitkernels.ops import _tile
 from vitkernels.ops._triton import tl, triton
 from vitkernels.ops.patch_embed.config import choose_config
 from vitkernels.ops.patch_embed.pixels import (
+    VARYING,
     Constants,
     channel_constants,
     exactly_multiplied,
@@ -20,12 +21,14 @@ from vitkernels.ops.patch_embed.pixels import (
     patch_offsets,
     patches,
     pixel_offsets,
+    quotient,
+    reciprocal,
     scale_and_shift,
 )
 from vitkernels.runtime import cdiv, wide_dtype
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _patch_embed_bwd_images_kernel(
     dout_ptr,  # (B, T, C)
     weight_ptr,  # (C, K), contiguous
@@ -79,13 +82,15 @@ def _patch_embed_bwd_images_kernel(
 
     if SCALE is not None:
         acc *= channel_constants(SCALE, offs_k, PY, PX, K, ACC)
-    patch_offs = patch_offsets(b, n, patches_x, stride_images_b, stride_images_y, stride_images_x, PY, PX)
+    row = n // patches_x
+    column = n - row * patches_x
+    patch_offs = patch_offsets(b, row, column, stride_images_b, stride_images_y, stride_images_x, PY, PX)
     pixel_offs = pixel_offsets(offs_k, stride_images_i, stride_images_y, stride_images_x, PY, PX)
     dimages_ptrs = dimages_ptr + (patch_offs[:, None] + pixel_offs[None, :])
     tl.store(dimages_ptrs, acc.to(dimages_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_k[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*VARYING, "N_factor", "N_shift", "x_factor", "x_shift"])
 def _patch_embed_bwd_weight_kernel(
     dout_ptr,  # (B, T, C)
     images_ptr,  # (B, I, Y, X), floating point or uint8; strides b, i and y in UNITs
@@ -99,9 +104,13 @@ def _patch_embed_bwd_weight_kernel(
     stride_images_x,
     M,
     C,
-    N: tl.constexpr,  # constexpr like patches_x: each step of the loop divides by both
+    N,
     R,
-    patches_x: tl.constexpr,
+    patches_x,
+    N_factor,  # of the reciprocals of N and patches_x
+    N_shift,
+    x_factor,
+    x_shift,
     rows_per_split,
     DTYPE: tl.constexpr,
     SCALE: tl.constexpr,  # None, or the factor of each channel; SHIFT is then added
@@ -109,6 +118,7 @@ def _patch_embed_bwd_weight_kernel(
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
+    ROW: tl.constexpr,  # integer type of rows, int32 unless there are 2**30
     PY: tl.constexpr,
     PX: tl.constexpr,
     K: tl.constexpr,
@@ -134,16 +144,19 @@ def _patch_embed_bwd_weight_kernel(
     dout_rows = dout_ptr + offs_c[:, None] * stride_dout_c
 
     acc = tl.zeros((BLOCK_C, BLOCK_K), ACC)
-    first_m = split.to(INDEX) * rows_per_split
+    first_m = split.to(ROW) * rows_per_split
     last_m = tl.minimum(first_m + rows_per_split, M)
     for start_m in range(first_m, last_m, BLOCK_M):
-        offs_m = start_m + tl.arange(0, BLOCK_M).to(INDEX)
+        offs_m = start_m + tl.arange(0, BLOCK_M).to(ROW)
         mask_m = offs_m < last_m
-        b = offs_m // N
+        b = quotient(offs_m, N, N_factor, N_shift)
         n = offs_m - b * N
+        row = quotient(n, patches_x, x_factor, x_shift)
+        column = n - row * patches_x
+        b, n, row, column = b.to(INDEX), n.to(INDEX), row.to(INDEX), column.to(INDEX)
         dout_offs = b * stride_dout_b + (R + n) * stride_dout_t
         dout = tl.load(dout_rows + dout_offs[None, :], mask=mask_c[:, None] & mask_m[None, :], other=0.0)
-        patch_offs = patch_offsets(b, n, patches_x, stride_images_b, stride_images_y, stride_images_x, PY, PX)
+        patch_offs = patch_offsets(b, row, column, stride_images_b, stride_images_y, stride_images_x, PY, PX)
         image_offs = patch_offs[:, None] + pixel_offs[None, :]
         pixels = tl.load(images_ptr + image_offs, mask=mask_m[:, None] & mask_k[None, :], other=0)
         if SCALE is not None:
@@ -214,6 +227,7 @@ def _launch_bwd_weight(
     config = choose_config(
         "dweight", M, C, K, weight.dtype, facts, image_dtype=images.dtype, normalized=scale is not None
     )
+    (N_factor, N_shift), (x_factor, x_shift) = reciprocal(N), reciprocal(images.shape[3] // PX)
     shares = torch.empty((config.splits, *dweight.shape), dtype=dweight.dtype, device=images.device)
     _patch_embed_bwd_weight_kernel[(config.splits * cdiv(C, config.block_c) * cdiv(K, config.block_k),)](
         dout_ptr=dout,
@@ -226,10 +240,15 @@ def _launch_bwd_weight(
         C=C,
         N=N,
         R=dout.shape[1] - N,
+        N_factor=N_factor,
+        N_shift=N_shift,
+        x_factor=x_factor,
+        x_shift=x_shift,
         rows_per_split=cdiv(cdiv(M, config.block_m), config.splits) * config.block_m,
         DTYPE=getattr(tl, str(weight.dtype).removeprefix("torch.")),
         SCALE=scale,
         SHIFT=shift,
+        ROW=tl.int32 if M < 2**30 else tl.int64,
         **launch_options(config, M, K, PY, PX, images, shares, dout),
     )
     torch.sum(shares, 0, out=dweight)

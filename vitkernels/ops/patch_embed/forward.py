@@ -12,6 +12,7 @@ from vitkernels.ops import _tile
 from vitkernels.ops._triton import tl, triton
 from vitkernels.ops.patch_embed.config import choose_config
 from vitkernels.ops.patch_embed.pixels import (
+    VARYING,
     channel_constants,
     exactly_multiplied,
     in_pixel_order,
@@ -24,7 +25,7 @@ from vitkernels.ops.patch_embed.pixels import (
 from vitkernels.runtime import cdiv, dense_or
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _patch_embed_fwd_kernel(
     images_ptr,  # (B, I, Y, X), floating point or uint8; strides b, i and y in UNITs
     weight_ptr,  # (C, K), contiguous
@@ -70,7 +71,9 @@ def _patch_embed_fwd_kernel(
     b = offs_m // T
     t = offs_m - b * T
     mask_patch = mask_m & (t >= R)
-    patch_offs = patch_offsets(b, t - R, patches_x, stride_images_b, stride_images_y, stride_images_x, PY, PX)
+    row = (t - R) // patches_x
+    column = t - R - row * patches_x
+    patch_offs = patch_offsets(b, row, column, stride_images_b, stride_images_y, stride_images_x, PY, PX)
     weight_rows = weight_ptr + offs_c[:, None] * K
 
     out_ptrs = out_ptr + offs_m[:, None] * C + offs_c[None, :]

@@ -15,7 +15,7 @@ from vitkernels.ops.swiglu.forward import tile
 from vitkernels.runtime import cdiv, wide_dtype
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "programs_m"])
 def _glu_bwd_kernel(
     dh_ptr,  # (M, P)
     z_ptr,  # (M, 2, P), contiguous
@@ -58,7 +58,7 @@ def _glu_bwd_kernel(
         tl.store(sums_ptrs + (1 - GATE) * P, value_sum, mask=mask_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _glu_product_bwd_kernel(
     dy_ptr,  # (M, K), upstream gradient of the last layer
     weight_ptr,  # (K, P), weight of the last layer

@@ -13,7 +13,7 @@ from vitkernels.ops.swiglu.config import choose_config, padded
 from vitkernels.runtime import cdiv, dense_or, next_power_of_2, unit_stride
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _glu_product_kernel(
     x_ptr,  # (M, K)
     gate_weight_ptr,  # (F, K)
@@ -82,7 +82,7 @@ def _glu_product_kernel(
         tl.store(h_ptrs, h.to(h_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _glu_kernel(
     z_ptr,  # (M, 2, P), contiguous
     h_ptr,  # (M, P), contiguous

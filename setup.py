@@ -60,7 +60,8 @@ setup(
     packages=find_packages(include=["vitkernels", "vitkernels.*"]),
     package_data={
         "vitkernels": [
-            *("py.typed", "tuning/tables/*.json", "aot/contract/*.json", "demo/*.safetensors", "emulator/engine/*"),
+            *("py.typed", "tuning/tables/*.json", "emulator/engine/*"),
+            *("tools/aot/contract/*.json", "tools/demo/*.safetensors"),
         ]
     },
     install_requires=["torch>=2.11"],
@@ -76,6 +77,6 @@ setup(
     },
     entry_points={
         "console_scripts": ["vitkernels = vitkernels.__main__:main"],
-        "pytest11": ["vitkernels = vitkernels.verify.pytest_plugin"],
+        "pytest11": ["vitkernels = vitkernels.tools.verify.pytest_plugin"],
     },
 )

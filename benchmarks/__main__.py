@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vitkernels import _interrupt
+from vitkernels.tools import _interrupt
 
 RESERVED = 0.1  # share of the budget that is kept for writing the report
 RESERVED_S = 12.0  # and at most so many seconds
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ``page --check`` returns 1 if the page is out of date.
     """
     with _interrupt.answered():
-        from vitkernels.console import UserError, why_not_imported
+        from vitkernels.tools.console import UserError, why_not_imported
 
         args = _parser().parse_args(argv)
         try:
@@ -110,7 +110,7 @@ def _measure(args: argparse.Namespace, seconds: float, measure) -> int:
     import benchmarks.plots  # noqa: F401  if matplotlib is missing, fail before the time is spent
     from benchmarks.environment import ROOT, find_device
     from benchmarks.schema import load
-    from vitkernels.console import check_can_fill, check_can_write
+    from vitkernels.tools.console import check_can_fill, check_can_write
 
     for folder in (args.out, ROOT / "benchmarks" / "results")[: 1 + args.keep]:
         check_can_fill(folder)
@@ -167,7 +167,7 @@ def _keep(path: Path) -> Path:
 def _report(args: argparse.Namespace) -> int:
     from benchmarks.report import changed, comparison, to_markdown
     from benchmarks.schema import load
-    from vitkernels.console import check_can_fill
+    from vitkernels.tools.console import check_can_fill
 
     before = load(args.a) if args.b else None
     results = load(args.b or args.a)

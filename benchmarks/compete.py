@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.judge import Judgement
 from benchmarks.run import Budget, CpuTimer, GpuTimer, measure
 from benchmarks.schema import OURS, Results, Row
-from vitkernels.console import UserError, one_line
+from vitkernels.tools.console import UserError, one_line
 
 CPU_CACHE_BYTES = 128 << 20  # more than any CPU's cache holds
 Judge = Callable[[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor]], Judgement]

@@ -12,9 +12,9 @@ import torch
 from benchmarks.environment import Missing
 from benchmarks.ops import MODES, OpBench
 from benchmarks.schema import OURS, Row
-from vitkernels.console import one_line
 from vitkernels.ops import _triton
 from vitkernels.testing.cases import Case
+from vitkernels.tools.console import one_line
 
 # The figures of the compiler's report that go into a run.
 REPORTED = ("registers", "spilled_bytes", "shared_bytes", "blocks", "narrow_in_loop", "atomics")
@@ -39,7 +39,7 @@ def traffic_rows(model: str) -> Iterator[Row]:
         UserError: Triton or timm cannot be imported.
     """
     require_compiler()
-    from vitkernels.aot.traffic import run_traffic
+    from vitkernels.tools.aot.traffic import run_traffic
 
     with contextlib.redirect_stdout(io.StringIO()):
         counted = run_traffic(model)
@@ -58,7 +58,7 @@ def compiler_rows(target: str, case: Case) -> Iterator[Row]:
         Missing: Triton cannot be imported.
     """
     require_compiler()
-    from vitkernels.aot import compile_launch, launches, read_kernel, trace
+    from vitkernels.tools.aot import compile_launch, launches, read_kernel, trace
 
     for op, launcher in launches(case, torch.bfloat16).items():
         seen = collections.Counter()

@@ -14,8 +14,8 @@ import torch
 from benchmarks.run import CpuTimer, GpuTimer, measure
 from benchmarks.schema import Results
 from vitkernels import runtime, tuning
-from vitkernels.console import UserError
 from vitkernels.testing.cases import DTYPES
+from vitkernels.tools.console import UserError
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = (

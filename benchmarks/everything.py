@@ -15,8 +15,8 @@ from benchmarks.run import Budget
 from benchmarks.schema import OURS, Results, Row
 from benchmarks.suites import Job, plan, run_suite
 from benchmarks.tune import tune
-from vitkernels.console import one_line
 from vitkernels.testing.cases import CASES, DTYPES, Case
+from vitkernels.tools.console import one_line
 
 CHECK_SHARE, TUNE_SHARE = 0.25, 0.4  # of the time that is left when they start
 # Covers head dims 64, 72 and 128, LayerScale, packed and separate gates, 2730 features, and partial tiles of tokens.

@@ -16,7 +16,7 @@ from benchmarks.compete import Session
 from benchmarks.environment import ROOT, Missing
 from benchmarks.run import summary
 from benchmarks.schema import OURS, Row, Times
-from vitkernels import names
+from vitkernels.tools import names
 
 LARGEST = "vit_giant_patch14_dinov2"
 # A user's first lines; each is timed after the ones above it.

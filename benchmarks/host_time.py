@@ -35,11 +35,11 @@ from benchmarks.ops.measure import leaves_of
 from benchmarks.run import sample_undisturbed, summary
 from benchmarks.schema import OURS
 from vitkernels import accelerate, ops
-from vitkernels.console import import_timm
 from vitkernels.ops._plan import Plans
 from vitkernels.ops._registry import OPS, PLANNED
 from vitkernels.testing.cases import Case
 from vitkernels.testing.workloads import find
+from vitkernels.tools.console import import_timm
 
 SMALL = (
     Case("small", 1, 32, 16, 1, 32, 2, 64),

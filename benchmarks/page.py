@@ -10,9 +10,9 @@ from benchmarks.formats import bytes_text, time_text, workload_name
 from benchmarks.goals import GOALS
 from benchmarks.report import duels, score
 from benchmarks.schema import Results, load
-from vitkernels import _interrupt
-from vitkernels.console import UserError
-from vitkernels.tables import Table, markdown_table
+from vitkernels.tools import _interrupt
+from vitkernels.tools.console import UserError
+from vitkernels.tools.tables import Table, markdown_table
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 RESULTS = ROOT / "benchmarks" / "results"

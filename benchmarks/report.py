@@ -13,8 +13,8 @@ from pathlib import Path
 from benchmarks.formats import bytes_text, spread_text, time_text, workload_name
 from benchmarks.goals import GOALS
 from benchmarks.schema import Results, Row
-from vitkernels import _interrupt
-from vitkernels.tables import Table, html_page, html_table, markdown_table
+from vitkernels.tools import _interrupt
+from vitkernels.tools.tables import Table, html_page, html_table, markdown_table
 
 DPI = 150
 LISTED = 12  # most names in a cell

@@ -13,7 +13,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from vitkernels import _interrupt
+from vitkernels.tools import _interrupt
 
 SCHEMA = 1
 KINDS = ("op", "model", "cost", "counted", "check")

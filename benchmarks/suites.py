@@ -19,8 +19,8 @@ from benchmarks.ops import MODES, OpBench, all_ops
 from benchmarks.ops.measure import measure_op, with_batch
 from benchmarks.run import Budget
 from benchmarks.schema import Results, Row, save
-from vitkernels.console import UserError, one_line
 from vitkernels.testing.cases import CASES, Case
+from vitkernels.tools.console import UserError, one_line
 
 SUITES = ("ops", "models", "quick", "all")
 SAVE_S = 1.0  # least time between two saves: many counts come at once

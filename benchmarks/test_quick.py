@@ -11,8 +11,8 @@ from benchmarks.environment import find_device
 from benchmarks.judge import judge_op
 from benchmarks.ops import all_ops
 from benchmarks.ops.measure import call_of, results_of, truth_of, upstreams_of, with_batch
-from vitkernels import names
 from vitkernels.testing.cases import CASES, DTYPES
+from vitkernels.tools import names
 
 DEVICE = find_device()
 DTYPE = "bf16" if DEVICE.type == "cuda" else "fp32"

@@ -3,9 +3,9 @@
 The rows to fill are those that the ops look up at the named cases. Each row is searched field by field: all values of a
 field are timed in turns with the best configuration so far, and the fastest value is kept. The search ends when a pass
 over the fields gains nothing, or when the row's share of the budget is spent. A configuration is allowed only if its
-kernels break no rule of the contract (``vitkernels/aot/contract.py``) more than the heuristic's do, and its results and
-gradients are right. The winner is timed against the heuristic once more, and becomes a row only if it is faster beyond
-both spreads.
+kernels break no rule of the contract (``vitkernels/tools/aot/contract.py``) more than the heuristic's do, and its
+results and gradients are right. The winner is timed against the heuristic once more, and becomes a row only if it is
+faster beyond both spreads.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ from benchmarks.ops import Tensors, all_ops
 from benchmarks.ops.measure import call_of, results_of, truth_of, upstreams_of
 from benchmarks.run import Budget, GpuTimer, measure
 from benchmarks.schema import Times
-from vitkernels import _interrupt, runtime, tuning
-from vitkernels.console import check_can_fill, one_line
+from vitkernels import runtime, tuning
 from vitkernels.ops import _plan
 from vitkernels.testing.cases import CASES, DTYPES
+from vitkernels.tools import _interrupt
+from vitkernels.tools.console import check_can_fill, one_line
 
 VIT_B = "vit_base_patch16_224"
 TABLES = Path(tuning.__file__).parent / "tables"
@@ -270,7 +271,7 @@ class GpuLab:
     """Tries configurations on the GPU."""
 
     def __init__(self, device: torch.device, lookup: Lookup, timer: GpuTimer):
-        from vitkernels.aot import TARGETS
+        from vitkernels.tools.aot import TARGETS
 
         self.device, self.lookup, self.timer = device, lookup, timer
         self.target = runtime.device_facts(device).arch
@@ -278,7 +279,7 @@ class GpuLab:
             raise Missing(f"there is no contract for {self.target}; there is for {', '.join(TARGETS)}")
 
     def places(self) -> list[Place]:
-        from vitkernels.aot import launches
+        from vitkernels.tools.aot import launches
 
         found: dict[tuple[str, str], Place] = {}
         for dtype in ("bf16", "fp16"):
@@ -331,7 +332,7 @@ class GpuLab:
         return [measured[str(c)][0] for c in configs]
 
     def _trace(self, bench: str, case: str, dtype: str):
-        from vitkernels.aot import launches, trace
+        from vitkernels.tools.aot import launches, trace
 
         return trace(launches(CASES[case], DTYPES[dtype])[bench], self.target)
 
@@ -367,7 +368,7 @@ def ask_who_attends(bench: str, case: str, dtype: str, device: torch.device) -> 
 
 @functools.cache
 def _broken(launch) -> dict[str, int]:
-    from vitkernels.aot import compile_launch, read_kernel
-    from vitkernels.aot.contract import broken_rules
+    from vitkernels.tools.aot import compile_launch, read_kernel
+    from vitkernels.tools.aot.contract import broken_rules
 
     return broken_rules(read_kernel(launch, compile_launch(launch))[0])

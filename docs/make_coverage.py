@@ -23,9 +23,9 @@ import torch
 from torch import nn
 
 from vitkernels import swap
-from vitkernels.console import import_timm, track
 from vitkernels.swap import _rules
 from vitkernels.swap.estimate import image_size
+from vitkernels.tools.console import import_timm, track
 
 PAGE = Path(__file__).with_name("coverage.md")
 WHOLE = ("Block", "EvaBlock", "EvaBlockPostNorm", "ResPostBlock")

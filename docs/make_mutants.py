@@ -2,9 +2,9 @@
 
     python docs/make_mutants.py [--minutes N]
 
-For each defect of ``vitkernels.verify.mutants``, the script runs the check that should catch it. Then it runs pytest
-with ``--mutant NAME`` until a test fails: first the test that failed last, as the page has it, then that test's file,
-then all of the ops, then the whole suite. The page says which defects were not run because the minutes ran out.
+For each defect of ``vitkernels.tools.verify.mutants``, the script runs the check that should catch it. Then it runs
+pytest with ``--mutant NAME`` until a test fails: first the test that failed last, as the page has it, then that test's
+file, then all of the ops, then the whole suite. The page says which defects were not run because the minutes ran out.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ import torch._dynamo
 import triton
 
 import vitkernels
-from vitkernels.console import track
-from vitkernels.verify.mutants import MUTANTS, CompiledMutant, Mutant, catch
+from vitkernels.tools.console import track
+from vitkernels.tools.verify.mutants import MUTANTS, CompiledMutant, Mutant, catch
 
 PAGE = Path(__file__).with_name("mutants.md")
 ROOT = PAGE.parents[1]
@@ -38,9 +38,9 @@ HEAD = """\
 # Seeded defects
 
 A test suite that cannot fail proves nothing. Each line is a slip that a person makes in a kernel or in what launches
-it, one edit of the source, as `vitkernels/verify/mutants/defects.py` has it, or one edit of the PTX that comes of it,
-as `compiled.py` beside it has: a barrier, a wait or a fence dropped, say. Each run of `vitkernels verify` puts them in
-one by one, and is invalid unless its own checks catch 95 % of them; `pytest --mutant NAME` runs the project's tests
+it, one edit of the source, as `vitkernels/tools/verify/mutants/defects.py` has it, or one edit of the PTX that comes of
+it, as `compiled.py` beside it has: a barrier, a wait or a fence dropped, say. Each run of `vitkernels verify` puts them
+in one by one, and is invalid unless its own checks catch 95 % of them; `pytest --mutant NAME` runs the project's tests
 with one inside. Written by `docs/make_mutants.py` on {date} with vitkernels {version}, torch {torch}, triton {triton},
 Python {python}, on an emulated H100, seed 0.
 

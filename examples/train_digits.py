@@ -1,6 +1,6 @@
 """Train the demo's Vision Transformer on the digits that scikit-learn ships: a few minutes on a CPU.
 
-    python examples/train_digits.py --out vitkernels/demo/digits.safetensors
+    python examples/train_digits.py --out vitkernels/tools/demo/digits.safetensors
 
 The 450 held-out digits are read once, after the last epoch; the recipe was chosen on parts of the other 1,347.
 """
@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vitkernels
-from vitkernels.console import UserError, check_can_write
-from vitkernels.demo.digits import fingerprint, load_digits, save_model
 from vitkernels.models import VisionTransformer
+from vitkernels.tools.console import UserError, check_can_write
+from vitkernels.tools.demo.digits import fingerprint, load_digits, save_model
 
 CONFIG = {
     "img_size": 8,

@@ -3,7 +3,7 @@
 import os
 import tempfile
 
-from vitkernels.console import give_blas_one_thread, prepare_torchvision
+from vitkernels.tools.console import give_blas_one_thread, prepare_torchvision
 
 give_blas_one_thread()  # else it takes every core in every worker of pytest-xdist
 
@@ -25,7 +25,7 @@ prepare_torchvision()  # tests import timm themselves, on a CPU build of PyTorch
 
 
 def pytest_addoption(parser):
-    parser.addoption("--mutant", help="run with this defect of vitkernels.verify.mutants inside")
+    parser.addoption("--mutant", help="run with this defect of vitkernels.tools.verify.mutants inside")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -34,7 +34,7 @@ def _seeded_defect(request):
     if name is None:
         yield
         return
-    from vitkernels.verify.mutants import MUTANTS, MutantError, seeded_defect
+    from vitkernels.tools.verify.mutants import MUTANTS, MutantError, seeded_defect
 
     try:
         defect = next(m for m in MUTANTS if m.name == name)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitkernels import console
-from vitkernels.cli import main
-from vitkernels.demo import measure
 from vitkernels.ops import _triton
+from vitkernels.tools import console
+from vitkernels.tools.cli import main
+from vitkernels.tools.demo import measure
 
 for package in ("sklearn", "matplotlib"):
     pytest.importorskip(package, reason="of the extra vitkernels[demo]")
@@ -62,7 +62,7 @@ def failure(capsys, *argv) -> str:
 def test_demo(tmp_path):
     """In a process of its own, where the command itself chooses the backend."""
     out = tmp_path / "demo.png"
-    code = f"import sys; from vitkernels.cli import main; sys.exit(main(['demo', '--out', {str(out)!r}]))"
+    code = f"import sys; from vitkernels.tools.cli import main; sys.exit(main(['demo', '--out', {str(out)!r}]))"
     env = {k: v for k, v in os.environ.items() if k != "VITKERNELS_BACKEND"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=False
@@ -253,7 +253,7 @@ def test_explain_names_a_malformed_config(kind, timm, tmp_path, capsys):
 
 
 def test_verify_names_a_malformed_config(tmp_path, capsys):
-    from vitkernels.verify.model import load
+    from vitkernels.tools.verify.model import load
 
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(console.UserError, match=r"config\.json holds a list; expected an object"):

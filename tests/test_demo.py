@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import vitkernels
-from vitkernels.demo import measure
-from vitkernels.demo.attention import class_token_attention, position_similarity
-from vitkernels.demo.digits import CHECKPOINT, fingerprint, load_digits, load_model
 from vitkernels.ops import _triton
 from vitkernels.testing import check
+from vitkernels.tools.demo import measure
+from vitkernels.tools.demo.attention import class_token_attention, position_similarity
+from vitkernels.tools.demo.digits import CHECKPOINT, fingerprint, load_digits, load_model
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 pytest.importorskip("matplotlib", reason="the demo draws with matplotlib")
@@ -101,7 +101,7 @@ def test_position_similarity(model):
 def test_demo_without_triton(tmp_path):
     out = tmp_path / "demo.png"
     code = (
-        "import sys; sys.modules['triton'] = None; from vitkernels.cli import main; "
+        "import sys; sys.modules['triton'] = None; from vitkernels.tools.cli import main; "
         f"sys.exit(main(['demo', '--out', {str(out)!r}]))"
     )
     env = {k: v for k, v in os.environ.items() if k != "VITKERNELS_BACKEND"}

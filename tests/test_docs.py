@@ -18,7 +18,7 @@ def test_page(page, request, monkeypatch):
         pytest.importorskip(NEEDS[page.stem])
     if page.stem in ON_KERNELS:
         pytest.importorskip("triton")
-        plugin = importlib.import_module("vitkernels.verify.pytest_plugin")
+        plugin = importlib.import_module("vitkernels.tools.verify.pytest_plugin")
         monkeypatch.setattr(plugin, "SECONDS", 2.0)
     else:
         request.getfixturevalue("computed_by_pytorch")

@@ -10,14 +10,14 @@ np = pytest.importorskip("numpy")
 Image = pytest.importorskip("PIL.Image", reason="classify reads images with Pillow")
 pytest.importorskip("matplotlib", reason="classify draws with matplotlib")
 
-from vitkernels.console import UserError  # noqa: E402
-from vitkernels.demo.classify import open_image  # noqa: E402
+from vitkernels.tools.console import UserError  # noqa: E402
+from vitkernels.tools.demo.classify import open_image  # noqa: E402
 
 WHITE = (255, 255, 255)
 
 
 def to_rgb(image):
-    from vitkernels.demo.image import to_rgb
+    from vitkernels.tools.demo.image import to_rgb
 
     return to_rgb(image)
 

@@ -40,7 +40,10 @@ def in_a_process_of_its_own(code: str) -> subprocess.CompletedProcess:
 def test_commands_work_beside_a_torchvision_of_another_build(arguments, tmp_path):
     pytest.importorskip("timm")
     (tmp_path / "mine.py").write_text("import timm\ndef model(): return timm.create_model('test_vit')\n")
-    code = f"import os; os.chdir({str(tmp_path)!r}); from vitkernels.cli import main; sys.exit(main({list(arguments)}))"
+    code = (
+        f"import os; os.chdir({str(tmp_path)!r}); from vitkernels.tools.cli import main; "
+        f"sys.exit(main({list(arguments)}))"
+    )
     done = in_a_process_of_its_own(UNFIT + code)
     assert done.returncode == 0, done.stderr
     assert "FusedBlock" in done.stdout or "Passed." in done.stdout
@@ -49,7 +52,7 @@ def test_commands_work_beside_a_torchvision_of_another_build(arguments, tmp_path
 def test_transformers_works_beside_it_too(tmp_path):
     transformers = pytest.importorskip("transformers")
     transformers.ViTConfig(num_hidden_layers=1).save_pretrained(tmp_path)
-    code = f"from vitkernels.cli import main; sys.exit(main(['explain', {str(tmp_path)!r}]))"
+    code = f"from vitkernels.tools.cli import main; sys.exit(main(['explain', {str(tmp_path)!r}]))"
     done = in_a_process_of_its_own(UNFIT + code)
     assert done.returncode == 0, done.stderr
     assert "LayerNorm" in done.stdout
@@ -72,9 +75,8 @@ assert not hasattr(torch.ops.torchvision, "nms")
 
 def test_advice_for_a_torchvision_that_cannot_be_imported_is_no_no_op(tmp_path):
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('built for another Python')")
-    code = (
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from vitkernels.cli import main; main(['explain', 'vit'])"
-    )
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); "
+    code += "from vitkernels.tools.cli import main; main(['explain', 'vit'])"
     (said,) = in_a_process_of_its_own(code).stderr.splitlines()
     assert "built for another Python" in said and "--force-reinstall" in said
 
@@ -92,7 +94,7 @@ find_spec = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *more: None if name in EXTRAS - set(KEPT) else find_spec(name, *more)
 def run(main, *argv):
     print(main(argv), file=sys.stderr)
-from vitkernels.cli import main
+from vitkernels.tools.cli import main
 """
 
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from vitkernels import _interrupt
-from vitkernels.cli import main
+from vitkernels.tools import _interrupt
+from vitkernels.tools.cli import main
 
 ROOT = Path(__file__).parents[1]
-COMMAND = "import sys; from vitkernels.cli import main; sys.exit(main(sys.argv[1:]))"
+COMMAND = "import sys; from vitkernels.tools.cli import main; sys.exit(main(sys.argv[1:]))"
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="Ctrl-C is answered on Linux")
 SOON_S = 20.0  # a second where nothing else takes the processor
 HOWS = ("terminal", "parent", "SIGTERM", "twice")
@@ -141,7 +141,7 @@ def test_while_inspect_compiles(how, jobs, tmp_path):
 
 MECHANISM = """
 import hashlib, multiprocessing, os, pathlib, signal, subprocess, sys, time
-from vitkernels import _interrupt
+from vitkernels.tools import _interrupt
 
 class Swallows:
     def __del__(self):

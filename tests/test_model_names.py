@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from vitkernels.cli import main
-from vitkernels.console import UserError
-from vitkernels.names import Named, resolve
+from vitkernels.tools.cli import main
+from vitkernels.tools.console import UserError
+from vitkernels.tools.names import Named, resolve
 
 timm = pytest.importorskip("timm")
 

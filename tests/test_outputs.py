@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from vitkernels import cli
-from vitkernels.console import UserError, check_can_fill, check_can_write, write_file
+from vitkernels.tools import cli
+from vitkernels.tools.console import UserError, check_can_fill, check_can_write, write_file
 
 COMMANDS = {
     "demo": (["demo"], ["--out"]),
@@ -74,7 +74,7 @@ def test_no_output_lies_on_another_file(no_work, tmp_path, capsys):
 
 def test_inspects_folders(tmp_path, monkeypatch):
     pytest.importorskip("triton")
-    from vitkernels.aot import inspect
+    from vitkernels.tools.aot import inspect
 
     def started(*args):
         raise AssertionError("the work was started")

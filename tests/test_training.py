@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 import vitkernels
-from vitkernels.demo.digits import load_digits
 from vitkernels.models import VisionTransformer
 from vitkernels.ops import _triton
 from vitkernels.testing import check
+from vitkernels.tools.demo.digits import load_digits
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 

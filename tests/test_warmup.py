@@ -208,7 +208,7 @@ import torch, triton
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from vitkernels import _warmup, runtime, warmup
-from vitkernels.aot import build
+from vitkernels.tools.aot import build
 from vitkernels.ops._registry import OPS
 
 class Model(nn.Linear):

@@ -2,13 +2,13 @@
 
 import sys
 
-from vitkernels import _interrupt
+from vitkernels.tools import _interrupt
 
 
 def main() -> int:
     """Run this process's command line and return its exit status."""
     _interrupt.start()
-    from vitkernels import cli
+    from vitkernels.tools import cli
 
     return cli.main()
 

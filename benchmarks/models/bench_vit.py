@@ -24,9 +24,9 @@ from benchmarks.compete import Contender, Entry, Session, compete
 from benchmarks.environment import Missing
 from benchmarks.judge import judge_model
 from benchmarks.schema import Row
-from vitkernels import names
 from vitkernels.runtime import wide_dtype
 from vitkernels.testing.cases import DTYPES
+from vitkernels.tools import names
 
 CHECKED_IMAGES = 8  # most images whose results are judged: fp64 takes memory
 GRAPH_BATCH = 8  # larger batches keep the device busy without a graph

@@ -9,9 +9,9 @@ pytest.importorskip("triton", reason="a contract names its Triton version")
 
 import triton
 
-from vitkernels.aot import TARGETS, Report, contract
-from vitkernels.aot.counts import Counts
 from vitkernels.emulator.devices import DEVICES
+from vitkernels.tools.aot import TARGETS, Report, contract
+from vitkernels.tools.aot.counts import Counts
 
 GOOD = Report("_kernel", "sm_90", num_warps=4, registers=64, spilled_bytes=0, shared_bytes=1024, blocks=8, narrow=2)
 KEY = ("_kernel", "vit op bf16")

@@ -8,8 +8,8 @@ pytest.importorskip("triton", reason="nothing compiles without Triton")
 import triton
 import triton.language as tl
 
-from vitkernels.aot.counts import BOUNDS, count, spread
 from vitkernels.emulator.devices import DEVICES, RATES
+from vitkernels.tools.aot.counts import BOUNDS, count, spread
 
 N = 1 << 16
 
@@ -158,7 +158,7 @@ def test_programs_at_the_edge():
 
 def test_data_do_not_count(monkeypatch):
     """Zeros, random numbers and other random numbers execute the same."""
-    from vitkernels.aot import emulate
+    from vitkernels.tools.aot import emulate
 
     before = counted(exponentials, (4,), lambda: new(512), lambda: new(512), BLOCK=128)
     monkeypatch.setattr(emulate, "LARGEST_FILL", 0)

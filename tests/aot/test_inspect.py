@@ -11,12 +11,12 @@ import torch
 
 pytest.importorskip("triton", reason="nothing compiles without Triton")
 
-from vitkernels.aot import compile_launch, inspect, trace
-from vitkernels.aot.inspect import find_launches
-from vitkernels.cli import main
-from vitkernels.console import UserError
 from vitkernels.ops._registry import OPS
 from vitkernels.testing.cases import CASES
+from vitkernels.tools.aot import compile_launch, inspect, trace
+from vitkernels.tools.aot.inspect import find_launches
+from vitkernels.tools.cli import main
+from vitkernels.tools.console import UserError
 
 ROOT = Path(__file__).parents[2]
 CASE = "vit_tiny_patch16_224"  # attention in windows, and with frozen queries

@@ -12,9 +12,9 @@ import triton
 
 from tests.aot import bad_kernels
 from vitkernels import runtime
-from vitkernels.aot import TARGETS, build, compile_launch, launches, read, trace
-from vitkernels.aot.contract import broken_rules
 from vitkernels.testing.cases import Case
+from vitkernels.tools.aot import TARGETS, build, compile_launch, launches, read, trace
+from vitkernels.tools.aot.contract import broken_rules
 
 SASS = """
 .text._kernel:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vitkernels.aot.traffic import count
+from vitkernels.tools.aot.traffic import count
 
 B, N, C = 3, 5, 8
 EXACT = 1e-9
@@ -126,7 +126,7 @@ import json, sys
 from pathlib import Path
 import torch
 import vitkernels.ops as ops
-from vitkernels.aot.traffic import PROVIDERS, count, run_traffic
+from vitkernels.tools.aot.traffic import PROVIDERS, count, run_traffic
 out, tests, *models = sys.argv[1:]
 sys.path.insert(0, tests)
 import conftest

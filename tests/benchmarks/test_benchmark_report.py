@@ -11,7 +11,7 @@ from benchmarks.formats import bytes_text, time_text
 from benchmarks.goals import GOALS
 from benchmarks.report import _blocks, changed, duels, to_html, to_markdown, write_report
 from benchmarks.schema import Row, Times, load, save
-from vitkernels.tables import Table, markdown_table
+from vitkernels.tools.tables import Table, markdown_table
 
 VIT_B = "vit_base_patch16_224"
 

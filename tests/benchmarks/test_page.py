@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.page import BEGIN, END, update
 from benchmarks.schema import Row, Times, save
-from vitkernels.console import UserError
+from vitkernels.tools.console import UserError
 
 
 def test_the_newest_run_of_each_device(session, tmp_path):

@@ -8,12 +8,12 @@ from torch.utils.checkpoint import checkpoint
 
 import vitkernels
 from vitkernels import ops, reference, runtime
-from vitkernels.console import prepare_torchvision
 from vitkernels.emulator.execute import Kind
 from vitkernels.emulator.launch import EmulationError, emulating
 from vitkernels.testing.cases import DTYPES
-from vitkernels.verify.accuracy import judge
-from vitkernels.verify.problems import WINDOW, problems
+from vitkernels.tools.console import prepare_torchvision
+from vitkernels.tools.verify.accuracy import judge
+from vitkernels.tools.verify.problems import WINDOW, problems
 
 
 def launches(function):
@@ -137,7 +137,7 @@ def test_an_accelerated_block_trains():
 
 
 def test_a_finding_is_an_error_that_says_where():
-    from vitkernels.verify.mutants import MUTANTS, seeded_defect
+    from vitkernels.tools.verify.mutants import MUTANTS, seeded_defect
 
     defect = next(m for m in MUTANTS if m.by == "memory" and m.op == "layer_norm")
     problem = next(p for p in problems(WINDOW) if p.op == "layer_norm")

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitkernels.aot import trace
-from vitkernels.aot.emulate import emulate
-from vitkernels.aot.launches import launches
 from vitkernels.emulator.launch import LEFT_TO_PTXAS
 from vitkernels.testing.cases import CASES
+from vitkernels.tools.aot import trace
+from vitkernels.tools.aot.emulate import emulate
+from vitkernels.tools.aot.launches import launches
 
 OPS = Path(__file__).parents[2] / "vitkernels" / "ops"
 # Between them they launch every kernel; `vitkernels inspect --run` runs each at every case.

@@ -1,7 +1,7 @@
 """Prints, as JSON, how the launchers launch tensors of more than 2³¹ elements.
 
-The tensors need no memory: launches are traced, as in vitkernels.aot. Those that choose no 32-bit offsets are compiled
-for sm_90, as far as the addresses tell: to TTIR.
+The tensors need no memory: launches are traced, as in vitkernels.tools.aot. Those that choose no 32-bit offsets are
+compiled for sm_90, as far as the addresses tell: to TTIR.
 """
 
 import json
@@ -11,9 +11,9 @@ import triton
 from torch._subclasses.fake_tensor import FakeTensor
 
 from vitkernels import ops  # noqa: F401  registers the ops
-from vitkernels.aot import compile_launch, trace
-from vitkernels.aot.read import address_bits
 from vitkernels.ops._registry import OPS
+from vitkernels.tools.aot import compile_launch, trace
+from vitkernels.tools.aot.read import address_bits
 
 BF16 = torch.bfloat16
 ALL = [True] * 3

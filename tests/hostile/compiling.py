@@ -18,10 +18,10 @@ import torch
 import triton
 from triton import knobs
 
-from vitkernels.aot.build import TARGETS
+from vitkernels.ops._linear import _activation_bwd_kernel, activation_backward
 from vitkernels.ops._registry import OPS
-from vitkernels.ops.linear import _activation_bwd_kernel, activation_backward
 from vitkernels.runtime import DeviceFacts
+from vitkernels.tools.aot.build import TARGETS
 
 
 class Driver:

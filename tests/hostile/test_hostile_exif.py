@@ -8,7 +8,7 @@ np = pytest.importorskip("numpy")
 Image = pytest.importorskip("PIL.Image", reason="classify reads images with Pillow")
 pytest.importorskip("matplotlib", reason="classify draws with matplotlib")
 
-from vitkernels.demo.classify import open_image  # noqa: E402
+from vitkernels.tools.demo.classify import open_image  # noqa: E402
 
 hostile = pytest.mark.hostile
 ORIENTATION = 0x0112

@@ -10,11 +10,11 @@ import torch
 
 from benchmarks import schema
 from vitkernels import tuning
-from vitkernels.console import UserError
-from vitkernels.demo import classify
-from vitkernels.demo.digits import load_model
 from vitkernels.models import VisionTransformer
 from vitkernels.models.convert import read_weights
+from vitkernels.tools.console import UserError
+from vitkernels.tools.demo import classify
+from vitkernels.tools.demo.digits import load_model
 
 hostile = pytest.mark.hostile
 SECRET = "the payload ran"

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from vitkernels import use_backend
-from vitkernels.console import UserError
 from vitkernels.models import VisionTransformer
 from vitkernels.models.convert import read_weights
+from vitkernels.tools.console import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +147,7 @@ def test_from_timm_takes_the_average(run):
 
 def test_classify_takes_the_average(run, monkeypatch, timm):
     pytest.importorskip("matplotlib", reason="classify draws with matplotlib")
-    from vitkernels.demo import classify
+    from vitkernels.tools.demo import classify
 
     path, average = run
     create = timm.create_model
@@ -202,7 +202,7 @@ UNREADABLE = {
 @pytest.mark.parametrize("kind", UNREADABLE)
 def test_errors_are_one_line_that_names_the_file(kind, suffix, tmp_path):
     """PyTorch's own text has escape codes, and advises to run what is in the file."""
-    from vitkernels.demo.classify import read_weights as read_for_classify
+    from vitkernels.tools.demo.classify import read_weights as read_for_classify
 
     path = tmp_path / f"mine.{suffix}"
     UNREADABLE[kind](path)

@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from vitkernels import ops, reference
-from vitkernels.aot.build import TARGETS
+from vitkernels.ops._attention.config import choose_config, head_parts, key_pieces, shared_bytes, useful_share
+from vitkernels.ops._attention.operands import LOG2_E, addressing
 from vitkernels.ops._triton import tl
-from vitkernels.ops.attention.config import choose_config, head_parts, key_pieces, shared_bytes, useful_share
-from vitkernels.ops.attention.operands import LOG2_E, addressing
 from vitkernels.runtime import DeviceFacts
 from vitkernels.testing import check_op
+from vitkernels.tools.aot.build import TARGETS
 
-FILE = sys.modules["vitkernels.ops.attention.registered"]  # vitkernels.ops.attention is the function
-OPERANDS = sys.modules["vitkernels.ops.attention.operands"]
-BACKWARD = sys.modules["vitkernels.ops.attention.backward"]
+FILE = sys.modules["vitkernels.ops._attention.registered"]  # vitkernels.ops.attention is the function
+OPERANDS = sys.modules["vitkernels.ops._attention.operands"]
+BACKWARD = sys.modules["vitkernels.ops._attention.backward"]
 KERNELS = (
     "_attention_bwd_delta_kernel",
     "_attention_bwd_dkv_kernel",

@@ -11,11 +11,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import vitkernels
 from vitkernels import _intercept, ops, reference
 from vitkernels.emulator.launch import emulating
-from vitkernels.ops.attention.config import Tiling, choose_config
+from vitkernels.ops._attention.config import Tiling, choose_config
 from vitkernels.runtime import DeviceFacts, next_power_of_2
 from vitkernels.testing import check_op
 
-MODULES = [sys.modules[f"vitkernels.ops.attention.{name}"] for name in ("forward", "backward")]
+MODULES = [sys.modules[f"vitkernels.ops._attention.{name}"] for name in ("forward", "backward")]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Tokens and dtype: in fp32 products of whole rows take a compiler seconds, and are not chosen.
 REGIMES = {"windows": (49, torch.bfloat16), "row": (100, torch.float16), "blocks": (150, torch.float32)}
@@ -522,7 +522,7 @@ def test_export_of_as_many_images_as_data_tell(shape, device, computed_by_pytorc
 
 
 def test_opcheck_and_the_references_of_registered_ops(device):
-    file = sys.modules["vitkernels.ops.attention.registered"]
+    file = sys.modules["vitkernels.ops._attention.registered"]
     tests = ("test_schema", "test_faketensor")
     q, k, v = (torch.randn(2, 54, 2, 24, device=device) for _ in range(3))
     qkv = torch.stack([q, k, v], 2)
@@ -587,5 +587,5 @@ def test_bad_input(case, no_launch):
 
 
 def test_dataclass_fields_of_a_tiling_are_what_a_tuning_table_holds():
-    fields = [f.name for f in dataclasses.fields(sys.modules["vitkernels.ops.attention.config"].Tiling)]
+    fields = [f.name for f in dataclasses.fields(sys.modules["vitkernels.ops._attention.config"].Tiling)]
     assert fields == ["regime", "block_m", "block_n", "num_warps", "num_stages"]

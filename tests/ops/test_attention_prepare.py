@@ -9,8 +9,8 @@ from drawn import drawn
 from vitkernels import ops, reference
 from vitkernels.testing import check_op
 
-FILE = sys.modules["vitkernels.ops.attention.registered"]
-PREPARE = sys.modules["vitkernels.ops.attention.prepare"]
+FILE = sys.modules["vitkernels.ops._attention.registered"]
+PREPARE = sys.modules["vitkernels.ops._attention.prepare"]
 TABLES = {
     "all": lambda B, H, n, D: (n, D),
     "each head": lambda B, H, n, D: (H, n, D),

@@ -9,7 +9,7 @@ import torch
 from vitkernels import ops, reference, use_backend
 from vitkernels.testing import check_op
 
-FILE = sys.modules["vitkernels.ops.attention.registered"]
+FILE = sys.modules["vitkernels.ops._attention.registered"]
 LENGTHS = [1, 50, 130, 64, 7]
 
 

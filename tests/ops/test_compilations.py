@@ -11,9 +11,9 @@ import torch
 
 pytest.importorskip("triton", reason="the JIT says what it would compile")
 
-from vitkernels.aot import launches, trace
 from vitkernels.ops._registry import OPS
 from vitkernels.testing.cases import CASES
+from vitkernels.tools.aot import launches, trace
 
 BATCHES = (1, 2, 15, 16, 17, 32)
 

@@ -7,12 +7,12 @@ import torch
 from drawn import drawn
 
 from vitkernels import ops, reference
+from vitkernels.ops._layer_norm.config import choose_backward_config
 from vitkernels.ops._registry import OPS
-from vitkernels.ops.layer_norm.config import choose_backward_config
 from vitkernels.runtime import DeviceFacts
 from vitkernels.testing import check_op
 
-FILE = sys.modules["vitkernels.ops.layer_norm"]  # the package's attribute of that name is the function
+FILE = sys.modules["vitkernels.ops._layer_norm"]  # the package's attribute of that name is the function
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 USUAL = (4, 7, 20)  # samples, tokens and channels, where they are not the subject
 C = USUAL[-1]

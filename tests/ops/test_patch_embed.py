@@ -7,13 +7,13 @@ import torch
 from drawn import drawn
 
 from vitkernels import ops, reference
+from vitkernels.ops._patch_embed.config import SUMMED, choose_config
+from vitkernels.ops._patch_embed.pixels import reciprocal
 from vitkernels.ops._triton import tl
-from vitkernels.ops.patch_embed.config import SUMMED, choose_config
-from vitkernels.ops.patch_embed.pixels import reciprocal
 from vitkernels.runtime import DeviceFacts
 from vitkernels.testing import check_op
 
-FILE = sys.modules["vitkernels.ops.patch_embed"]  # the package's attribute of that name is the function
+FILE = sys.modules["vitkernels.ops._patch_embed"]  # the package's attribute of that name is the function
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 H200 = DeviceFacts("h200", "sm_90", 132, 227 << 10)
 USUAL = (2, (12, 8), (4, 4), 36)  # images, their size, the patches' and the channels, where they are not the subject

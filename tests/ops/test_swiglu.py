@@ -9,7 +9,7 @@ from drawn import drawn
 
 from vitkernels import ops, reference
 from vitkernels.ops import _registry
-from vitkernels.ops.swiglu.config import MAX_FUSED_K, choose_config, padded
+from vitkernels.ops._swiglu.config import MAX_FUSED_K, choose_config, padded
 from vitkernels.runtime import DeviceFacts
 from vitkernels.testing import check_op
 
@@ -17,7 +17,7 @@ HALVES = [torch.float16, torch.bfloat16]
 ACTIVATIONS = [None, *reference.ACTIVATIONS]
 USUAL = (2, 50, 36, 72)  # images, tokens, channels and hidden features of fp16 and bf16, which our kernels multiply
 SMALL = (2, 7, 20, 36)  # of fp32, which PyTorch multiplies
-FORWARD, BACKWARD = (sys.modules[f"vitkernels.ops.swiglu.{part}"] for part in ("forward", "backward"))
+FORWARD, BACKWARD = (sys.modules[f"vitkernels.ops._swiglu.{part}"] for part in ("forward", "backward"))
 
 
 def make(*shape, dtype=torch.float32, device="cpu", scale=1.0):

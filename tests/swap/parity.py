@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vitkernels import Report, accelerate
 from vitkernels.testing.compare import Verdict, check
 from vitkernels.testing.sums import summed_alike
-from vitkernels.verify.accuracy import settled
+from vitkernels.tools.verify.accuracy import settled
 
 
 def shake(model: nn.Module, size: float = 0.1) -> nn.Module:

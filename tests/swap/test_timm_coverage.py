@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vitkernels import accelerate, explain
-from vitkernels.cli import main
+from vitkernels.tools.cli import main
 
 timm = pytest.importorskip("timm")
 

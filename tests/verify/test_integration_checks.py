@@ -8,8 +8,8 @@ import torch
 
 from vitkernels import ops
 from vitkernels.ops._registry import OPS
-from vitkernels.verify import integration
-from vitkernels.verify.integration import integration_checks
+from vitkernels.tools.verify import integration
+from vitkernels.tools.verify.integration import integration_checks
 
 NO_OPS = {"QKNorm", "Rope", "attention_provider", "attention_weights", "uses_kernels"}  # launch nothing of their own
 WAYS = {"opcheck", "compile", "export", "checkpointing", "autocast", "inference-mode", "cuda-graph", "side-stream",

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from vitkernels.verify.problems import GATED, GATED_APART, WINDOW, problems
-from vitkernels.verify.properties import check_memory
+from vitkernels.tools.verify.problems import GATED, GATED_APART, WINDOW, problems
+from vitkernels.tools.verify.properties import check_memory
 
 PROBLEMS = [p for case in (WINDOW, GATED, GATED_APART) for p in problems(case) if "recompute" not in p.variant]
 # One of each op, and of attention one that has a gradient more; a block is a chain of ops.

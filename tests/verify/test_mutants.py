@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitkernels.verify.mutants import (
+from vitkernels.tools.verify.mutants import (
     MUTANTS,
     CompiledMutant,
     Mutant,
@@ -23,8 +23,8 @@ from vitkernels.verify.mutants import (
     shown_by,
     total,
 )
-from vitkernels.verify.problems import WINDOW
-from vitkernels.verify.results import Result
+from vitkernels.tools.verify.problems import WINDOW
+from vitkernels.tools.verify.results import Result
 
 PAGE = Path(__file__).parents[2] / "docs" / "mutants.md"
 BY_NAME = {m.name: m for m in MUTANTS}
@@ -118,7 +118,7 @@ def test_each_group_of_checks_catches_one(by, device):
         ({"new": KERNEL.old}, "survived accuracy/layer_norm/10 tokens"),
         ({"old": "no such text"}, "occurs 0 times"),
         ({"old": "mask"}, "occurs"),
-        ({"where": "ops.layer_norm.forward:_no_such_kernel"}, "does not exist"),
+        ({"where": "ops._layer_norm.forward:_no_such_kernel"}, "does not exist"),
         ({"new": "mean = no_such_name"}, "cannot run"),
         ({"variant": "no such variant"}, "no problem is of its op and variant"),
     ],
@@ -159,7 +159,7 @@ def test_each_has_a_check_to_repeat_it_by(monkeypatch):
 
 
 def test_what_should_catch_them_is_what_a_quick_verification_runs():
-    from vitkernels.verify.run import Plan, checks
+    from vitkernels.tools.verify.run import Plan, checks
 
     ids = {c.id for c in checks(Plan())}
     for mutant in MUTANTS:

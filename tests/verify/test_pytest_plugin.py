@@ -14,7 +14,10 @@ import torch
 pytest.importorskip("timm")
 
 # A test run in this process forgets what it is the first to import, and an op can be registered once.
-for module in ("demo.measure", "emulator.launch", "swap.timm", "swap.torch_nn", "verify.model", "verify.mutants"):
+for module in (
+    *("emulator.launch", "swap.timm", "swap.torch_nn"),
+    *("tools.demo.measure", "tools.verify.model", "tools.verify.mutants"),
+):
     importlib.import_module(f"vitkernels.{module}")
 
 pytest_plugins = ["pytester"]
@@ -22,9 +25,11 @@ pytest_plugins = ["pytester"]
 ROOT = Path(__file__).parents[2]
 # As pytest looks for them: of several distributions of one name metadata.entry_points() takes the first alone.
 INSTALLED = any(
-    point.value == "vitkernels.verify.pytest_plugin" for dist in metadata.distributions() for point in dist.entry_points
+    point.value == "vitkernels.tools.verify.pytest_plugin"
+    for dist in metadata.distributions()
+    for point in dist.entry_points
 )
-PLUGIN = () if INSTALLED else ("-p", "vitkernels.verify.pytest_plugin")
+PLUGIN = () if INSTALLED else ("-p", "vitkernels.tools.verify.pytest_plugin")
 HEAD = """
     import pytest
     import timm
@@ -63,10 +68,10 @@ def test_a_good_model_passes(pytester):
 
 
 def test_a_defect_fails_by_name_with_its_error_and_how_to_repeat_it(pytester):
-    from vitkernels.verify.mutants import Mutant, seeded_defect
+    from vitkernels.tools.verify.mutants import Mutant, seeded_defect
 
     scale = "attention_qkvpacked_fwd(qkv, scale"
-    with seeded_defect(Mutant("scale", "ops.block:_forward", f"{scale})", f"{scale} * 1.001)", "block")):
+    with seeded_defect(Mutant("scale", "ops._block:_forward", f"{scale})", f"{scale} * 1.001)", "block")):
         result = run(pytester, AGREES)
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(
@@ -138,8 +143,8 @@ def test_the_readmes_example_runs_as_it_stands_and_says_what_it_is_at(tmp_path):
     (tmp_path / "test_example.py").write_text(readme_example())
     # Less time than a user's, which the plugin fills with more steps and more blocks on kernels.
     (tmp_path / "conftest.py").write_text(
-        "import vitkernels.verify.pytest_plugin as plugin\n"
-        "from vitkernels.console import prepare_torchvision\n"
+        "import vitkernels.tools.verify.pytest_plugin as plugin\n"
+        "from vitkernels.tools.console import prepare_torchvision\n"
         "plugin.SECONDS = 2.0\n"
         "prepare_torchvision()\n"  # timm is imported beside whatever torchvision is here
     )

@@ -7,9 +7,9 @@ import torch
 
 from vitkernels import ops, reference
 from vitkernels.ops._registry import OPS
-from vitkernels.verify import accuracy, properties
-from vitkernels.verify.memory import GuardedMemory, amid_nan
-from vitkernels.verify.problems import QUICK, WINDOW, Problem, problems
+from vitkernels.tools.verify import accuracy, properties
+from vitkernels.tools.verify.memory import GuardedMemory, amid_nan
+from vitkernels.tools.verify.problems import QUICK, WINDOW, Problem, problems
 
 NORM, LINEAR = (next(p for p in problems(WINDOW) if p.op == op) for op in ("layer_norm", "linear"))
 

@@ -9,10 +9,10 @@ import sys
 import pytest
 import torch
 
-from vitkernels import cli
-from vitkernels.verify import mutants, run
-from vitkernels.verify.results import Check, Result, Verification
-from vitkernels.verify.run import Plan, checks, compared
+from vitkernels.tools import cli
+from vitkernels.tools.verify import mutants, run
+from vitkernels.tools.verify.results import Check, Result, Verification
+from vitkernels.tools.verify.run import Plan, checks, compared
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="asks for an emulated GPU")
 
@@ -127,7 +127,8 @@ def test_mistakes_are_one_line(arguments, says, capsys):
 def test_numpy_multiplies_with_one_thread_in_each_worker():
     """With a thread a core in each of as many workers, products take more than twice as long."""
     code = (
-        "from vitkernels.cli import main; main(['verify', '--cpu', '--only', 'no such check']); import threadpoolctl; "
+        "from vitkernels.tools.cli import main; main(['verify', '--cpu', '--only', 'no such check']); "
+        "import threadpoolctl; "
         "print([pool['num_threads'] for pool in threadpoolctl.threadpool_info() if 'openblas' in pool['filepath']])"
     )
     environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from vitkernels import runtime
-from vitkernels.console import UserError
-from vitkernels.verify.model import Inputs, Unreached, as_inputs, check_model, checks, load, model_checks, shapes
-from vitkernels.verify.mutants import Mutant, seeded_defect
-from vitkernels.verify.results import NOTHING, Verification
+from vitkernels.tools.console import UserError
+from vitkernels.tools.verify.model import Inputs, Unreached, as_inputs, check_model, checks, load, model_checks, shapes
+from vitkernels.tools.verify.mutants import Mutant, seeded_defect
+from vitkernels.tools.verify.results import NOTHING, Verification
 
 timm = pytest.importorskip("timm")
 
@@ -176,14 +176,14 @@ def test_a_good_model_passes_and_is_left_as_it_is(device):
 # What is wrong, the edit, and a parameter whose gradient shows it.
 DEFECTS = {
     "a branch off by 0.1 %": (
-        "ops.block:_forward", "    h2, r, mean2", "    branch = branch * 1.001\n    h2, r, mean2", "proj.weight",
+        "ops._block:_forward", "    h2, r, mean2", "    branch = branch * 1.001\n    h2, r, mean2", "proj.weight",
     ),
     "scores off by 0.1 %": (
-        "ops.block:_forward", "_fwd(qkv, scale)", "_fwd(qkv, scale * 1.001)",
+        "ops._block:_forward", "_fwd(qkv, scale)", "_fwd(qkv, scale * 1.001)",
         "qkv.weight",
     ),
     "no gradient of a bias": (
-        "ops.block:_bias_and_gamma", "    if need_gamma and bias",
+        "ops._block:_bias_and_gamma", "    if need_gamma and bias",
         "    d_bias = None if d_bias is None else d_bias * 0\n    if need_gamma and bias", "fc2.bias",
     ),
 }  # fmt: skip

@@ -8,10 +8,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from vitkernels.console import UserError
-from vitkernels.verify import report
-from vitkernels.verify.report import summary
-from vitkernels.verify.results import Result, Verification
+from vitkernels.tools.console import UserError
+from vitkernels.tools.verify import report
+from vitkernels.tools.verify.report import summary
+from vitkernels.tools.verify.results import Result, Verification
 
 HOSTILE = "expected <script>alert('&')</script> \"quoted\" \x1b[31mred\x1b[0m \x00 end"
 MLP = "accuracy/mlp/10 tokens of 40 channels/fp32"

@@ -1,7 +1,6 @@
 """Ops on tensors: each checks its input, then runs Triton kernels or, on a CPU, :mod:`vitkernels.reference`."""
 
-from vitkernels.ops._registry import uses_kernels
-from vitkernels.ops.attention import (
+from vitkernels.ops._attention import (
     QKNorm,
     Rope,
     attention,
@@ -10,12 +9,13 @@ from vitkernels.ops.attention import (
     attention_varlen,
     attention_weights,
 )
-from vitkernels.ops.block import block
-from vitkernels.ops.layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
-from vitkernels.ops.linear import linear
-from vitkernels.ops.mlp import mlp
-from vitkernels.ops.patch_embed import patch_embed
-from vitkernels.ops.swiglu import swiglu_mlp
+from vitkernels.ops._block import block
+from vitkernels.ops._layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from vitkernels.ops._linear import linear
+from vitkernels.ops._mlp import mlp
+from vitkernels.ops._patch_embed import patch_embed
+from vitkernels.ops._registry import uses_kernels
+from vitkernels.ops._swiglu import swiglu_mlp
 
 __all__ = [
     "QKNorm",

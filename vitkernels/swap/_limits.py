@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from vitkernels.ops.attention.checks import MAX_HEAD_DIM
+from vitkernels.ops._attention.checks import MAX_HEAD_DIM
 
 
 def head_dim_limit(head_dim: int) -> str | None:

@@ -1,0 +1,228 @@
+"""Attention's registered ops: adapters for the launchers, references, and fake outputs."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from vitkernels import reference
+from vitkernels.ops._attention.backward import attention_backward
+from vitkernels.ops._attention.forward import attention_forward, forward_outputs
+from vitkernels.ops._attention.operands import LOG2_E, Options
+from vitkernels.ops._attention.prepare import prepare_backward
+from vitkernels.ops._registry import reference_gradients, register
+
+# Schema of Options, and of QK-norm and RoPE. PyTorch's dispatcher drops trailing arguments that have their default
+# values, so the arguments used most often come first.
+_OPTIONS = (
+    "Tensor? mask=None, Tensor? seed=None, bool is_causal=False, float dropout_p=0.0, Tensor? starts=None, "
+    "SymInt max_seqlen=0"
+)
+_SEPARATE_OPTIONS = f"bool heads_first=False, {_OPTIONS}"
+_PREPARED = (
+    "Tensor? q_weight, Tensor? q_bias, str q_norm, float q_eps, Tensor? k_weight, Tensor? k_bias, str k_norm, "
+    "float k_eps, Tensor? cos, Tensor? sin, bool interleaved, int prefix"
+)
+
+
+def _forward(q, k, v, scale, *options):
+    return attention_forward(q, k, v, Options(scale, *options))
+
+
+def _outputs(q, k, v, scale, *options):
+    return forward_outputs(q, k, v, Options(scale, *options))
+
+
+def _separate_backward(do, q, k, v, o, lse, scale, needed, *options):
+    dq, dk, dv, dmask = _gradients(do, q, k, v, o, lse, scale, needed, *options)
+    options = Options(scale, *options)
+    needs_dq, needs_dkv, needs_dmask = needed
+    do, q, k, v, o = options.tokens_first(do, q, k, v, o)
+    outputs = options.tokens_first(dq) if needs_dq else [None]
+    outputs += options.tokens_first(dk, dv) if needs_dkv else [None, None]
+    _, computed = attention_backward(do, q, k, v, o, lse, options, *outputs, needs_dmask=needs_dmask)
+    return dq, dk, dv, computed if needs_dmask else dmask
+
+
+def _gradients(do, q, k, v, o, lse, scale, needed, *options):
+    options = Options(scale, *options)
+    needs_dq, needs_dkv, needs_dmask = needed
+    new = torch.empty if options.starts is None else torch.zeros  # tokens may belong to no image
+    grads = []
+    for x, n in ((q, needs_dq), (k, needs_dkv), (v, needs_dkv)):
+        if n and options.heads_first:
+            B, H, N, D = x.shape
+            grads.append(torch.empty((B, N, H, D), dtype=x.dtype, device=x.device).transpose(1, 2))
+        else:
+            grads.append(new(x.shape if n else (0,), dtype=x.dtype, device=x.device))
+    return *grads, _new_dmask(options.mask if needs_dmask else None, lse)
+
+
+def _new_dmask(mask, lse):
+    return torch.empty((0,) if mask is None else mask.shape, dtype=lse.dtype, device=lse.device)
+
+
+def _packed_forward(qkv, scale, *options):
+    return _forward(*qkv.unbind(2), scale, False, *options)
+
+
+def _packed_backward(do, qkv, o, lse, scale, needs_sum, needs_dmask=False, *options):
+    dqkv, dqkv_sum, dmask = _packed_gradients(do, qkv, o, lse, scale, needs_sum, needs_dmask, *options)
+    sums, computed = attention_backward(
+        do, *qkv.unbind(2), o, lse, Options(scale, False, *options), *dqkv.unbind(2),
+        needs_sums=needs_sum, needs_dmask=needs_dmask,
+    )  # fmt: skip
+    return dqkv, sums if needs_sum else dqkv_sum, computed if needs_dmask else dmask
+
+
+def _packed_gradients(do, qkv, o, lse, scale, needs_sum, needs_dmask=False, *options):
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    dqkv_sum = torch.empty(qkv.shape[2:] if needs_sum else (0,), dtype=lse.dtype, device=qkv.device)
+    return dqkv, dqkv_sum, _new_dmask(Options(scale, False, *options).mask if needs_dmask else None, lse)
+
+
+def _prepared_backward(
+    do, qkv, q, k, o, lse, scale, mask, seed, is_causal, dropout_p, needs_dmask, needed,
+    q_weight, q_bias, q_norm, q_eps, k_weight, k_bias, k_norm, k_eps, cos, sin, interleaved, prefix,
+):  # fmt: skip
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    dq, dk, dv = dqkv.unbind(2)
+    options = Options(scale, False, mask, seed, is_causal, dropout_p)
+    _, dmask = attention_backward(do, q, k, qkv.select(2, 2), o, lse, options, dq, dk, dv, needs_dmask=needs_dmask)
+    sums = []
+    for i, dx, weight, norm, eps in ((0, dq, q_weight, q_norm, q_eps), (1, dk, k_weight, k_norm, k_eps)):
+        needs = needed[2 * i : 2 * i + 2]
+        if norm or cos is not None:  # in place: the program that writes a row is the only reader
+            sums += prepare_backward(dx, qkv.select(2, i), weight, cos, sin, norm, eps, interleaved, prefix, dx, *needs)
+        else:
+            sums += [lse.new_empty(0), lse.new_empty(0)]
+    return dqkv, *sums, dmask if needs_dmask else _new_dmask(None, lse)
+
+
+def _fake_prepared_backward(do, qkv, q, k, o, lse, scale, mask, seed, is_causal, dropout_p, needs_dmask, needed, *_):
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    sums = (torch.empty(qkv.shape[-1] if n else 0, dtype=lse.dtype, device=qkv.device) for n in needed)
+    return dqkv, *sums, _new_dmask(mask if needs_dmask else None, lse)
+
+
+def _reference_output(q, k, v, mask, options):
+    """Return o of q, k and v; ``mask`` replaces ``options.mask``, so that it can be an autograd leaf."""
+    if options.starts is not None:
+        return reference.attention_varlen(q, k, v, options.starts, scale=options.scale, is_causal=options.is_causal)
+    if not options.heads_first:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    drawn = None
+    if options.dropout_p:
+        shape = (*q.shape[:3], k.shape[2])
+        drawn = reference.dropout_scale(int(options.seed), shape, options.dropout_p).to(q.device)
+    o = reference.attention(
+        q, k, v, attn_mask=mask, scale=options.scale, is_causal=options.is_causal, dropout_scale=drawn
+    )
+    return o if options.heads_first else o.transpose(1, 2)
+
+
+def _reference_forward(q, k, v, scale, *options):
+    o, lse = _outputs(q, k, v, scale, *options)
+    options = Options(scale, *options)
+    o = o.copy_(_reference_output(q, k, v, options.mask, options))
+    q, k = options.tokens_first(q, k)
+    bounds = [0, q.shape[1]] if options.starts is None else options.starts.tolist()
+    lse.zero_()
+    for start, end in itertools.pairwise(bounds):
+        queries, keys = q[:, start:end].to(lse.dtype), k[:, start : k.shape[1] if options.starts is None else end]
+        scores = torch.einsum("bmhd,bnhd->bhmn", queries, keys.to(lse.dtype)) * scale
+        if options.is_causal:
+            scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), float("-inf"))
+        if options.mask is not None:
+            if options.mask.dtype == torch.bool:
+                scores = scores.masked_fill(~options.mask, float("-inf"))
+            else:
+                scores = scores + reference.added_mask(options.mask, lse.dtype)
+        largest = scores.amax(-1, keepdim=True)
+        empty = (largest == float("-inf")) & (options.mask is not None)
+        shifted = scores - largest.masked_fill(empty, 0.0)
+        log_total = shifted.logsumexp(-1).masked_fill(empty.squeeze(-1), 0.0) * LOG2_E
+        largest = largest.masked_fill(empty, float("inf")).squeeze(-1)
+        if options.mask_kind == "float":
+            lse.copy_(torch.stack([largest, log_total], -1))
+        else:
+            lse[:, :, start:end] = largest * LOG2_E + log_total
+    return o, lse
+
+
+def _reference_backward(do, q, k, v, o, lse, scale, needed, *options):
+    outputs = _gradients(do, q, k, v, o, lse, scale, needed, *options)
+    options = Options(scale, *options)
+    needs_dq, needs_dkv, needs_dmask = needed
+    grads = reference_gradients(
+        lambda q, k, v, mask: _reference_output(q, k, v, mask, options),
+        (q, k, v, options.mask), (do,), (needs_dq, needs_dkv, needs_dkv, needs_dmask),
+    )  # fmt: skip
+    return tuple(output.copy_(grad) for output, grad in zip(outputs, grads, strict=True))
+
+
+def _reference_packed_backward(do, qkv, o, lse, scale, needs_sum, needs_dmask=False, *options):
+    options = Options(scale, False, *options)
+    dqkv, dmask = reference_gradients(
+        lambda x, mask: _reference_output(*x.unbind(2), mask, options), (qkv, options.mask), (do,), (True, needs_dmask)
+    )
+    dqkv_sum = dqkv.sum((0, 1), dtype=lse.dtype) if needs_sum else lse.new_empty(0)
+    return dqkv, dqkv_sum, dmask.to(lse.dtype)
+
+
+def _reference_prepared_backward(
+    do, qkv, q, k, o, lse, scale, mask, seed, is_causal, dropout_p, needs_dmask, needed,
+    q_weight, q_bias, q_norm, q_eps, k_weight, k_bias, k_norm, k_eps, cos, sin, interleaved, prefix,
+):  # fmt: skip
+    options = Options(scale, False, mask, seed, is_causal, dropout_p)
+
+    def function(qkv, mask, q_weight, q_bias, k_weight, k_bias):
+        prepared = []
+        for i, w, b, norm, eps in ((0, q_weight, q_bias, q_norm, q_eps), (1, k_weight, k_bias, k_norm, k_eps)):
+            x = qkv[:, :, i].transpose(1, 2)
+            x = reference.qk_norm(x, w, b, eps, norm) if norm else x
+            x = x if cos is None else reference.rope(x, cos, sin, interleaved, prefix)
+            prepared.append(x.transpose(1, 2))
+        return _reference_output(*prepared, qkv[:, :, 2], mask, options)
+
+    dqkv, dmask, *sums = reference_gradients(
+        function, (qkv, mask, q_weight, q_bias, k_weight, k_bias), (do,), (True, needs_dmask, *needed)
+    )
+    return dqkv, *(s.to(lse.dtype) for s in sums), dmask.to(lse.dtype)
+
+
+attention_fwd = register(
+    f"attention_fwd(Tensor q, Tensor k, Tensor v, float scale, {_SEPARATE_OPTIONS}) -> (Tensor, Tensor)",
+    launcher=_forward,
+    reference=_reference_forward,
+    fake=_outputs,
+)
+attention_bwd = register(
+    "attention_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, float scale, bool[] needed, "
+    f"{_SEPARATE_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    launcher=_separate_backward,
+    reference=_reference_backward,
+    fake=_gradients,
+)
+attention_qkvpacked_fwd = register(
+    f"attention_qkvpacked_fwd(Tensor qkv, float scale, {_OPTIONS}) -> (Tensor, Tensor)",
+    launcher=_packed_forward,
+    reference=lambda qkv, scale, *options: _reference_forward(*qkv.unbind(2), scale, False, *options),
+    fake=lambda qkv, scale, *options: _outputs(*qkv.unbind(2), scale, False, *options),
+)
+attention_qkvpacked_bwd = register(
+    "attention_qkvpacked_bwd(Tensor do, Tensor qkv, Tensor o, Tensor lse, float scale, bool needs_sum, "
+    f"bool needs_dmask=False, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    launcher=_packed_backward,
+    reference=_reference_packed_backward,
+    fake=_packed_gradients,
+)
+attention_prepared_bwd = register(
+    "attention_prepared_bwd(Tensor do, Tensor qkv, Tensor q, Tensor k, Tensor o, Tensor lse, float scale, "
+    f"Tensor? mask, Tensor? seed, bool is_causal, float dropout_p, bool needs_dmask, bool[] needed, {_PREPARED}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    launcher=_prepared_backward,
+    reference=_reference_prepared_backward,
+    fake=_fake_prepared_backward,
+)

@@ -1,0 +1,1 @@
+"""What checks, measures and shows the library; no model runs through it."""

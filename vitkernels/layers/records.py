@@ -189,20 +189,20 @@ def attention(module: nn.Module) -> Attention:
 def mlp(module: nn.Module) -> Mlp:
     """Read timm's MLPs: ``fc1`` (or ``fc1_g`` and ``fc1_x``) and ``fc2``, or ViTamin's ``w0``, ``w1`` and ``w2``."""
     children = module._modules
-    last, inner, outer, gated = "fc2", children.get("norm"), None, "gate_last" in module.__dict__
+    last, sub_norm, input_norm, gated = "fc2", children.get("norm"), None, "gate_last" in module.__dict__
     if "fc1" in children:
         first = linear(children["fc1"])
     else:
         names = ("fc1_g", "fc1_x")
         if "w0" in children:
-            names, last, inner, outer = ("w0", "w1"), "w2", None, inner
+            names, last, sub_norm, input_norm = ("w0", "w1"), "w2", None, sub_norm
         gated, first = True, (linear(children[names[0]]), linear(children[names[1]]))
     return Mlp(
         first,
         linear(children[last]),
         activation_name(children["act"]),
-        norm(inner),
-        norm(outer),
+        norm(sub_norm),
+        norm(input_norm),
         dropout(children["drop1"]),
         dropout(children["drop2"]),
         gated,

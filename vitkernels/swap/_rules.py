@@ -131,8 +131,8 @@ def _strange_attribute(rule: Rule, module: nn.Module) -> str | None:
             return f"it has an attribute {name!r} that is unknown here and may change what it computes"
     for name in rule.bypassed:
         child = descendant(module, name)
-        inner = RULES.get(type(child))
-        reason = None if inner is None else _strange_attribute(inner, child)
+        child_rule = RULES.get(type(child))
+        reason = None if child_rule is None else _strange_attribute(child_rule, child)
         if reason is not None:
             return f"{name}: {reason}"
     return None
@@ -148,8 +148,8 @@ def _blocked(rule: Rule, module: nn.Module, dtypes: set[torch.dtype], read: dict
             return f"it has a child {name!r} ({type(child).__name__}) that is unknown here"
     for name, classes in rule.bypassed.items():
         child = descendant(module, name)
-        inner = RULES.get(type(child))
-        original = type(child) if inner is None else inner.original
+        child_rule = RULES.get(type(child))
+        original = type(child) if child_rule is None else child_rule.original
         if original not in classes:
             names = [cls.__name__ for cls in classes]
             got = original.__name__
@@ -162,10 +162,10 @@ def _blocked(rule: Rule, module: nn.Module, dtypes: set[torch.dtype], read: dict
             return f"a hook on {name}, which fusion would not call"
         if hides_forward(child):
             return f"the forward of {name} is bound to the instance, and fusion would not call it"
-        if inner is None:
+        if child_rule is None:
             reason = _strange_parameters(child, PARAMETERS.get(original, frozenset()), dtypes)
         else:
-            reason = _blocked(inner, child, dtypes, read)
+            reason = _blocked(child_rule, child, dtypes, read)
         if reason is not None:
             return f"{name}: {reason}"
     return None if rule.limit is None else rule.limit(module)

@@ -12,20 +12,20 @@ Weights are computed from the forward's lse, which is rounded: in fp32 their RMS
 from __future__ import annotations
 
 from vitkernels.ops._attention.tiles import (
+    dot_heads,
+    dot_rows,
     dropout_scale,
-    gather,
     head_ptr,
     image_of,
-    inner,
     load_head,
     load_log_total,
     load_lse,
     masked_scores,
-    row_inner,
     scaled_head,
     statistics_of,
     store_head,
     store_sums,
+    weighted_sum,
     weights_of,
     zero_head,
     zeros,
@@ -65,7 +65,7 @@ def _attention_bwd_delta_kernel(
     do_head = head_ptr(do_ptr, b, h, 0, stride_do_b, stride_do_n, stride_do_h, ALIGN)
     o = load_head(o_head, offs_m, stride_o_n, mask_m, D, PARTS, ALIGN)
     do = load_head(do_head, offs_m, stride_do_n, mask_m, D, PARTS, ALIGN)
-    tl.store(delta_ptr + bh * N_q + offs_m, row_inner(o, do, ACC), mask=mask_m)
+    tl.store(delta_ptr + bh * N_q + offs_m, dot_rows(o, do, ACC), mask=mask_m)
 
 
 @triton.jit(do_not_specialize=["T", "num_blocks"])
@@ -152,7 +152,7 @@ def _attention_bwd_dq_kernel(
     q = load_head(q_head, offs_m, stride_q_n, mask_m, D, PARTS, ALIGN)
     do = load_head(do_head, offs_m, stride_do_n, mask_m, D, PARTS, ALIGN)
     lse = load_lse(lse_head, offs_m, N_q, MASK)
-    delta = row_inner(load_head(o_head, offs_m, stride_o_n, mask_m, D, PARTS, ALIGN), do, ACC)
+    delta = dot_rows(load_head(o_head, offs_m, stride_o_n, mask_m, D, PARTS, ALIGN), do, ACC)
     tl.store(delta_ptr + rows + offs_m, delta, mask=mask_m)
 
     visible = N_kv
@@ -166,17 +166,17 @@ def _attention_bwd_dq_kernel(
         mask_n = offs_n < N_kv
         k = load_head(k_head, offs_n, stride_k_n, mask_n, D, PARTS, ALIGN)
         v = load_head(v_head, offs_n, stride_v_n, mask_n, D, PARTS, ALIGN)
-        s = inner(q, k, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION) * score_scale
+        s = dot_heads(q, k, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION) * score_scale
         s = masked_scores(
             s, mask_head, offs_m[:, None], offs_n[None, :], mask_n[None, :], N_q, mask_width, stride_mask_m,
             MASK, MASK_M, MASK_N, IS_CAUSAL, False,
         )  # fmt: skip
         p = weights_of(s, lse[:, None], 0.0, MASK)  # with a floating mask, division by the row's sum follows below
-        dp = inner(do, v, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION)
+        dp = dot_heads(do, v, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION)
         if DROPOUT > 0:
             counters_m, counters_n = offs_m.to(tl.int32)[:, None], offs_n.to(tl.int32)[None, :]
             dp *= dropout_scale(tl.load(seed_ptr), bh, counters_m, counters_n, DROPOUT, ACC)
-        dq = gather(p * (dp - delta[:, None]), k, dq, PRECISION)
+        dq = weighted_sum(p * (dp - delta[:, None]), k, dq, PRECISION)
 
     if MASK == "float":
         dq = scaled_head(dq, tl.exp2(-load_log_total(lse_head, offs_m, N_q, MASK))[:, None])
@@ -284,22 +284,22 @@ def _attention_bwd_dkv_kernel(
         lse = load_lse(lse_head, offs_m, N_q, MASK)
         log_total = load_log_total(lse_head, offs_m, N_q, MASK)
         delta = tl.load(delta_ptr + rows + offs_m, mask=mask_m, other=0.0)
-        s = inner(k, q, zeros(BLOCK_N, BLOCK_M, ACC), PRECISION) * score_scale
+        s = dot_heads(k, q, zeros(BLOCK_N, BLOCK_M, ACC), PRECISION) * score_scale
         # Keys beyond the last need no mask: their gradients are not stored.
         s = masked_scores(
             s, mask_head, offs_m[None, :], offs_n[:, None], mask_n[:, None], N_q, mask_width, stride_mask_m,
             MASK, MASK_M, MASK_N, IS_CAUSAL, True,
         )  # fmt: skip
         p = weights_of(s, lse[None, :], log_total[None, :], MASK)
-        dp = inner(v, do, zeros(BLOCK_N, BLOCK_M, ACC), PRECISION)
+        dp = dot_heads(v, do, zeros(BLOCK_N, BLOCK_M, ACC), PRECISION)
         if DROPOUT > 0:
             counters_m, counters_n = offs_m.to(tl.int32)[None, :], offs_n.to(tl.int32)[:, None]
             keep = dropout_scale(tl.load(seed_ptr), bh, counters_m, counters_n, DROPOUT, ACC)
-            dv = gather(p * keep, do, dv, PRECISION)
+            dv = weighted_sum(p * keep, do, dv, PRECISION)
             dp *= keep
         else:
-            dv = gather(p, do, dv, PRECISION)
-        dk = gather(p * (dp - delta[None, :]), q, dk, PRECISION)
+            dv = weighted_sum(p, do, dv, PRECISION)
+        dk = weighted_sum(p * (dp - delta[None, :]), q, dk, PRECISION)
 
     dk = scaled_head(dk, scale)
     dk_head = head_ptr(dk_ptr, b, h, first, stride_dk_b, stride_dk_n, stride_dk_h, ALIGN)
@@ -407,13 +407,13 @@ def _attention_bwd_dmask_kernel(
         lse = load_lse(lse_head, offs_m, N_q, MASK)
         log_total = load_log_total(lse_head, offs_m, N_q, MASK)
         delta = tl.load(delta_ptr + bh * N_q + offs_m, mask=mask_m, other=0.0)
-        s = inner(q, k, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION) * score_scale
+        s = dot_heads(q, k, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION) * score_scale
         s = masked_scores(
             s, mask_head, offs_m[:, None], offs_n[None, :], mask_n[None, :], N_q, mask_width, stride_mask_m,
             MASK, MASK_M, MASK_N, IS_CAUSAL, True,
         )  # fmt: skip
         p = weights_of(s, lse[:, None], log_total[:, None], MASK)
-        dp = inner(do, v, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION)
+        dp = dot_heads(do, v, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION)
         if DROPOUT > 0:
             counters_m, counters_n = offs_m.to(tl.int32)[:, None], offs_n.to(tl.int32)[None, :]
             dp *= dropout_scale(tl.load(seed_ptr), bh, counters_m, counters_n, DROPOUT, ACC)

@@ -12,12 +12,10 @@ from __future__ import annotations
 
 from vitkernels.ops._attention.tiles import (
     columns,
+    dot_heads,
     dropout_scale,
     exp_scores,
-    gather,
-    gather_columns,
     head_ptr,
-    inner,
     load_head,
     load_mask,
     masked,
@@ -26,6 +24,8 @@ from vitkernels.ops._attention.tiles import (
     store_head,
     store_sums,
     transposed,
+    weighted_sum,
+    weighted_sum_columns,
     zero_columns,
     zero_head,
     zeros,
@@ -124,23 +124,23 @@ def _attention_bwd_row_kernel(
         mask_m = offs_m < N_q
         q = load_head(q_head, offs_m.to(INDEX), stride_q_n, mask_m, D, PARTS, ALIGN)
         do = load_head(do_head, offs_m.to(INDEX), stride_do_n, mask_m, D, PARTS, ALIGN)
-        s = inner(k, q, zeros(BLOCK_N, BLOCK_M, ACC), PRECISION) * score_scale
+        s = dot_heads(k, q, zeros(BLOCK_N, BLOCK_M, ACC), PRECISION) * score_scale
         s = masked_scores(
             s, mask_head, offs_m.to(INDEX)[None, :], offs_n[:, None], mask_n[:, None], N_q, mask_width, stride_mask_m,
             MASK, MASK_M, MASK_N, IS_CAUSAL, False,
         )  # fmt: skip
         p = _softmax_columns(s, MASK)
-        dp = inner(v, do, zeros(BLOCK_N, BLOCK_M, ACC), PRECISION)
+        dp = dot_heads(v, do, zeros(BLOCK_N, BLOCK_M, ACC), PRECISION)
         if DROPOUT > 0:
             keep = dropout_scale(tl.load(seed_ptr), bh, offs_m[None, :], offs_n[:, None], DROPOUT, ACC)
-            dv = gather(p * keep, do, dv, PRECISION)
+            dv = weighted_sum(p * keep, do, dv, PRECISION)
             dp *= keep
         else:
-            dv = gather(p, do, dv, PRECISION)
+            dv = weighted_sum(p, do, dv, PRECISION)
         delta = tl.sum(p * dp, axis=0)
         ds = p * (dp - delta[None, :])
-        dk = gather(ds, q, dk, PRECISION)
-        dq = scaled_head(gather_columns(k, ds, zero_columns(BLOCK_M, PARTS, ACC), PRECISION), scale)
+        dk = weighted_sum(ds, q, dk, PRECISION)
+        dq = scaled_head(weighted_sum_columns(k, ds, zero_columns(BLOCK_M, PARTS, ACC), PRECISION), scale)
         store_head(dq_head, transposed(dq), offs_m.to(INDEX), stride_dq_n, mask_m, D, PARTS, ALIGN)
         if NEEDS_DELTA:
             tl.store(delta_ptr + bh * N_q + offs_m, delta, mask=mask_m)
@@ -276,7 +276,7 @@ def _attention_bwd_windows_kernel(
             head_ptr(v_ptr, b, h, 0, stride_v_b, stride_v_n, stride_v_h, ALIGN), n, stride_v_n, mask_n, D, PARTS, ALIGN
         )
         bh = b * H + h
-        s = inner(k, q, zeros(BLOCK_N, BLOCK_M, ACC), PRECISION) * score_scale
+        s = dot_heads(k, q, zeros(BLOCK_N, BLOCK_M, ACC), PRECISION) * score_scale
         window_mask = mask
         if MASK != "" and MASK_B:
             window_mask = load_mask(
@@ -285,19 +285,19 @@ def _attention_bwd_windows_kernel(
             )  # fmt: skip
         s = masked(s, window_mask, m[None, :], n[:, None], mask_n[:, None], MASK, IS_CAUSAL, False)
         p = _softmax_columns(s, MASK)
-        dp = inner(v, do, zeros(BLOCK_N, BLOCK_M, ACC), PRECISION)
+        dp = dot_heads(v, do, zeros(BLOCK_N, BLOCK_M, ACC), PRECISION)
         dv = zero_head(BLOCK_N, PARTS, ACC)
         if DROPOUT > 0:
             counters_m, counters_n = m.to(tl.int32)[None, :], n.to(tl.int32)[:, None]
             keep = dropout_scale(tl.load(seed_ptr), bh, counters_m, counters_n, DROPOUT, ACC)
-            dv = gather(p * keep, do, dv, PRECISION)
+            dv = weighted_sum(p * keep, do, dv, PRECISION)
             dp *= keep
         else:
-            dv = gather(p, do, dv, PRECISION)
+            dv = weighted_sum(p, do, dv, PRECISION)
         delta = tl.sum(p * dp, axis=0)
         ds = p * (dp - delta[None, :])
-        dk = scaled_head(gather(ds, q, zero_head(BLOCK_N, PARTS, ACC), PRECISION), scale)
-        dq = scaled_head(gather_columns(k, ds, zero_columns(BLOCK_M, PARTS, ACC), PRECISION), scale)
+        dk = scaled_head(weighted_sum(ds, q, zero_head(BLOCK_N, PARTS, ACC), PRECISION), scale)
+        dq = scaled_head(weighted_sum_columns(k, ds, zero_columns(BLOCK_M, PARTS, ACC), PRECISION), scale)
         dq_head = head_ptr(dq_ptr, b, h, 0, stride_dq_b, stride_dq_n, stride_dq_h, ALIGN)
         dk_head = head_ptr(dk_ptr, b, h, 0, stride_dk_b, stride_dk_n, stride_dk_h, ALIGN)
         dv_head = head_ptr(dv_ptr, b, h, 0, stride_dk_b, stride_dk_n, stride_dk_h, ALIGN)

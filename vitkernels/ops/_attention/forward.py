@@ -15,12 +15,11 @@ from vitkernels import runtime
 from vitkernels.ops._attention.config import choose_config, head_parts, key_pieces
 from vitkernels.ops._attention.operands import Options, addressing, strides
 from vitkernels.ops._attention.tiles import (
+    dot_heads,
     dropout_scale,
     exp_scores,
-    gather,
     head_ptr,
     image_of,
-    inner,
     load_head,
     load_mask,
     masked,
@@ -28,6 +27,7 @@ from vitkernels.ops._attention.tiles import (
     scaled_head,
     statistics_of,
     store_head,
+    weighted_sum,
     zero_head,
     zeros,
 )
@@ -127,7 +127,7 @@ def _attention_fwd_row_kernel(
         offs_n = STARTS[i] + tl.arange(0, PIECES[i]).to(INDEX)
         mask_n = offs_n < N_kv
         k = load_head(k_head, offs_n, stride_k_n, mask_n, D, PARTS, ALIGN)
-        s = inner(q, k, zeros(BLOCK_M, PIECES[i], ACC), PRECISION) * score_scale
+        s = dot_heads(q, k, zeros(BLOCK_M, PIECES[i], ACC), PRECISION) * score_scale
         s = masked_scores(
             s, mask_head, offs_m[:, None], offs_n[None, :], mask_n[None, :], N_q, mask_width, stride_mask_m,
             MASK, MASK_M, MASK_N, IS_CAUSAL, i < len(PIECES) - 1,
@@ -145,7 +145,7 @@ def _attention_fwd_row_kernel(
         if DROPOUT > 0:
             offs_n = STARTS[i] + tl.arange(0, PIECES[i])
             p *= dropout_scale(tl.load(seed_ptr), bh, offs_m.to(tl.int32)[:, None], offs_n[None, :], DROPOUT, ACC)
-        o = gather(p, v[i], o, PRECISION)
+        o = weighted_sum(p, v[i], o, PRECISION)
 
     o_head = head_ptr(o_ptr, b, h, 0, stride_o_b, stride_o_n, stride_o_h, ALIGN)
     lse_head = statistics_of(lse_ptr, bh, N_q, MASK)
@@ -216,7 +216,7 @@ def _attention_fwd_windows_kernel(
         q = load_head(q_head, m, stride_q_n, mask_m, D, PARTS, ALIGN)
         k = load_head(k_head, n, stride_k_n, mask_n, D, PARTS, ALIGN)
         v = load_head(v_head, n, stride_v_n, mask_n, D, PARTS, ALIGN)
-        s = inner(q, k, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION) * score_scale
+        s = dot_heads(q, k, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION) * score_scale
         window_mask = mask
         if MASK != "" and MASK_B:
             window_mask = load_mask(
@@ -232,7 +232,7 @@ def _attention_fwd_windows_kernel(
         if DROPOUT > 0:
             counters_m, counters_n = m.to(tl.int32)[:, None], n.to(tl.int32)[None, :]
             p *= dropout_scale(tl.load(seed_ptr), bh, counters_m, counters_n, DROPOUT, ACC)
-        o = gather(p, v, zero_head(BLOCK_M, PARTS, ACC), PRECISION)
+        o = weighted_sum(p, v, zero_head(BLOCK_M, PARTS, ACC), PRECISION)
         o_head = head_ptr(o_ptr, b, h, 0, stride_o_b, stride_o_n, stride_o_h, ALIGN)
         lse_head = statistics_of(lse_ptr, bh, N_q, MASK)
         _store_output(o, total, maximum, o_head, lse_head, m, stride_o_n, mask_m, MASK, False, D, PARTS, ALIGN)
@@ -251,7 +251,7 @@ def _attend(
     offs_n = start + tl.arange(0, BLOCK_N).to(INDEX)
     mask_n = offs_n < N_kv
     k = load_head(k_head, offs_n, stride_k_n, mask_n, D, PARTS, ALIGN)
-    s = inner(q, k, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION) * score_scale
+    s = dot_heads(q, k, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION) * score_scale
     s = masked_scores(
         s, mask_head, offs_m[:, None], offs_n[None, :], mask_n[None, :], N_q, mask_width, stride_mask_m,
         MASK, MASK_M, MASK_N, IS_CAUSAL, EVEN,
@@ -266,7 +266,7 @@ def _attend(
         counters_m, counters_n = offs_m.to(tl.int32)[:, None], offs_n.to(tl.int32)[None, :]
         p *= dropout_scale(tl.load(seed_ptr), bh, counters_m, counters_n, DROPOUT, ACC)
     v = load_head(v_head, offs_n, stride_v_n, mask_n, D, PARTS, ALIGN)
-    return m_new, total, gather(p, v, scaled_head(o, rescale[:, None]), PRECISION)
+    return m_new, total, weighted_sum(p, v, scaled_head(o, rescale[:, None]), PRECISION)
 
 
 @triton.jit(do_not_specialize=["T", "num_blocks"])

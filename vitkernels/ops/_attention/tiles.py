@@ -105,7 +105,7 @@ def scaled_head(parts, factor):
 
 
 @triton.jit
-def inner(a, b, acc, PRECISION: tl.constexpr):
+def dot_heads(a, b, acc, PRECISION: tl.constexpr):
     """acc + a bᵀ over all channels of two heads."""
     for i in tl.static_range(len(a)):
         acc = _tile.dot(a[i], tl.trans(b[i]), acc, PRECISION)
@@ -113,7 +113,7 @@ def inner(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def gather(weights, head, acc, PRECISION: tl.constexpr):
+def weighted_sum(weights, head, acc, PRECISION: tl.constexpr):
     """acc + weights · head, part by part: a weighted sum of a head's rows."""
     sums = ()
     for i in tl.static_range(len(head)):
@@ -122,8 +122,8 @@ def gather(weights, head, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def gather_columns(head, weights, acc, PRECISION: tl.constexpr):
-    """acc + headᵀ · weights, part by part: :func:`gather` with everything transposed."""
+def weighted_sum_columns(head, weights, acc, PRECISION: tl.constexpr):
+    """acc + headᵀ · weights, part by part: :func:`weighted_sum` with everything transposed."""
     sums = ()
     for i in tl.static_range(len(head)):
         part = _tile.dot(tl.trans(head[i]), weights.to(head[i].dtype), acc[i], PRECISION)
@@ -132,7 +132,7 @@ def gather_columns(head, weights, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def row_inner(a, b, ACC: tl.constexpr):
+def dot_rows(a, b, ACC: tl.constexpr):
     """The inner product of each row of two heads."""
     total = tl.sum(a[0].to(ACC) * b[0].to(ACC), axis=1)
     for i in tl.static_range(1, len(a)):

@@ -176,11 +176,10 @@ def attention_qkvpacked(
     if as_given and not needs_grad(qkv, mask):
         return attention_qkvpacked_fwd(qkv, scale, mask, seed, is_causal, dropout_p)[0]
     cos, sin = (None, None) if rope is None else (_table(rope.cos), _table(rope.sin))
-    parameters = tuple(t for norm in (q_norm, k_norm) for t in (norm[:2] if norm else (None, None)))
+    (q_weight, q_bias, *q_kind), (k_weight, k_bias, *k_kind) = _norm(q_norm), _norm(k_norm)
     return AttentionQkvpackedFunction.apply(
-        qkv, mask, *parameters, cos, sin, seed, (scale, is_causal, dropout_p),
-        (_kind(q_norm), _eps(q_norm), _kind(k_norm), _eps(k_norm)),
-        rope.interleaved if rope else False, num_prefix_tokens,
+        qkv, mask, q_weight, q_bias, k_weight, k_bias, cos, sin, seed, scale, is_causal, dropout_p, *q_kind, *k_kind,
+        rope is not None and rope.interleaved, num_prefix_tokens,
     )  # fmt: skip
 
 
@@ -321,19 +320,16 @@ def _prepare(x: Tensor, norm: QKNorm | None, rope: Rope | None, prefix: int) -> 
     late = rope is not None and needs_grad(rope.cos, rope.sin)
     cos, sin = (None, None) if rope is None or late else (_table(rope.cos), _table(rope.sin))
     if norm is not None or cos is not None:
-        weight, bias = norm[:2] if norm else (None, None)
+        weight, bias, kind, eps = _norm(norm)
         interleaved = cos is not None and rope.interleaved
-        spec = (x.transpose(1, 2), weight, bias, cos, sin, _kind(norm), _eps(norm), interleaved, prefix)
+        spec = (x.transpose(1, 2), weight, bias, cos, sin, kind, eps, interleaved, prefix)
         x = (PrepareFunction.apply if needs_grad(x, weight, bias) else prepare_fwd)(*spec).transpose(1, 2)
     return reference.rope(x, *rope, num_prefix_tokens=prefix) if late else x
 
 
-def _kind(norm: QKNorm | None) -> str:
-    return "" if norm is None else "rms" if norm.rms else "layer"
-
-
-def _eps(norm: QKNorm | None) -> float:
-    return 0.0 if norm is None else norm.eps
+def _norm(norm: QKNorm | None) -> tuple[Tensor | None, Tensor | None, str, float]:
+    """Return weight, bias, kind and eps as the registered ops take them."""
+    return (None, None, "", 0.0) if norm is None else (*norm[:2], "rms" if norm.rms else "layer", norm.eps)
 
 
 def _table(table: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 
 from vitkernels import runtime
 from vitkernels.ops._once import once_differentiable
+from vitkernels.ops.attention.operands import AttentionWanted
 from vitkernels.ops.attention.prepare import prepare_fwd
 from vitkernels.ops.attention.registered import (
     attention_bwd,
@@ -33,10 +34,10 @@ class AttentionFunction(torch.autograd.Function):
         *tensors, mask, seed, starts = saved
         scale, is_causal, dropout_p, max_seqlen = ctx.options
         needs_q, needs_k, needs_v, needs_mask, *_ = ctx.needs_input_grad
+        wanted = AttentionWanted(needs_q, needs_k or needs_v, needs_mask)
         dq, dk, dv, dmask = attention_bwd(
-            do, *tensors, scale, [needs_q, needs_k or needs_v, needs_mask], starts is None,
-            mask, seed, is_causal, dropout_p, starts, max_seqlen,
-        )  # fmt: skip
+            do, *tensors, scale, list(wanted), starts is None, mask, seed, is_causal, dropout_p, starts, max_seqlen
+        )
         return (
             dq if needs_q else None,
             dk if needs_k else None,
@@ -51,15 +52,14 @@ class AttentionQkvpackedFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, qkv, mask, q_weight, q_bias, k_weight, k_bias, cos, sin, seed, options, norms, interleaved, prefix
-    ):
+        ctx, qkv, mask, q_weight, q_bias, k_weight, k_bias, cos, sin, seed, scale, is_causal, dropout_p,
+        q_norm, q_eps, k_norm, k_eps, interleaved, prefix,
+    ):  # fmt: skip
         q, k, v = qkv.unbind(2)
-        q_norm, q_eps, k_norm, k_eps = norms
         if q_norm or cos is not None:
             q = prepare_fwd(q, q_weight, q_bias, cos, sin, q_norm, q_eps, interleaved, prefix)
         if k_norm or cos is not None:
             k = prepare_fwd(k, k_weight, k_bias, cos, sin, k_norm, k_eps, interleaved, prefix)
-        scale, is_causal, dropout_p = options
         ctx.prepared = bool(q_norm or k_norm or cos is not None)
         if ctx.prepared:
             o, lse = attention_fwd(q, k, v, scale, False, mask, seed, is_causal, dropout_p)
@@ -68,14 +68,14 @@ class AttentionQkvpackedFunction(torch.autograd.Function):
             o, lse = attention_qkvpacked_fwd(qkv, scale, mask, seed, is_causal, dropout_p)
         ctx.save_for_backward(qkv, q, k, o, lse, mask, seed, q_weight, q_bias, k_weight, k_bias, cos, sin)
         ctx.emulated = runtime.emulated_arch()
-        ctx.options = (options, norms, interleaved, prefix)
+        ctx.options = (scale, is_causal, dropout_p, q_norm, q_eps, k_norm, k_eps, interleaved, prefix)
         return o
 
     @staticmethod
     @once_differentiable
     def backward(ctx, saved, do):
         qkv, q, k, o, lse, mask, seed, q_weight, q_bias, k_weight, k_bias, cos, sin = saved
-        (scale, is_causal, dropout_p), (q_norm, q_eps, k_norm, k_eps), interleaved, prefix = ctx.options
+        scale, is_causal, dropout_p, q_norm, q_eps, k_norm, k_eps, interleaved, prefix = ctx.options
         needs_qkv, needs_mask, *needed = ctx.needs_input_grad[:6]
         if ctx.prepared:
             dqkv, *sums, dmask = attention_prepared_bwd(
@@ -93,5 +93,5 @@ class AttentionQkvpackedFunction(torch.autograd.Function):
             dqkv if needs_qkv else None,
             dmask.to(mask.dtype) if needs_mask else None,
             *(s.to(p.dtype) if n else None for s, p, n in zip(sums, parameters, needed, strict=True)),
-            *[None] * 7,
+            *[None] * 12,
         )

@@ -102,6 +102,14 @@ class Options(NamedTuple):
         }
 
 
+class AttentionWanted(NamedTuple):
+    """Which gradients of attention are wanted; those of k and v come together."""
+
+    dq: bool
+    dkv: bool
+    dmask: bool
+
+
 def _is_row(mask: Tensor) -> bool:
     """Tell whether all queries share one row of the mask."""
     return mask.shape[2] == 1 and mask.shape[3] > 1

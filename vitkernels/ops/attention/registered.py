@@ -10,7 +10,7 @@ from vitkernels import reference
 from vitkernels.ops._registry import reference_gradients, register
 from vitkernels.ops.attention.backward import attention_backward
 from vitkernels.ops.attention.forward import attention_forward, forward_outputs
-from vitkernels.ops.attention.operands import LOG2_E, Options
+from vitkernels.ops.attention.operands import LOG2_E, AttentionWanted, Options
 from vitkernels.ops.attention.prepare import prepare_backward
 
 # Schema of Options, and of QK-norm and RoPE. PyTorch's dispatcher drops trailing arguments that have their default
@@ -36,27 +36,25 @@ def _outputs(q, k, v, scale, *options):
 
 def _separate_backward(do, q, k, v, o, lse, scale, needed, *options):
     dq, dk, dv, dmask = _gradients(do, q, k, v, o, lse, scale, needed, *options)
-    options = Options(scale, *options)
-    needs_dq, needs_dkv, needs_dmask = needed
+    options, wanted = Options(scale, *options), AttentionWanted(*needed)
     do, q, k, v, o = options.tokens_first(do, q, k, v, o)
-    outputs = options.tokens_first(dq) if needs_dq else [None]
-    outputs += options.tokens_first(dk, dv) if needs_dkv else [None, None]
-    _, computed = attention_backward(do, q, k, v, o, lse, options, *outputs, needs_dmask=needs_dmask)
-    return dq, dk, dv, computed if needs_dmask else dmask
+    outputs = options.tokens_first(dq) if wanted.dq else [None]
+    outputs += options.tokens_first(dk, dv) if wanted.dkv else [None, None]
+    _, computed = attention_backward(do, q, k, v, o, lse, options, *outputs, needs_dmask=wanted.dmask)
+    return dq, dk, dv, computed if wanted.dmask else dmask
 
 
 def _gradients(do, q, k, v, o, lse, scale, needed, *options):
-    options = Options(scale, *options)
-    needs_dq, needs_dkv, needs_dmask = needed
+    options, wanted = Options(scale, *options), AttentionWanted(*needed)
     new = torch.empty if options.starts is None else torch.zeros  # tokens may belong to no image
     grads = []
-    for x, n in ((q, needs_dq), (k, needs_dkv), (v, needs_dkv)):
+    for x, n in ((q, wanted.dq), (k, wanted.dkv), (v, wanted.dkv)):
         if n and options.heads_first:
             B, H, N, D = x.shape
             grads.append(torch.empty((B, N, H, D), dtype=x.dtype, device=x.device).transpose(1, 2))
         else:
             grads.append(new(x.shape if n else (0,), dtype=x.dtype, device=x.device))
-    return *grads, _new_dmask(options.mask if needs_dmask else None, lse)
+    return *grads, _new_dmask(options.mask if wanted.dmask else None, lse)
 
 
 def _new_dmask(mask, lse):
@@ -91,8 +89,9 @@ def _prepared_backward(
     options = Options(scale, False, mask, seed, is_causal, dropout_p)
     _, dmask = attention_backward(do, q, k, qkv.select(2, 2), o, lse, options, dq, dk, dv, needs_dmask=needs_dmask)
     sums = []
-    for i, dx, weight, norm, eps in ((0, dq, q_weight, q_norm, q_eps), (1, dk, k_weight, k_norm, k_eps)):
-        needs = needed[2 * i : 2 * i + 2]
+    for i, dx, weight, norm, eps, needs in (
+        (0, dq, q_weight, q_norm, q_eps, needed[:2]), (1, dk, k_weight, k_norm, k_eps, needed[2:]),
+    ):  # fmt: skip
         if norm or cos is not None:  # in place: the program that writes a row is the only reader
             sums += prepare_backward(dx, qkv.select(2, i), weight, cos, sin, norm, eps, interleaved, prefix, dx, *needs)
         else:
@@ -153,11 +152,10 @@ def _reference_forward(q, k, v, scale, *options):
 
 def _reference_backward(do, q, k, v, o, lse, scale, needed, *options):
     outputs = _gradients(do, q, k, v, o, lse, scale, needed, *options)
-    options = Options(scale, *options)
-    needs_dq, needs_dkv, needs_dmask = needed
+    options, wanted = Options(scale, *options), AttentionWanted(*needed)
     grads = reference_gradients(
         lambda q, k, v, mask: _reference_output(q, k, v, mask, options),
-        (q, k, v, options.mask), (do,), (needs_dq, needs_dkv, needs_dkv, needs_dmask),
+        (q, k, v, options.mask), (do,), (wanted.dq, wanted.dkv, wanted.dkv, wanted.dmask),
     )  # fmt: skip
     return tuple(output.copy_(grad) for output, grad in zip(outputs, grads, strict=True))
 

@@ -29,6 +29,7 @@ from vitkernels.ops._once import once_differentiable
 from vitkernels.ops._registry import OPS, needs_grad, reference_gradients, register, uses_kernels
 from vitkernels.ops.layer_norm import NormWanted, check_eps, check_parameter, layer_norm_bwd, layer_norm_fwd
 from vitkernels.ops.linear import (
+    LinearWanted,
     check_activation,
     check_epilogue,
     check_input,
@@ -115,9 +116,8 @@ def _in_one(role: str) -> Callable:
     """Return the forward without saved tensors, on the implementations of ``role``; as one op it is dispatched once."""
     steps = _Steps(*(getattr(OPS[name], role) for name in ("glu_fwd", "layer_norm_fwd", "linear_fwd")))
 
-    def forward(x, w1, b1, w2, b2, w3, b3, norm_w, norm_b, gamma, residual, activation=None, gate_last=False, eps=None):
-        tensors = (x, w1, b1, w2, b2, w3, b3, norm_w, norm_b, gamma, residual)
-        return _forward(*tensors, (activation, gate_last, eps, False), save=False, steps=steps)[0]
+    def forward(*arguments):
+        return _forward(*arguments, save=False, steps=steps)[0]
 
     return forward
 
@@ -136,22 +136,22 @@ class SwigluMlpFunction(torch.autograd.Function):
     """Autograd for :func:`swiglu_mlp`; the caller has cast the weights to the dtype of the products."""
 
     @staticmethod
-    def forward(ctx, x, w1, b1, w2, b2, w3, b3, norm_w, norm_b, gamma, residual, options):
-        y, saved = _forward(x, w1, b1, w2, b2, w3, b3, norm_w, norm_b, gamma, residual, options,
-                            save=any(ctx.needs_input_grad[:10]))  # fmt: skip
+    def forward(ctx, x, w1, b1, w2, b2, w3, b3, norm_w, norm_b, gamma, residual, activation, gate_last, eps, recompute):
+        tensors = (x, w1, b1, w2, b2, w3, b3, norm_w, norm_b, gamma, residual)
+        save = any(ctx.needs_input_grad[:10])
+        y, saved = _forward(*tensors, activation, gate_last, eps, recompute, save=save)
         ctx.save_for_backward(*saved)
         ctx.emulated = runtime.emulated_arch()
         ctx.unsaved = (b1, b2)  # already added in z
-        ctx.options = options
-        ctx.dtypes = [None if t is None else t.dtype for t in (x, w1, b1, w2, b2, w3, b3, norm_w, norm_b, gamma,
-                                                               residual)]  # fmt: skip
+        ctx.options = (activation, gate_last, eps)
+        ctx.dtypes = [None if t is None else t.dtype for t in tensors]
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, saved, dy):
         x, w1, w2, w3, b3, norm_w, norm_b, gamma, z, h, normed, mean, rstd = saved
-        activation, gate_last, eps, *_ = ctx.options
+        activation, gate_last, eps = ctx.options
         (
             need_x, need_w1, need_b1, need_w2, need_b2, need_w3, need_b3, need_norm_w, need_norm_b, need_gamma, _,
         ) = ctx.needs_input_grad[:11]  # fmt: skip
@@ -160,7 +160,7 @@ class SwigluMlpFunction(torch.autograd.Function):
         w3 = _padded_columns(w3, P)
         need_w12, need_b12 = need_w1 or need_w2, need_b1 or need_b2
         need_z = need_x or need_w12 or need_b12
-        last = [need_w3, need_b3, need_gamma]
+        last = LinearWanted(dweight=need_w3, dbias=need_b3, dgamma=need_gamma)
 
         dx = dw1 = db1 = dw2 = db2 = dw3 = db3 = d_norm_w = d_norm_b = d_gamma = None
         if not any(ctx.needs_input_grad[:10]):
@@ -173,13 +173,14 @@ class SwigluMlpFunction(torch.autograd.Function):
                 made = glu_gate(z, activation, gate_last)
             if any(last):
                 h = made if remake_h else h
-                _, dw3, db3, d_gamma = linear_bwd(dy, h, w3, b3, None, gamma, None, [False, *last])
+                _, dw3, db3, d_gamma = linear_bwd(dy, h, w3, b3, None, gamma, None, list(last))
         else:
             need_h = need_z or need_norm_w or need_norm_b
             if h is None:
                 h = glu_gate(z, activation, gate_last)
                 normed = _norm(layer_norm_fwd, h, norm_w, norm_b, eps, hidden)[0]
-            dnormed, dw3, db3, d_gamma = linear_bwd(dy, normed, w3, b3, None, gamma, None, [need_h, *last])
+            last = last._replace(dx=need_h)
+            dnormed, dw3, db3, d_gamma = linear_bwd(dy, normed, w3, b3, None, gamma, None, list(last))
             if need_h:
                 _, dh, d_norm_w, d_norm_b, *_ = layer_norm_bwd(
                     dnormed, None, h, None, norm_w, None, None, mean, rstd, eps, h.dtype,
@@ -190,9 +191,8 @@ class SwigluMlpFunction(torch.autograd.Function):
                 dz, _, sums = glu_bwd(dh, None, None, z, activation, gate_last, False, need_b12)
         if need_x or need_w12:
             w12 = _joined(w1, w2, P)
-            dx, dw12, _, _ = linear_bwd(
-                dz.flatten(-2), x, w12, None, None, None, None, [need_x, need_w12, False, False]
-            )
+            wanted = LinearWanted(need_x, need_w12)
+            dx, dw12, _, _ = linear_bwd(dz.flatten(-2), x, w12, None, None, None, None, list(wanted))
         if need_w12:
             dw1, dw2 = _apart(dw12.view(2, P, -1), hidden, w2 is not None)
         if need_b12:
@@ -203,12 +203,14 @@ class SwigluMlpFunction(torch.autograd.Function):
         grads = (dx, dw1, db1, dw2, db2, dw3, db3, d_norm_w, d_norm_b, d_gamma, dresidual)
         return *(
             g.to(dtype) if n else None for g, dtype, n in zip(grads, ctx.dtypes, ctx.needs_input_grad[:11], strict=True)
-        ), None
+        ), *[None] * 4
 
 
-def _forward(x, w1, b1, w2, b2, w3, b3, norm_w, norm_b, gamma, residual, options, *, save, steps=_OPS):
+def _forward(
+    x, w1, b1, w2, b2, w3, b3, norm_w, norm_b, gamma, residual, activation=None, gate_last=False, eps=None,
+    recompute=False, *, save, steps=_OPS,
+):  # fmt: skip
     """Return the output, and the tensors to save for the backward."""
-    activation, gate_last, eps, recompute = options
     hidden = hidden_features(w1, w2)
     h, z = steps.glu(x, w1, b1, w2, b2, activation, gate_last, save)
     normed, mean, rstd = h, None, None
@@ -319,7 +321,7 @@ def swiglu_mlp(
     if dtype is not None:
         tensors = (*(None if t is None else t.to(dtype) for t in tensors[:7]), *tensors[7:])
     if needs_grad(*tensors):
-        return SwigluMlpFunction.apply(*tensors, (activation, gate_last, eps, recompute))
+        return SwigluMlpFunction.apply(*tensors, activation, gate_last, eps, recompute)
     return swiglu_mlp_fwd(*tensors, activation, gate_last, eps)
 
 

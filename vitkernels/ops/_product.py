@@ -110,6 +110,7 @@ def _product_kernel(
     HAS_RESIDUAL: tl.constexpr,
     SAVE_Z: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    ALIGNED_M: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
@@ -118,6 +119,8 @@ def _product_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    if ALIGNED_M:
+        M = M // 16 * 16  # which tells the compiler
     pid_m, pid_n = _tile_of_program(M, N, BLOCK_M, BLOCK_N)
     first_m, first_n = pid_m * BLOCK_M, pid_n * BLOCK_N
     offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
@@ -342,6 +345,7 @@ def product(
         HAS_RESIDUAL=residual is not None,
         SAVE_Z=save_z,
         ACTIVATION=activation or "none",
+        ALIGNED_M=a.stride(0) == 1 and M % 16 == 0,  # a transposed a is loaded along M, as wide as its mask allows
         EVEN_K=K % config.block_k == 0,
         PRECISION=runtime.dot_precision(a.device),
         ACC=_tile.accumulator(a.dtype),

@@ -184,7 +184,7 @@ def _store_column_sums(ptr, sums, D: tl.constexpr, PARTS: tl.constexpr):
         tl.store(ptr + cols, tl.sum(sums[j], axis=1), mask=cols < D)
 
 
-@triton.jit(do_not_specialize=["B", "windows"])
+@triton.jit(do_not_specialize=["B"])
 def _attention_bwd_windows_kernel(
     do_ptr,  # (B, N_q, H, D)
     q_ptr,  # (B, N_q, H, D)

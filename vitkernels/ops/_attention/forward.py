@@ -152,7 +152,7 @@ def _attention_fwd_row_kernel(
     _store_output(o, total, m, o_head, lse_head, offs_m, stride_o_n, mask_m, MASK, False, D, PARTS, ALIGN)
 
 
-@triton.jit(do_not_specialize=["B", "windows"])
+@triton.jit(do_not_specialize=["B"])
 def _attention_fwd_windows_kernel(
     q_ptr,  # (B, N_q, H, D)
     k_ptr,  # (B, N_kv, H, D)

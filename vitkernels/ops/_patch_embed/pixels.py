@@ -14,8 +14,8 @@ from vitkernels.ops._patch_embed.config import PatchEmbedConfig
 from vitkernels.ops._triton import tl, triton
 
 # What varies with the number and size of images. If the JIT specialised on these, it would compile the kernels anew for
-# a last batch and for other images, and loads would be no wider: their width comes from UNIT.
-VARYING = ["stride_images_b", "stride_images_i", "stride_images_y", "M", "N", "T", "R", "pos_start", "patches_x"]
+# a last batch and for other images, and loads would be no wider: their width comes from strides.
+VARYING = ["M", "N", "T", "patches_x"]
 
 Constants = tuple[float, ...]  # as passed to ops: the means of all channels, then their standard deviations
 
@@ -116,9 +116,10 @@ def launch_options(
     # offsets beyond the last row.
     tensors = (images, weights, other)
     reach = max(M, *(sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in tensors))
-    # The width of a load depends on a common divisor of all strides. The compiler learns it from a multiplication in
-    # the kernel: Triton 3.7.1's AMD backend drops a hint on the offsets, and the JIT would tell it only about 16.
+    # The width of a load depends on a common divisor of all strides. The JIT tells the compiler only about 16. A
+    # smaller divisor needs a multiplication in the kernel: Triton 3.7.1's AMD backend drops a hint on the offsets.
     unit = math.gcd(*strides[:3], 16)
+    unit = 1 if unit == 16 else unit
     return {
         "stride_images_b": strides[0] // unit,
         "stride_images_i": strides[1] // unit,

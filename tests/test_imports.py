@@ -60,7 +60,8 @@ def test_transformers_works_beside_it_too(tmp_path):
 
 def test_the_library_itself_neither_imports_torchvision_nor_defines_its_ops():
     pytest.importorskip("torchvision")
-    parts = "swap, models, ops, layers, maps, _warmup, console, cli, names, verify.model, verify.pytest_plugin"
+    parts = "swap, models, ops, layers, maps, _warmup, tools.console, tools.cli, tools.names, tools.verify.model"
+    parts += ", tools.verify.pytest_plugin"
     code = f"""
 for part in {parts!r}.split(", "):
     __import__("vitkernels." + part)

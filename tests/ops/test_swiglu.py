@@ -9,6 +9,7 @@ from drawn import drawn
 
 from vitkernels import ops, reference
 from vitkernels.ops import _registry
+from vitkernels.ops._swiglu import glu_fwd
 from vitkernels.ops._swiglu.config import MAX_FUSED_K, choose_config, padded
 from vitkernels.runtime import DeviceFacts
 from vitkernels.testing import check_op
@@ -340,7 +341,7 @@ def test_opcheck_and_agreement_with_pytorch(hidden, device):
     b1, b2, gamma = (torch.randn(s, device=device) for s in (hidden, hidden, 20))
     w3[:, hidden:] = 0.0
     narrow = w3[:, :hidden]
-    h, z = ops.swiglu.glu_fwd(x, w1, b1, w2, b2, "silu", False, True)
+    h, z = glu_fwd(x, w1, b1, w2, b2, "silu", False, True)
     calls = [
         ("glu_fwd", (x, w1, b1, w2, b2, "silu", False, True)),
         ("glu_fwd", (x, torch.cat([w1, w2]), None, None, None, "gelu", True, False)),

@@ -144,16 +144,15 @@ def _patch_embed_bwd_weight_kernel(
     dout_rows = dout_ptr + offs_c[:, None] * stride_dout_c
 
     acc = tl.zeros((BLOCK_C, BLOCK_K), ACC)
-    first_m = split.to(ROW) * rows_per_split
+    first_m = (split.to(INDEX) * rows_per_split).to(ROW)
     last_m = tl.minimum(first_m + rows_per_split, M)
     for start_m in range(first_m, last_m, BLOCK_M):
         offs_m = start_m + tl.arange(0, BLOCK_M).to(ROW)
         mask_m = offs_m < last_m
-        b = quotient(offs_m, N, N_factor, N_shift)
-        n = offs_m - b * N
-        row = quotient(n, patches_x, x_factor, x_shift)
+        b = quotient(offs_m, N, N_factor, N_shift).to(INDEX)
+        n = offs_m.to(INDEX) - b * N
+        row = quotient(n.to(ROW), patches_x, x_factor, x_shift).to(INDEX)
         column = n - row * patches_x
-        b, n, row, column = b.to(INDEX), n.to(INDEX), row.to(INDEX), column.to(INDEX)
         dout_offs = b * stride_dout_b + (R + n) * stride_dout_t
         dout = tl.load(dout_rows + dout_offs[None, :], mask=mask_c[:, None] & mask_m[None, :], other=0.0)
         patch_offs = patch_offsets(b, row, column, stride_images_b, stride_images_y, stride_images_x, PY, PX)

@@ -52,7 +52,7 @@ def attention_backward(
     config = choose_config(
         longest_q, longest_kv, D, q.dtype, runtime.device_facts(q.device),
         heads=images * H, varlen=varlen, masked=options.mask is not None,
-        dropout=options.dropout_p > 0,
+        dropout=options.dropout_p > 0, is_causal=options.is_causal,
     )  # fmt: skip
     arguments = {
         "do_ptr": do,

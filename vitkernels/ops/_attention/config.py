@@ -46,6 +46,7 @@ def choose_config(
     varlen: bool = False,
     masked: bool = False,
     dropout: bool = False,
+    is_causal: bool = False,
 ) -> AttentionConfig:
     """Choose regimes and tilings from the tuning table, else by a heuristic.
 
@@ -58,11 +59,12 @@ def choose_config(
         varlen: Whether images of different lengths are packed.
         masked: Whether there is a mask.
         dropout: Whether weights are dropped.
+        is_causal: Whether queries attend to no later key.
     """
     width = sum(head_parts(D))
     start = _blocks(width, dtype.itemsize, facts, masked, dropout)
     if not varlen:
-        start |= _whole_rows(N_q, N_kv, width, dtype.itemsize, facts, heads, masked, dropout)
+        start |= _whole_rows(N_q, N_kv, width, dtype.itemsize, facts, heads, masked, dropout, is_causal)
     options = ",varlen" * varlen + ",masked" * masked + ",dropout" * dropout
     key = f"N_q={N_q},N_kv={N_kv},D={D},{dtype}{options}"
     chosen = {}
@@ -105,7 +107,15 @@ def _blocks(width: int, itemsize: int, facts: DeviceFacts, masked: bool, dropout
 
 
 def _whole_rows(
-    N_q: int, N_kv: int, width: int, itemsize: int, facts: DeviceFacts, heads: int, masked: bool, dropout: bool
+    N_q: int,
+    N_kv: int,
+    width: int,
+    itemsize: int,
+    facts: DeviceFacts,
+    heads: int,
+    masked: bool,
+    dropout: bool,
+    is_causal: bool,
 ) -> dict[str, Tiling]:
     """Tilings for kernels that hold a whole row of scores, where that spills no registers on any architecture."""
     if itemsize > 2 or width > 128 or N_kv > LONGEST_ROW:
@@ -129,8 +139,9 @@ def _whole_rows(
         if N_kv <= 64 and not short_and_masked:
             tilings["backward"] = Tiling("row", 32, block_n, 4, 1)
         elif 64 < N_kv <= (128 if short else 256) and not (masked or dropout):
-            # On Hopper the next queries load during the products: 253 registers of 255. On CDNA 3 that spills.
-            stages = 2 if facts.arch.startswith("sm_9") else 1
+            # On Hopper the next queries load during the products: 253 registers of 255. On CDNA 3 that spills, and so
+            # does a causal mask.
+            stages = 2 if facts.arch.startswith("sm_9") and not is_causal else 1
             tilings["backward"] = Tiling("row", 16, block_n, 8, stages)
     return tilings
 

@@ -228,7 +228,7 @@ def layer_norm_backward(
     if M == 0:
         shares = [torch.zeros((1, C), dtype=rstd.dtype, device=r.device) for _ in sums_wanted]
     else:
-        config = choose_backward_config(M, C, runtime.device_facts(r.device), r.dtype)
+        config = choose_backward_config(M, C, runtime.device_facts(r.device), r.dtype, sum(sums_wanted))
         shares = [torch.empty((config.programs if n else 0, C), dtype=rstd.dtype, device=r.device) for n in sums_wanted]
         _layer_norm_bwd_kernel[(config.programs,)](
             dy_ptr=dy_rows,

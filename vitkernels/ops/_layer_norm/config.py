@@ -40,23 +40,27 @@ def choose_config(M: int, C: int, facts: DeviceFacts) -> LayerNormConfig:
     return LayerNormConfig(**config)
 
 
-def choose_backward_config(M: int, C: int, facts: DeviceFacts, dtype: torch.dtype) -> LayerNormBackwardConfig:
+def choose_backward_config(
+    M: int, C: int, facts: DeviceFacts, dtype: torch.dtype, sums: int = 2
+) -> LayerNormBackwardConfig:
     """Choose the backward's configuration: a heuristic, overridden by the tuning table.
 
     A row takes 256 channels of a warp, 16 bytes of bf16 a lane, and all rows of a tile lie in the same lanes: sums over
     rows then need no other lane, and the barriers of the sums over channels serve all rows. A tile has as many rows as
-    registers allow, and a multiprocessor 12 warps or more, which read enough bytes at a time.
+    registers allow beside ``sums`` sums over rows, and a multiprocessor 12 warps or more, which read enough bytes at a
+    time.
     """
     block_c = min(runtime.next_power_of_2(C), MAX_WHOLE_ROW)
     num_warps = max(1, min(16, block_c // 256))
-    block_m = max(1, 8 // dtype.itemsize // (1 if num_warps < 8 else 2 if block_c < MAX_WHOLE_ROW else 4))
+    halved = sums > 2 or num_warps >= 8
+    block_m = max(1, 8 // dtype.itemsize // (4 if block_c == MAX_WHOLE_ROW else 2 if halved else 1))
     config = {
         "block_m": block_m,
         "block_c": block_c,
         "num_warps": num_warps,
         "programs": cdiv(12, num_warps) * facts.num_sms,
     }
-    config |= tuning.lookup("layer_norm_backward", facts.name, f"C={C},{dtype}") or {}
+    config |= tuning.lookup("layer_norm_backward", facts.name, f"C={C},{dtype},sums={sums}") or {}
     return LayerNormBackwardConfig(
         **{**config, "programs": max(1, min(config["programs"], cdiv(M, config["block_m"])))}
     )

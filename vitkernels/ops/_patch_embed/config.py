@@ -65,12 +65,17 @@ def choose_config(
 
     while stages() < 2 and blocks[summed] > 16:
         blocks[summed] //= 2
+    wanted_stages = 3
+    if product == "dweight" and not wide:
+        # With a third stage the addresses of the narrow tile would spill, with a second those of unaligned patches.
+        wanted_stages = 2 if K % 16 == 0 else 1
+    elif product == "dweight" and normalized and dtype == torch.float32 and facts.arch.startswith("sm_8"):
+        wanted_stages = 2  # normalised pixels would spill with three
     config = {f"block_{a}": block for a, block in blocks.items()}
     config |= {
         # Splits fill the chip twice; each sums at least four steps, since it also stores a tile.
         "splits": max(1, min(2 * facts.num_sms // tiles(), M // (4 * blocks["m"]))) if product == "dweight" else 1,
         "num_warps": 8 if math.prod(blocks[a] for a in kept) > 64 * 64 else 4,
-        # With a third stage the addresses of dweight's narrow tile would spill.
-        "num_stages": max(1, min(3 if wide or product != "dweight" else 2, stages())),
+        "num_stages": max(1, min(wanted_stages, stages())),
     }
     return PatchEmbedConfig(**config | (tuning.lookup("patch_embed", facts.name, f"{product} C={C} K={K}") or {}))

@@ -157,16 +157,17 @@ def child():
 if __name__ == "__main__":
     _interrupt.start()
 """
+# In steps: a signal that comes just before C code sleeps does not wake it.
+SLEEP = "[time.sleep(0.1) for _ in range(600)]"
 WAITS = {
-    "sleep": "ready(); time.sleep(60)",
+    "sleep": f"ready(); {SLEEP}",
     "in a destructor": "x = Swallows(); del x",
     "in C": "ready(); hashlib.pbkdf2_hmac('sha256', b'', b'', (1 << 31) - 1)",
-    "in generated code": "exec('ready(); time.sleep(60)')",
+    "in generated code": f"exec('ready(); {SLEEP}')",
     "forked": "exec('with _interrupt.pool(2, \"fork\") as pool: pool.submit(child).result()')",
     "spawned": "exec('with _interrupt.pool(2, \"spawn\") as pool: pool.submit(child).result()')",
     "a session of its own": "subprocess.run(['setsid', '-w', 'sh', '-c', 'echo ready; sleep 60'])",
-    # In steps: a signal that comes just before C code sleeps does not wake it.
-    "at exit": "import atexit; atexit.register(lambda: [time.sleep(0.1) for _ in range(600)]); ready()",
+    "at exit": f"import atexit; atexit.register(lambda: {SLEEP}); ready()",
 }
 
 

@@ -93,12 +93,14 @@ def add_rms_norm(
     return rms_norm(new_residual, weight, eps), new_residual
 
 
-def _add_branch(x: Tensor, residual: Tensor, layer_scale: Tensor | None, drop_path_scale: Tensor | None) -> Tensor:
+def _add_branch(
+    x: Tensor, residual: Tensor | None, layer_scale: Tensor | None, drop_path_scale: Tensor | None
+) -> Tensor:
     if layer_scale is not None:
         x = x * layer_scale
     if drop_path_scale is not None:
         x = x * drop_path_scale.reshape(-1, *[1] * (x.ndim - 1))
-    return residual + x
+    return x if residual is None else residual + x
 
 
 def linear(
@@ -127,9 +129,11 @@ def mlp(
     activation: str | None = "gelu",
     residual: Tensor | None = None,
     layer_scale: Tensor | None = None,
+    drop_path_scale: Tensor | None = None,
 ) -> Tensor:
-    """``residual + layer_scale · (activation(x W1ᵀ + b1) W2ᵀ + b2)``, with W1 (F, C) and W2 (C', F)."""
-    return linear(linear(x, w1, b1, activation=activation), w2, b2, residual=residual, layer_scale=layer_scale)
+    """``residual + drop_path_scale[b] · layer_scale · (activation(x W1ᵀ + b1) W2ᵀ + b2)``, W1 (F, C), W2 (C', F)."""
+    y = linear(linear(x, w1, b1, activation=activation), w2, b2)
+    return _add_branch(y, residual, layer_scale, drop_path_scale)
 
 
 def swiglu_mlp(
@@ -326,18 +330,20 @@ def block(
     fc1: tuple[Tensor, Tensor | None],
     fc2: tuple[Tensor, Tensor | None],
     layer_scale: tuple[Tensor | None, Tensor | None] = (None, None),
+    drop_path_scale: tuple[Tensor | None, Tensor | None] = (None, None),
     num_heads: int,
     scale: float | None = None,
     eps: tuple[float, float] = (1e-6, 1e-6),
     activation: str | None = "gelu",
 ) -> Tensor:
     """``r = x + layer_scale[0] · proj(attention(qkv(norm1(x))))``, then ``r + layer_scale[1] · mlp(norm2(r))``
-    (arXiv 2010.11929)."""
+    (arXiv 2010.11929); each branch of a sample is also scaled by its number in ``drop_path_scale`` (1603.09382)."""
     h = linear(layer_norm(x, *norm1, eps[0]), *qkv)
     h = attention_qkvpacked(h.unflatten(-1, (3, num_heads, -1)), scale=scale).flatten(2)
-    r = linear(h, *proj, residual=x, layer_scale=layer_scale[0])
+    r = _add_branch(linear(h, *proj), x, layer_scale[0], drop_path_scale[0])
     h = layer_norm(r, *norm2, eps[1])
-    return mlp(h, *fc1, *fc2, activation=activation, residual=r, layer_scale=layer_scale[1])
+    scales = {"layer_scale": layer_scale[1], "drop_path_scale": drop_path_scale[1]}
+    return mlp(h, *fc1, *fc2, activation=activation, residual=r, **scales)
 
 
 def patch_embed(

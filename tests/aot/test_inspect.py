@@ -181,7 +181,7 @@ def embed(images, weight):
 def attend(mask, dtype, *shape):
     qkv, mask = new(2, 300, 3, 2, 32, dtype=dtype), new(*shape, dtype=mask)
     o, lse = OPS["attention_qkvpacked_fwd"].launcher(qkv, 0.2, mask)
-    OPS["attention_qkvpacked_bwd"].launcher(o, qkv, o, lse, 0.2, False, mask.is_floating_point(), mask)
+    OPS["attention_qkvpacked_bwd"].launcher(o, qkv, o, lse, 0.2, None, mask.is_floating_point(), mask)
 
 
 def test_other_dtypes_beside_those_of_products_compile():

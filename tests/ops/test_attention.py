@@ -418,8 +418,8 @@ def test_opcheck(device):
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(FILE.attention_fwd, (q, k, v, SCALE), test_utils=tests)
     torch.library.opcheck(FILE.attention_qkvpacked_fwd, (qkv, SCALE), test_utils=tests)
-    for needs_sum in (True, False):
-        torch.library.opcheck(FILE.attention_qkvpacked_bwd, (po, qkv, po, plse, SCALE, needs_sum), test_utils=tests)
+    for sum_dtype in (torch.float32, torch.float16, None):
+        torch.library.opcheck(FILE.attention_qkvpacked_bwd, (po, qkv, po, plse, SCALE, sum_dtype), test_utils=tests)
     for needed in ([True, True, False], [True, False, False], [False, True, False]):
         torch.library.opcheck(FILE.attention_bwd, (o, q, k, v, o, lse, SCALE, needed), test_utils=tests)
 
@@ -434,7 +434,7 @@ def test_reference_backward_agrees_with_the_kernels(device):
             torch.testing.assert_close(actual, expected)
     qkv = torch.randn(2, 70, 3, 2, 24, device=device)
     o, lse = FILE.attention_qkvpacked_fwd(qkv, SCALE)
-    arguments = (torch.randn_like(o), qkv, o, lse, SCALE, True)
+    arguments = (torch.randn_like(o), qkv, o, lse, SCALE, lse.dtype)
     torch.testing.assert_close(FILE._reference_packed_backward(*arguments), FILE.attention_qkvpacked_bwd(*arguments))
 
 

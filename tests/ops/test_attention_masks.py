@@ -531,7 +531,7 @@ def test_opcheck_and_the_references_of_registered_ops(device):
     options = (torch.randn(1, 2, 54, 54, device=device), seed, False, 0.4)
     o, lse = file.attention_fwd(q, k, v, scale, False, *options)
     backward = (o.cos(), q, k, v, o, lse, scale, [True, True, True], False, *options)
-    packed = (o.cos(), qkv, o, lse, scale, True, True, *options)
+    packed = (o.cos(), qkv, o, lse, scale, lse.dtype, True, *options)
     for op, arguments, expected in (
         (file.attention_fwd, (q, k, v, scale, False, *options), file._reference_forward),
         (file.attention_bwd, backward, file._reference_backward),

@@ -58,7 +58,7 @@ def windows(batch: int):
     for mask in (new(1, 4, 49, 49), new(batch, 4, 49, 49)):
         options = mask, None, False, 0.0
         OPS["attention_qkvpacked_fwd"].launcher(qkv, 0.2, *options)
-        OPS["attention_qkvpacked_bwd"].launcher(o, qkv, o, lse, 0.2, True, True, *options)
+        OPS["attention_qkvpacked_bwd"].launcher(o, qkv, o, lse, 0.2, lse.dtype, True, *options)
 
 
 def test_nor_do_windows():

@@ -8,7 +8,7 @@ import torch
 from drawn import drawn
 
 from vitkernels import ops, reference
-from vitkernels.ops._linear import fold_layer_scale
+from vitkernels.ops._layer_scale import fold_layer_scale
 from vitkernels.ops._product import choose_config
 from vitkernels.runtime import DeviceFacts
 from vitkernels.testing import check_op

@@ -118,3 +118,13 @@ def check_shape(op: str, name: str, x: Tensor, expected: tuple[int, ...], why: s
     """
     if x.shape != expected:
         raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}; expected {tuple(expected)}, {why}")
+
+
+def check_drop_path_scale(op: str, name: str, scale: torch.Tensor, x: torch.Tensor) -> None:
+    """Require DropPath's scales: one number without gradient for each sample of ``x`` (B, ..., C), on its device."""
+    check_like(op, name, scale, "x", x, dtype=False)
+    if x.ndim < 2:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}; {name} needs (batch, ..., channels)")
+    check_shape(op, name, scale, x.shape[:1], "one scale a sample of x")
+    if scale.requires_grad:
+        raise NotImplementedError(f"{op}: {name} requires a gradient; it is a drawn constant: detach it")

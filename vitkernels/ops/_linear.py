@@ -2,9 +2,9 @@
 
 Forward:     z = x Wᵀ + b,  y = residual + γ · act(z)
 Backward:    dz = γ · dy · act'(z),  dx = dz W,  dW = dzᵀ x,  db = Σ dz,  dγ = Σ dy · act(z),  dresidual = dy
-Without an activation, the backward of LayerScale needs no pass over the activations, by an exact identity. With
-G = dyᵀ x:
-             dx = dy (γ ∘ W),  dW = γ ∘ G,  dγⱼ = Σᵢ Wⱼᵢ Gⱼᵢ + bⱼ Σ dyⱼ
+Without an activation, the backward of LayerScale needs no pass over the activations, by an exact identity
+(_layer_scale.py). With W' = γ ∘ W and dW' = dyᵀ x:
+             dx = dy W',  dW = γ ∘ dW',  dγⱼ = Σᵢ Wⱼᵢ dW'ⱼᵢ + bⱼ Σ dyⱼ
 
 Shapes, as in a GEMM: rows M (all leading dims), N output features, K input features. Products accumulate in fp32
 (fp64 for fp64). Saved for backward: x, W and, with an activation, z in x's dtype.
@@ -13,6 +13,7 @@ Sources: GELU arXiv 1606.08415, LayerScale arXiv 2103.17239.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,9 +22,11 @@ from torch import Tensor
 from vitkernels import reference, runtime
 from vitkernels.ops import _tile
 from vitkernels.ops._checks import check_like, check_shape, check_tensor, dtypes_and_devices_match
+from vitkernels.ops._layer_scale import fold_layer_scale, layer_scale_backward
 from vitkernels.ops._once import once_differentiable
 from vitkernels.ops._product import product, within_reach
 from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
+from vitkernels.ops._sums import new_shares, sum_shares
 from vitkernels.ops._triton import tl, triton
 from vitkernels.runtime import cdiv, dense_or, next_power_of_2, promoted_dtype, unit_stride, wide_dtype
 
@@ -77,9 +80,18 @@ def _activation_bwd_kernel(
 
 
 def activation_backward(
-    dy: Tensor, z: Tensor, gamma: Tensor | None, activation: str, *, needs_dbias: bool, needs_dgamma: bool
+    dy: Tensor,
+    z: Tensor,
+    gamma: Tensor | None,
+    activation: str,
+    *,
+    needed: tuple[bool, bool],
+    dtypes: tuple[torch.dtype, torch.dtype],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``(dz, Σ dz, Σ dy · act(z))`` with ``dz = γ · dy · act'(z)``; a sum over rows is empty unless needed."""
+    """Return ``(dz, Σ dz, Σ dy · act(z))`` with ``dz = γ · dy · act'(z)``.
+
+    The two sums over rows have ``dtypes``, and each is empty unless ``needed``.
+    """
     M, N = z.shape
     # A larger tile, or as many columns in fp64, would take too many registers.
     block_m, block_n = 8, min(256 if z.dtype.itemsize <= 4 else 64, next_power_of_2(N))
@@ -87,10 +99,7 @@ def activation_backward(
     # About four programs per SM in all, so that the number of partial sums does not grow with M.
     programs_m = max(1, min(cdiv(M, block_m), 4 * runtime.device_facts(z.device).num_sms // blocks_n))
     dz = torch.empty_like(z)
-    shares = [
-        torch.empty((programs_m if M else 0, N if needed else 0), dtype=wide_dtype(z.dtype), device=z.device)
-        for needed in (needs_dbias, needs_dgamma)
-    ]
+    shares, (dbias, dgamma) = new_shares(needed, programs_m if M else 0, N, wide_dtype(z.dtype), z.device)
     if M > 0:
         # In fp32 four warps would spill on sm_120.
         crowded = z.dtype.itemsize == 4 and runtime.device_facts(z.device).arch.startswith("sm_12")
@@ -99,39 +108,23 @@ def activation_backward(
             z_ptr=z,
             gamma_ptr=dense_or(gamma, z),
             dz_ptr=dz,
-            dbias_ptr=shares[0],
-            dgamma_ptr=shares[1],
+            dbias_ptr=dbias,
+            dgamma_ptr=dgamma,
             stride_dy_row=dy.stride(0),
             stride_dy_col=dy.stride(1),
             programs_m=programs_m,
             M=M,
             N=N,
             HAS_GAMMA=gamma is not None,
-            NEEDS_DBIAS=needs_dbias,
-            NEEDS_DGAMMA=needs_dgamma,
+            NEEDS_DBIAS=needed[0],
+            NEEDS_DGAMMA=needed[1],
             ACTIVATION=activation,
             ACC=_tile.accumulator(z.dtype),
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             num_warps=8 if crowded else 4,
         )
-    return dz, shares[0].sum(0), shares[1].sum(0)
-
-
-def fold_layer_scale(weight: Tensor, gamma: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return ``(W', alpha)`` with ``alpha · W' = γ ∘ W``, where γ scales the rows; alpha is None if it would be 1.
-
-    In fp16, LayerScale's initial γ = 1e-5 would make W' underflow. So alpha, a power of two, is factored out of γ: the
-    largest |γ| left in W' lies between 1 and 2.
-    """
-    if gamma is None:
-        return weight, None
-    gamma = gamma.to(wide_dtype(weight.dtype))
-    alpha = None
-    if weight.dtype == torch.float16:
-        alpha = torch.exp2(gamma.abs().amax().clamp_min(1e-30).log2().floor()).reshape(1)
-        gamma = gamma / alpha
-    return (weight.to(gamma.dtype) * gamma.unsqueeze(1)).to(weight.dtype), alpha
+    return dz, *sum_shares(shares, needed, dtypes)
 
 
 def weight_gradients(
@@ -140,38 +133,52 @@ def weight_gradients(
     weight: Tensor,
     bias: Tensor | None,
     gamma: Tensor | None,
-    needs_dweight: bool,
-    needs_dbias: bool,
-    needs_dgamma: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of W, b and γ of ``γ · (x Wᵀ + b)`` for upstream ``dy``, empty unless needed.
+    needed: Sequence[bool],
+    dtype: torch.dtype,
+    bias_path: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of W, b, γ and γ ∘ W of ``γ · (x Wᵀ + t · b)`` for upstream ``dy``, empty unless needed.
 
     Args:
         dy: (M, N), any strides.
         x: (M, K), any strides.
+        needed: Which of the four. The last one, for a γ, comes alone.
+        dtype: Dtype of the gradients of W and b. That of γ has γ's, and that of γ ∘ W is fp32 (fp64).
+        bias_path: t, (samples,), or None for ones.
     """
-    sums_dtype = wide_dtype(weight.dtype)
-    dweight, dgamma = dy.new_empty(0), dy.new_empty(0)
-    if needs_dweight or needs_dgamma:
-        dweight, _ = product(dy.t(), x, out_dtype=sums_dtype if gamma is not None else None)
-    sums = needs_dbias or (needs_dgamma and bias is not None)
-    dbias = dy.sum(0, dtype=sums_dtype) if sums else dy.new_empty(0)
+    needs_dweight, needs_dbias, needs_dgamma, needs_dfolded = needed
+    wide = wide_dtype(weight.dtype)
+    dtypes = (dtype, dtype, wide if gamma is None else gamma.dtype, wide)
+    dweight, dbias, dgamma, dfolded = (dy.new_empty(0, dtype=each) for each in dtypes)
     if gamma is None:
-        return dweight, dbias, dgamma
-    if needs_dgamma:
-        dgamma = (weight.to(sums_dtype) * dweight).sum(1)
-        if bias is not None:
-            dgamma = dgamma + bias.to(sums_dtype) * dbias
-    wide_gamma = gamma.to(sums_dtype)
-    return (
-        (dweight * wide_gamma.unsqueeze(1)).to(weight.dtype) if needs_dweight else dy.new_empty(0),
-        dbias * wide_gamma if needs_dbias else dy.new_empty(0),
-        dgamma,
-    )
+        if needs_dweight:
+            dweight, _ = product(dy.t(), x, out_dtype=dtype)
+        if needs_dbias:
+            dbias = _sum_rows(dy, bias_path, dtype)
+        return dweight, dbias, dgamma, dfolded
+    if needs_dweight or needs_dgamma or needs_dfolded:
+        dfolded, _ = product(dy.t(), x, out_dtype=wide)
+    if needs_dfolded:
+        return dweight, dbias, dgamma, dfolded
+    dy_sum = _sum_rows(dy, bias_path, wide) if needs_dbias or (needs_dgamma and bias is not None) else None
+    grads = layer_scale_backward(dfolded, weight, gamma, bias, dy_sum, needed[:3], dtype)
+    return *grads, dy.new_empty(0, dtype=wide)
 
 
-def linear_forward(x, weight, bias, gamma, residual, activation, out_dtype=None, save_z=False):
-    """Launch the forward on (..., K); return ``(y, z)``, y by default in the widest dtype of x, residual and gamma."""
+def _sum_rows(dy: Tensor, path: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return the sum of the rows of dy (M, N), those of each sample scaled by its number in ``path``."""
+    if path is None or dy.shape[0] == 0:
+        return dy.sum(0, dtype=dtype)
+    wide = wide_dtype(dtype)
+    sums = dy.view(len(path), -1, dy.shape[1]).sum(1, dtype=wide)
+    return (sums * path.to(wide)[:, None]).sum(0).to(dtype)
+
+
+def linear_forward(x, weight, bias, gamma, residual, activation, out_dtype=None, save_z=False, **paths):
+    """Launch the forward on (..., K); return ``(y, z)``, y by default in the widest dtype of x, residual and gamma.
+
+    ``paths`` are scales of samples, as :func:`vitkernels.ops._product.product` takes them.
+    """
     M, N = x.shape[:-1].numel(), weight.shape[0]
     y, z = product(
         x.reshape(M, x.shape[-1]),
@@ -182,37 +189,44 @@ def linear_forward(x, weight, bias, gamma, residual, activation, out_dtype=None,
         gamma=gamma,
         residual=None if residual is None else unit_stride(within_reach(residual.reshape(M, N))),
         save_z=save_z,
+        **paths,
     )
     return y.view(*x.shape[:-1], N), z.view(*x.shape[:-1], N) if save_z else z
 
 
 class LinearWanted(NamedTuple):
-    """Which gradients of :func:`linear` are wanted, in the order in which they come."""
+    """Which gradients of :func:`linear` are wanted, in the order in which they come.
+
+    ``dfolded`` is that of γ ∘ W. It comes in place of those of W, b and γ, which ``layer_scale_bwd`` makes from it.
+    """
 
     dx: bool = False
     dweight: bool = False
     dbias: bool = False
     dgamma: bool = False
+    dfolded: bool = False
 
 
-def linear_backward(dy, x, weight, bias, z, gamma, activation, needed):
-    """Launch the backward; return the gradients named by :class:`LinearWanted`, each empty unless ``needed``."""
-    needs_dx, needs_dweight, needs_dbias, needs_dgamma = LinearWanted(*needed)
+def linear_backward(dy, x, weight, bias, z, gamma, activation, needed, dtype=None):
+    """Launch the backward; return the gradients named by :class:`LinearWanted`, each empty unless ``needed``.
+
+    Those of W and b have ``dtype``, x's if None; that of γ has γ's, and that of γ ∘ W is fp32 (fp64).
+    """
+    wanted = LinearWanted(*needed)
+    dtype = dtype or x.dtype
     M, K, N = x.shape[:-1].numel(), x.shape[-1], weight.shape[0]
     rows, dy = x.reshape(M, K), dy.reshape(M, N).to(x.dtype)
     if activation is None:
-        folded, alpha = fold_layer_scale(weight, gamma)
-        dx, _ = product(dy, folded, alpha=alpha) if needs_dx else (x.new_empty(0), None)
-        dweight, dbias, dgamma = weight_gradients(
-            dy, rows, weight, bias, gamma, needs_dweight, needs_dbias, needs_dgamma
-        )
-    else:
-        dz, dbias, dgamma = activation_backward(
-            dy, z.reshape(M, N), gamma, activation, needs_dbias=needs_dbias, needs_dgamma=needs_dgamma
-        )
-        dx, _ = product(dz, weight) if needs_dx else (x.new_empty(0), None)
-        dweight, _ = product(dz.t(), rows) if needs_dweight else (x.new_empty(0), None)
-    return dx.view(x.shape) if needs_dx else dx, dweight, dbias.to(x.dtype), dgamma.to(wide_dtype(x.dtype))
+        folded, alpha = fold_layer_scale(weight, gamma) if wanted.dx else (None, None)
+        dx = product(dy, folded, alpha=alpha)[0].view(x.shape) if wanted.dx else x.new_empty(0)
+        return dx, *weight_gradients(dy, rows, weight, bias, gamma, wanted[1:], dtype)
+    dtypes = dtype, wide_dtype(x.dtype) if gamma is None else gamma.dtype
+    dz, dbias, dgamma = activation_backward(
+        dy, z.reshape(M, N), gamma, activation, needed=(wanted.dbias, wanted.dgamma), dtypes=dtypes
+    )
+    dx = product(dz, weight)[0].view(x.shape) if wanted.dx else x.new_empty(0)
+    dweight = product(dz.t(), rows, out_dtype=dtype)[0] if wanted.dweight else x.new_empty(0, dtype=dtype)
+    return dx, dweight, dbias, dgamma, x.new_empty(0, dtype=wide_dtype(x.dtype))
 
 
 def _fake_forward(x, weight, bias, gamma, residual, activation, out_dtype=None, save_z=False):
@@ -221,9 +235,10 @@ def _fake_forward(x, weight, bias, gamma, residual, activation, out_dtype=None, 
     return x.new_empty(shape, dtype=out_dtype), x.new_empty(shape if save_z else (0,))
 
 
-def _fake_backward(dy, x, weight, bias, z, gamma, activation, needed):
-    shapes = (x.shape, weight.shape, weight.shape[:1], weight.shape[:1])
-    dtypes = (x.dtype, x.dtype, x.dtype, wide_dtype(x.dtype))
+def _fake_backward(dy, x, weight, bias, z, gamma, activation, needed, dtype=None):
+    shapes = (x.shape, weight.shape, weight.shape[:1], weight.shape[:1], weight.shape)
+    dtype, wide = dtype or x.dtype, wide_dtype(x.dtype)
+    dtypes = (x.dtype, dtype, dtype, wide if gamma is None else gamma.dtype, wide)
     return tuple(
         x.new_empty(shape if n else (0,), dtype=dtype) for shape, dtype, n in zip(shapes, dtypes, needed, strict=True)
     )
@@ -235,14 +250,21 @@ def _reference_forward(x, weight, bias, gamma, residual, activation, out_dtype=N
     return y.to(out_dtype or promoted_dtype(x, residual, gamma)).contiguous(), z.contiguous()
 
 
-def _reference_backward(dy, x, weight, bias, z, gamma, activation, needed):
+def _reference_backward(dy, x, weight, bias, z, gamma, activation, needed, dtype=None):
+    outputs = _fake_backward(dy, x, weight, bias, z, gamma, activation, needed, dtype)
+    wanted = LinearWanted(*needed)
     grads = reference_gradients(
         lambda x, w, b, gamma: reference.linear(x, w, b, activation=activation, layer_scale=gamma),
         (x, weight, bias, None if gamma is None else gamma.to(x.dtype)),
         (dy.to(x.dtype),),
-        needed,
+        needed[:4],
     )
-    return *grads[:3], grads[3].to(wide_dtype(x.dtype))
+    for output, grad in zip(outputs[:4], grads, strict=True):
+        output.copy_(grad)
+    if wanted.dfolded:
+        wide = outputs[4].dtype
+        outputs[4].copy_(dy.reshape(-1, weight.shape[0]).to(wide).t() @ x.reshape(-1, x.shape[-1]).to(wide))
+    return outputs
 
 
 linear_fwd = register(
@@ -254,7 +276,7 @@ linear_fwd = register(
 )
 linear_bwd = register(
     "linear_bwd(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? z, Tensor? gamma, str? activation, "
-    "bool[] needed) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool[] needed, ScalarType? dtype=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     launcher=linear_backward,
     reference=_reference_backward,
     fake=_fake_backward,
@@ -271,7 +293,6 @@ class LinearFunction(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, z if save_z else None, gamma)
         ctx.emulated = runtime.emulated_arch()
         ctx.activation = activation
-        ctx.gamma_dtype = None if gamma is None else gamma.dtype
         ctx.residual_dtype = None if residual is None else residual.dtype
         return y
 
@@ -281,10 +302,8 @@ class LinearFunction(torch.autograd.Function):
         needed = list(ctx.needs_input_grad[:4])
         grads = [None] * 4
         if any(needed):
-            results = linear_bwd(dy, *saved, ctx.activation, needed)
-            grads = [g if n else None for g, n in zip(results, needed, strict=True)]
-        if needed[3]:
-            grads[3] = grads[3].to(ctx.gamma_dtype)
+            results = linear_bwd(dy, *saved, ctx.activation, [*needed, False])
+            grads = [g if n else None for g, n in zip(results[:4], needed, strict=True)]
         dresidual = dy.to(ctx.residual_dtype) if ctx.needs_input_grad[4] else None
         return *grads, dresidual, None
 

@@ -1,7 +1,9 @@
 """Matrix products with a fused epilogue, used by linear.py and mlp.py.
 
-    product         y = residual + γ · act(z),  z = alpha · a b + bias
-    product_dact    dz = alpha · a b · act'(z),  with act(z) and Σ dz on the side
+    product         y = residual + γ · s · act(z),  z = alpha · a b + t · bias
+    product_dact    dz = s · alpha · a b · act'(z),  with s · act(z) and Σ dz on the side
+
+s and t are DropPath's scales of the rows of a sample.
 
 Shapes, as in a GEMM: a (M, K), b (K, N), any strides. Sums are fp32 (fp64 for fp64). On a GPU a product without
 an epilogue goes to torch.mm (cuBLAS): the Triton kernel reaches 0.80 to 0.97 of its speed (H100, bf16), and is worth
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from vitkernels import runtime, tuning
 from vitkernels.ops import _tile
+from vitkernels.ops._sums import new_shares, sum_shares
 from vitkernels.ops._triton import tl, triton
 from vitkernels.runtime import DeviceFacts, cdiv, dense_or, next_power_of_2, wide_dtype
 
@@ -86,7 +89,7 @@ def column_parts(block_n: int, in_parts: bool) -> int:
     return max(1, block_n // 32) if in_parts else 1
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "rows_per_sample"])
 def _product_kernel(
     a_ptr,  # (M, K)
     b_ptr,  # (K, N)
@@ -94,6 +97,7 @@ def _product_kernel(
     bias_ptr,  # (N,)
     gamma_ptr,  # (N,), LayerScale
     residual_ptr,  # (M, N)
+    path_ptr,  # (samples,), with a PATH: scales act(z), or the bias
     z_ptr,  # (M, N), contiguous: alpha · a b + bias, with SAVE_Z
     y_ptr,  # (M, N), contiguous: residual + gamma · act(z)
     stride_a_row,
@@ -101,6 +105,7 @@ def _product_kernel(
     stride_b_row,
     stride_b_col,
     stride_residual_row,
+    rows_per_sample,
     M,
     N,
     K,
@@ -109,6 +114,7 @@ def _product_kernel(
     HAS_GAMMA: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     SAVE_Z: tl.constexpr,
+    PATH: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ALIGNED_M: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -132,6 +138,8 @@ def _product_kernel(
     )  # fmt: skip
     if HAS_ALPHA:
         acc *= tl.load(alpha_ptr).to(ACC)
+    if PATH != "none":
+        path = tl.load(path_ptr + (first_m + offs_m) // rows_per_sample, mask=mask_m, other=0.0).to(ACC)[:, None]
     first_out = first_m * N + first_n
     for part in tl.static_range(PARTS):
         z = _columns(acc, part, PARTS)
@@ -140,10 +148,16 @@ def _product_kernel(
         mask = mask_m[:, None] & mask_n[None, :]
         offs_out = offs_m[:, None] * N + offs_n[None, :]
         if HAS_BIAS:
-            z += tl.load(bias_ptr + first_n + offs_n, mask=mask_n, other=0.0).to(ACC)[None, :]
+            bias = tl.load(bias_ptr + first_n + offs_n, mask=mask_n, other=0.0).to(ACC)[None, :]
+            if PATH == "bias":
+                z += path * bias
+            else:
+                z += bias
         if SAVE_Z:
             tl.store(z_ptr + first_out + offs_out, z.to(z_ptr.dtype.element_ty), mask=mask)
         y = _tile.activate(z, ACTIVATION)
+        if PATH == "act":
+            y *= path
         if HAS_GAMMA:
             y *= tl.load(gamma_ptr + first_n + offs_n, mask=mask_n, other=0.0).to(ACC)[None, :]
         if HAS_RESIDUAL:
@@ -153,23 +167,26 @@ def _product_kernel(
         tl.store(y_ptr + first_out + offs_out, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "rows_per_sample"])
 def _product_dact_kernel(
     a_ptr,  # (M, K), upstream gradient of the layer after the activation
     b_ptr,  # (K, N), that layer's weight
     alpha_ptr,  # (1,), with HAS_ALPHA
+    path_ptr,  # (samples,), with HAS_PATH
     z_ptr,  # (M, N), contiguous: pre-activations
-    dz_ptr,  # (M, N), contiguous: alpha · a b · act'(z)
-    act_ptr,  # (M, N), contiguous: act(z), with SAVE_ACT
+    dz_ptr,  # (M, N), contiguous: path · alpha · a b · act'(z)
+    act_ptr,  # (M, N), contiguous: path · act(z), with SAVE_ACT
     dbias_ptr,  # (blocks of M, N): each block's column sums of dz, with SUM_DZ
     stride_a_row,
     stride_a_col,
     stride_b_row,
     stride_b_col,
+    rows_per_sample,
     M,
     N,
     K,
     HAS_ALPHA: tl.constexpr,
+    HAS_PATH: tl.constexpr,
     SAVE_ACT: tl.constexpr,
     SUM_DZ: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -192,6 +209,9 @@ def _product_dact_kernel(
     )  # fmt: skip
     if HAS_ALPHA:
         acc *= tl.load(alpha_ptr).to(ACC)
+    if HAS_PATH:
+        path = tl.load(path_ptr + (first_m + offs_m) // rows_per_sample, mask=mask_m, other=0.0).to(ACC)[:, None]
+        acc *= path
     first_out = first_m * N + first_n
     for part in tl.static_range(PARTS):
         da = _columns(acc, part, PARTS)
@@ -201,8 +221,10 @@ def _product_dact_kernel(
         offs_out = offs_m[:, None] * N + offs_n[None, :]
         z = tl.load(z_ptr + first_out + offs_out, mask=mask, other=0.0).to(ACC)
         if SAVE_ACT:
-            act = _tile.activate(z, ACTIVATION).to(act_ptr.dtype.element_ty)
-            tl.store(act_ptr + first_out + offs_out, act, mask=mask)
+            act = _tile.activate(z, ACTIVATION)
+            if HAS_PATH:
+                act *= path
+            tl.store(act_ptr + first_out + offs_out, act.to(act_ptr.dtype.element_ty), mask=mask)
         dz = da * _tile.activate_grad(z, ACTIVATION)
         tl.store(dz_ptr + first_out + offs_out, dz.to(dz_ptr.dtype.element_ty), mask=mask)
         if SUM_DZ:
@@ -293,9 +315,11 @@ def product(
     activation: str | None = None,
     gamma: Tensor | None = None,
     residual: Tensor | None = None,
+    act_path: Tensor | None = None,
+    bias_path: Tensor | None = None,
     save_z: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``(residual + γ · act(z), z)`` with ``z = alpha · a b + bias``; z is empty unless ``save_z``.
+    """Return ``(residual + γ · s · act(z), z)`` with ``z = alpha · a b + t · bias``; z is empty unless ``save_z``.
 
     Args:
         a, b: (M, K) and (K, N), any strides, one dtype.
@@ -303,16 +327,19 @@ def product(
         alpha: (1,).
         bias, gamma: (N,).
         residual: (M, N), unit stride along N.
+        act_path, bias_path: s or t, (samples,), with M / samples rows each; only one of the two.
     """
     (M, K), N = a.shape, b.shape[1]
     a, b = within_reach(a), within_reach(b)
     out_dtype = out_dtype or a.dtype
     facts = runtime.device_facts(a.device)
-    fused = any(t is not None for t in (alpha, activation, gamma, residual))
+    path = bias_path if act_path is None else act_path
+    fused = any(t is not None for t in (alpha, activation, gamma, residual, path))
     config = choose_config(M, N, K, a.dtype, kind="epilogue" if fused else "plain", facts=facts)
-    # torch.mm supports out_dtype on NVIDIA GPUs only, and without a bias.
+    # torch.mm supports out_dtype on NVIDIA GPUs only, in fp32, and without a bias.
     widened = out_dtype != a.dtype
-    if config.provider == "torch" and not fused and (not widened or (torch.version.cuda and bias is None)):
+    can_widen = torch.version.cuda and bias is None and out_dtype == torch.float32
+    if config.provider == "torch" and not fused and (not widened or can_widen):
         if widened:
             y = torch.mm(a, b, out_dtype=out_dtype)
         else:
@@ -329,6 +356,7 @@ def product(
         bias_ptr=dense_or(bias, a),
         gamma_ptr=dense_or(gamma, a),
         residual_ptr=a if residual is None else residual,
+        path_ptr=dense_or(path, a),
         z_ptr=z,
         y_ptr=y,
         stride_a_row=a.stride(0),
@@ -336,6 +364,7 @@ def product(
         stride_b_row=b.stride(0),
         stride_b_col=b.stride(1),
         stride_residual_row=0 if residual is None else residual.stride(0),
+        rows_per_sample=1 if path is None else M // path.shape[0],
         M=M,
         N=N,
         K=K,
@@ -344,6 +373,7 @@ def product(
         HAS_GAMMA=gamma is not None,
         HAS_RESIDUAL=residual is not None,
         SAVE_Z=save_z,
+        PATH="none" if path is None else "bias" if act_path is None else "act",
         ACTIVATION=activation or "none",
         ALIGNED_M=a.stride(0) == 1 and M % 16 == 0,  # a transposed a is loaded along M, as wide as its mask allows
         EVEN_K=K % config.block_k == 0,
@@ -360,14 +390,26 @@ def product(
 
 
 def product_dact(
-    a: Tensor, b: Tensor, z: Tensor, activation: str | None, *, alpha: Tensor | None, save_act: bool, sum_dz: bool
+    a: Tensor,
+    b: Tensor,
+    z: Tensor,
+    activation: str | None,
+    *,
+    alpha: Tensor | None,
+    path: Tensor | None,
+    save_act: bool,
+    sum_dz: bool,
+    sum_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``(dz, act(z), Σ dz)`` with ``dz = alpha · a b · act'(z)``, the gradient through an activation.
+    """Return ``(dz, s · act(z), Σ dz)`` with ``dz = s · alpha · a b · act'(z)``, the gradient through an activation.
 
     Args:
         a, b: (M, K) and (K, N), any strides.
         z: (M, N), contiguous.
+        alpha: (1,).
+        path: s, (samples,): DropPath's scale of M / samples rows each.
         save_act, sum_dz: Whether to compute the second and the third result; they are empty otherwise.
+        sum_dtype: Dtype of the third result.
     """
     (M, K), N = a.shape, b.shape[1]
     a, b = within_reach(a), within_reach(b)
@@ -375,24 +417,27 @@ def product_dact(
     blocks_m = cdiv(M, config.block_m)
     dz = torch.empty_like(z)
     act = torch.empty_like(z) if save_act else z.new_empty(0)
-    shares = torch.empty((blocks_m, N) if sum_dz else (0, 0), dtype=wide_dtype(z.dtype), device=z.device)
+    shares, (dbias,) = new_shares([sum_dz], blocks_m, N, wide_dtype(z.dtype), z.device)
     if M > 0:
         _product_dact_kernel[(blocks_m * cdiv(N, config.block_n),)](
             a_ptr=a,
             b_ptr=b,
             alpha_ptr=a if alpha is None else alpha,
+            path_ptr=dense_or(path, a),
             z_ptr=z,
             dz_ptr=dz,
             act_ptr=act,
-            dbias_ptr=shares,
+            dbias_ptr=dbias,
             stride_a_row=a.stride(0),
             stride_a_col=a.stride(1),
             stride_b_row=b.stride(0),
             stride_b_col=b.stride(1),
+            rows_per_sample=1 if path is None else M // path.shape[0],
             M=M,
             N=N,
             K=K,
             HAS_ALPHA=alpha is not None,
+            HAS_PATH=path is not None,
             SAVE_ACT=save_act,
             SUM_DZ=sum_dz,
             ACTIVATION=activation or "none",
@@ -406,7 +451,7 @@ def product_dact(
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-    return dz, act, shares.sum(0)
+    return dz, act, *sum_shares(shares, [sum_dz], [sum_dtype])
 
 
 def within_reach(matrix: Tensor) -> Tensor:

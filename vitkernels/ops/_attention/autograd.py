@@ -85,7 +85,7 @@ class AttentionQkvpackedFunction(torch.autograd.Function):
             )  # fmt: skip
         else:
             dqkv, _, dmask = attention_qkvpacked_bwd(
-                do, qkv, o, lse, scale, False, needs_mask, mask, seed, is_causal, dropout_p
+                do, qkv, o, lse, scale, None, needs_mask, mask, seed, is_causal, dropout_p
             )
             sums = [None] * 4
         parameters = (q_weight, q_bias, k_weight, k_bias)

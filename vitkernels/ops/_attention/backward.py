@@ -16,6 +16,7 @@ from vitkernels.ops._attention.backward_row import _attention_bwd_row_kernel, _a
 from vitkernels.ops._attention.config import AttentionConfig, Tiling, choose_config, head_parts
 from vitkernels.ops._attention.forward import window_groups
 from vitkernels.ops._attention.operands import Options, addressing, strides
+from vitkernels.ops._sums import new_shares, sum_into, sum_shares
 
 
 def attention_backward(
@@ -30,7 +31,7 @@ def attention_backward(
     dk: Tensor | None,
     dv: Tensor | None,
     *,
-    needs_sums: bool = False,
+    sums_dtype: torch.dtype | None = None,
     needs_dmask: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Launch the backward; write the gradients into ``dq``, ``dk`` and ``dv``, and skip those that are None.
@@ -38,12 +39,12 @@ def attention_backward(
     Tensors are (B, N, H, D), with B = 1 for packed images. ``dk`` and ``dv`` have the same strides; all gradients have
     unit stride along the last dim. Returns two tensors, each None unless needed:
 
-    - with ``needs_sums``, which requires all three gradients, their sums over images and tokens, (3, H, D): the bias
+    - with ``sums_dtype``, which requires all three gradients, their sums over images and tokens, (3, H, D): the bias
       gradient of the preceding projection, without another pass;
     - with ``needs_dmask``, the gradient of ``options.mask``, of its shape, in fp32 (fp64 for fp64).
     """
     if q.numel() == 0 or (dq is None and dk is None and not needs_dmask):
-        sums = torch.zeros((3, *q.shape[2:]), dtype=lse.dtype, device=q.device) if needs_sums else None
+        sums = torch.zeros((3, *q.shape[2:]), dtype=sums_dtype, device=q.device) if sums_dtype else None
         return sums, torch.zeros_like(options.mask, dtype=lse.dtype) if needs_dmask else None
     do, q, k, v = (runtime.unit_stride(t) for t in (do, q, k, v))
     B, N_q, H, D = q.shape
@@ -73,10 +74,10 @@ def attention_backward(
     whole_rows = config.backward.regime != "blocks" and dq is not None and dk is not None
     if whole_rows:
         launch = _launch_row if config.backward.regime == "row" else _launch_windows
-        sums, delta, dmask = launch(arguments, config.backward, options, lse, dq, dk, dv, needs_sums, needs_dmask)
+        sums, delta, dmask = launch(arguments, config.backward, options, lse, dq, dk, dv, sums_dtype, needs_dmask)
     else:
         rows = images, longest_q, longest_kv
-        sums, delta = _launch_blocks(arguments, config, options, rows, o, lse, dq, dk, dv, needs_sums)
+        sums, delta = _launch_blocks(arguments, config, options, rows, o, lse, dq, dk, dv, sums_dtype)
         dmask = None
     if needs_dmask and dmask is None:
         dmask = _launch_dmask(arguments, config.dmask, options, lse, delta)
@@ -86,10 +87,10 @@ def attention_backward(
     return sums, dmask
 
 
-def _launch_row(arguments, tiling, options, lse, dq, dk, dv, needs_sums, needs_dmask):
+def _launch_row(arguments, tiling, options, lse, dq, dk, dv, sums_dtype, needs_dmask):
     q = arguments["q_ptr"]
     B, N_q, H, D = q.shape
-    sums = torch.empty((B, 3, H, D), dtype=lse.dtype, device=q.device) if needs_sums else None
+    shares, (sums,) = new_shares([sums_dtype is not None], B, 3 * H * D, lse.dtype, q.device)
     delta = lse.new_empty((B, H, N_q)) if needs_dmask else None
     _attention_bwd_row_kernel[(B * H,)](
         **arguments,
@@ -104,25 +105,29 @@ def _launch_row(arguments, tiling, options, lse, dq, dk, dv, needs_sums, needs_d
         dq_ptr=dq,
         dk_ptr=dk,
         dv_ptr=dv,
-        sums_ptr=sums if needs_sums else lse,
+        sums_ptr=sums,
         **strides("dq", dq),
         **strides("dk", dk),
         scale=options.scale,
-        NEEDS_SUMS=needs_sums,
+        NEEDS_SUMS=sums_dtype is not None,
         NEEDS_DELTA=needs_dmask,
         **_tiles(tiling),
         enable_fp_fusion=False,  # as in the forward
     )
-    return sums.sum(0) if needs_sums else None, delta, None
+    return _sum(shares, H, D, sums_dtype), delta, None
 
 
-def _launch_windows(arguments, tiling, options, lse, dq, dk, dv, needs_sums, needs_dmask):
+def _sum(shares: Tensor, H: int, D: int, dtype: torch.dtype | None) -> Tensor | None:
+    return None if dtype is None else sum_shares(shares, [True], [dtype])[0].view(3, H, D)
+
+
+def _launch_windows(arguments, tiling, options, lse, dq, dk, dv, sums_dtype, needs_dmask):
     q = arguments["q_ptr"]
     B, N_q, H, D = q.shape
     windows, groups = window_groups(B, H, q.device)
     # The windows kernel can sum the gradient of a bias shared by all images; the dmask kernel sums any other.
     shared = needs_dmask and options.shares_mask
-    sums = torch.empty((groups, 3, H, D), dtype=lse.dtype, device=q.device) if needs_sums else None
+    shares, (sums,) = new_shares([sums_dtype is not None], groups, 3 * H * D, lse.dtype, q.device)
     dmask = torch.empty((groups, H, N_q, arguments["N_kv"]), dtype=lse.dtype, device=q.device) if shared else None
     delta = lse.new_empty((B, H, N_q)) if needs_dmask and not shared else None
     _attention_bwd_windows_kernel[(groups * H,)](
@@ -138,7 +143,7 @@ def _launch_windows(arguments, tiling, options, lse, dq, dk, dv, needs_sums, nee
         dq_ptr=dq,
         dk_ptr=dk,
         dv_ptr=dv,
-        sums_ptr=sums if needs_sums else lse,
+        sums_ptr=sums,
         dmask_ptr=dmask if shared else lse,
         **strides("dq", dq),
         **strides("dk", dk),
@@ -146,7 +151,7 @@ def _launch_windows(arguments, tiling, options, lse, dq, dk, dv, needs_sums, nee
         windows=windows,
         scale=options.scale,
         MASK_B=not options.shares_mask,
-        NEEDS_SUMS=needs_sums,
+        NEEDS_SUMS=sums_dtype is not None,
         NEEDS_DELTA=delta is not None,
         NEEDS_DMASK=shared,
         **_tiles(tiling),
@@ -154,10 +159,10 @@ def _launch_windows(arguments, tiling, options, lse, dq, dk, dv, needs_sums, nee
     )
     if shared:
         dmask = dmask.sum(0 if options.mask.shape[1] > 1 else (0, 1), keepdim=True)
-    return sums.sum(0) if needs_sums else None, delta, dmask
+    return _sum(shares, H, D, sums_dtype), delta, dmask
 
 
-def _launch_blocks(arguments, config: AttentionConfig, options, rows, o, lse, dq, dk, dv, needs_sums):
+def _launch_blocks(arguments, config: AttentionConfig, options, rows, o, lse, dq, dk, dv, sums_dtype):
     images, longest_q, longest_kv = rows
     do, q, k, v = (arguments[f"{x}_ptr"] for x in ("do", "q", "k", "v"))
     mask_reach = q.shape[1] * arguments["stride_mask_m"]
@@ -165,11 +170,11 @@ def _launch_blocks(arguments, config: AttentionConfig, options, rows, o, lse, dq
     varlen = options.starts is not None
     images_of = {"VARLEN": varlen, "starts_ptr": options.starts if varlen else q, "T": N_q}
     delta = lse.new_empty((B, H, N_q))
-    dq_sums = dkv_sums = None
+    needs_sums = sums_dtype is not None
+    sums = torch.empty((3, H, D), dtype=sums_dtype, device=q.device) if needs_sums else None
     if dq is not None:
         num_blocks = runtime.cdiv(longest_q, config.dq.block_m)
-        if needs_sums:
-            dq_sums = torch.empty((B, num_blocks, H, D), dtype=lse.dtype, device=q.device)
+        shares, (dq_sums,) = new_shares([needs_sums], B * num_blocks, H * D, lse.dtype, q.device)
         _attention_bwd_dq_kernel[(images * H * num_blocks,)](
             **arguments,
             **images_of,
@@ -177,7 +182,7 @@ def _launch_blocks(arguments, config: AttentionConfig, options, rows, o, lse, dq
             lse_ptr=lse,
             delta_ptr=delta,
             dq_ptr=dq,
-            sums_ptr=dq_sums if needs_sums else lse,
+            sums_ptr=dq_sums,
             **strides("o", o),
             **strides("dq", dq),
             **addressing(do, q, k, v, o, dq, mask_reach=mask_reach),
@@ -186,6 +191,8 @@ def _launch_blocks(arguments, config: AttentionConfig, options, rows, o, lse, dq
             scale=options.scale,
             NEEDS_SUMS=needs_sums,
         )
+        if needs_sums:
+            sum_into(shares, [sums.narrow(0, 0, 1)])
     else:
         num_blocks = runtime.cdiv(N_q, config.forward.block_m)
         _attention_bwd_delta_kernel[(B * H * num_blocks,)](
@@ -205,8 +212,7 @@ def _launch_blocks(arguments, config: AttentionConfig, options, rows, o, lse, dq
         )
     if dk is not None:
         num_blocks = runtime.cdiv(longest_kv, config.dkv.block_n)
-        if needs_sums:
-            dkv_sums = torch.empty((B, num_blocks, 2, H, D), dtype=lse.dtype, device=q.device)
+        shares, (dkv_sums,) = new_shares([needs_sums], B * num_blocks, 2 * H * D, lse.dtype, q.device)
         _attention_bwd_dkv_kernel[(images * H * num_blocks,)](
             **arguments,
             **images_of,
@@ -214,7 +220,7 @@ def _launch_blocks(arguments, config: AttentionConfig, options, rows, o, lse, dq
             delta_ptr=delta,
             dk_ptr=dk,
             dv_ptr=dv,
-            sums_ptr=dkv_sums if needs_sums else lse,
+            sums_ptr=dkv_sums,
             **strides("dk", dk),
             **addressing(do, q, k, v, dk, dv, mask_reach=mask_reach),
             **_tiles(config.dkv),
@@ -222,7 +228,8 @@ def _launch_blocks(arguments, config: AttentionConfig, options, rows, o, lse, dq
             scale=options.scale,
             NEEDS_SUMS=needs_sums,
         )
-    sums = torch.cat([dq_sums.sum((0, 1)).unsqueeze(0), dkv_sums.sum((0, 1))]) if needs_sums else None
+        if needs_sums:
+            sum_into(shares, [sums.narrow(0, 1, 2)])
     return sums, delta
 
 

@@ -27,6 +27,7 @@ from vitkernels.ops._attention.operands import addressing, strides
 from vitkernels.ops._attention.tiles import head_ptr
 from vitkernels.ops._once import once_differentiable
 from vitkernels.ops._registry import reference_gradients, register
+from vitkernels.ops._sums import new_shares, sum_shares
 from vitkernels.ops._triton import tl, triton
 
 
@@ -318,9 +319,7 @@ def prepare_backward(
     dy, x = runtime.unit_stride(dy), runtime.unit_stride(x)
     # Half the forward's tile, so that the sums for weight and bias also fit in registers.
     grid, arguments = _arguments(x, cos, sin, interleaved, prefix, norm, eps, 2048)
-    dweight, dbias = (
-        torch.empty((grid[0] if n else 0, D), dtype=wide, device=x.device) for n in (needs_weight, needs_bias)
-    )
+    shares, (dweight, dbias) = new_shares((needs_weight, needs_bias), grid[0], D, wide, x.device)
     _prepare_bwd_kernel[grid](
         dy_ptr=dy,
         x_ptr=x,
@@ -337,7 +336,7 @@ def prepare_backward(
         NEEDS_WEIGHT=needs_weight,
         NEEDS_BIAS=needs_bias,
     )
-    return dweight.sum(0) if needs_weight else dweight.new_empty(0), dbias.sum(0) if needs_bias else dbias.new_empty(0)
+    return tuple(sum_shares(shares, (needs_weight, needs_bias), (wide, wide)))
 
 
 def _arguments(x, cos, sin, interleaved, prefix, norm, eps, elements) -> tuple[tuple[int], dict[str, object]]:

@@ -65,18 +65,18 @@ def _packed_forward(qkv, scale, *options):
     return _forward(*qkv.unbind(2), scale, False, *options)
 
 
-def _packed_backward(do, qkv, o, lse, scale, needs_sum, needs_dmask=False, *options):
-    dqkv, dqkv_sum, dmask = _packed_gradients(do, qkv, o, lse, scale, needs_sum, needs_dmask, *options)
+def _packed_backward(do, qkv, o, lse, scale, sum_dtype, needs_dmask=False, *options):
+    dqkv, dqkv_sum, dmask = _packed_gradients(do, qkv, o, lse, scale, sum_dtype, needs_dmask, *options)
     sums, computed = attention_backward(
         do, *qkv.unbind(2), o, lse, Options(scale, False, *options), *dqkv.unbind(2),
-        needs_sums=needs_sum, needs_dmask=needs_dmask,
+        sums_dtype=sum_dtype, needs_dmask=needs_dmask,
     )  # fmt: skip
-    return dqkv, sums if needs_sum else dqkv_sum, computed if needs_dmask else dmask
+    return dqkv, dqkv_sum if sum_dtype is None else sums, computed if needs_dmask else dmask
 
 
-def _packed_gradients(do, qkv, o, lse, scale, needs_sum, needs_dmask=False, *options):
+def _packed_gradients(do, qkv, o, lse, scale, sum_dtype, needs_dmask=False, *options):
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    dqkv_sum = torch.empty(qkv.shape[2:] if needs_sum else (0,), dtype=lse.dtype, device=qkv.device)
+    dqkv_sum = torch.empty(qkv.shape[2:] if sum_dtype else (0,), dtype=sum_dtype or lse.dtype, device=qkv.device)
     return dqkv, dqkv_sum, _new_dmask(Options(scale, False, *options).mask if needs_dmask else None, lse)
 
 
@@ -160,12 +160,12 @@ def _reference_backward(do, q, k, v, o, lse, scale, needed, *options):
     return tuple(output.copy_(grad) for output, grad in zip(outputs, grads, strict=True))
 
 
-def _reference_packed_backward(do, qkv, o, lse, scale, needs_sum, needs_dmask=False, *options):
+def _reference_packed_backward(do, qkv, o, lse, scale, sum_dtype, needs_dmask=False, *options):
     options = Options(scale, False, *options)
     dqkv, dmask = reference_gradients(
         lambda x, mask: _reference_output(*x.unbind(2), mask, options), (qkv, options.mask), (do,), (True, needs_dmask)
     )
-    dqkv_sum = dqkv.sum((0, 1), dtype=lse.dtype) if needs_sum else lse.new_empty(0)
+    dqkv_sum = lse.new_empty(0) if sum_dtype is None else dqkv.sum((0, 1), dtype=lse.dtype).to(sum_dtype)
     return dqkv, dqkv_sum, dmask.to(lse.dtype)
 
 
@@ -210,7 +210,7 @@ attention_qkvpacked_fwd = register(
     fake=lambda qkv, scale, *options: _outputs(*qkv.unbind(2), scale, False, *options),
 )
 attention_qkvpacked_bwd = register(
-    "attention_qkvpacked_bwd(Tensor do, Tensor qkv, Tensor o, Tensor lse, float scale, bool needs_sum, "
+    "attention_qkvpacked_bwd(Tensor do, Tensor qkv, Tensor o, Tensor lse, float scale, ScalarType? sum_dtype, "
     f"bool needs_dmask=False, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     launcher=_packed_backward,
     reference=_reference_packed_backward,

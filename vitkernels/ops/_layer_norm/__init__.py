@@ -21,9 +21,16 @@ import torch
 from torch import Tensor
 
 from vitkernels import reference, runtime
-from vitkernels.ops._checks import check_like, check_number, check_shape, check_tensor, dtypes_and_devices_match
+from vitkernels.ops._checks import (
+    check_drop_path_scale,
+    check_like,
+    check_number,
+    check_shape,
+    check_tensor,
+    dtypes_and_devices_match,
+)
 from vitkernels.ops._layer_norm.backward import NormWanted as NormWanted
-from vitkernels.ops._layer_norm.backward import layer_norm_backward
+from vitkernels.ops._layer_norm.backward import layer_norm_backward, sum_dtypes
 from vitkernels.ops._layer_norm.forward import forward_outputs, layer_norm_forward
 from vitkernels.ops._once import once_differentiable
 from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
@@ -51,7 +58,10 @@ def _reference_norm(x, weight, bias, eps, rms):
     return reference.rms_norm(x, weight, eps) if rms else reference.layer_norm(x, weight, bias, eps)
 
 
-def _reference_backward(dy, dr, r, x, weight, gamma, path, mean, rstd, eps, x_dtype, needed, rms=False, width=None):
+def _reference_backward(
+    dy, dr, r, x, weight, gamma, path, mean, rstd, eps, x_dtype, needed, rms=False, width=None, bias_dtype=None,
+    sum_dtype=None, dr_path=None,
+):  # fmt: skip
     wanted = NormWanted(*needed)
     statistics = rstd.dtype
     wide_r, wide_dy, wide_weight = _cast(statistics, r, dy, weight)
@@ -69,29 +79,38 @@ def _reference_backward(dy, dr, r, x, weight, gamma, path, mean, rstd, eps, x_dt
         for g, n in ((dweight, wanted.dweight), (dbias, wanted.dbias))
     )
     rows = tuple(range(r.ndim - 1))
-    dr_sum = dr.sum(rows, dtype=statistics) if wanted.dr_sum else d_sum.new_empty(0)
+    dr_sum = d_sum.new_empty(0)
+    if wanted.dr_sum:
+        dr_sum = (dr if dr_path is None else dr * _of_samples(dr_path, dr)).sum(rows, dtype=statistics)
     if dr is not None:
         d_sum = d_sum + dr
-    branch = d_sum if path is None else d_sum * path.reshape(-1, *[1] * (r.ndim - 1))
+    branch = d_sum if path is None else d_sum * _of_samples(path, r)
     dgamma = (branch * x).sum(rows) if wanted.dgamma else d_sum.new_empty(0)
     dx = (branch if gamma is None else branch * gamma).to(x_dtype, copy=True)
+    branch_sum = branch.sum(rows) if wanted.dresidual_sum else d_sum.new_empty(0)
+    sums = (dweight, dbias, dgamma, dr_sum, branch_sum)
+    dtypes = sum_dtypes(weight, gamma, statistics, bias_dtype, sum_dtype)
     return (
         dx if wanted.dx else dx.new_empty(0),
         d_sum.to(r.dtype, copy=True) if wanted.dresidual else r.new_empty(0),
-        dweight,
-        dbias,
-        dgamma.to(statistics),
-        dr_sum,
-        d_sum.sum(rows) if wanted.dresidual_sum else d_sum.new_empty(0),
+        *(each.to(dtype) for each, dtype in zip(sums, dtypes, strict=True)),
     )
 
 
-def _fake_backward(dy, dr, r, x, weight, gamma, path, mean, rstd, eps, x_dtype, needed, rms=False, width=None):
+def _of_samples(path: Tensor, x: Tensor) -> Tensor:
+    return path.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def _fake_backward(
+    dy, dr, r, x, weight, gamma, path, mean, rstd, eps, x_dtype, needed, rms=False, width=None, bias_dtype=None,
+    sum_dtype=None, dr_path=None,
+):  # fmt: skip
     def empty(shape, dtype, n):
         return torch.empty(shape if n else (0,), dtype=dtype, device=r.device)
 
     wanted = NormWanted(*needed)
-    parameters = [empty(r.shape[-1:], rstd.dtype, n) for n in wanted[2:]]
+    dtypes = sum_dtypes(weight, gamma, rstd.dtype, bias_dtype, sum_dtype)
+    parameters = [empty(r.shape[-1:], dtype, n) for dtype, n in zip(dtypes, wanted[2:], strict=True)]
     return empty(r.shape, x_dtype, wanted.dx), empty(r.shape, r.dtype, wanted.dresidual), *parameters
 
 
@@ -108,7 +127,8 @@ layer_norm_fwd = register(
 )
 layer_norm_bwd = register(
     "layer_norm_bwd(Tensor dy, Tensor? dr, Tensor r, Tensor? x, Tensor? weight, Tensor? gamma, Tensor? path, "
-    "Tensor mean, Tensor rstd, float eps, ScalarType x_dtype, bool[] needed, bool rms=False, int? width=None) "
+    "Tensor mean, Tensor rstd, float eps, ScalarType x_dtype, bool[] needed, bool rms=False, int? width=None, "
+    "ScalarType? bias_dtype=None, ScalarType? sum_dtype=None, Tensor? dr_path=None) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     launcher=layer_norm_backward,
     reference=_reference_backward,
@@ -127,7 +147,7 @@ class LayerNormFunction(torch.autograd.Function):
         ctx.save_for_backward(x if plain else r, branch, weight, gamma, path, mean, rstd)
         ctx.emulated = runtime.emulated_arch()
         ctx.eps, ctx.x_dtype, ctx.plain, ctx.rms = eps, x.dtype, plain, rms
-        ctx.parameter_dtypes = [None if p is None else p.dtype for p in (weight, bias, gamma)]
+        ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.residual_dtype = None if plain else residual.dtype
         ctx.set_materialize_grads(False)
         return y if plain else (y, r)
@@ -146,12 +166,10 @@ class LayerNormFunction(torch.autograd.Function):
             shared = gamma is None and path is None and ctx.x_dtype == r.dtype
             wanted = NormWanted(needs_x and not shared, needs_residual or (needs_x and shared), *needs_parameters)
         dx, dresidual, *parameters = layer_norm_bwd(
-            dy, dr, r, x, weight, gamma, path, mean, rstd, ctx.eps, ctx.x_dtype, list(wanted), ctx.rms
-        )
-        grads = [
-            g.to(dtype) if n else None
-            for g, dtype, n in zip(parameters[:3], ctx.parameter_dtypes, needs_parameters, strict=True)
-        ]
+            dy, dr, r, x, weight, gamma, path, mean, rstd, ctx.eps, ctx.x_dtype, list(wanted), ctx.rms, None,
+            ctx.bias_dtype,
+        )  # fmt: skip
+        grads = [g if n else None for g, n in zip(parameters[:3], needs_parameters, strict=True)]
         if ctx.plain:
             dx, dresidual = dresidual, None
         else:
@@ -309,12 +327,7 @@ def add_norm(
             check_like(op, "layer_scale", layer_scale, "x", x, dtype=False)
         check_shape(op, "layer_scale", layer_scale, x.shape[-1:], "the last dim of x")
     if drop_path_scale is not None:
-        check_like(op, "drop_path_scale", drop_path_scale, "x", x, dtype=False)
-        if x.ndim < 2:
-            raise ValueError(f"{op}: x has shape {tuple(x.shape)}; drop_path_scale needs (batch, ..., channels)")
-        check_shape(op, "drop_path_scale", drop_path_scale, x.shape[:1], "one scale a sample of x")
-        if drop_path_scale.requires_grad:
-            raise NotImplementedError(f"{op}: drop_path_scale requires a gradient; it is a drawn constant: detach it")
+        check_drop_path_scale(op, "drop_path_scale", drop_path_scale, x)
     if not uses_kernels(x):
         scales = {"layer_scale": layer_scale, "drop_path_scale": drop_path_scale}
         if rms:

@@ -10,6 +10,7 @@ from torch import Tensor
 from vitkernels import runtime
 from vitkernels.ops import _tile
 from vitkernels.ops._layer_norm.config import choose_backward_config
+from vitkernels.ops._sums import new_shares, sum_shares
 from vitkernels.ops._triton import tl, triton
 from vitkernels.runtime import as_rows, dense_or
 
@@ -25,13 +26,14 @@ def _layer_norm_bwd_kernel(
     x_ptr,  # (M, C), the branch, with NEEDS_DGAMMA
     gamma_ptr,  # (C,)
     path_ptr,  # (B,)
+    dr_path_ptr,  # (B,), scales dr in its sum, with HAS_DR_PATH
     dresidual_ptr,  # (M, C), contiguous
     dx_ptr,  # (M, C), contiguous, with NEEDS_DX
     dweight_ptr,  # (programs, C): like the next four, each program's partial sum
     dbias_ptr,  # (programs, C)
     dgamma_ptr,  # (programs, C)
-    dr_sum_ptr,  # (programs, C), sum of dr
-    dresidual_sum_ptr,  # (programs, C), sum of dresidual
+    dr_sum_ptr,  # (programs, C), sum of dr_path · dr
+    dresidual_sum_ptr,  # (programs, C), sum of path · dresidual
     stride_dy_row,
     stride_dr_row,
     stride_r_row,
@@ -46,6 +48,7 @@ def _layer_norm_bwd_kernel(
     HAS_WEIGHT: tl.constexpr,
     HAS_GAMMA: tl.constexpr,
     HAS_PATH: tl.constexpr,
+    HAS_DR_PATH: tl.constexpr,
     NEEDS_DRESIDUAL: tl.constexpr,
     NEEDS_DX: tl.constexpr,
     NEEDS_DWEIGHT: tl.constexpr,
@@ -119,15 +122,19 @@ def _layer_norm_bwd_kernel(
                 if HAS_DR:
                     dr += upstream
                     if NEEDS_DR_SUM:
+                        if HAS_DR_PATH:
+                            upstream *= tl.load(dr_path_ptr + offs_m // rows_per_sample, mask=mask_m, other=0.0).to(
+                                ACC
+                            )[:, None]
                         dr_sum += tl.sum(upstream, axis=0)
-                if NEEDS_DRESIDUAL_SUM:
-                    dresidual_sum += tl.sum(tl.where(mask, dr, 0.0), axis=0)
                 offs_out = offs_m[:, None] * C + offs_c[None, :]
                 if NEEDS_DRESIDUAL:
                     tl.store(dresidual_ptr + offs_out, dr.to(dresidual_ptr.dtype.element_ty), mask=mask)
                 if HAS_PATH:
                     path = tl.load(path_ptr + offs_m // rows_per_sample, mask=mask_m, other=0.0).to(ACC)
                     dr *= path[:, None]
+                if NEEDS_DRESIDUAL_SUM:
+                    dresidual_sum += tl.sum(tl.where(mask, dr, 0.0), axis=0)
                 if NEEDS_DX:
                     dx = dr * gamma[None, :]
                     tl.store(dx_ptr + offs_out, dx.to(dx_ptr.dtype.element_ty), mask=mask)
@@ -182,8 +189,8 @@ def _row_means(
 class NormWanted(NamedTuple):
     """Which results of the backward are wanted, in the order in which they come.
 
-    The last two are sums over rows: of the upstream gradient ``dr``, which must be given, and of the residual's
-    gradient. They are the bias gradients of the neighbouring linear layers, and take no pass of their own.
+    The last two are sums over rows: of the upstream gradient ``dr``, which must be given, and of the gradient of
+    γ · x. They are the bias gradients of the neighbouring linear layers, and take no pass of their own.
     """
 
     dx: bool = False
@@ -210,14 +217,19 @@ def layer_norm_backward(
     needed: list[bool],
     rms: bool = False,
     width: int | None = None,
+    bias_dtype: torch.dtype | None = None,
+    sum_dtype: torch.dtype | None = None,
+    dr_path: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Launch the backward; return the results named by :class:`NormWanted`, each empty unless ``needed``.
 
-    Gradients of parameters and sums have the dtype of the statistics. ``width`` is as in the forward: ``dy`` must be
-    zero in the padding, where all gradients are zero.
+    The gradients of weight and γ have their dtypes. Those of the bias and the two sums have ``bias_dtype`` and
+    ``sum_dtype``, or the dtype of the statistics. ``width`` is as in the forward: ``dy`` must be zero in the padding,
+    where all gradients are zero. ``dr_path`` (B,) scales the rows of each sample of ``dr`` in its sum.
     """
     wanted = NormWanted(*needed)
     sums_wanted = wanted[2:]
+    dtypes = sum_dtypes(weight, gamma, rstd.dtype, bias_dtype, sum_dtype)
     C = r.shape[-1]
     rows, dy_rows = as_rows(r), as_rows(dy)
     dr_rows = rows if dr is None else as_rows(dr)
@@ -225,11 +237,9 @@ def layer_norm_backward(
     M = rows.shape[0]
     dx = torch.empty(r.shape if wanted.dx else (0,), dtype=x_dtype, device=r.device)
     dresidual = torch.empty(r.shape if wanted.dresidual else (0,), dtype=r.dtype, device=r.device)
-    if M == 0:
-        shares = [torch.zeros((1, C), dtype=rstd.dtype, device=r.device) for _ in sums_wanted]
-    else:
-        config = choose_backward_config(M, C, runtime.device_facts(r.device), r.dtype, sum(sums_wanted))
-        shares = [torch.empty((config.programs if n else 0, C), dtype=rstd.dtype, device=r.device) for n in sums_wanted]
+    config = choose_backward_config(M, C, runtime.device_facts(r.device), r.dtype, sum(sums_wanted))
+    shares, parts = new_shares(sums_wanted, config.programs if M else 0, C, rstd.dtype, r.device)
+    if M > 0:
         _layer_norm_bwd_kernel[(config.programs,)](
             dy_ptr=dy_rows,
             dr_ptr=dr_rows,
@@ -240,13 +250,14 @@ def layer_norm_backward(
             x_ptr=x_rows,
             gamma_ptr=dense_or(gamma, rows),
             path_ptr=dense_or(path, rows),
+            dr_path_ptr=dense_or(dr_path, rows),
             dresidual_ptr=dresidual,
             dx_ptr=dx,
-            dweight_ptr=shares[0],
-            dbias_ptr=shares[1],
-            dgamma_ptr=shares[2],
-            dr_sum_ptr=shares[3],
-            dresidual_sum_ptr=shares[4],
+            dweight_ptr=parts[0],
+            dbias_ptr=parts[1],
+            dgamma_ptr=parts[2],
+            dr_sum_ptr=parts[3],
+            dresidual_sum_ptr=parts[4],
             stride_dy_row=dy_rows.stride(0),
             stride_dr_row=dr_rows.stride(0),
             stride_r_row=rows.stride(0),
@@ -254,13 +265,14 @@ def layer_norm_backward(
             M=M,
             C=C,
             width=width or C,
-            rows_per_sample=1 if path is None else M // r.shape[0],
+            rows_per_sample=1 if path is None and dr_path is None else M // r.shape[0],
             RMS=rms,
             PADDED=width is not None,
             HAS_DR=dr is not None,
             HAS_WEIGHT=weight is not None,
             HAS_GAMMA=gamma is not None,
             HAS_PATH=path is not None,
+            HAS_DR_PATH=dr_path is not None,
             NEEDS_DRESIDUAL=wanted.dresidual,
             NEEDS_DX=wanted.dx,
             NEEDS_DWEIGHT=wanted.dweight,
@@ -274,5 +286,16 @@ def layer_norm_backward(
             WHOLE_ROW=config.block_c >= C,
             num_warps=config.num_warps,
         )
-    sums = (share.sum(0) if n else rstd.new_empty(0) for share, n in zip(shares, sums_wanted, strict=True))
-    return dx, dresidual, *sums
+    return dx, dresidual, *sum_shares(shares, sums_wanted, dtypes)
+
+
+def sum_dtypes(
+    weight: Tensor | None,
+    gamma: Tensor | None,
+    wide: torch.dtype,
+    bias_dtype: torch.dtype | None,
+    sum_dtype: torch.dtype | None,
+) -> tuple[torch.dtype, ...]:
+    """Return the dtypes of the backward's sums over rows, in the order of :class:`NormWanted`."""
+    weight_dtype, gamma_dtype = (wide if t is None else t.dtype for t in (weight, gamma))
+    return weight_dtype, bias_dtype or wide, gamma_dtype, sum_dtype or wide, sum_dtype or wide

@@ -173,14 +173,14 @@ class SwigluMlpFunction(torch.autograd.Function):
                 made = glu_gate(z, activation, gate_last)
             if any(last):
                 h = made if remake_h else h
-                _, dw3, db3, d_gamma = linear_bwd(dy, h, w3, b3, None, gamma, None, list(last))
+                _, dw3, db3, d_gamma, _ = linear_bwd(dy, h, w3, b3, None, gamma, None, list(last))
         else:
             need_h = need_z or need_norm_w or need_norm_b
             if h is None:
                 h = glu_gate(z, activation, gate_last)
                 normed = _norm(layer_norm_fwd, h, norm_w, norm_b, eps, hidden)[0]
             last = last._replace(dx=need_h)
-            dnormed, dw3, db3, d_gamma = linear_bwd(dy, normed, w3, b3, None, gamma, None, list(last))
+            dnormed, dw3, db3, d_gamma, _ = linear_bwd(dy, normed, w3, b3, None, gamma, None, list(last))
             if need_h:
                 _, dh, d_norm_w, d_norm_b, *_ = layer_norm_bwd(
                     dnormed, None, h, None, norm_w, None, None, mean, rstd, eps, h.dtype,
@@ -192,7 +192,7 @@ class SwigluMlpFunction(torch.autograd.Function):
         if need_x or need_w12:
             w12 = _joined(w1, w2, P)
             wanted = LinearWanted(need_x, need_w12)
-            dx, dw12, _, _ = linear_bwd(dz.flatten(-2), x, w12, None, None, None, None, list(wanted))
+            dx, dw12, *_ = linear_bwd(dz.flatten(-2), x, w12, None, None, None, None, list(wanted))
         if need_w12:
             dw1, dw2 = _apart(dw12.view(2, P, -1), hidden, w2 is not None)
         if need_b12:

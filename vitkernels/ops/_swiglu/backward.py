@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vitkernels import runtime
 from vitkernels.ops import _tile
-from vitkernels.ops._linear import fold_layer_scale
+from vitkernels.ops._layer_scale import fold_layer_scale
 from vitkernels.ops._product import _accumulate, _columns, _tile_of_program, product, within_reach
 from vitkernels.ops._swiglu.config import choose_config
 from vitkernels.ops._swiglu.forward import tile

@@ -143,7 +143,7 @@ def _launch(calls: Iterable[tuple[str, tuple]]) -> None:
 
         args = [real(a) for a in args]
         if name == "attention_qkvpacked_bwd":
-            args[5] = True  # needs_sum: in a block, for the gradient of the projection's bias
+            args[5] = args[1].dtype  # in a block, the dtype of the sum that is the projection's bias gradient
         if name == "glu_fwd":
             if args[0].itemsize > 2:
                 continue  # PyTorch computes the products, which needs a GPU

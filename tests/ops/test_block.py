@@ -120,6 +120,26 @@ def test_activations_and_recompute(activation, recompute, device):
     check_draws(draws, functools.partial(block, recompute=recompute), activation=activation)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("scaled", "missing"), [(True, []), (False, ["proj_bias", "fc2_bias"])], ids=str)
+def test_drop_path(scaled, missing, dtype, device):
+    first = torch.tensor([0.0, 1.25, 1.25, 0.0, 1.25, 1.25, 1.25, 1.25], device=device)
+    draws = [make(*USUAL, dtype=dtype, device=device) for _ in range(4)]
+    draws = [without(tensors, *missing, *["gamma1", "gamma2"] * (not scaled)) for tensors in draws]
+    for paths in ((first, first.flip(0)), (None, first), (first, None)):
+        check_draws(draws, drop_path_scale=tuple(None if p is None else p.to(dtype) for p in paths))
+
+
+def test_a_dropped_branch_gets_no_gradient(device):
+    tensors = make(*USUAL, device=device)
+    dropped = torch.zeros(USUAL[0], device=device)
+    y = block(**tensors, drop_path_scale=(dropped, dropped))
+    assert torch.equal(y, tensors["x"])
+    y.sum().backward()
+    assert torch.equal(tensors["x"].grad, torch.ones_like(y))
+    assert not any(t.grad.any() for name, t in tensors.items() if name != "x")
+
+
 @pytest.mark.parametrize(
     "missing",
     [["qkv_bias", "proj_bias", "fc1_bias", "fc2_bias"], ["norm1_weight", "norm1_bias", "norm2_weight", "gamma2"]],
@@ -139,6 +159,19 @@ def test_only_some_are_trained(trained, device):
     for name, t in tensors.items():
         t.requires_grad_(name in trained)
     check_op(block, reference_block, tensors)
+
+
+def test_autocast_leaves_the_gradients_of_fp32_weights_unrounded(device):
+    tensors = make(*USUAL, device=device)
+    weights = [t for name, t in tensors.items() if name.endswith("weight") and not name.startswith("norm")]
+    with torch.autocast(device.type, torch.bfloat16):
+        y = block(**tensors)
+        expected = reference_block(**tensors)
+    grads = (torch.autograd.grad(out.sum(), weights) for out in (y, expected))
+    for ours, torchs in zip(*grads, strict=True):
+        assert ours.dtype == torch.float32
+        assert not torch.equal(ours, ours.bfloat16().float())
+        torch.testing.assert_close(ours, torchs, rtol=0.1, atol=0.02 * float(torchs.abs().max()))
 
 
 def test_gradcheck(device):
@@ -198,6 +231,16 @@ BAD = {
     "dtype": ({"fc1_weight": torch.zeros(40, 36).half()}, TypeError, "fc1 weight has dtype torch.float16"),
     "device": ({"gamma1": torch.zeros(36, device="meta")}, ValueError, r"layer_scale\[0\] is on meta, x on cpu"),
     "gamma": ({"gamma2": torch.zeros(35)}, ValueError, r"layer_scale\[1\] has shape \(35,\)"),
+    "drop path": (
+        {"drop_path_scale": (None, torch.ones(3))},
+        ValueError,
+        r"drop_path_scale\[1\] has shape \(3,\); expected \(2,\), one scale a sample of x",
+    ),
+    "drop path's gradient": (
+        {"drop_path_scale": (torch.ones(2, requires_grad=True), None)},
+        NotImplementedError,
+        r"drop_path_scale\[0\] requires a gradient",
+    ),
     "activation": ({"activation": "relu"}, ValueError, "'relu'"),
     "eps": ({"eps": (1e-6, -1.0)}, ValueError, "eps is -1.0"),
 }

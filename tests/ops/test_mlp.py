@@ -77,6 +77,23 @@ def test_optional_inputs(missing, device):
     check_op(ops.mlp, reference.mlp, {name: None if name in missing else t for name, t in tensors.items()})
 
 
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("missing", [[], ["b2", "layer_scale"], ["residual", "layer_scale"]], ids=str)
+def test_drop_path(missing, recompute, device):
+    tensors = {name: None if name in missing else t for name, t in layers(*USUAL, device=device).items()}
+    tensors["drop_path_scale"] = torch.tensor([0.0, 1.25], device=device)
+    check_op(functools.partial(ops.mlp, recompute=recompute), reference.mlp, tensors)
+
+
+@pytest.mark.parametrize("trained", ["w2", "b2", "layer_scale"])
+def test_drop_path_where_only_the_last_layer_is_trained(trained, device):
+    tensors = layers(*SMALL, device=device)
+    for name, t in tensors.items():
+        t.requires_grad_(name == trained)
+    tensors["drop_path_scale"] = torch.tensor([0.0, 1.25], device=device)
+    check_op(functools.partial(ops.mlp, recompute=True), reference.mlp, tensors)
+
+
 @pytest.mark.parametrize(
     "frozen",
     [["x"], ["w1", "b1"], ["x", "w1", "b1"], ["w2", "b2"], ["layer_scale"], ["x", "w1", "b1", "w2", "layer_scale"]],
@@ -152,6 +169,16 @@ BAD = {
     "b2 dtype": (lambda: ops.mlp(X, W1, None, W2, torch.zeros(8).half()), TypeError, "b2 has dtype torch.float16"),
     "w2 device": (lambda: ops.mlp(X, W1, None, W2.to("meta"), None), ValueError, "w2 is on meta, x on cpu"),
     "activation": (lambda: ops.mlp(X, W1, None, W2, None, activation="relu"), ValueError, "'relu'"),
+    "drop path": (
+        lambda: ops.mlp(X, W1, None, W2, None, drop_path_scale=torch.ones(3)),
+        ValueError,
+        r"drop_path_scale has shape \(3,\); expected \(2,\)",
+    ),
+    "drop path of one row": (
+        lambda: ops.mlp(X[0, 0], W1, None, W2, None, drop_path_scale=torch.ones(1)),
+        ValueError,
+        r"x has shape \(8,\); drop_path_scale needs \(batch, ..., channels\)",
+    ),
 }
 
 

@@ -35,14 +35,16 @@ def drop_path_scale(
 ) -> Tensor | None:
     """Draw the scale (B,) of each sample's branch, 0 or 1/keep; return None if nothing is dropped.
 
-    The random numbers are drawn exactly as timm's DropPath draws them on ``x · gamma``: a seed gives the same masks.
-    The scale has the dtype of that product, since 1/keep rounded to bf16 would scale every branch wrongly. With
-    ``images``, x is (T, 1, C), and each token gets the scale of its image.
+    The random numbers are drawn exactly as timm's DropPath draws them on ``branch · gamma``, where the branch is the
+    output of a linear layer on x: a seed gives the same masks. The scale has the dtype of that product, since 1/keep
+    rounded to bf16 would scale every branch wrongly. With ``images``, x is (T, 1, C), and each token gets the scale of
+    its image.
     """
     if drop_path is None:
         return None
     keep = 1.0 - drop_path.drop_prob
-    dtype = x.dtype if gamma is None else torch.promote_types(x.dtype, gamma.dtype)
+    dtype = runtime.autocast_dtype(x) or x.dtype
+    dtype = dtype if gamma is None else torch.promote_types(dtype, gamma.dtype)
     samples = x.shape[0] if images is None else len(images.cu_seqlens) - 1
     scale = x.new_empty((samples,) + (1,) * (x.ndim - 1), dtype=dtype).bernoulli_(keep)
     if keep > 0.0 and drop_path.scale_by_keep:
@@ -122,8 +124,15 @@ def attention(
     return out if attn.proj is None else _dropout(ops.linear(out, *attn.proj), attn.proj_drop)
 
 
-def mlp(mlp: Mlp, x: Tensor, *, residual: Tensor | None = None, layer_scale: Tensor | None = None) -> Tensor:
-    """Return ``residual + layer_scale · mlp(x)``.
+def mlp(
+    mlp: Mlp,
+    x: Tensor,
+    *,
+    residual: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+    drop_path_scale: Tensor | None = None,
+) -> Tensor:
+    """Return ``residual + drop_path_scale · layer_scale · mlp(x)``; only a :func:`_plain_mlp` takes a drop_path_scale.
 
     It is one op, unless features are dropped, an MLP without gate has a norm, or the norm of a gated one is an RMSNorm.
     """
@@ -131,8 +140,9 @@ def mlp(mlp: Mlp, x: Tensor, *, residual: Tensor | None = None, layer_scale: Ten
     fc1, fc2, activation = mlp.fc1, mlp.fc2, mlp.activation
     drops = mlp.drop1 or mlp.drop2
     if not mlp.gated:
-        if not drops and mlp.norm is None:
-            return ops.mlp(x, *fc1, *fc2, activation=activation, residual=residual, layer_scale=layer_scale)
+        if _plain_mlp(mlp):
+            scales = {"layer_scale": layer_scale, "drop_path_scale": drop_path_scale}
+            return ops.mlp(x, *fc1, *fc2, activation=activation, residual=residual, **scales)
         hidden = ops.linear(x, *fc1, activation=activation)
     elif not drops and (mlp.norm is None or not mlp.norm.rms):
         weights, biases = fc1 if isinstance(fc1, Linear) else zip(*fc1, strict=True)
@@ -175,7 +185,7 @@ def block(
     """A pre-norm block: ``x + γ1 · attn(norm1(x))``, then ``x + γ2 · mlp(norm2(x))``, with DropPath on both branches.
 
     A block is one op if it is plain, has no mask, rope or dropout, and the tuning table picks our attention kernels.
-    Otherwise LayerScale, DropPath and the first residual sum are fused with norm2.
+    Otherwise LayerScale, DropPath and the first residual sum are fused with norm2, the second ones with a plain MLP.
     """
     norm1, attn, norm2, mlp_, gamma1, gamma2, path1, path2 = block
     if attn_mask is None and not is_causal and rope is None and _is_plain(block) and _attends(attn, x) == "triton":
@@ -188,6 +198,7 @@ def block(
             fc1=mlp_.fc1,
             fc2=mlp_.fc2,
             layer_scale=(gamma1, gamma2),
+            drop_path_scale=(drop_path_scale(path1, x, gamma1), drop_path_scale(path2, x, gamma2)),
             num_heads=attn.num_heads,
             scale=attn.scale,
             eps=(norm1.eps, norm2.eps),
@@ -199,9 +210,10 @@ def block(
         branch, x = branch.transpose(0, 1), x.transpose(0, 1)  # (T, 1, C): DropPath scales rows
     scale = drop_path_scale(path1, branch, gamma1, images)
     normed, x = add_norm(norm2, branch, x, layer_scale=gamma1, drop_path_scale=scale)
-    if path2 is None:
-        x = mlp(mlp_, normed, residual=x, layer_scale=gamma2)
-    else:
+    if path2 is None or _plain_mlp(mlp_):
+        scale = drop_path_scale(path2, normed, gamma2, images)
+        x = mlp(mlp_, normed, residual=x, layer_scale=gamma2, drop_path_scale=scale)
+    else:  # drawn after what the MLP draws
         x = _add_dropped(path2, mlp(mlp_, normed, layer_scale=gamma2), x, images)
     return x if images is None else x.transpose(0, 1)
 
@@ -226,15 +238,21 @@ def _attends(attn: Attention, x: Tensor) -> str:
     return ops.attention_provider(x.shape[1], x.shape[1], attn.head_dim, dtype, x.device)
 
 
+def _plain_mlp(mlp: Mlp) -> bool:
+    """Tell whether ``ops.mlp`` covers everything behind the MLP's input norm."""
+    return not (mlp.gated or mlp.drop1 or mlp.drop2) and mlp.norm is None
+
+
 def _is_plain(block: Block) -> bool:
     """Tell whether ``ops.block`` covers everything in the block in its present mode."""
-    norm1, attn, norm2, mlp_, _, _, path1, path2 = block
+    norm1, attn, norm2, mlp_, *_ = block
     return (
         not (norm1 is None or norm1.rms or norm2 is None or norm2.rms)
         and isinstance(attn.qkv, Linear)
         and attn.q_norm is attn.k_norm is attn.norm is attn.gate is None
-        and not (attn.attn_drop or attn.proj_drop or mlp_.drop1 or mlp_.drop2 or mlp_.gated)
-        and mlp_.norm is mlp_.input_norm is path1 is path2 is None
+        and not (attn.attn_drop or attn.proj_drop)
+        and mlp_.input_norm is None
+        and _plain_mlp(mlp_)
     )
 
 

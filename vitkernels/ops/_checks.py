@@ -120,7 +120,7 @@ def check_shape(op: str, name: str, x: Tensor, expected: tuple[int, ...], why: s
         raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}; expected {tuple(expected)}, {why}")
 
 
-def check_drop_path_scale(op: str, name: str, scale: torch.Tensor, x: torch.Tensor) -> None:
+def check_drop_path_scale(op: str, name: str, scale: Tensor, x: Tensor) -> None:
     """Require DropPath's scales: one number without gradient for each sample of ``x`` (B, ..., C), on its device."""
     check_like(op, name, scale, "x", x, dtype=False)
     if x.ndim < 2:

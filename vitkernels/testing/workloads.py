@@ -188,6 +188,7 @@ def _nested(op: str, arguments: dict) -> dict:
         for layer in ("norm1", "qkv", "proj", "norm2", "fc1", "fc2"):
             arguments[layer] = _take(arguments, f"{layer}_weight", f"{layer}_bias")
         arguments["layer_scale"] = _take(arguments, "gamma1", "gamma2")
+        arguments["drop_path_scale"] = _take(arguments, "drop_path1", "drop_path2")
     elif op.startswith("attention"):
         cos, sin, interleaved = _take(arguments, "cos", "sin", "interleaved")
         if cos is not None or sin is not None:
@@ -275,7 +276,7 @@ def _norms(op: str, inputs: dict[str, Input]) -> Iterator[Workload]:
     only, add = {"norm": op}, f"add_{op}"
     summed = inputs | {"residual": _X}
     scaled = summed | {"layer_scale": _GAMMA}
-    with_path = scaled | {"drop_path_scale": Input("B", draw=_drop_path, grad=False, optional=True)}
+    with_path = scaled | {"drop_path_scale": _PATH}
     yield Workload(op, op, inputs, only=only)
     # With inputs of ordinary size the variance would hide an error in eps.
     yield Workload(f"{op}_near_eps", op, inputs | {"x": Input("B N C", 1e-3)}, variant="variance near eps", only=only)
@@ -303,6 +304,7 @@ def _gated(mlp: str, norm: bool, recompute: bool) -> Workload:
 
 
 _X = Input("B N C")
+_PATH = Input("B", draw=_drop_path, grad=False, optional=True)
 _GAMMA = _bias("C", needs="layer_scale")
 _ADDED = {"residual": _bias("B N C"), "layer_scale": _bias("C", 0.2, needs="layer_scale")}
 _NORM = {"x": Input("B N C", 2.0, 0.5), **_affine("", "C")}
@@ -322,6 +324,7 @@ _BLOCK = {
 
 
 _UNGATED = {"mlp": "mlp"}
+_PLAIN_BLOCK = {"mlp": "mlp", "norm": "layer_norm"}
 
 WORKLOADS = (
     *_norms("layer_norm", _NORM),
@@ -333,6 +336,7 @@ WORKLOADS = (
              _activation, "{activation}", _UNGATED),
     Workload("linear_activation", "linear", _FC1, _activation, None, _UNGATED),
     Workload("mlp", "mlp", _MLP, _activation, only=_UNGATED),
+    Workload("mlp_drop_path", "mlp", _MLP | {"drop_path_scale": _PATH}, _activation, "DropPath", _UNGATED),
     Workload("mlp_recompute", "mlp", _MLP, lambda case: _activation(case) | {"recompute": True}, "recompute", _UNGATED),
     *(_gated(mlp, norm, r) for mlp in ("packed", "separate") for norm in (False, True) for r in (False, True)),
     Workload("attention_separate", "attention", _QKV),
@@ -349,7 +353,9 @@ WORKLOADS = (
              dict.fromkeys(("q", "k", "v"), Input("T H D")) | {"cu_seqlens": Input("S", draw=_starts)},
              lambda case: {"max_seqlen": max(packed_lengths(case))}, attention="varlen"),
     Workload("block", "block", _BLOCK, lambda case: _activation(case) | {"num_heads": case.heads},
-             only={"mlp": "mlp", "norm": "layer_norm"}),
+             only=_PLAIN_BLOCK),
+    Workload("block_drop_path", "block", _BLOCK | {"drop_path1": _PATH, "drop_path2": _PATH},
+             lambda case: _activation(case) | {"num_heads": case.heads}, "DropPath", _PLAIN_BLOCK),
     Workload("patch_embed", "patch_embed", _PATCHES),
     Workload("patch_embed_uint8", "patch_embed", _PATCHES | {"images": Input("B I Y X", draw=_pixels)},
              lambda case: {"normalize": NORMALIZE}, "uint8"),

@@ -22,6 +22,7 @@ from torch import Tensor
 from vitkernels import reference, runtime
 from vitkernels.ops._attention.checks import MAX_HEAD_DIM
 from vitkernels.ops._attention.registered import attention_qkvpacked_bwd, attention_qkvpacked_fwd
+from vitkernels.ops._cast import cast
 from vitkernels.ops._checks import (
     check_drop_path_scale,
     check_integer,
@@ -52,7 +53,7 @@ class BlockFunction(torch.autograd.Function):
         # Not saved: what is already added in h1, qkv, h2 and z, and weights that are saved in the products' dtype. They
         # are cast here, so that the backward's products write the gradient of an fp32 weight in fp32.
         ctx.unsaved = (n1_b, qkv_b, n2_b, b1, *_weights(given) * (dtype is not None))
-        tensors = _cast(given, dtype)
+        tensors = _in_dtype(dtype, given)
         y, h1, mean1, rstd1, qkv, o, lse, r, h2, mean2, rstd2, z, *act = _forward(*tensors, path1, path2, options, True)
         _, _, _, qkv_w, _, proj_w, proj_b, _, _, _, w1, _, w2, b2, _ = tensors
         ctx.save_for_backward(
@@ -76,12 +77,12 @@ def _weights(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     return (*tensors[3:7], *tensors[10:14])
 
 
-def _cast(tensors: tuple[Tensor | None, ...], dtype: torch.dtype | None) -> tuple[Tensor | None, ...]:
+def _in_dtype(dtype: torch.dtype | None, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     """Return the 15 tensors of the forward with the weights and biases of the products in ``dtype``."""
     if dtype is None:
         return tensors
-    qkv_w, qkv_b, proj_w, proj_b, *mlp = (None if t is None else t.to(dtype) for t in _weights(tensors))
-    return (*tensors[:3], qkv_w, qkv_b, proj_w, proj_b, *tensors[7:10], *mlp, tensors[14])
+    weights = cast(dtype, *_weights(tensors))
+    return (*tensors[:3], *weights[:4], *tensors[7:10], *weights[4:], tensors[14])
 
 
 @planned
@@ -251,7 +252,7 @@ def block(
     options = (num_heads, scale, *map(float, eps), activation, recompute)
     if needs_grad(*tensors):
         return BlockFunction.apply(*tensors, *drop_path_scale, options, dtype)
-    return _forward(*_cast(tensors, dtype), *drop_path_scale, options, False)[0]
+    return _forward(*_in_dtype(dtype, tensors), *drop_path_scale, options, False)[0]
 
 
 def _check(x, norm1, qkv, proj, norm2, fc1, fc2, layer_scale, drop_path_scale, num_heads, scale, eps, activation):

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from vitkernels import reference, runtime
 from vitkernels.ops import _tile
+from vitkernels.ops._cast import cast
 from vitkernels.ops._checks import check_like, check_shape, check_tensor, dtypes_and_devices_match
 from vitkernels.ops._layer_scale import fold_layer_scale, layer_scale_backward
 from vitkernels.ops._once import once_differentiable
@@ -284,10 +285,14 @@ linear_bwd = register(
 
 
 class LinearFunction(torch.autograd.Function):
-    """Autograd for :func:`linear`."""
+    """Autograd for :func:`linear`; the product runs in ``dtype``, that of x, whatever that of the weight."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, gamma, residual, activation):
+    def forward(ctx, x, weight, bias, gamma, residual, activation, dtype):
+        ctx.unsaved = (weight, bias) if dtype is not None else ()
+        ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
+        # Cast here, so that the backward's product writes the gradient of an fp32 weight in fp32.
+        weight, bias = cast(dtype, weight, bias)
         save_z = activation is not None and any(ctx.needs_input_grad[:4])
         y, z = linear_fwd(x, weight, bias, gamma, residual, activation, None, save_z)
         ctx.save_for_backward(x, weight, bias, z if save_z else None, gamma)
@@ -302,10 +307,12 @@ class LinearFunction(torch.autograd.Function):
         needed = list(ctx.needs_input_grad[:4])
         grads = [None] * 4
         if any(needed):
-            results = linear_bwd(dy, *saved, ctx.activation, [*needed, False])
+            results = linear_bwd(dy, *saved, ctx.activation, [*needed, False], ctx.weight_dtype)
             grads = [g if n else None for g, n in zip(results[:4], needed, strict=True)]
+        if needed[2]:
+            grads[2] = grads[2].to(ctx.bias_dtype)
         dresidual = dy.to(ctx.residual_dtype) if ctx.needs_input_grad[4] else None
-        return *grads, dresidual, None
+        return *grads, dresidual, None, None
 
 
 def linear(
@@ -349,11 +356,10 @@ def linear(
         y = reference.linear(x, weight, bias, activation=activation, residual=residual, layer_scale=layer_scale)
         return y.contiguous()
     if dtype is not None:
-        x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
-    tensors = (x, weight, bias, layer_scale, residual)
-    if needs_grad(*tensors):
-        return LinearFunction.apply(*tensors, activation)
-    return linear_fwd(*tensors, activation)[0]
+        x = x.to(dtype)
+    if needs_grad(x, weight, bias, layer_scale, residual):
+        return LinearFunction.apply(x, weight, bias, layer_scale, residual, activation, dtype)
+    return linear_fwd(x, *cast(dtype, weight, bias), layer_scale, residual, activation)[0]
 
 
 def check_input(op: str, x: Tensor) -> torch.Size:

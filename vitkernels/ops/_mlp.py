@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vitkernels import reference, runtime
+from vitkernels.ops._cast import cast
 from vitkernels.ops._checks import check_drop_path_scale, dtypes_and_devices_match
 from vitkernels.ops._layer_scale import fold_layer_scale
 from vitkernels.ops._linear import (
@@ -171,16 +172,19 @@ mlp_bwd = register(
 
 
 class MlpFunction(torch.autograd.Function):
-    """Autograd for :func:`mlp`."""
+    """Autograd for :func:`mlp`; the products run in ``dtype``, that of x, whatever that of the weights."""
 
     @staticmethod
-    def forward(ctx, x, w1, b1, w2, b2, gamma, residual, path, activation, recompute):
+    def forward(ctx, x, w1, b1, w2, b2, gamma, residual, path, activation, recompute, dtype):
+        ctx.unsaved = (b1,) if dtype is None else (w1, b1, w2, b2)  # b1 is already added in z
+        ctx.dtypes = [None if t is None else t.dtype for t in (w1, b1, w2, b2)]
+        # Cast here, so that the backward's products write the gradients of fp32 weights in fp32.
+        w1, b1, w2, b2 = cast(dtype, w1, b1, w2, b2)
         save_z = any(ctx.needs_input_grad[:6])
         save_act = (ctx.needs_input_grad[3] or ctx.needs_input_grad[5]) and not recompute
         y, z, act = mlp_fwd(x, w1, b1, w2, b2, gamma, residual, activation, None, save_z, save_act, path)
         ctx.save_for_backward(x, w1, w2, b2, gamma, z, act if save_act else None, path)
         ctx.emulated = runtime.emulated_arch()
-        ctx.unsaved = (b1,)  # already added in z
         ctx.activation = activation
         ctx.residual_dtype = None if residual is None else residual.dtype
         return y
@@ -192,10 +196,12 @@ class MlpFunction(torch.autograd.Function):
         grads = [None] * 6
         if any(needed):
             *saved, path = saved
-            results = mlp_bwd(dy, *saved, ctx.activation, [*needed, False], None, path)
+            results = mlp_bwd(dy, *saved, ctx.activation, [*needed, False], ctx.dtypes[0], path)
             grads = [g if n else None for g, n in zip(results[:6], needed, strict=True)]
+            for i, dtype in enumerate(ctx.dtypes, start=1):
+                grads[i] = grads[i].to(dtype) if needed[i] else None
         dresidual = dy.to(ctx.residual_dtype) if ctx.needs_input_grad[6] else None
-        return *grads, dresidual, None, None, None
+        return *grads, dresidual, *[None] * 4
 
 
 def mlp(
@@ -253,8 +259,10 @@ def mlp(
             drop_path_scale=drop_path_scale,
         ).contiguous()  # fmt: skip
     if dtype is not None:
-        x, w1, b1, w2, b2 = (None if t is None else t.to(dtype) for t in (x, w1, b1, w2, b2))
-    tensors = (x, w1, b1, w2, b2, layer_scale, residual)
-    if needs_grad(*tensors):
-        return MlpFunction.apply(*tensors, drop_path_scale, activation, recompute)
-    return mlp_fwd(*tensors, activation, path=drop_path_scale)[0]
+        x = x.to(dtype)
+    if needs_grad(x, w1, b1, w2, b2, layer_scale, residual):
+        return MlpFunction.apply(
+            x, w1, b1, w2, b2, layer_scale, residual, drop_path_scale, activation, recompute, dtype
+        )
+    weights = cast(dtype, w1, b1, w2, b2)
+    return mlp_fwd(x, *weights, layer_scale, residual, activation, path=drop_path_scale)[0]

@@ -118,6 +118,12 @@ def _key(device: Hashable, args: tuple) -> tuple[Hashable | None, list[Tensor]]:
             key.append((x.shape, x.stride(), dtype, address & 15 if address else None))
             tensors.append(x)
             single = single or dtype is torch.float32
+        elif kind is list and x and isinstance(x[0], Tensor):
+            each, found = _key(len(x), tuple(x))
+            if each is None:
+                return None, tensors
+            key.append(each)
+            tensors += found
         elif kind is list:
             key.append(tuple(x))
         elif isinstance(x, Tensor):

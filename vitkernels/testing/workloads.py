@@ -219,6 +219,10 @@ def _drop_path(shape: tuple[int, ...], case: Case, device: torch.device) -> Tens
     return scales
 
 
+def _other_drop_path(shape: tuple[int, ...], case: Case, device: torch.device) -> Tensor:
+    return _drop_path(shape, case, device).flip(0)
+
+
 def _mask(shape: tuple[int, ...], case: Case, device: torch.device) -> Tensor:
     """Draw a bool mask without the last key; of masks of pairs, one query per image has no key."""
     mask = torch.rand(shape, device=device) > 0.3
@@ -354,7 +358,7 @@ WORKLOADS = (
              lambda case: {"max_seqlen": max(packed_lengths(case))}, attention="varlen"),
     Workload("block", "block", _BLOCK, lambda case: _activation(case) | {"num_heads": case.heads},
              only=_PLAIN_BLOCK),
-    Workload("block_drop_path", "block", _BLOCK | {"drop_path1": _PATH, "drop_path2": _PATH},
+    Workload("block_drop_path", "block", _BLOCK | {"drop_path1": _PATH, "drop_path2": dataclasses.replace(_PATH, draw=_other_drop_path)},
              lambda case: _activation(case) | {"num_heads": case.heads}, "DropPath", _PLAIN_BLOCK),
     Workload("patch_embed", "patch_embed", _PATCHES),
     Workload("patch_embed_uint8", "patch_embed", _PATCHES | {"images": Input("B I Y X", draw=_pixels)},

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from vitkernels import reference, runtime
+from vitkernels.ops._cast import cast
 from vitkernels.ops._checks import FLOATING, check_like, check_shape, check_tensor, dtypes_and_devices_match
 from vitkernels.ops._once import once_differentiable
 from vitkernels.ops._patch_embed.backward import empty_gradients, patch_embed_backward
@@ -96,7 +97,7 @@ class PatchEmbedFunction(torch.autograd.Function):
         # Cast here, so that autocast's gradient of an fp32 weight is never rounded to a half dtype.
         ctx.parameters = [None if p is None else (p.shape, p.dtype) for p in (weight, bias, pos_embed, prefix_tokens)]
         ctx.unsaved = (weight,)
-        weight, bias = _cast(dtype, weight, bias)
+        weight, bias = cast(dtype, weight, bias)
         ctx.emulated = runtime.emulated_arch()
         if any(ctx.needs_input_grad[:2]):
             ctx.save_for_backward(images, weight)
@@ -182,12 +183,8 @@ def patch_embed(
         return PatchEmbedFunction.apply(
             images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, dtype, constants
         )
-    weight, bias = _cast(dtype, weight, bias)
+    weight, bias = cast(dtype, weight, bias)
     return _patch_embed_fwd(images, weight, bias, pos_embed, prefix_tokens, pos_embed_prefix, constants)
-
-
-def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
-    return [t if t is None or t.dtype is dtype else t.to(dtype) for t in tensors]
 
 
 def _check_images(images: Tensor, normalize: tuple[Sequence[float], Sequence[float]] | None) -> Constants | None:

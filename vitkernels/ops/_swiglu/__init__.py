@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from vitkernels import reference, runtime
+from vitkernels.ops._cast import cast
 from vitkernels.ops._checks import check_shape, dtypes_and_devices_match
 from vitkernels.ops._layer_norm import NormWanted, check_eps, check_parameter, layer_norm_bwd, layer_norm_fwd
 from vitkernels.ops._linear import (
@@ -133,18 +134,23 @@ swiglu_mlp_fwd = register(
 
 
 class SwigluMlpFunction(torch.autograd.Function):
-    """Autograd for :func:`swiglu_mlp`; the caller has cast the weights to the dtype of the products."""
+    """Autograd for :func:`swiglu_mlp`; the products run in ``dtype``, that of x, whatever that of the weights."""
 
     @staticmethod
-    def forward(ctx, x, w1, b1, w2, b2, w3, b3, norm_w, norm_b, gamma, residual, activation, gate_last, eps, recompute):
-        tensors = (x, w1, b1, w2, b2, w3, b3, norm_w, norm_b, gamma, residual)
+    def forward(
+        ctx, x, w1, b1, w2, b2, w3, b3, norm_w, norm_b, gamma, residual, activation, gate_last, eps, recompute, dtype
+    ):  # fmt: skip
+        given = (x, w1, b1, w2, b2, w3, b3, norm_w, norm_b, gamma, residual)
+        ctx.dtypes = [None if t is None else t.dtype for t in given]
+        ctx.unsaved = (b1, b2) if dtype is None else (w1, b1, w2, b2, w3, b3)  # b1 and b2 are already added in z
+        # Cast here, so that the backward's products write the gradients of fp32 weights in fp32.
+        weights = cast(dtype, w1, b1, w2, b2, w3, b3)
+        tensors = (x, *weights, *given[7:])
         save = any(ctx.needs_input_grad[:10])
         y, saved = _forward(*tensors, activation, gate_last, eps, recompute, save=save)
         ctx.save_for_backward(*saved)
         ctx.emulated = runtime.emulated_arch()
-        ctx.unsaved = (b1, b2)  # already added in z
         ctx.options = (activation, gate_last, eps)
-        ctx.dtypes = [None if t is None else t.dtype for t in tensors]
         return y
 
     @staticmethod
@@ -173,14 +179,14 @@ class SwigluMlpFunction(torch.autograd.Function):
                 made = glu_gate(z, activation, gate_last)
             if any(last):
                 h = made if remake_h else h
-                _, dw3, db3, d_gamma, _ = linear_bwd(dy, h, w3, b3, None, gamma, None, list(last))
+                _, dw3, db3, d_gamma, _ = linear_bwd(dy, h, w3, b3, None, gamma, None, list(last), ctx.dtypes[5])
         else:
             need_h = need_z or need_norm_w or need_norm_b
             if h is None:
                 h = glu_gate(z, activation, gate_last)
                 normed = _norm(layer_norm_fwd, h, norm_w, norm_b, eps, hidden)[0]
             last = last._replace(dx=need_h)
-            dnormed, dw3, db3, d_gamma, _ = linear_bwd(dy, normed, w3, b3, None, gamma, None, list(last))
+            dnormed, dw3, db3, d_gamma, _ = linear_bwd(dy, normed, w3, b3, None, gamma, None, list(last), ctx.dtypes[5])
             if need_h:
                 _, dh, d_norm_w, d_norm_b, *_ = layer_norm_bwd(
                     dnormed, None, h, None, norm_w, None, None, mean, rstd, eps, h.dtype,
@@ -192,7 +198,7 @@ class SwigluMlpFunction(torch.autograd.Function):
         if need_x or need_w12:
             w12 = _joined(w1, w2, P)
             wanted = LinearWanted(need_x, need_w12)
-            dx, dw12, *_ = linear_bwd(dz.flatten(-2), x, w12, None, None, None, None, list(wanted))
+            dx, dw12, *_ = linear_bwd(dz.flatten(-2), x, w12, None, None, None, None, list(wanted), ctx.dtypes[1])
         if need_w12:
             dw1, dw2 = _apart(dw12.view(2, P, -1), hidden, w2 is not None)
         if need_b12:
@@ -203,7 +209,7 @@ class SwigluMlpFunction(torch.autograd.Function):
         grads = (dx, dw1, db1, dw2, db2, dw3, db3, d_norm_w, d_norm_b, d_gamma, dresidual)
         return *(
             g.to(dtype) if n else None for g, dtype, n in zip(grads, ctx.dtypes, ctx.needs_input_grad[:11], strict=True)
-        ), *[None] * 4
+        ), *[None] * 5
 
 
 def _forward(
@@ -319,10 +325,10 @@ def swiglu_mlp(
             x, w12, b12, w3, b3, residual=residual, layer_scale=layer_scale, **options
         ).contiguous()
     if dtype is not None:
-        tensors = (*(None if t is None else t.to(dtype) for t in tensors[:7]), *tensors[7:])
+        tensors = (x.to(dtype), *tensors[1:])
     if needs_grad(*tensors):
-        return SwigluMlpFunction.apply(*tensors, activation, gate_last, eps, recompute)
-    return swiglu_mlp_fwd(*tensors, activation, gate_last, eps)
+        return SwigluMlpFunction.apply(*tensors, activation, gate_last, eps, recompute, dtype)
+    return swiglu_mlp_fwd(tensors[0], *cast(dtype, *tensors[1:7]), *tensors[7:], activation, gate_last, eps)
 
 
 def _norm_parts(op, norm):

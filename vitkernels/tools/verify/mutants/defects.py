@@ -9,6 +9,7 @@ _NORM_FORWARD = "ops._layer_norm.forward:_layer_norm_fwd_kernel"
 _NORM_BACKWARD = "ops._layer_norm.backward:_layer_norm_bwd_kernel"
 _PRODUCT = "ops._product:_product_kernel"
 _PRODUCT_DACT = "ops._product:_product_dact_kernel"
+_LAYER_SCALE = "ops._layer_scale:_layer_scale_bwd_kernel"
 _FORWARD = "ops._attention.forward"
 _WINDOWS_BACKWARD = "ops._attention.backward_row:_attention_bwd_windows_kernel"
 _ROW_BACKWARD = "ops._attention.backward_row:_attention_bwd_row_kernel"
@@ -92,21 +93,24 @@ _PRODUCTS = (
            "linear"),
     Mutant("linear backward: power of two of a folded LayerScale forgotten", _PRODUCT, "if HAS_ALPHA:",
            "if HAS_ALPHA and HAS_BIAS:", "linear", "residual", WINDOW, dtype="fp16"),
-    Mutant("linear backward: no bias gradient", "ops._linear:weight_gradients",
-           "dy.sum(0, dtype=sums_dtype) if sums", "dy.new_zeros(dy.shape[1], dtype=sums_dtype) if sums", "linear"),
-    Mutant("linear backward: bias gradient short of a row", "ops._linear:weight_gradients",
-           "dy.sum(0, dtype=sums_dtype) if sums", "dy[1:].sum(0, dtype=sums_dtype) if sums", "linear"),
+    Mutant("linear backward: no bias gradient", "ops._linear:_sum_rows",
+           "return dy.sum(0, dtype=dtype)", "return dy.new_zeros(dy.shape[1], dtype=dtype)", "linear"),
+    Mutant("linear backward: bias gradient short of a row", "ops._linear:_sum_rows",
+           "return dy.sum(0, dtype=dtype)", "return dy[1:].sum(0, dtype=dtype)", "linear"),
     Mutant("linear backward: LayerScale missing in the input gradient", "ops._linear:linear_backward",
            "fold_layer_scale(weight, gamma)", "fold_layer_scale(weight, None)", "linear", "residual", WINDOW),
-    Mutant("linear backward: gradient of LayerScale without the bias", "ops._linear:weight_gradients",
-           "dgamma + bias.to(sums_dtype) * dbias", "dgamma", "linear", "residual", WINDOW),
-    Mutant("linear backward: LayerScale multiplied into the weight in place", "ops._linear:fold_layer_scale",
-           "weight.to(gamma.dtype) * gamma.unsqueeze(1)", "weight.to(gamma.dtype).mul_(gamma.unsqueeze(1))",
+    Mutant("linear backward: gradient of LayerScale without the bias", _LAYER_SCALE,
+           "dgamma += tl.load(bias_ptr", "dgamma += 0.0 * tl.load(bias_ptr", "linear", "residual", WINDOW),
+    Mutant("linear backward: LayerScale missing in the weight gradient", _LAYER_SCALE,
+           "dweight = gamma[:, None] * dfolded", "dweight = dfolded", "linear", "residual", WINDOW),
+    Mutant("linear backward: LayerScale multiplied into the weight in place", "ops._layer_scale:fold_layer_scale",
+           "folded = torch.empty((N, K), dtype=weight.dtype, device=weight.device)", "folded = weight.detach()",
            "linear", "residual", WINDOW, by="memory"),
     Mutant("linear backward: LayerScale missing behind an activation", "ops._linear:_activation_bwd_kernel",
            "dy * gamma[None, :] * _tile", "dy * _tile", "linear", "gelu", WINDOW),
     Mutant("linear backward: weight gradient summed in random order", "ops._linear:weight_gradients",
-           "product(dy.t(), x, out", "(lambda rows, **how: (sum(product(dy[i].t(), x[i], **how)[0] for i in "
+           "dweight, _ = product(dy.t(), x, out",
+           "dweight, _ = (lambda rows, **how: (sum(product(dy[i].t(), x[i], **how)[0] for i in "
            "(slice(rows), slice(rows, None))), None))(1 + torch.Generator().seed() % (len(x) - 1), out",
            "linear", by="reruns"),
     Mutant("GELU: tanh for erf", "ops._tile:activate", "z * _normal_cdf(z)",
@@ -123,7 +127,12 @@ _PRODUCTS = (
     Mutant("SiLU backward: term of the sigmoid derivative missing", "ops._tile:activate_grad",
            "_sigmoids(z)\n        return s + z * s * t", "_sigmoids(z)\n        return s", "swiglu_mlp"),
     Mutant("mlp backward: recomputed hidden features not activated", _PRODUCT_DACT,
-           "act = _tile.activate(z, ACTIVATION).to(", "act = z.to(", "mlp", "recompute"),
+           "act = _tile.activate(z, ACTIVATION)", "act = z", "mlp", "recompute"),
+    Mutant("mlp: bias added to a dropped sample", _PRODUCT, 'if PATH == "bias":', 'if PATH == "both":',
+           "mlp", "DropPath"),
+    Mutant("mlp backward: DropPath missing", _PRODUCT_DACT, "acc *= path", "acc *= 1.0", "mlp", "DropPath"),
+    Mutant("sums over programs: the last program left out", "ops._sums:_sum_shares_kernel",
+           "offs_p < programs - first", "offs_p < programs - first - 1", "layer_norm"),
 )
 
 _SWIGLU = (
@@ -288,9 +297,13 @@ _BLOCK = (
     Mutant("block backward: gradient through the first residual dropped", "ops._block:_backward",
            "dh1, dr, x, None", "dh1, None, x, None", "block"),
     Mutant("block backward: bias gradients of the two branches swapped", "ops._block:_backward",
-           "_, dy_sum, dr_sum = ", "_, dr_sum, dy_sum = ", "block"),
-    Mutant("block backward: gradient of LayerScale without the bias", "ops._block:_bias_and_gamma",
-           "d_gamma = d_gamma + bias.to(upstream_sum.dtype) * upstream_sum", "d_gamma = d_gamma", "block"),
+           "_, d_b2, branch_sum = ", "_, branch_sum, d_b2 = ", "block"),
+    Mutant("block backward: gradient of LayerScale without the bias", "ops._block:_backward",
+           "proj_w, gamma1, proj_b, branch_sum", "proj_w, gamma1, None, branch_sum", "block"),
+    Mutant("block backward: DropPath missing in the gradient of the last bias", _NORM_BACKWARD,
+           "if HAS_DR_PATH:", "if HAS_DR_PATH and RMS:", "block", "DropPath"),
+    Mutant("block backward: DropPath of the other branch", "ops._block:_backward",
+           "n2_w, None, path1, mean2", "n2_w, None, path2, mean2", "block", "DropPath"),
 )
 # fmt: on
 

@@ -172,7 +172,7 @@ def _sum_rows(dy: Tensor, path: Tensor | None, dtype: torch.dtype) -> Tensor:
         return dy.sum(0, dtype=dtype)
     wide = wide_dtype(dtype)
     sums = dy.view(len(path), -1, dy.shape[1]).sum(1, dtype=wide)
-    return (sums * path.to(wide)[:, None]).sum(0).to(dtype)
+    return (sums * path.to(wide).unsqueeze(1)).sum(0).to(dtype)
 
 
 def linear_forward(x, weight, bias, gamma, residual, activation, out_dtype=None, save_z=False, **paths):

@@ -219,10 +219,6 @@ def _drop_path(shape: tuple[int, ...], case: Case, device: torch.device) -> Tens
     return scales
 
 
-def _other_drop_path(shape: tuple[int, ...], case: Case, device: torch.device) -> Tensor:
-    return _drop_path(shape, case, device).flip(0)
-
-
 def _mask(shape: tuple[int, ...], case: Case, device: torch.device) -> Tensor:
     """Draw a bool mask without the last key; of masks of pairs, one query per image has no key."""
     mask = torch.rand(shape, device=device) > 0.3
@@ -308,7 +304,9 @@ def _gated(mlp: str, norm: bool, recompute: bool) -> Workload:
 
 
 _X = Input("B N C")
-_PATH = Input("B", draw=_drop_path, grad=False, optional=True)
+_PATH, _OTHER_PATH = (
+    Input("B", draw=draw, grad=False, optional=True) for draw in (_drop_path, lambda *of: _drop_path(*of).flip(0))
+)
 _GAMMA = _bias("C", needs="layer_scale")
 _ADDED = {"residual": _bias("B N C"), "layer_scale": _bias("C", 0.2, needs="layer_scale")}
 _NORM = {"x": Input("B N C", 2.0, 0.5), **_affine("", "C")}
@@ -358,7 +356,7 @@ WORKLOADS = (
              lambda case: {"max_seqlen": max(packed_lengths(case))}, attention="varlen"),
     Workload("block", "block", _BLOCK, lambda case: _activation(case) | {"num_heads": case.heads},
              only=_PLAIN_BLOCK),
-    Workload("block_drop_path", "block", _BLOCK | {"drop_path1": _PATH, "drop_path2": dataclasses.replace(_PATH, draw=_other_drop_path)},
+    Workload("block_drop_path", "block", _BLOCK | {"drop_path1": _PATH, "drop_path2": _OTHER_PATH},
              lambda case: _activation(case) | {"num_heads": case.heads}, "DropPath", _PLAIN_BLOCK),
     Workload("patch_embed", "patch_embed", _PATCHES),
     Workload("patch_embed_uint8", "patch_embed", _PATCHES | {"images": Input("B I Y X", draw=_pixels)},

@@ -65,6 +65,12 @@ def launches(case: Case, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         q, lse = new(B, N, H, D), new(B, H, N, dtype=wide)
         OPS["attention_bwd"].launcher(q, q, q, q, q, lse, D**-0.5, [False, True, False])
 
+    def cast():  # autocast's, of fp32 weights
+        C, F = case.channels, case.hidden
+        shapes = ((3 * C, C), (3 * C,), (C, C), (C,), (F, C), (F,), (C, F), (C,))
+        first, *others = (new(*shape, dtype=torch.float32) for shape in shapes)
+        OPS["cast"].launcher(first, others, dtype)
+
     def rope(interleaved: bool):
         q, weight, tables = new(B, N, 3, H, D).select(2, 0), new(D), [new(1, 1, N - R, D, dtype=wide)] * 2
         for parameters, norm in (((None, None), ("", 0.0)), ((weight, weight), ("layer", 1e-6))):
@@ -82,6 +88,8 @@ def launches(case: Case, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         "rope_interleaved": functools.partial(rope, True),
     }
     asked_for = {f"attention_{name}": by_hand[name] for name in by_hand if name in case.attention}
+    if case.layer_scale and case.mlp == "mlp":  # trained with DropPath
+        asked_for |= {"mlp_drop_path": traced("mlp_drop_path"), "cast": cast}
     return found | {f"add_{case.norm}": add_norm} | asked_for
 
 

@@ -85,7 +85,7 @@ def cast(dtype: torch.dtype | None, *tensors: Tensor | None) -> list[Tensor | No
 
     Autograd does not pass through: an ``autograd.Function`` casts its own inputs, and gives gradients of their dtypes.
     """
-    casts = [t for t in tensors if t is not None and dtype is not None and t.dtype is not dtype]
+    casts = [] if dtype is None else [t for t in tensors if t is not None and t.dtype is not dtype]
     if not casts:
         return list(tensors)
     done = iter(_cast(casts[0], casts[1:], dtype))

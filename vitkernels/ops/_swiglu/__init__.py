@@ -53,9 +53,9 @@ def _fake_glu(z, activation, gate_last):
     return z.new_empty((*z.shape[:-2], z.shape[-1]))
 
 
-def _fake_backward(dy, w3, gamma, z, activation, gate_last, save_h, sum_dz):
+def _fake_backward(dy, w3, gamma, z, activation, gate_last, save_h, sum_dz, sum_dtype=None):
     h = z.new_empty((*z.shape[:-2], z.shape[-1]) if save_h else (0,))
-    return torch.empty_like(z), h, z.new_empty(z.shape[-2:] if sum_dz else (0,), dtype=wide_dtype(z.dtype))
+    return torch.empty_like(z), h, z.new_empty(z.shape[-2:] if sum_dz else (0,), dtype=sum_dtype or wide_dtype(z.dtype))
 
 
 def _reference_forward(x, w1, b1, w2, b2, activation, gate_last=False, save_z=False):
@@ -70,14 +70,14 @@ def _reference_glu(z, activation, gate_last):
     return reference.activate(gate, activation) * value
 
 
-def _reference_backward(dy, w3, gamma, z, activation, gate_last, save_h, sum_dz):
+def _reference_backward(dy, w3, gamma, z, activation, gate_last, save_h, sum_dz, sum_dtype=None):
     dh = dy.to(z.dtype)
     if w3 is not None:
         dh = (dh if gamma is None else (dh * gamma).to(z.dtype)) @ w3
     (dz,) = reference_gradients(lambda z: _reference_glu(z, activation, gate_last), (z,), (dh,), (True,))
     h = _reference_glu(z, activation, gate_last) if save_h else z.new_empty(0)
     sums = dz.sum(tuple(range(z.ndim - 2)), dtype=wide_dtype(z.dtype)) if sum_dz else dz.new_empty(0)
-    return dz, h, sums.to(wide_dtype(z.dtype))
+    return dz, h, sums.to(sum_dtype or wide_dtype(z.dtype))
 
 
 glu_fwd = register(
@@ -95,7 +95,7 @@ glu_gate = register(
 )
 glu_bwd = register(
     "glu_bwd(Tensor dy, Tensor? w3, Tensor? gamma, Tensor z, str? activation, bool gate_last, bool save_h, "
-    "bool sum_dz) -> (Tensor, Tensor, Tensor)",
+    "bool sum_dz, ScalarType? sum_dtype=None) -> (Tensor, Tensor, Tensor)",
     launcher=glu_backward,
     reference=_reference_backward,
     fake=_fake_backward,
@@ -174,7 +174,7 @@ class SwigluMlpFunction(torch.autograd.Function):
         elif eps is None:
             remake_h = h is None and any(last)
             if need_z:
-                dz, made, sums = glu_bwd(dy, w3, gamma, z, activation, gate_last, remake_h, need_b12)
+                dz, made, sums = glu_bwd(dy, w3, gamma, z, activation, gate_last, remake_h, need_b12, ctx.dtypes[2])
             elif remake_h:
                 made = glu_gate(z, activation, gate_last)
             if any(last):
@@ -194,7 +194,7 @@ class SwigluMlpFunction(torch.autograd.Function):
                 )  # fmt: skip
                 d_norm_w, d_norm_b = d_norm_w[:hidden], d_norm_b[:hidden]
             if need_z:
-                dz, _, sums = glu_bwd(dh, None, None, z, activation, gate_last, False, need_b12)
+                dz, _, sums = glu_bwd(dh, None, None, z, activation, gate_last, False, need_b12, ctx.dtypes[2])
         if need_x or need_w12:
             w12 = _joined(w1, w2, P)
             wanted = LinearWanted(need_x, need_w12)

@@ -10,6 +10,7 @@ from vitkernels.ops import _tile
 from vitkernels.ops._layer_scale import fold_layer_scale
 from vitkernels.ops._product import _accumulate, _columns, _tile_of_program, product, within_reach
 from vitkernels.ops._swiglu.config import choose_config
+from vitkernels.ops._sums import new_shares, sum_shares
 from vitkernels.ops._swiglu.forward import tile
 from vitkernels.ops._triton import tl, triton
 from vitkernels.runtime import cdiv, wide_dtype
@@ -150,8 +151,11 @@ def glu_backward(
     gate_last: bool,
     save_h: bool,
     sum_dz: bool,
+    sum_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward; return ``(dz, h, Σ dz)``; h (..., P) and Σ dz (2, P) are empty unless wanted.
+
+    Σ dz has ``sum_dtype``, or fp32 (fp64).
 
     Args:
         dy: Gradient of h, (..., P), or, with w3, of ``γ · h w3ᵀ``, (..., K).
@@ -175,9 +179,8 @@ def glu_backward(
     if config is None:
         # About four programs per SM in all, so that the number of partial sums does not grow with M.
         programs_m = max(1, min(programs_m, 4 * facts.num_sms // blocks_n))
-    shares = torch.empty(
-        (programs_m if M and sum_dz else 0, 2, P if sum_dz else 0), dtype=wide_dtype(z.dtype), device=z.device
-    )
+    wide = wide_dtype(z.dtype)
+    shares, (parts,) = new_shares([sum_dz], programs_m if M else 0, 2 * P, wide, z.device)
     options = {
         "GATE": int(gate_last),
         "SAVE_H": save_h,
@@ -194,7 +197,7 @@ def glu_backward(
             z_ptr=z,
             dz_ptr=dz,
             h_ptr=h,
-            sums_ptr=shares,
+            sums_ptr=parts,
             stride_dh_row=dy.stride(0),
             programs_m=programs_m,
             M=M,
@@ -211,7 +214,7 @@ def glu_backward(
             z_ptr=z,
             dz_ptr=dz,
             h_ptr=h,
-            sums_ptr=shares,
+            sums_ptr=parts,
             stride_dy_row=dy.stride(0),
             stride_dy_col=dy.stride(1),
             stride_weight_row=weight.stride(0),
@@ -228,4 +231,5 @@ def glu_backward(
             num_stages=config.num_stages,
             **options,
         )
-    return dz, h, shares.sum(0) if sum_dz else shares.new_empty(0)
+    (sums,) = sum_shares(shares, [sum_dz], [sum_dtype or wide])
+    return dz, h, sums.view(2, P) if sum_dz else sums

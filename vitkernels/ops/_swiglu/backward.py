@@ -9,8 +9,8 @@ from vitkernels import runtime
 from vitkernels.ops import _tile
 from vitkernels.ops._layer_scale import fold_layer_scale
 from vitkernels.ops._product import _accumulate, _columns, _tile_of_program, product, within_reach
-from vitkernels.ops._swiglu.config import choose_config
 from vitkernels.ops._sums import new_shares, sum_shares
+from vitkernels.ops._swiglu.config import choose_config
 from vitkernels.ops._swiglu.forward import tile
 from vitkernels.ops._triton import tl, triton
 from vitkernels.runtime import cdiv, wide_dtype

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from vitkernels import ops, reference, use_backend
@@ -219,7 +220,7 @@ def opcheck_cases(device):
     def record(op, args, kwargs, result):
         if op.namespace == "vitkernels":
             calls.setdefault(op, []).append(
-                tuple(a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args)
+                tree_map(lambda a: a.detach().clone() if isinstance(a, torch.Tensor) else a, args)
             )
 
     def randn(*shape):
@@ -232,7 +233,13 @@ def opcheck_cases(device):
             ops.linear(x, randn(12, 20), randn(12), activation="gelu"),
             ops.linear(x, randn(20, 20), residual=x),
         ]
-        outputs += [ops.mlp(x, randn(36, 20), randn(36), randn(20, 36), w, residual=x, layer_scale=w)]
+        mlp = randn(36, 20), randn(36), randn(20, 36), w
+        outputs += [ops.mlp(x, *mlp, residual=x, layer_scale=w)]
+        outputs += [ops.mlp(x, *mlp, layer_scale=w, drop_path_scale=randn(2).detach())]
+        path = randn(2).detach()
+        outputs += [ops.block(x, norm1=(w, w), qkv=(randn(60, 20), randn(60)), proj=(randn(20, 20), w), norm2=(w, w),
+                              fc1=mlp[:2], fc2=mlp[2:], layer_scale=(w, w), drop_path_scale=(path, path),
+                              num_heads=2)]  # fmt: skip
         outputs += [ops.rms_norm(x, w), *ops.add_rms_norm(x, x, w, layer_scale=w)]
         last = randn(20, 36), w
         outputs += [ops.swiglu_mlp(x, randn(72, 20), randn(72), *last, residual=x, layer_scale=w)]
@@ -247,9 +254,11 @@ def opcheck_cases(device):
                                     pos_embed_prefix=False, prefix_tokens=randn(1, 1, 36))]  # fmt: skip
         torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])
         with torch.no_grad():
-            ops.mlp(x, randn(36, 20), None, randn(20, 36), None)
+            ops.mlp(x, randn(36, 20), None, randn(20, 36), None, drop_path_scale=randn(2).detach())
             ops.swiglu_mlp(x, randn(72, 20), randn(72), *last, layer_scale=w, residual=x)
             ops.swiglu_mlp(x, (randn(36, 20), randn(36, 20)), None, randn(20, 36), None, norm=(randn(36), None, 1e-3))
+            with torch.autocast(device.type, torch.bfloat16):
+                ops.linear(x, randn(12, 20), randn(12))
     return calls
 
 
@@ -261,7 +270,7 @@ def test_registered_ops_without_kernels_agree(device):
         for args in argument_lists:
             got = op(*args)
             want = function(*args)
-            got, want = (r if isinstance(r, tuple) else (r,) for r in (got, want))
+            got, want = ((r,) if isinstance(r, torch.Tensor) else r for r in (got, want))
             for g, w in zip(got, want, strict=True):
                 assert (g.shape, g.stride(), g.dtype) == (w.shape, w.stride(), w.dtype), op
                 torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4, msg=lambda m, op=op: f"{op}: {m}")

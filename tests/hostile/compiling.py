@@ -61,7 +61,7 @@ def launch():
     """Launch one small kernel: what its tensors hold does not matter, as nothing runs."""
     dy, z = torch.zeros(4, 32), torch.zeros(4, 32)
     with unittest.mock.patch("vitkernels.runtime.device_facts", return_value=DeviceFacts("a", "sm_90", 4, 1 << 17)):
-        activation_backward(dy, z, None, "silu", needs_dbias=False, needs_dgamma=False)
+        activation_backward(dy, z, None, "silu", needed=(False, False), dtypes=(dy.dtype, dy.dtype))
 
 
 def attempt() -> dict:

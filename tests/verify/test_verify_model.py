@@ -183,8 +183,8 @@ DEFECTS = {
         "qkv.weight",
     ),
     "no gradient of a bias": (
-        "ops._block:_bias_and_gamma", "    if need_gamma and bias",
-        "    d_bias = None if d_bias is None else d_bias * 0\n    if need_gamma and bias", "fc2.bias",
+        "ops._block:_backward", "    if folded2 and (need_w2",
+        "    d_b2 = None if d_b2 is None else d_b2 * 0\n    if folded2 and (need_w2", "fc2.bias",
     ),
 }  # fmt: skip
 

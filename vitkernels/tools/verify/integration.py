@@ -325,7 +325,7 @@ def _recorded(calls: dict[str, list[tuple]]) -> Intercept:
         if op.namespace != "vitkernels":
             return NotImplemented
         name = op.overloadpacket.__name__
-        held = tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in args)
+        held = tree_map(lambda a: a.detach().clone() if isinstance(a, Tensor) else a, args)
         calls.setdefault(name, []).append(held)
         # Later ops need only results of the right shapes, and emulating the kernel would take long.
         return tree_map(lambda t: t.normal_() if t.is_floating_point() else t.zero_(), OPS[name].fake(*args))
@@ -336,17 +336,20 @@ def _recorded(calls: dict[str, list[tuple]]) -> Intercept:
 def _calls(posed: dict[str, list[Problem]], device: torch.device, seed: int) -> dict[str, list[tuple]]:
     """Return the arguments of all problems' calls of each registered op, in forward and backward.
 
-    For an op that is called only without gradients, return those calls.
+    For an op that is called only without gradients, or only under autocast, return those calls.
     """
     all_posed = [problem for mine in posed.values() for problem in mine]
-    training, inference = {}, {}
+    training, inference, autocast = {}, {}, {}
     with seeded(seed, device), _recorded(training):
         for problem in all_posed:
             outputs_and_gradients(problem.function, problem.draw(torch.float32, device), torch.ones_like)
     with seeded(seed, device), torch.no_grad(), _recorded(inference):
         for problem in all_posed:
             problem.function(**problem.draw(torch.float32, device))
-    return inference | training
+    with seeded(seed, device), torch.no_grad(), torch.autocast(device.type, torch.bfloat16), _recorded(autocast):
+        for problem in all_posed:
+            problem.function(**problem.draw(torch.float32, device))
+    return autocast | inference | training
 
 
 def _opcheck(id: str, name: str, calls: Callable[[], dict[str, list[tuple]]], quick: bool) -> Iterator[Result]:

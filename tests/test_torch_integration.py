@@ -239,7 +239,7 @@ def opcheck_cases(device):
         path = randn(2).detach()
         outputs += [ops.block(x, norm1=(w, w), qkv=(randn(60, 20), randn(60)), proj=(randn(20, 20), w), norm2=(w, w),
                               fc1=mlp[:2], fc2=mlp[2:], layer_scale=(w, w), drop_path_scale=(path, path),
-                              num_heads=2)]  # fmt: skip
+                              num_heads=2, scale=0.02)]  # fmt: skip
         outputs += [ops.rms_norm(x, w), *ops.add_rms_norm(x, x, w, layer_scale=w)]
         last = randn(20, 36), w
         outputs += [ops.swiglu_mlp(x, randn(72, 20), randn(72), *last, residual=x, layer_scale=w)]

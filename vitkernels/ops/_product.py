@@ -55,11 +55,18 @@ def choose_config(M: int, N: int, K: int, dtype: torch.dtype, *, kind: str, fact
         facts: Facts of the device.
     """
     # With wgmma and tcgen05, the same threads hold every column of a row: a range of columns is a range of each
-    # thread's registers. On other chips the split would go through 64 KiB of shared memory, and unsplit, 128 columns
-    # of dact would spill.
-    whole_rows = dtype.itemsize == 2 and facts.arch.startswith(("sm_90", "sm_10"))
-    if dtype.itemsize == 2:
-        block_m, block_n, block_k, num_warps = 128, 128 if whole_rows or kind != "dact" else 64, 64, 8
+    # thread's registers. With mma.sync the split goes through shared memory, which costs less than the registers of an
+    # unsplit epilogue: an SM then holds two programs (three of dact) and not one. CDNA's MFMA keeps its tile whole, and
+    # 128 columns of dact would spill.
+    half, amd = dtype.itemsize == 2, facts.arch.startswith("gfx")
+    mma_sync = facts.arch.startswith(("sm_8", "sm_12"))
+    num_stages = 3
+    if half:
+        block_m, block_n, block_k, num_warps = 128, 128, 64, 8
+        if mma_sync:
+            block_k, num_stages = 32, 4
+        if kind == "dact" and (mma_sync or amd):
+            block_n, num_warps = 64, 4 if mma_sync else 8
         if cdiv(M, 128) * cdiv(N, 128) < facts.num_sms:
             block_m, block_n, num_warps = 64, 64, 4
     else:
@@ -76,8 +83,8 @@ def choose_config(M: int, N: int, K: int, dtype: torch.dtype, *, kind: str, fact
         "block_n": block_n,
         "block_k": block_k,
         "num_warps": num_warps,
-        "num_stages": max(1, min(3, facts.shared_memory // stage)),
-        "parts": column_parts(block_n, whole_rows),
+        "num_stages": max(1, min(num_stages, facts.shared_memory // stage)),
+        "parts": column_parts(block_n, half and not amd),
     }
     key = f"{str(dtype).removeprefix('torch.')},N={N},K={K},{kind}"
     config |= tuning.lookup("linear", facts.name, key) or {}

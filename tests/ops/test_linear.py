@@ -232,7 +232,7 @@ def test_config_says_who_multiplies():
         for arch in ("sm_80", "sm_90", "sm_103")
     }
     assert {arch: (c.block_n, c.parts) for arch, c in dact.items()} == {
-        "sm_80": (64, 1),
+        "sm_80": (64, 2),
         "sm_90": (128, 4),
         "sm_103": (128, 4),
     }

@@ -60,8 +60,9 @@ def _activation_bwd_kernel(
     gamma = tl.full((BLOCK_N,), 1.0, ACC)
     if HAS_GAMMA:
         gamma = tl.load(gamma_ptr + offs_n, mask=mask_n, other=0.0).to(ACC)
-    dbias = tl.zeros((BLOCK_N,), ACC)
-    dgamma = tl.zeros((BLOCK_N,), ACC)
+    # Summed over the rows of a tile at the end only: each such sum passes shared memory, with bank conflicts.
+    dbias = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    dgamma = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     for first_m in range(pid_m * BLOCK_M, M, programs_m * BLOCK_M):
         offs_m = first_m + tl.arange(0, BLOCK_M).to(tl.int64)
         mask = (offs_m < M)[:, None] & mask_n[None, :]
@@ -71,13 +72,13 @@ def _activation_bwd_kernel(
         z = tl.load(z_ptr + offs_z, mask=mask, other=0.0).to(ACC)
         dz = dy * gamma[None, :] * _tile.activate_grad(z, ACTIVATION)
         tl.store(dz_ptr + offs_z, dz.to(dz_ptr.dtype.element_ty), mask=mask)
-        dbias += tl.sum(dz, axis=0)
+        dbias += dz
         if NEEDS_DGAMMA:
-            dgamma += tl.sum(dy * _tile.activate(z, ACTIVATION), axis=0)
+            dgamma += dy * _tile.activate(z, ACTIVATION)
     if NEEDS_DBIAS:
-        tl.store(dbias_ptr + pid_m * N + offs_n, dbias, mask=mask_n)
+        tl.store(dbias_ptr + pid_m * N + offs_n, tl.sum(dbias, axis=0), mask=mask_n)
     if NEEDS_DGAMMA:
-        tl.store(dgamma_ptr + pid_m * N + offs_n, dgamma, mask=mask_n)
+        tl.store(dgamma_ptr + pid_m * N + offs_n, tl.sum(dgamma, axis=0), mask=mask_n)
 
 
 def activation_backward(
@@ -102,8 +103,6 @@ def activation_backward(
     dz = torch.empty_like(z)
     shares, (dbias, dgamma) = new_shares(needed, programs_m if M else 0, N, wide_dtype(z.dtype), z.device)
     if M > 0:
-        # In fp32 four warps would spill on sm_120.
-        crowded = z.dtype.itemsize == 4 and runtime.device_facts(z.device).arch.startswith("sm_12")
         _activation_bwd_kernel[(programs_m * blocks_n,)](
             dy_ptr=dy,
             z_ptr=z,
@@ -123,7 +122,7 @@ def activation_backward(
             ACC=_tile.accumulator(z.dtype),
             BLOCK_M=block_m,
             BLOCK_N=block_n,
-            num_warps=8 if crowded else 4,
+            num_warps=4,
         )
     return dz, *sum_shares(shares, needed, dtypes)
 

@@ -39,8 +39,9 @@ def _glu_bwd_kernel(
     pid_m = pid % programs_m
     offs_n = pid // programs_m * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < P
-    gate_sum = tl.zeros((BLOCK_N,), ACC)
-    value_sum = tl.zeros((BLOCK_N,), ACC)
+    # Summed over the rows of a tile at the end only: each such sum passes shared memory, with bank conflicts.
+    gate_sum = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    value_sum = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     for first_m in range(pid_m * BLOCK_M, M, programs_m * BLOCK_M):
         offs_m = first_m + tl.arange(0, BLOCK_M).to(tl.int64)
         mask = (offs_m < M)[:, None] & mask_n[None, :]
@@ -51,12 +52,12 @@ def _glu_bwd_kernel(
             dh, z_ptr + offs_z, dz_ptr + offs_z, h_ptr + offs_h, P, mask, GATE, SAVE_H, ACTIVATION, ACC
         )
         if SUM_DZ:
-            gate_sum += tl.sum(dgate, axis=0)
-            value_sum += tl.sum(dvalue, axis=0)
+            gate_sum += dgate
+            value_sum += dvalue
     if SUM_DZ:
         sums_ptrs = sums_ptr + pid_m * 2 * P + offs_n
-        tl.store(sums_ptrs + GATE * P, gate_sum, mask=mask_n)
-        tl.store(sums_ptrs + (1 - GATE) * P, value_sum, mask=mask_n)
+        tl.store(sums_ptrs + GATE * P, tl.sum(gate_sum, axis=0), mask=mask_n)
+        tl.store(sums_ptrs + (1 - GATE) * P, tl.sum(value_sum, axis=0), mask=mask_n)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -173,7 +174,7 @@ def glu_backward(
             dy, config = product(dy, weight, alpha=alpha)[0], None
     dz = torch.empty_like(z)
     h = torch.empty((*z.shape[:-2], P) if save_h else (0,), dtype=z.dtype, device=z.device)
-    block_m, block_n = tile(P) if config is None else (config.block_m, config.block_n)
+    block_m, block_n = tile(P, z.dtype) if config is None else (config.block_m, config.block_n)
     blocks_n = cdiv(P, block_n)
     programs_m = cdiv(M, block_m)
     if config is None:

@@ -179,7 +179,7 @@ def glu(z: Tensor, activation: str | None, gate_last: bool) -> Tensor:
     """Launch the gate kernel: ``act(gate) · value`` (..., P) from contiguous pre-activations (..., 2, P)."""
     M, P = z.shape[:-2].numel(), z.shape[-1]
     h = torch.empty((*z.shape[:-2], P), dtype=z.dtype, device=z.device)
-    block_m, block_n = tile(P)
+    block_m, block_n = tile(P, z.dtype)
     if h.numel() > 0:
         _glu_kernel[(cdiv(M, block_m) * cdiv(P, block_n),)](
             z_ptr=z,
@@ -206,6 +206,7 @@ def hidden_features(both: Tensor, second: Tensor | None) -> int:
     return both.shape[0] // 2 if second is None else both.shape[0]
 
 
-def tile(P: int) -> tuple[int, int]:
+def tile(P: int, dtype: torch.dtype) -> tuple[int, int]:
     """Return the tile (rows, columns) of the elementwise kernels over P columns."""
-    return 8, min(256, next_power_of_2(P))  # 16 rows would take twice the registers
+    # 16 rows, or as many columns in fp64, would take twice the registers.
+    return 8, min(256 if dtype.itemsize <= 4 else 64, next_power_of_2(P))

@@ -151,7 +151,7 @@ _SWIGLU = (
            "sums_ptrs + (1 - GATE) * P, tl.sum(dvalue, axis=0)", "sums_ptrs + (1 - GATE) * P, tl.sum(dgate, axis=0)",
            "swiglu_mlp", case=GATED, dtype="bf16"),
     Mutant("swiglu backward: bias gradient of the value without the gate", "ops._swiglu.backward:_glu_bwd_kernel",
-           "value_sum += tl.sum(dvalue, axis=0)", "value_sum += tl.sum(dh, axis=0)", "swiglu_mlp", _NORMED_GATE),
+           "value_sum += dvalue", "value_sum += dh", "swiglu_mlp", _NORMED_GATE),
     Mutant("swiglu backward: separate weights concatenated without padding", "ops._swiglu:_joined",
            "[first, padding, second, padding]", "[first, second, padding, padding]", "swiglu_mlp", case=GATED_APART),
 )

@@ -81,6 +81,7 @@ _PRODUCT = Space(
         "parts": (1, 2, 4, 8),
     }
 )
+_UNGATED = Space({**_PRODUCT.fields, "provider": ("triton", "gluon", "torch")})  # what gluon cannot do, it refuses
 # The search space of each op of the table.
 SPACES = {
     "attention_forward": _tilings(_tiling("row", 64, 128, 4, 1), _tiling("windows", 64, 64, 4, 1), *_BLOCKS),
@@ -89,7 +90,7 @@ SPACES = {
     "attention_dkv": _tilings(*_BLOCKS),
     "attention_dmask": _tilings(*_BLOCKS),
     "attention": Space({"provider": ("sdpa",)}),  # against our kernels, which are tuned above
-    "linear": _PRODUCT,
+    "linear": _UNGATED,
     "swiglu_mlp": _PRODUCT,
     "layer_norm": Space({"block_m": (1, 2, 4, 8, 16), "num_warps": (1, 2, 4, 8, 16)}),
     "layer_norm_backward": Space({"block_m": (1, 2, 4, 8), "num_warps": (1, 2, 4, 8, 16)}),

@@ -138,6 +138,12 @@ ADDRESSES = {
     "what a branch results in": (
         "%r = scf.if %cond -> (i32) {\nscf.yield %pid : i32\n} else {\nscf.yield %c0 : i32\n}\n"
         "%o = arith.muli %r, %stride : i32", 32),
+    "another partition's name": (
+        "%a = arith.addi %pid, %c0 : i32\n}\npartition0(%arg: i32) num_warps(4) {\n"
+        "%o = arith.muli %a, %stride : i32", 64),
+    "a partition's program id": (
+        "}\npartition0(%arg: i32) num_warps(4) {\n"
+        "%a = tt.get_program_id x : i32\n%o = arith.muli %a, %stride : i32", 32),
 }  # fmt: skip
 
 

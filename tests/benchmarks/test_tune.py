@@ -14,7 +14,7 @@ from vitkernels import runtime, tuning
 from vitkernels.ops._attention.config import Tiling
 from vitkernels.ops._layer_norm import config as layer_norm
 from vitkernels.ops._patch_embed import config as patch_embed
-from vitkernels.ops._product import ProductConfig
+from vitkernels.ops._product_config import ProductConfig
 
 H200 = runtime.DeviceFacts("NVIDIA H200", "sm_90", 132, 227 << 10)
 SPACE = Space({"block": (16, 32, 64, 128), "warps": (2, 4, 8)})

@@ -11,7 +11,7 @@ from drawn import drawn
 from vitkernels import ops, reference
 from vitkernels.emulator.launch import emulating
 from vitkernels.ops._layer_scale import fold_layer_scale
-from vitkernels.ops._product import choose_config
+from vitkernels.ops._product_config import choose_config
 from vitkernels.runtime import DeviceFacts
 from vitkernels.testing import check_op
 

@@ -9,7 +9,7 @@ from drawn import drawn
 
 from vitkernels import ops, reference
 from vitkernels.ops import _product
-from vitkernels.ops._product import choose_config
+from vitkernels.ops._product_config import choose_config
 from vitkernels.testing import check_op
 
 HALVES = [torch.float16, torch.bfloat16]

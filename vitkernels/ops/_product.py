@@ -7,7 +7,8 @@ s and t are DropPath's scales of the rows of a sample.
 
 Shapes, as in a GEMM: a (M, K), b (K, N), any strides. Sums are fp32 (fp64 for fp64). On a GPU a product without
 an epilogue goes to torch.mm (cuBLAS): the Triton kernel reaches 0.80 to 0.97 of its speed (H100, bf16), and is worth
-it only if the epilogue saves a pass over memory.
+it only if the epilogue saves a pass over memory. On sm_90 the kernels of _product_hopper.py compute large products in
+16 bits whose layouts suit TMA.
 
 If possible, the epilogue processes its tile in parts of 32 columns: z, act(z) and the gradients of a whole tile would
 take so many registers that an SM could hold only one program, and nothing would overlap with the epilogue.
@@ -15,85 +16,18 @@ take so many registers that an SM could hold only one program, and nothing would
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
-from vitkernels import runtime, tuning
+from vitkernels import runtime
 from vitkernels.ops import _tile
+from vitkernels.ops._product_config import choose_config
+from vitkernels.ops._product_hopper import product_dact_hopper, product_hopper, suits
 from vitkernels.ops._sums import new_shares, sum_shares
 from vitkernels.ops._triton import tl, triton
-from vitkernels.runtime import DeviceFacts, cdiv, dense_or, next_power_of_2, wide_dtype
+from vitkernels.runtime import cdiv, dense_or, wide_dtype
 
 MAX_ROW = 1 << 22  # elements from one row to the next
-
-
-@dataclasses.dataclass(frozen=True)
-class ProductConfig:
-    """The provider (``triton`` or ``torch``), and the kernel's tile sizes, warps and pipeline stages.
-
-    ``parts``: Number of column ranges of a tile that the epilogue processes in turn; a power of two.
-    """
-
-    provider: str
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    parts: int = 1
-
-
-def choose_config(M: int, N: int, K: int, dtype: torch.dtype, *, kind: str, facts: DeviceFacts) -> ProductConfig:
-    """Choose how to compute an (M, K) by (K, N) product: a heuristic, overridden by the tuning table.
-
-    Args:
-        M, N, K: Rows, columns and the summed dim.
-        dtype: Dtype of the operands.
-        kind: ``plain``; ``epilogue``, which saves a pass; or ``dact``, whose epilogue holds three tiles.
-        facts: Facts of the device.
-    """
-    # With wgmma and tcgen05, the same threads hold every column of a row: a range of columns is a range of each
-    # thread's registers. With mma.sync the split goes through shared memory, which costs less than the registers of an
-    # unsplit epilogue: an SM then holds two programs (three of dact) and not one. CDNA's MFMA keeps its tile whole, and
-    # 128 columns of dact would spill.
-    half, amd = dtype.itemsize == 2, facts.arch.startswith("gfx")
-    mma_sync = facts.arch.startswith(("sm_8", "sm_12"))
-    num_stages = 3
-    if half:
-        block_m, block_n, block_k, num_warps = 128, 128, 64, 8
-        if mma_sync:
-            block_k, num_stages = 32, 4
-        if kind == "dact" and (mma_sync or amd):
-            block_n, num_warps = 64, 4 if mma_sync else 8
-        if cdiv(M, 128) * cdiv(N, 128) < facts.num_sms:
-            block_m, block_n, num_warps = 64, 64, 4
-    else:
-        # In fp64 an epilogue with 64 columns would spill.
-        block_m, block_n, block_k, num_warps = 64, 64 if dtype.itemsize == 4 else 32, 128 // dtype.itemsize, 4
-    # Tensor cores need at least 16 in each dim.
-    block_m, block_n, block_k = (
-        max(16, min(b, next_power_of_2(size))) for b, size in ((block_m, M), (block_n, N), (block_k, K))
-    )
-    stage = (block_m + block_n) * block_k * dtype.itemsize
-    config = {
-        "provider": "torch" if kind == "plain" else "triton",
-        "block_m": block_m,
-        "block_n": block_n,
-        "block_k": block_k,
-        "num_warps": num_warps,
-        "num_stages": max(1, min(num_stages, facts.shared_memory // stage)),
-        "parts": column_parts(block_n, half and not amd),
-    }
-    key = f"{str(dtype).removeprefix('torch.')},N={N},K={K},{kind}"
-    config |= tuning.lookup("linear", facts.name, key) or {}
-    return ProductConfig(**config)
-
-
-def column_parts(block_n: int, in_parts: bool) -> int:
-    """Return the number of parts of ``block_n`` columns: parts of 32 columns with ``in_parts``, else one part."""
-    return max(1, block_n // 32) if in_parts else 1
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_sample"])
@@ -342,7 +276,8 @@ def product(
     facts = runtime.device_facts(a.device)
     path = bias_path if act_path is None else act_path
     fused = any(t is not None for t in (alpha, activation, gamma, residual, path))
-    config = choose_config(M, N, K, a.dtype, kind="epilogue" if fused else "plain", facts=facts)
+    tma = suits(a, b, out_dtype, residual, save_z)
+    config = choose_config(M, N, K, a.dtype, kind="epilogue" if fused else "plain", facts=facts, tma=tma)
     # torch.mm supports out_dtype on NVIDIA GPUs only, in fp32, and without a bias.
     widened = out_dtype != a.dtype
     can_widen = torch.version.cuda and bias is None and out_dtype == torch.float32
@@ -355,6 +290,12 @@ def product(
     y = torch.empty((M, N), dtype=out_dtype, device=a.device)
     z = torch.empty((M, N) if save_z else (0,), dtype=a.dtype, device=a.device)
     if y.numel() == 0:
+        return y, z
+    if config.provider == "gluon":
+        product_hopper(
+            config, a, b, y, z if save_z else None, alpha=alpha, bias=bias, activation=activation, gamma=gamma,
+            residual=residual, act_path=act_path, bias_path=bias_path,
+        )  # fmt: skip
         return y, z
     _product_kernel[(cdiv(M, config.block_m) * cdiv(N, config.block_n),)](
         a_ptr=a,
@@ -403,10 +344,10 @@ def product_dact(
     activation: str | None,
     *,
     alpha: Tensor | None,
-    path: Tensor | None,
+    path: Tensor | None = None,
     save_act: bool,
     sum_dz: bool,
-    sum_dtype: torch.dtype,
+    sum_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``(dz, s · act(z), Σ dz)`` with ``dz = s · alpha · a b · act'(z)``, the gradient through an activation.
 
@@ -416,16 +357,22 @@ def product_dact(
         alpha: (1,).
         path: s, (samples,): DropPath's scale of M / samples rows each.
         save_act, sum_dz: Whether to compute the second and the third result; they are empty otherwise.
-        sum_dtype: Dtype of the third result.
+        sum_dtype: Dtype of the third result; fp32 (fp64) if None.
     """
     (M, K), N = a.shape, b.shape[1]
     a, b = within_reach(a), within_reach(b)
-    config = choose_config(M, N, K, a.dtype, kind="dact", facts=runtime.device_facts(a.device))
+    tma = suits(a, b, z.dtype, None, save_act)
+    config = choose_config(M, N, K, a.dtype, kind="dact", facts=runtime.device_facts(a.device), tma=tma)
     blocks_m = cdiv(M, config.block_m)
     dz = torch.empty_like(z)
     act = torch.empty_like(z) if save_act else z.new_empty(0)
     shares, (dbias,) = new_shares([sum_dz], blocks_m, N, wide_dtype(z.dtype), z.device)
-    if M > 0:
+    if M > 0 and config.provider == "gluon":
+        product_dact_hopper(
+            config, a, b, z, dz, act if save_act else None, dbias if sum_dz else None, alpha=alpha,
+            path=path, activation=activation,
+        )  # fmt: skip
+    elif M > 0:
         _product_dact_kernel[(blocks_m * cdiv(N, config.block_n),)](
             a_ptr=a,
             b_ptr=b,
@@ -458,7 +405,7 @@ def product_dact(
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-    return dz, act, *sum_shares(shares, [sum_dz], [sum_dtype])
+    return dz, act, *sum_shares(shares, [sum_dz], [sum_dtype or shares.dtype])
 
 
 def within_reach(matrix: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from vitkernels import tuning
-from vitkernels.ops._product import ProductConfig, column_parts
+from vitkernels.ops._product_config import ProductConfig, column_parts
 from vitkernels.runtime import DeviceFacts, cdiv, next_power_of_2
 
 MAX_FUSED_K = 1536

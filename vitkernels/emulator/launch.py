@@ -8,6 +8,7 @@ binary. Emulation is set for each thread: a launch of a thread that does not emu
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -24,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
+from vitkernels.emulator.descriptors import is_descriptor
 from vitkernels.emulator.devices import DEVICES, Device
 from vitkernels.emulator.execute import Run, execute
 
@@ -82,11 +84,12 @@ class Emulation:
 
     def _with_memory(self, arguments: list[Any]) -> list[Any]:
         """Return ``arguments``, fake tensors replaced by real ones with the same layouts and shared storages."""
-        if not any(isinstance(a, FakeTensor) for a in arguments):
+        tensors = [a.base if is_descriptor(a) else a for a in arguments]
+        if not any(isinstance(t, FakeTensor) for t in tensors):
             return arguments
         storages: dict[int, torch.Tensor] = {}
         with unset_fake_temporarily():
-            for t in filter(lambda a: isinstance(a, FakeTensor), arguments):
+            for t in filter(lambda t: isinstance(t, FakeTensor), tensors):
                 storage = t.untyped_storage()
                 if storage._cdata not in storages:
                     flat = torch.zeros(storage.nbytes() // t.element_size(), dtype=t.dtype)
@@ -95,6 +98,10 @@ class Emulation:
                     storages[storage._cdata] = flat.view(torch.uint8)
 
             def real(t: Any) -> Any:
+                if is_descriptor(t):
+                    described = copy.copy(t)
+                    described.base = real(t.base)
+                    return described
                 if not isinstance(t, FakeTensor):
                     return t
                 flat = storages[t.untyped_storage()._cdata]

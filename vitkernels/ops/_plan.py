@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitkernels import runtime
-from vitkernels.ops._triton import current_stream, launches_are_hooked, watching
+from vitkernels.ops._triton import TensorDescriptor, at_another, current_stream, launches_are_hooked, watching
 
 MAX_PLANS = 1024  # keys per op; beyond this, the op forgets all its plans
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
@@ -154,6 +154,13 @@ class _Slot(NamedTuple):
         return f"t{self.index}"
 
 
+class _Described(NamedTuple):
+    """A tensor that a kernel takes by a descriptor, and the function that describes another one like it."""
+
+    slot: _Slot
+    describe: Callable[[Tensor], TensorDescriptor]
+
+
 class _Step(NamedTuple):
     """One call made by a launcher; a :class:`_Slot` stands for each tensor, ``kept`` marks a call with side effects."""
 
@@ -185,6 +192,8 @@ class _Writer:
             return repr(value)
         if value is _STREAM:
             return "stream"
+        if type(value) is _Described:
+            return f"{self.name('tile', value.describe)}({value.slot!r})"
         if type(value) is list:
             return f"[{', '.join(map(self.value, value))}]"
         if type(value) is tuple:
@@ -296,6 +305,8 @@ class _Watch(TorchDispatchMode):
             while through_views and slot in self._views:  # a kernel uses only the address
                 slot = self._views[slot]
             return _Slot(slot)
+        if isinstance(value, TensorDescriptor):
+            return _Described(self._to_slots(value.base, through_views), at_another(value))
         if type(value) in (list, tuple):
             return type(value)([self._to_slots(each) for each in value])
         if type(value) is dict:
@@ -323,5 +334,7 @@ class _Watch(TorchDispatchMode):
 def _slots_in(value: Any) -> set[int]:
     if type(value) is _Slot:
         return {value.index}
+    if type(value) is _Described:
+        return {value.slot.index}
     parts: Iterable = value.values() if type(value) is dict else value if type(value) in (list, tuple) else ()
     return set().union(*map(_slots_in, parts))

@@ -25,6 +25,14 @@ except ImportError as error:
 else:
     MISSING = None
 
+try:  # Triton calls this experimental: a later release may move it, and only the kernels for Hopper need it
+    from triton.experimental import gluon as _gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia import hopper
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+except ImportError:
+    _gluon = None
+
 
 class _Missing:
     """Stand-in for Triton's decorators and types; a launch, which ``uses_kernels`` should prevent, raises an error."""
@@ -70,7 +78,7 @@ def current_stream(device: int | str) -> int:
 
 if MISSING is None:
 
-    class _Source(_triton.compiler.ASTSource):
+    class _Source:
         """A kernel's source; ``compiled`` tells whether Triton compiled it (True) or found it in the cache (False)."""
 
         compiled = False
@@ -79,7 +87,12 @@ if MISSING is None:
             self.compiled = True
             return super().make_ir(*args, **kwargs)
 
-    class _Kernel(_triton.JITFunction):
+    @functools.cache
+    def _with(checks: type, kind: type) -> type:
+        """Return ``kind``, Triton's or Gluon's class of a kernel or a source, with ``checks`` before it."""
+        return kind if issubclass(kind, checks) else type(checks.__name__, (checks, kind), {})
+
+    class _Kernel:
         """A kernel with checks around compilation and disk cache; launches of loaded kernels are unchanged."""
 
         def run(self, *args, grid, warmup, **kwargs):
@@ -104,7 +117,7 @@ if MISSING is None:
                     "graph is captured; expected it to be compiled before: run the same once, or call "
                     "vitkernels.warmup(model, input_shape), and then capture"
                 )
-            self.ASTSource = _Source
+            self.ASTSource = _with(_Source, self.ASTSource)
             kernel = None
             compile_ = super()._do_compile
             try:
@@ -120,21 +133,47 @@ if MISSING is None:
             return kernel
 
     class _Decorators:
-        """The object that op files import as ``triton``."""
+        """The object that op files import as ``triton``, or as ``gluon``."""
 
-        @staticmethod
-        def jit(fn=None, *, do_not_specialize=()):
+        def __init__(self, language):
+            self._language = language
+
+        def jit(self, fn=None, *, do_not_specialize=()):
             if fn is None:
-                return functools.partial(_Decorators.jit, do_not_specialize=do_not_specialize)
-            kernel = _triton.jit(fn, do_not_specialize=do_not_specialize)
-            kernel.__class__ = _Kernel
+                return functools.partial(self.jit, do_not_specialize=do_not_specialize)
+            kernel = self._language.jit(fn, do_not_specialize=do_not_specialize)
+            kernel.__class__ = _with(_Kernel, type(kernel))
             return kernel
 
-    triton = _Decorators()
+    triton = _Decorators(_triton)
 else:
     triton = tl = _Missing()
 
 HAS_TRITON = MISSING is None
+HAS_GLUON = HAS_TRITON and _gluon is not None
+
+if HAS_GLUON:
+    gluon = _Decorators(_gluon)
+else:
+    gluon = gl = hopper = _Missing()
+
+    class TensorDescriptor:
+        """Stand-in for Gluon's."""
+
+
+def at_another(descriptor: TensorDescriptor) -> Callable[[torch.Tensor], TensorDescriptor]:
+    """Return a function that makes a copy of ``descriptor`` for another tensor of the same layout.
+
+    It takes a quarter of the time of the constructor, which checks what the caller knows.
+    """
+    kind, fields = type(descriptor), vars(descriptor) | {"base": None}
+
+    def made(base: torch.Tensor) -> TensorDescriptor:
+        copy = kind.__new__(kind)
+        copy.__dict__.update(fields, base=base)
+        return copy
+
+    return made
 
 
 _CACHE_LOCK = threading.RLock()  # all threads share the setting of the cache directory

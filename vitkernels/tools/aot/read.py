@@ -79,7 +79,9 @@ def read_kernel(launch: Launch, compiled) -> tuple[Report, dict[str, str | bytes
     """Return the report and the text of each stage of a kernel from :func:`vitkernels.tools.aot.compile_launch`."""
     target = TARGETS[launch.target]
     metadata = compiled.metadata
-    stages = {name: compiled.asm[name] for name in ("ttir", "ttgir", "llir")}
+    # Gluon's compiler begins at TTGIR, where what these figures need is written alike.
+    stages = {"ttir": compiled.asm.get("ttir", compiled.asm["ttgir"])}
+    stages |= {name: compiled.asm[name] for name in ("ttgir", "llir")}
     if target.triton.backend == "cuda":
         stages |= {"ptx": compiled.asm["ptx"], "cubin": compiled.asm["cubin"]}
         stages["sass"], registers = disassemble(compiled.asm["cubin"])
@@ -271,11 +273,17 @@ def address_bits(ttir: str) -> int:
     Such a product overflows once a tensor holds 2³¹ elements. The program id times one constant is a row or a column
     (pid · BLOCK_M) and fits. Times a size, a stride or a second constant, it is an address.
     """
+    # What the warps of Gluon's partitions run are regions that name their values anew.
+    return min(map(_address_bits, re.split(r"^ *partition\d+\(.*$", ttir, flags=re.M)))
+
+
+def _address_bits(ttir: str) -> int:
+    start = "start"
     constants: set[str] = set()
     depth: dict[str, int] = {}  # 1: depends on the program id; 2: on the program id times a constant
     lines = [line.partition(" loc(")[0].strip() for line in ttir.splitlines()]
-    for line in [*lines, *lines]:  # twice: a loop passes values back to its own start
-        if line == "module {":
+    for line in [start, *lines, start, *lines]:  # twice: a loop passes values back to its own start
+        if line == start:
             regions: list[tuple[str, list[str]]] = []  # the result and the carried values of each open region
         result, equals, rest = line.partition(" = ")
         if not equals or not result.startswith("%"):
@@ -285,8 +293,8 @@ def address_bits(ttir: str) -> int:
         operands = re.findall(r"%[\w$.]+", rest)
         level = max((depth.get(o, 0) for o in operands), default=0)
         carried = re.findall(r"(%[\w$.]+) = (%[\w$.]+)", rest) if operation == "scf.for" else []
-        if line.startswith("}") and regions:
-            closed = regions.pop()
+        if line.startswith("}"):
+            closed = regions.pop() if regions else ("", [])
         if line.endswith("{"):
             regions.append(closed if line.startswith("}") else (result, [name for name, _ in carried[1:]]))
 

@@ -27,12 +27,7 @@ from triton.backends.compiler import GPUTarget
 
 from vitkernels.emulator.descriptors import is_descriptor
 from vitkernels.emulator.devices import DEVICES, Device
-from vitkernels.emulator.execute import Kind, Run, execute
-
-# PTX leaves this undefined, but ptxas detects it in the dataflow of the registers and waits after each product (its
-# message C7515): the result is right, the overlap is lost. (The note `unfenced_operand`, and an accumulator copied
-# after the fence, ptxas repairs by inserting a warpgroup.arrive: C7519.)
-LEFT_TO_PTXAS = frozenset({Kind.accumulator_in_flight})
+from vitkernels.emulator.execute import Run, execute
 
 
 class EmulationError(RuntimeError):
@@ -50,7 +45,6 @@ class Emulation:
         seed: Seed of the order of programs and warps; None runs them in turn.
         runs: A list to which each launch's findings and counts are appended, or None.
         raises: Whether findings raise an :class:`EmulationError`.
-        strict: Whether defects that ptxas repairs at the cost of speed also raise.
         memory: Fills the memory that a fake tensor gets for one launch: called with each storage as a flat tensor of
             zeros in the argument's dtype. None leaves the zeros.
         edit: Returns the PTX to run instead of a kernel's own, for instance with a seeded defect.
@@ -61,7 +55,6 @@ class Emulation:
     seed: int | None = None
     runs: list[Run] | None = None
     raises: bool = True
-    strict: bool = False
     memory: Callable[[torch.Tensor], object] | None = None
     edit: Callable[[Kernel], str] | None = None
 
@@ -85,9 +78,8 @@ class Emulation:
         )
         if self.runs is not None:
             self.runs.append(run)
-        errors = [f for f in run.errors if self.strict or f.kind not in LEFT_TO_PTXAS]
-        if self.raises and errors:
-            found = "\n".join(f"  {finding}" for finding in errors)
+        if self.raises and run.errors:
+            found = "\n".join(f"  {finding}" for finding in run.errors)
             raise EmulationError(f"{run.kernel} on an emulated {self.device.name}, grid {grid}:\n{found}")
 
     def _with_memory(self, arguments: list[Any]) -> list[Any]:

@@ -161,6 +161,8 @@ def _attention_bwd_dq_kernel(
     if VARLEN:  # a program beyond the last query of its image has no work
         visible = tl.where(pid_m * BLOCK_M < N_q, visible, 0)
     dq = zero_head(BLOCK_M, PARTS, ACC)
+    if MASK == "bool":  # as in the dkv kernel
+        tl.assume(visible > 0)
     for start in range(0, visible, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N).to(INDEX)
         mask_n = offs_n < N_kv
@@ -276,6 +278,10 @@ def _attention_bwd_dkv_kernel(
     # Scores are transposed, keys by queries, so that the products need no transposed weights.
     dk = zero_head(BLOCK_N, PARTS, ACC)
     dv = zero_head(BLOCK_N, PARTS, ACC)
+    # Could the loop be left out, ptxas would let each wgmma wait for the one before (its message C7515, sm_90). Without
+    # a mask it would be told at the price of a program an SM.
+    if MASK != "" and not IS_CAUSAL:
+        tl.assume(last > 0)
     for start in range(from_query, last, BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M).to(INDEX)
         mask_m = offs_m < N_q

@@ -11,6 +11,7 @@ from vitkernels.runtime import DeviceFacts
 
 WINDOW = 64  # tokens that one tile holds
 LONGEST_ROW = 256  # most keys whose scores a program holds at once; twice as many would spill registers
+LONG_ROW = 512  # from so many queries on, tiles of 128 rows waste little
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ def choose_config(
         is_causal: Whether queries attend to no later key.
     """
     width = sum(head_parts(D))
-    start = _blocks(width, dtype.itemsize, facts, masked, dropout)
+    start = _blocks(N_q, width, dtype.itemsize, facts, masked, dropout)
     if not varlen:
         start |= _whole_rows(N_q, N_kv, width, dtype.itemsize, facts, heads, masked, dropout, is_causal)
     options = ",varlen" * varlen + ",masked" * masked + ",dropout" * dropout
@@ -74,7 +75,9 @@ def choose_config(
     return AttentionConfig(**chosen)
 
 
-def _blocks(width: int, itemsize: int, facts: DeviceFacts, masked: bool, dropout: bool) -> dict[str, Tiling]:
+def _blocks(
+    N_q: int, width: int, itemsize: int, facts: DeviceFacts, masked: bool, dropout: bool
+) -> dict[str, Tiling]:
     """Tilings for rows of any length and heads of ``width`` channels: of those tried, the largest without spills."""
     kernels = ("forward", "backward", "dkv", "dq", "dmask")
 
@@ -97,12 +100,17 @@ def _blocks(width: int, itemsize: int, facts: DeviceFacts, masked: bool, dropout
         return tilings | {"dkv": dkv, "dq": tile(32, 32, 4)}
     tilings = dict.fromkeys(kernels, tile(64, 64, 4))
     if not short:
+        # Twice the queries halve the reads of keys and values through L2, and two programs still fit on an SM.
+        if facts.arch.startswith("sm_9") and N_q >= LONG_ROW and width <= 64 and not (masked or dropout):
+            tilings["forward"] = tile(128, 64, 8)
         return tilings | {"dkv": tile(32 if width > 64 or dropout or (masked and amd) else 64, 64, 4)}
     tilings |= {"dq": tile(64, 32, 4), "dmask": tile(64, 32, 4)}
     if width <= 64:
         forward = tile(64, 16 if masked else 32, 4)
         return tilings | {"forward": forward, "dkv": tile(32, 32 if masked else 64, 4)}
-    tilings["forward"] = tile(64, 64, 8) if width < 128 else tile(32, 64, 4)
+    # Each of eight warps multiplies 16 rows: with 64 rows, half of the products would be computed twice.
+    wide = tile(64, 64, 8) if dropout else tile(128, 32 if masked else 64, 8)
+    tilings["forward"] = wide if width < 128 else tile(32, 64, 4)
     return tilings | {"dkv": tile(16, 32, 4) if masked and width < 128 else tile(32, 64, 8)}
 
 

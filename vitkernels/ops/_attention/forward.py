@@ -314,7 +314,7 @@ def _attention_fwd_blocks_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    STARTS: tl.constexpr,  # of the pieces after the last full block, relative to it
+    STARTS: tl.constexpr,  # of the pieces after the last full block, relative to its end
     PIECES: tl.constexpr,  # their sizes; none with VARLEN
     PARTS: tl.constexpr,
 ):
@@ -349,17 +349,19 @@ def _attention_fwd_blocks_kernel(
     m = tl.full((BLOCK_M,), float("-inf"), ACC)
     total = tl.zeros((BLOCK_M,), ACC)
     o = zero_head(BLOCK_M, PARTS, ACC)
-    for start in range(0, visible, BLOCK_N):
-        m, total, o = _attend(
-            (m, total, o), q, k_head, v_head, mask_head, seed_ptr, bh, offs_m, start,
-            stride_k_n, stride_v_n, stride_mask_m, mask_width, N_q, N_kv, score_scale, D, MASK, MASK_M, MASK_N,
-            IS_CAUSAL, DROPOUT, ALIGN, INDEX, ACC, PRECISION, BLOCK_M, BLOCK_N, not VARLEN, PARTS,
-        )  # fmt: skip
+    # Before the loop: after it, the layouts of smaller products would make the compiler copy the loop's last product
+    # while wgmma still computes it, and ptxas let each wgmma wait for the one before (its message C7515, sm_90).
     for i in tl.static_range(len(PIECES)):
         m, total, o = _attend(
             (m, total, o), q, k_head, v_head, mask_head, seed_ptr, bh, offs_m, end + STARTS[i],
             stride_k_n, stride_v_n, stride_mask_m, mask_width, N_q, N_kv, score_scale, D, MASK, MASK_M, MASK_N,
             IS_CAUSAL, DROPOUT, ALIGN, INDEX, ACC, PRECISION, BLOCK_M, PIECES[i], i < len(PIECES) - 1, PARTS,
+        )  # fmt: skip
+    for start in range(0, visible, BLOCK_N):
+        m, total, o = _attend(
+            (m, total, o), q, k_head, v_head, mask_head, seed_ptr, bh, offs_m, start,
+            stride_k_n, stride_v_n, stride_mask_m, mask_width, N_q, N_kv, score_scale, D, MASK, MASK_M, MASK_N,
+            IS_CAUSAL, DROPOUT, ALIGN, INDEX, ACC, PRECISION, BLOCK_M, BLOCK_N, not VARLEN, PARTS,
         )  # fmt: skip
 
     o_head = head_ptr(o_ptr, b, h, first, stride_o_b, stride_o_n, stride_o_h, ALIGN)

@@ -18,7 +18,7 @@ import torch
 
 from vitkernels.emulator.devices import DEVICES, RATES, WARPS_ISSUED
 from vitkernels.emulator.execute import Run, View, execute
-from vitkernels.emulator.launch import LEFT_TO_PTXAS, Emulation
+from vitkernels.emulator.launch import Emulation
 from vitkernels.runtime import cdiv
 from vitkernels.testing.cases import DTYPES, Case
 from vitkernels.tools.aot.emulate import emulate
@@ -57,7 +57,7 @@ class Counts:
         dram_bytes: Distinct bytes of the tensors read plus those of the tensors written: the traffic of DRAM if L2 is
             cold and every byte passes once.
         barriers: Barriers that a warp of a program waits at.
-        errors: The emulator's findings, without those that ptxas repairs.
+        errors: The emulator's findings.
     """
 
     kernel: str
@@ -271,7 +271,7 @@ def _times_the_grid(runs: list[Run], target: str) -> Counts:
         l2_least=total(lambda r: of_lines(r, GLOBAL, passes_l1)),
         dram_bytes=_bytes({v for r in runs for v in r.reads}) + _bytes({v for r in runs for v in r.writes}),
         barriers=round(max(r.pipes.get("barrier", 0) / r.warps for r in runs)),
-        errors=tuple(str(e) for r in runs for e in r.errors if e.kind not in LEFT_TO_PTXAS),
+        errors=tuple(str(e) for r in runs for e in r.errors),
     )
 
 

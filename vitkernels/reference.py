@@ -203,6 +203,7 @@ def attention(
     v: Tensor,
     *,
     attn_mask: Tensor | None = None,
+    key_bias: Tensor | None = None,
     scale: float | None = None,
     is_causal: bool = False,
     dropout_p: float = 0.0,
@@ -212,13 +213,16 @@ def attention(
     k_norm: tuple | None = None,
     dropout_scale: Tensor | None = None,
 ) -> Tensor:
-    """``softmax(scale · q kᵀ + mask) v`` over (B, H, N, D); scale is 1/√D unless given (arXiv 1706.03762).
+    """``softmax(scale · q kᵀ + mask + key_bias) v`` over (B, H, N, D); scale is 1/√D unless given (arXiv 1706.03762).
 
-    Masks and causality are as in PyTorch; a query that attends to no key gives 0. ``rope`` is
-    ``(cos, sin, interleaved)``, a norm ``(weight, bias, eps, rms)``. ``dropout_scale`` (B, H, N, N) holds the factors
-    that a dropout has drawn, and replaces ``dropout_p``.
+    ``key_bias`` (B, N) is added to the scores of all heads and queries (arXiv 2210.09461). Masks and causality are as
+    in PyTorch; a query that attends to no key gives 0. ``rope`` is ``(cos, sin, interleaved)``, a norm
+    ``(weight, bias, eps, rms)``. ``dropout_scale`` (B, H, N, N) holds the factors that a dropout has drawn, and
+    replaces ``dropout_p``.
     """
     q, k = prepare_qk(q, k, rope, num_prefix_tokens, q_norm, k_norm)
+    if key_bias is not None:
+        attn_mask = biased_mask(attn_mask, key_bias)
     if attn_mask is not None:
         attn_mask = attn_mask[(None,) * max(0, 2 - attn_mask.ndim)]  # PyTorch accepts no mask with one dim
         if attn_mask.is_floating_point() and attn_mask.dtype != q.dtype:
@@ -241,6 +245,15 @@ def attention(
     return (weights * dropout_scale.to(q.dtype)).to(v.dtype) @ v
 
 
+def biased_mask(mask: Tensor | None, key_bias: Tensor) -> Tensor:
+    """Return a floating mask, at least fp32 beside another, that adds ``key_bias`` (B, N) besides ``mask``."""
+    bias = key_bias[:, None, None]
+    if mask is None:
+        return bias
+    bias = bias.to(torch.promote_types(bias.dtype, torch.float32))
+    return torch.where(mask, bias, float("-inf")) if mask.dtype == torch.bool else mask + bias
+
+
 def added_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast a floating ``mask`` to ``dtype``; finite values stay finite, unlike finfo(fp64).min in a plain cast."""
     limits = torch.finfo(dtype)
@@ -252,9 +265,12 @@ def added_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def attention_weights(
-    q: Tensor, k: Tensor, *, attn_mask: Tensor | None = None, scale: float | None = None, is_causal: bool = False
-) -> Tensor:
-    """``softmax(scale · q kᵀ + mask)``, (B, H, N, N); the row of a query that attends to no key is 0."""
+    q: Tensor, k: Tensor, *, attn_mask: Tensor | None = None, key_bias: Tensor | None = None,
+    scale: float | None = None, is_causal: bool = False,
+) -> Tensor:  # fmt: skip
+    """``softmax(scale · q kᵀ + mask + key_bias)``, (B, H, N, N); the row of a query that attends to no key is 0."""
+    if key_bias is not None:
+        attn_mask = biased_mask(attn_mask, key_bias)
     scores = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:
         behind = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
@@ -277,16 +293,19 @@ def attention_qkvpacked(qkv: Tensor, **options) -> Tensor:
     return attention(q, k, v, **options).transpose(1, 2)
 
 
-def attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, **options) -> Tensor:
+def attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, key_bias: Tensor | None = None, **options
+) -> Tensor:
     """:func:`attention` within each packed image of (T, H, D): tokens ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``.
 
-    Tokens of no image give 0.
+    ``key_bias`` is (T,). Tokens of no image give 0.
     """
     bounds = cu_seqlens.tolist()
     out = []
     for start, end in itertools.pairwise(bounds):
         image = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-        out.append(attention(*image, **options).squeeze(0).transpose(0, 1))
+        bias = None if key_bias is None else key_bias[None, start:end]
+        out.append(attention(*image, key_bias=bias, **options).squeeze(0).transpose(0, 1))
     dtype = out[0].dtype if out else q.dtype  # under autocast it differs from q's
     return torch.cat([q[: bounds[0]].to(dtype) * 0, *out, q[bounds[-1] :].to(dtype) * 0])
 

@@ -28,10 +28,10 @@ class Case:
         norm: ``layer_norm`` or ``rms_norm``.
         mlp: ``mlp``; or ``packed`` or ``separate``, for ``swiglu_mlp`` with such weights.
         mlp_norm: Whether there is a LayerNorm before the MLP's last layer.
-        attention: Further variants of attention to run: ``biased`` (a learned bias per head), ``key_mask``,
-            ``pair_mask``, ``causal``, ``dropout``, ``varlen`` (packed images), ``windows`` (49 tokens, head dim 32, as
-            in Swin), ``visible`` (the 50 tokens that the encoder of a masked autoencoder sees), ``rope_half`` and
-            ``rope_interleaved`` (with QK-norm), and ``frozen_queries`` (queries without a gradient).
+        attention: Further variants of attention to run: ``biased`` (a learned bias per head), ``key_bias`` (of merged
+            tokens), ``key_mask``, ``pair_mask``, ``causal``, ``dropout``, ``varlen`` (packed images), ``windows`` (49
+            tokens, head dim 32, as in Swin), ``visible`` (the 50 tokens that the encoder of a masked autoencoder sees),
+            ``rope_half`` and ``rope_interleaved`` (with QK-norm), and ``frozen_queries`` (queries without a gradient).
     """
 
     name: str
@@ -75,7 +75,7 @@ CASES = {
             768,
             12,
             3072,
-            attention=("biased", "key_mask", "pair_mask", "causal", "dropout", "windows", "visible"),
+            attention=("biased", "key_bias", "key_mask", "pair_mask", "causal", "dropout", "windows", "visible"),
         ),
         Case("vit_large_patch16_224", 64, 224, 16, 1, 1024, 16, 4096),
         Case("deit3_base_patch16_224", 64, 224, 16, 1, 768, 12, 3072, layer_scale=True),
@@ -90,7 +90,7 @@ CASES = {
             16,
             4304,
             "gelu_tanh",
-            attention=("key_mask", "varlen"),
+            attention=("key_bias", "key_mask", "varlen"),
         ),
         Case("vit_large_patch14_clip_336", 32, 336, 14, 1, 1024, 16, 4096, "quick_gelu"),
         Case("vit_huge_patch14_clip_224", 32, 224, 14, 1, 1280, 16, 5120),

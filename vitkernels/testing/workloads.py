@@ -248,8 +248,13 @@ def _table(function: Callable[[Tensor], Tensor], interleaved: bool) -> Input:
     return Input("G D", draw=draw, grad=False)
 
 
-def _plain_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tensor:
-    return reference.attention_weights(q, k, attn_mask=attn_mask) @ v
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, **biases: Tensor) -> Tensor:
+    return reference.attention_weights(q, k, **biases) @ v
+
+
+def _log_sizes(shape: tuple[int, ...], case: Case, device: torch.device) -> Tensor:
+    """Draw the logarithms of how many tokens were merged into each: 1 to 8."""
+    return torch.randint(1, 9, shape, device=device).double().log()
 
 
 def _attention(name: str, variant: str, inputs: Mapping[str, Input] | None = None, plain=None, **options) -> Workload:
@@ -345,6 +350,7 @@ WORKLOADS = (
     Workload("attention", "attention_qkvpacked", _PACKED),
     # If the bias needs a gradient, PyTorch's attention computes half precision in fp32, which is no fair yardstick.
     _attention("biased", "learned bias", {"attn_mask": Input("H N N")}, _plain_attention),
+    _attention("key_bias", "key bias", {"key_bias": Input("B N", draw=_log_sizes)}, _plain_attention),
     _attention("key_mask", "key mask", {"attn_mask": Input("B 1 1 N", draw=_mask)}),
     _attention("pair_mask", "pair mask", {"attn_mask": Input("B 1 N N", draw=_mask)}),
     _attention("causal", "causal", is_causal=True),

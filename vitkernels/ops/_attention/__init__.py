@@ -1,10 +1,11 @@
 """Attention on separate queries, keys and values, on a packed qkv projection, or on packed images.
 
 Forward (arXiv 1706.03762), over whole rows if they are short, else with online softmax (2205.14135, 2307.08691):
-    S = scale · q kᵀ + mask,  P = softmax(S),  o = (P · drop) v,  lse = log₂ Σ exp S
+    S = scale · q kᵀ + mask + key_bias,  P = softmax(S),  o = (P · drop) v,  lse = log₂ Σ exp S
 Backward:
     dP = drop · (do vᵀ),  delta = Σ_n P · dP = Σ_d o · do,  dS = P · (dP − delta)
-    dv = (P · drop)ᵀ do,  dk = scale · dSᵀ q,  dq = scale · dS k,  dmask = Σ dS over the dims that the mask broadcasts
+    dv = (P · drop)ᵀ do,  dk = scale · dSᵀ q,  dq = scale · dS k,  dmask = Σ dS over the dims that the mask broadcasts,
+    dkey_bias = Σ dS over heads and queries (arXiv 2210.09461), summed by the kernels that compute dk
 
 Shapes: batch B, queries N_q, keys N_kv (both N when packed), heads H, head dim D, tokens of all images T. The forward
 takes the callers' layouts, (B, H, N, D), (B, N, H, D) or (T, H, D); the backward views them as (B, N, H, D). In memory
@@ -31,10 +32,15 @@ import torch
 from torch import Tensor
 
 from vitkernels import reference, runtime
-from vitkernels.ops._attention.autograd import AttentionFunction, AttentionQkvpackedFunction
+from vitkernels.ops._attention.autograd import (
+    AttentionFunction,
+    AttentionQkvpackedBiasedFunction,
+    AttentionQkvpackedFunction,
+)
 from vitkernels.ops._attention.checks import (
     check_dropout,
     check_images,
+    check_key_bias,
     check_like_q,
     check_mask,
     check_operands,
@@ -56,6 +62,7 @@ def attention(
     v: Tensor,
     *,
     attn_mask: Tensor | None = None,
+    key_bias: Tensor | None = None,
     scale: float | None = None,
     is_causal: bool = False,
     dropout_p: float = 0.0,
@@ -64,7 +71,7 @@ def attention(
     q_norm: QKNorm | tuple | None = None,
     k_norm: QKNorm | tuple | None = None,
 ) -> Tensor:
-    """Attend from every query to every key: ``softmax(scale · q kᵀ + mask) v``.
+    """Attend from every query to every key: ``softmax(scale · q kᵀ + mask + key_bias) v``.
 
     Args:
         q: (B, H, N_q, D), fp16, bf16, fp32 or fp64, any strides (a last dim that is not contiguous is copied);
@@ -76,6 +83,9 @@ def attention(
             row stride is not a multiple of 16 elements is copied once. A query that attends to no key gives 0 and gets
             no gradient. A floating mask may require grad; its gradient is summed over broadcast dims in a fixed order,
             so a learned bias (1, H, N, N) or (H, N, N) needs no (B, H, N, N) tensor.
+        key_bias: (B, N_kv), any floating dtype: added to the scores of all heads and queries, besides a mask. The
+            logarithm of the number of tokens merged into each key makes the attention proportional (arXiv 2210.09461).
+            −inf hides a key. It may require grad, which is as good as free; use ``attn_mask`` for finfo.min.
         scale: Factor of the scores, finite; 1/√D unless given.
         is_causal: Query i attends only to keys 0 to i; can be combined with a mask.
         dropout_p: Probability of dropping a weight, 0 to 1; the rest are scaled by 1/(1 − p). The seed comes from the
@@ -95,7 +105,7 @@ def attention(
         TypeError: A dtype does not fit.
         NotImplementedError: D > 256, or a tensor is nested, sparse or quantized.
 
-    Reference: arXiv 1706.03762, 2205.14135, 2307.08691.
+    Reference: arXiv 1706.03762, 2205.14135, 2307.08691, 2210.09461.
     """
     op = "attention"
     check_tensor(op, "q", q)
@@ -103,6 +113,7 @@ def attention(
     B, H, N_q, N_kv, D = check_operands(op, q, k, v)
     scale = check_scale(op, scale, D)
     mask = check_mask(op, attn_mask, q, (B, H, N_q, N_kv))
+    check_key_bias(op, key_bias, q, (B, N_kv), "(B, N_kv)")
     dropout_p = check_dropout(op, dropout_p)
     is_causal = bool(is_causal)
     rope, q_norm, k_norm, num_prefix_tokens = check_prepared(
@@ -110,19 +121,20 @@ def attention(
     )
     if not uses_kernels(q) or _prefers_sdpa(q, N_q, N_kv, D):
         return reference.attention(
-            q, k, v, attn_mask=attn_mask, scale=scale, is_causal=is_causal, dropout_p=dropout_p, rope=rope,
-            num_prefix_tokens=num_prefix_tokens, q_norm=q_norm, k_norm=k_norm,
+            q, k, v, attn_mask=attn_mask, key_bias=key_bias, scale=scale, is_causal=is_causal, dropout_p=dropout_p,
+            rope=rope, num_prefix_tokens=num_prefix_tokens, q_norm=q_norm, k_norm=k_norm,
         )  # fmt: skip
     if rope is not None or q_norm is not None or k_norm is not None:
         q = _prepare(q, q_norm, rope, num_prefix_tokens)
         k = _prepare(k, k_norm, rope, num_prefix_tokens)
-    return _attend(q, k, v, mask, _seed(q, dropout_p), None, scale, is_causal, dropout_p, 0)
+    return _attend(q, k, v, mask, key_bias, _seed(q, dropout_p), None, scale, is_causal, dropout_p, 0)
 
 
 def attention_qkvpacked(
     qkv: Tensor,
     *,
     attn_mask: Tensor | None = None,
+    key_bias: Tensor | None = None,
     scale: float | None = None,
     is_causal: bool = False,
     dropout_p: float = 0.0,
@@ -136,7 +148,8 @@ def attention_qkvpacked(
     Args:
         qkv: (B, N, 3, H, D), queries, keys and values along dim 2; dtypes, sizes and strides as for
             :func:`attention`.
-        attn_mask, scale, is_causal, dropout_p, rope, num_prefix_tokens, q_norm, k_norm: As for :func:`attention`.
+        attn_mask, key_bias, scale, is_causal, dropout_p, rope, num_prefix_tokens, q_norm, k_norm: As for
+            :func:`attention`.
 
     Returns:
         (B, N, H, D), contiguous, in ``qkv``'s dtype (autocast's under autocast).
@@ -155,26 +168,30 @@ def attention_qkvpacked(
     check_sizes(op, "qkv", qkv, N, D)
     scale = check_scale(op, scale, D)
     mask = check_mask(op, attn_mask, qkv, (B, H, N, N))
+    check_key_bias(op, key_bias, qkv, (B, N), "(B, N)")
     dropout_p = check_dropout(op, dropout_p)
     is_causal = bool(is_causal)
     rope, q_norm, k_norm, num_prefix_tokens = check_prepared(
         op, qkv, (B, H, N, D), N, rope, num_prefix_tokens, q_norm, k_norm
     )
-    late = rope is not None and needs_grad(rope.cos, rope.sin)
+    as_given = rope is None and q_norm is None and k_norm is None
+    apart = (rope is not None and needs_grad(rope.cos, rope.sin)) or (key_bias is not None and not as_given)
     on_kernels = uses_kernels(qkv) and not _prefers_sdpa(qkv, N, N, D)
-    if late or not on_kernels:
+    if apart or not on_kernels:
         options = {
-            "attn_mask": attn_mask, "scale": scale, "is_causal": is_causal, "dropout_p": dropout_p, "rope": rope,
-            "num_prefix_tokens": num_prefix_tokens, "q_norm": q_norm, "k_norm": k_norm,
+            "attn_mask": attn_mask, "key_bias": key_bias, "scale": scale, "is_causal": is_causal,
+            "dropout_p": dropout_p, "rope": rope, "num_prefix_tokens": num_prefix_tokens, "q_norm": q_norm,
+            "k_norm": k_norm,
         }  # fmt: skip
         if not on_kernels:
             return reference.attention_qkvpacked(qkv, **options).contiguous()
         q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
         return attention(q, k, v, **options).transpose(1, 2)
     seed = _seed(qkv, dropout_p)
-    as_given = rope is None and q_norm is None and k_norm is None
-    if as_given and not needs_grad(qkv, mask):
-        return attention_qkvpacked_fwd(qkv, scale, mask, seed, is_causal, dropout_p)[0]
+    if as_given and not needs_grad(qkv, mask, key_bias):
+        return attention_qkvpacked_fwd(qkv, scale, mask, seed, is_causal, dropout_p, None, 0, key_bias)[0]
+    if key_bias is not None:
+        return AttentionQkvpackedBiasedFunction.apply(qkv, mask, key_bias, seed, scale, is_causal, dropout_p)
     cos, sin = (None, None) if rope is None else (_table(rope.cos), _table(rope.sin))
     (q_weight, q_bias, *q_kind), (k_weight, k_bias, *k_kind) = _norm(q_norm), _norm(k_norm)
     return AttentionQkvpackedFunction.apply(
@@ -190,6 +207,7 @@ def attention_varlen(
     cu_seqlens: Tensor,
     max_seqlen: int,
     *,
+    key_bias: Tensor | None = None,
     scale: float | None = None,
     is_causal: bool = False,
     dropout_p: float = 0.0,
@@ -207,6 +225,7 @@ def attention_varlen(
             ``cu_seqlens[i + 1]``; it begins with 0. Tokens after the last image give 0 and get no gradient.
         max_seqlen: Number of tokens of the longest image. The values of ``cu_seqlens`` are checked only on a CPU, since
             a check would synchronize with a GPU; on a GPU, an image's tokens beyond ``max_seqlen`` give 0.
+        key_bias: (T,), as for :func:`attention`.
         scale, is_causal, dropout_p, q_norm, k_norm: As for :func:`attention`.
         rope: As for :func:`attention`, with tables that broadcast to (H, T, D), including the prefix tokens.
 
@@ -233,6 +252,7 @@ def attention_varlen(
     check_sizes(op, "q", q, 1, D)
     scale = check_scale(op, scale, D)
     dropout_p = check_dropout(op, dropout_p)
+    check_key_bias(op, key_bias, q, (T,), "(T,)")
     max_seqlen = check_images(op, q, cu_seqlens, max_seqlen)
     is_causal = bool(is_causal)
     rope, q_norm, k_norm, _ = check_prepared(op, q, (1, H, T, D), T, rope, 0, q_norm, k_norm)
@@ -240,12 +260,13 @@ def attention_varlen(
         q, k = (x.transpose(0, 1).unsqueeze(0) for x in (q, k))
         q, k = (x[0].transpose(0, 1) for x in reference.prepare_qk(q, k, rope, 0, q_norm, k_norm))
         return reference.attention_varlen(
-            q, k, v, cu_seqlens, scale=scale, is_causal=is_causal, dropout_p=dropout_p
+            q, k, v, cu_seqlens, key_bias=key_bias, scale=scale, is_causal=is_causal, dropout_p=dropout_p
         ).contiguous()
     if rope is not None or q_norm is not None or k_norm is not None:
         q, k = (x.transpose(0, 1).unsqueeze(0) for x in (q, k))
         q, k = (_prepare(x, norm, rope, 0).squeeze(0).transpose(0, 1) for x, norm in ((q, q_norm), (k, k_norm)))
-    return _attend(q, k, v, None, _seed(q, dropout_p), int32(cu_seqlens), scale, is_causal, dropout_p, max_seqlen)
+    seed, starts = _seed(q, dropout_p), int32(cu_seqlens)
+    return _attend(q, k, v, None, key_bias, seed, starts, scale, is_causal, dropout_p, max_seqlen)
 
 
 def attention_weights(
@@ -254,6 +275,7 @@ def attention_weights(
     *,
     query: int | None = None,
     attn_mask: Tensor | None = None,
+    key_bias: Tensor | None = None,
     scale: float | None = None,
     is_causal: bool = False,
     rope: Rope | tuple | None = None,
@@ -261,12 +283,13 @@ def attention_weights(
     q_norm: QKNorm | tuple | None = None,
     k_norm: QKNorm | tuple | None = None,
 ) -> Tensor:
-    """Compute the attention weights, which :func:`attention` never stores: ``softmax(scale · q kᵀ + mask)``.
+    """Compute the attention weights, which :func:`attention` never stores: ``softmax(scale · q kᵀ + mask + key_bias)``.
 
     They are computed by PyTorch's own ops, in fp32 (fp64 for fp64), and are differentiable.
 
     Args:
-        q, k, attn_mask, scale, is_causal, rope, num_prefix_tokens, q_norm, k_norm: As for :func:`attention`.
+        q, k, attn_mask, key_bias, scale, is_causal, rope, num_prefix_tokens, q_norm, k_norm: As for
+            :func:`attention`.
         query: Index of a query; only its row is computed. 0 is the class token, −1 the last token. None: all rows.
 
     Returns:
@@ -282,9 +305,12 @@ def attention_weights(
     B, H, N_q, N_kv, D = check_operands(op, q, k, k)
     scale = check_scale(op, scale, D)
     mask = check_mask(op, attn_mask, q, (B, H, N_q, N_kv))
+    check_key_bias(op, key_bias, q, (B, N_kv), "(B, N_kv)")
     rope, q_norm, k_norm, num_prefix_tokens = check_prepared(
         op, q, q.shape, N_kv, rope, num_prefix_tokens, q_norm, k_norm
     )
+    if key_bias is not None:
+        mask = reference.biased_mask(mask, key_bias)
     wide = runtime.wide_dtype(q.dtype)
     q, k = reference.prepare_qk(q.to(wide), k.to(wide), rope, num_prefix_tokens, q_norm, k_norm)
     if query is None:
@@ -306,11 +332,13 @@ def attention_weights(
     return reference.attention_weights(q[:, :, query : query + 1], k, attn_mask=mask, scale=scale)
 
 
-def _attend(q, k, v, mask, seed, starts, scale, is_causal, dropout_p, max_seqlen):
+def _attend(q, k, v, mask, key_bias, seed, starts, scale, is_causal, dropout_p, max_seqlen):
     """Attention on (B, H, N, D), or (T, H, D) with ``starts``, through its autograd Function only if needed."""
-    if needs_grad(q, k, v, mask):
-        return AttentionFunction.apply(q, k, v, mask, seed, starts, scale, is_causal, dropout_p, max_seqlen)
-    return attention_fwd(q, k, v, scale, starts is None, mask, seed, is_causal, dropout_p, starts, max_seqlen)[0]
+    if needs_grad(q, k, v, mask, key_bias):
+        return AttentionFunction.apply(q, k, v, mask, key_bias, seed, starts, scale, is_causal, dropout_p, max_seqlen)
+    return attention_fwd(
+        q, k, v, scale, starts is None, mask, seed, is_causal, dropout_p, starts, max_seqlen, key_bias
+    )[0]
 
 
 def _prepare(x: Tensor, norm: QKNorm | None, rope: Rope | None, prefix: int) -> Tensor:

@@ -8,9 +8,11 @@ from vitkernels import runtime
 from vitkernels.ops._attention.operands import AttentionWanted
 from vitkernels.ops._attention.prepare import prepare_fwd
 from vitkernels.ops._attention.registered import (
+    attention_biased_bwd,
     attention_bwd,
     attention_fwd,
     attention_prepared_bwd,
+    attention_qkvpacked_biased_bwd,
     attention_qkvpacked_bwd,
     attention_qkvpacked_fwd,
 )
@@ -18,12 +20,14 @@ from vitkernels.ops._once import once_differentiable
 
 
 class AttentionFunction(torch.autograd.Function):
-    """Autograd for separate q, k and v, (B, H, N, D) each, or (T, H, D) with ``starts``, and a mask."""
+    """Autograd for separate q, k and v, (B, H, N, D) each, or (T, H, D) with ``starts``, a mask and a bias of keys."""
 
     @staticmethod
-    def forward(ctx, q, k, v, mask, seed, starts, scale, is_causal, dropout_p, max_seqlen):
-        o, lse = attention_fwd(q, k, v, scale, starts is None, mask, seed, is_causal, dropout_p, starts, max_seqlen)
-        ctx.save_for_backward(q, k, v, o, lse, mask, seed, starts)
+    def forward(ctx, q, k, v, mask, key_bias, seed, starts, scale, is_causal, dropout_p, max_seqlen):
+        o, lse = attention_fwd(
+            q, k, v, scale, starts is None, mask, seed, is_causal, dropout_p, starts, max_seqlen, key_bias
+        )
+        ctx.save_for_backward(q, k, v, o, lse, key_bias, mask, seed, starts)
         ctx.emulated = runtime.emulated_arch()
         ctx.options = (scale, is_causal, dropout_p, max_seqlen)
         return o
@@ -31,18 +35,23 @@ class AttentionFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, saved, do):
-        *tensors, mask, seed, starts = saved
+        *tensors, key_bias, mask, seed, starts = saved
         scale, is_causal, dropout_p, max_seqlen = ctx.options
-        needs_q, needs_k, needs_v, needs_mask, *_ = ctx.needs_input_grad
-        wanted = AttentionWanted(needs_q, needs_k or needs_v, needs_mask)
-        dq, dk, dv, dmask = attention_bwd(
-            do, *tensors, scale, list(wanted), starts is None, mask, seed, is_causal, dropout_p, starts, max_seqlen
-        )
+        needs_q, needs_k, needs_v, needs_mask, needs_key_bias, *_ = ctx.needs_input_grad
+        wanted = list(AttentionWanted(needs_q, needs_k or needs_v, needs_mask))
+        options = (starts is None, mask, seed, is_causal, dropout_p, starts, max_seqlen)
+        if key_bias is None:
+            dq, dk, dv, dmask = attention_bwd(do, *tensors, scale, wanted, *options)
+        else:
+            dq, dk, dv, dmask, dkey_bias = attention_biased_bwd(
+                do, *tensors, key_bias, scale, [*wanted, needs_key_bias], *options
+            )
         return (
             dq if needs_q else None,
             dk if needs_k else None,
             dv if needs_v else None,
             dmask.to(mask.dtype) if needs_mask else None,
+            dkey_bias.to(key_bias.dtype) if needs_key_bias else None,
             *[None] * 6,
         )
 
@@ -94,4 +103,32 @@ class AttentionQkvpackedFunction(torch.autograd.Function):
             dmask.to(mask.dtype) if needs_mask else None,
             *(s.to(p.dtype) if n else None for s, p, n in zip(sums, parameters, needed, strict=True)),
             *[None] * 12,
+        )
+
+
+class AttentionQkvpackedBiasedFunction(torch.autograd.Function):
+    """Autograd for packed qkv, (B, N, 3, H, D), a mask and a bias of keys."""
+
+    @staticmethod
+    def forward(ctx, qkv, mask, key_bias, seed, scale, is_causal, dropout_p):
+        o, lse = attention_qkvpacked_fwd(qkv, scale, mask, seed, is_causal, dropout_p, None, 0, key_bias)
+        ctx.save_for_backward(qkv, o, lse, key_bias, mask, seed)
+        ctx.emulated = runtime.emulated_arch()
+        ctx.options = (scale, is_causal, dropout_p)
+        return o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, saved, do):
+        qkv, o, lse, key_bias, mask, seed = saved
+        scale, is_causal, dropout_p = ctx.options
+        needs_qkv, needs_mask, needs_key_bias, *_ = ctx.needs_input_grad
+        dqkv, dmask, dkey_bias = attention_qkvpacked_biased_bwd(
+            do, qkv, o, lse, key_bias, scale, needs_mask, needs_key_bias, mask, seed, is_causal, dropout_p
+        )
+        return (
+            dqkv if needs_qkv else None,
+            dmask.to(mask.dtype) if needs_mask else None,
+            dkey_bias.to(key_bias.dtype) if needs_key_bias else None,
+            *[None] * 4,
         )

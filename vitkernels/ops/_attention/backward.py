@@ -31,18 +31,22 @@ def attention_backward(
     dk: Tensor | None,
     dv: Tensor | None,
     *,
+    dkey_bias: Tensor | None = None,
     sums_dtype: torch.dtype | None = None,
     needs_dmask: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Launch the backward; write the gradients into ``dq``, ``dk`` and ``dv``, and skip those that are None.
 
     Tensors are (B, N, H, D), with B = 1 for packed images. ``dk`` and ``dv`` have the same strides; all gradients have
-    unit stride along the last dim. Returns two tensors, each None unless needed:
+    unit stride along the last dim. ``dkey_bias`` (B, H, N_kv), contiguous, in lse's dtype, requires ``dk`` and receives
+    each head's gradient of ``options.key_bias``. Returns two tensors, each None unless needed:
 
     - with ``sums_dtype``, which requires all three gradients, their sums over images and tokens, (3, H, D): the bias
       gradient of the preceding projection, without another pass;
     - with ``needs_dmask``, the gradient of ``options.mask``, of its shape, in fp32 (fp64 for fp64).
     """
+    if dkey_bias is not None and q.numel() == 0:
+        dkey_bias.zero_()
     if q.numel() == 0 or (dq is None and dk is None and not needs_dmask):
         sums = torch.zeros((3, *q.shape[2:]), dtype=sums_dtype, device=q.device) if sums_dtype else None
         return sums, torch.zeros_like(options.mask, dtype=lse.dtype) if needs_dmask else None
@@ -52,7 +56,7 @@ def attention_backward(
     images, longest_q, longest_kv = options.rows(B, N_q, k.shape[1])
     config = choose_config(
         longest_q, longest_kv, D, q.dtype, runtime.device_facts(q.device),
-        heads=images * H, varlen=varlen, masked=options.mask is not None,
+        heads=images * H, varlen=varlen, masked=options.mask is not None, key_bias=options.key_bias is not None,
         dropout=options.dropout_p > 0, is_causal=options.is_causal,
     )  # fmt: skip
     arguments = {
@@ -71,13 +75,16 @@ def attention_backward(
         "D": D,
         "PARTS": head_parts(D),
     }
+    of_keys = {"dkey_bias_ptr": lse if dkey_bias is None else dkey_bias, "NEEDS_DKEY_BIAS": dkey_bias is not None}
     whole_rows = config.backward.regime != "blocks" and dq is not None and dk is not None
     if whole_rows:
         launch = _launch_row if config.backward.regime == "row" else _launch_windows
-        sums, delta, dmask = launch(arguments, config.backward, options, lse, dq, dk, dv, sums_dtype, needs_dmask)
+        sums, delta, dmask = launch(
+            arguments | of_keys, config.backward, options, lse, dq, dk, dv, sums_dtype, needs_dmask
+        )
     else:
         rows = images, longest_q, longest_kv
-        sums, delta = _launch_blocks(arguments, config, options, rows, o, lse, dq, dk, dv, sums_dtype)
+        sums, delta = _launch_blocks(arguments, of_keys, config, options, rows, o, lse, dq, dk, dv, sums_dtype)
         dmask = None
     if needs_dmask and dmask is None:
         dmask = _launch_dmask(arguments, config.dmask, options, lse, delta)
@@ -162,7 +169,7 @@ def _launch_windows(arguments, tiling, options, lse, dq, dk, dv, sums_dtype, nee
     return _sum(shares, H, D, sums_dtype), delta, dmask
 
 
-def _launch_blocks(arguments, config: AttentionConfig, options, rows, o, lse, dq, dk, dv, sums_dtype):
+def _launch_blocks(arguments, of_keys, config: AttentionConfig, options, rows, o, lse, dq, dk, dv, sums_dtype):
     images, longest_q, longest_kv = rows
     do, q, k, v = (arguments[f"{x}_ptr"] for x in ("do", "q", "k", "v"))
     mask_reach = q.shape[1] * arguments["stride_mask_m"]
@@ -216,6 +223,7 @@ def _launch_blocks(arguments, config: AttentionConfig, options, rows, o, lse, dq
         _attention_bwd_dkv_kernel[(images * H * num_blocks,)](
             **arguments,
             **images_of,
+            **of_keys,
             lse_ptr=lse,
             delta_ptr=delta,
             dk_ptr=dk,

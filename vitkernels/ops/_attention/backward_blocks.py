@@ -12,6 +12,7 @@ Weights are computed from the forward's lse, which is rounded: in fp32 their RMS
 from __future__ import annotations
 
 from vitkernels.ops._attention.tiles import (
+    add_key_bias,
     dot_heads,
     dot_rows,
     dropout_scale,
@@ -77,6 +78,7 @@ def _attention_bwd_dq_kernel(
     o_ptr,  # (B, N_q, H, D)
     lse_ptr,  # (B, H, N_q), with a floating MASK (B, H, N_q, 2)
     mask_ptr,  # (B, H, N_q, N_kv) by strides, with MASK
+    key_bias_ptr,  # (B, N_kv) by stride, with KEY_BIAS; (1, all tokens) with VARLEN
     seed_ptr,  # (1,), with DROPOUT
     starts_ptr,  # (images + 1,), the first token of each image and the end, with VARLEN
     delta_ptr,  # (B, H, N_q), written
@@ -103,6 +105,7 @@ def _attention_bwd_dq_kernel(
     stride_mask_b,
     stride_mask_h,
     stride_mask_m,
+    stride_key_bias_b,
     mask_width,
     N_q,
     N_kv,
@@ -115,6 +118,7 @@ def _attention_bwd_dq_kernel(
     MASK: tl.constexpr,
     MASK_M: tl.constexpr,
     MASK_N: tl.constexpr,
+    KEY_BIAS: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr,
     VARLEN: tl.constexpr,
@@ -149,6 +153,7 @@ def _attention_bwd_dq_kernel(
     k_head = head_ptr(k_ptr, b, h, first, stride_k_b, stride_k_n, stride_k_h, ALIGN)
     v_head = head_ptr(v_ptr, b, h, first, stride_v_b, stride_v_n, stride_v_h, ALIGN)
     mask_head = mask_ptr + b * stride_mask_b + h * stride_mask_h
+    bias_row = key_bias_ptr + b * stride_key_bias_b + first
     q = load_head(q_head, offs_m, stride_q_n, mask_m, D, PARTS, ALIGN)
     do = load_head(do_head, offs_m, stride_do_n, mask_m, D, PARTS, ALIGN)
     lse = load_lse(lse_head, offs_m, N_q, MASK)
@@ -169,6 +174,7 @@ def _attention_bwd_dq_kernel(
         k = load_head(k_head, offs_n, stride_k_n, mask_n, D, PARTS, ALIGN)
         v = load_head(v_head, offs_n, stride_v_n, mask_n, D, PARTS, ALIGN)
         s = dot_heads(q, k, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION) * score_scale
+        s = add_key_bias(s, bias_row, offs_n[None, :], mask_n[None, :], MASK, KEY_BIAS)
         s = masked_scores(
             s, mask_head, offs_m[:, None], offs_n[None, :], mask_n[None, :], N_q, mask_width, stride_mask_m,
             MASK, MASK_M, MASK_N, IS_CAUSAL, False,
@@ -197,11 +203,13 @@ def _attention_bwd_dkv_kernel(
     v_ptr,  # (B, N_kv, H, D)
     lse_ptr,  # (B, H, N_q), with a floating MASK (B, H, N_q, 2)
     mask_ptr,  # (B, H, N_q, N_kv) by strides, with MASK
+    key_bias_ptr,  # (B, N_kv) by stride, with KEY_BIAS; (1, all tokens) with VARLEN
     seed_ptr,  # (1,), with DROPOUT
     starts_ptr,  # (images + 1,), the first token of each image and the end, with VARLEN
     delta_ptr,  # (B, H, N_q)
     dk_ptr,  # (B, N_kv, H, D)
     dv_ptr,  # (B, N_kv, H, D), the strides of dk
+    dkey_bias_ptr,  # (B, H, N_kv): the sums of dS over queries, with NEEDS_DKEY_BIAS
     sums_ptr,  # (B, blocks, 2, H, D): each block's sums over keys of dk and dv, with NEEDS_SUMS
     stride_do_b,
     stride_do_n,
@@ -221,6 +229,7 @@ def _attention_bwd_dkv_kernel(
     stride_mask_b,
     stride_mask_h,
     stride_mask_m,
+    stride_key_bias_b,
     mask_width,
     N_q,
     N_kv,
@@ -233,9 +242,11 @@ def _attention_bwd_dkv_kernel(
     MASK: tl.constexpr,
     MASK_M: tl.constexpr,
     MASK_N: tl.constexpr,
+    KEY_BIAS: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr,
     VARLEN: tl.constexpr,
+    NEEDS_DKEY_BIAS: tl.constexpr,
     NEEDS_SUMS: tl.constexpr,
     ALIGN: tl.constexpr,
     INDEX: tl.constexpr,
@@ -266,6 +277,7 @@ def _attention_bwd_dkv_kernel(
     k_head = head_ptr(k_ptr, b, h, first, stride_k_b, stride_k_n, stride_k_h, ALIGN)
     v_head = head_ptr(v_ptr, b, h, first, stride_v_b, stride_v_n, stride_v_h, ALIGN)
     mask_head = mask_ptr + b * stride_mask_b + h * stride_mask_h
+    bias_row = key_bias_ptr + b * stride_key_bias_b + first
     k = load_head(k_head, offs_n, stride_k_n, mask_n, D, PARTS, ALIGN)
     v = load_head(v_head, offs_n, stride_v_n, mask_n, D, PARTS, ALIGN)
 
@@ -278,6 +290,7 @@ def _attention_bwd_dkv_kernel(
     # Scores are transposed, keys by queries, so that the products need no transposed weights.
     dk = zero_head(BLOCK_N, PARTS, ACC)
     dv = zero_head(BLOCK_N, PARTS, ACC)
+    dkey_bias = tl.zeros((BLOCK_N,), ACC)
     # Could the loop be left out, ptxas would let each wgmma wait for the one before (its message C7515, sm_90). Without
     # a mask it would be told at the price of a program an SM.
     if MASK != "" and not IS_CAUSAL:
@@ -291,6 +304,7 @@ def _attention_bwd_dkv_kernel(
         log_total = load_log_total(lse_head, offs_m, N_q, MASK)
         delta = tl.load(delta_ptr + rows + offs_m, mask=mask_m, other=0.0)
         s = dot_heads(k, q, zeros(BLOCK_N, BLOCK_M, ACC), PRECISION) * score_scale
+        s = add_key_bias(s, bias_row, offs_n[:, None], mask_n[:, None], MASK, KEY_BIAS)
         # Keys beyond the last need no mask: their gradients are not stored.
         s = masked_scores(
             s, mask_head, offs_m[None, :], offs_n[:, None], mask_n[:, None], N_q, mask_width, stride_mask_m,
@@ -305,13 +319,21 @@ def _attention_bwd_dkv_kernel(
             dp *= keep
         else:
             dv = weighted_sum(p, do, dv, PRECISION)
-        dk = weighted_sum(p * (dp - delta[None, :]), q, dk, PRECISION)
+        ds = p * (dp - delta[None, :])
+        dk = weighted_sum(ds, q, dk, PRECISION)
+        if NEEDS_DKEY_BIAS:
+            dkey_bias += tl.sum(ds, axis=1)
 
     dk = scaled_head(dk, scale)
     dk_head = head_ptr(dk_ptr, b, h, first, stride_dk_b, stride_dk_n, stride_dk_h, ALIGN)
     dv_head = head_ptr(dv_ptr, b, h, first, stride_dk_b, stride_dk_n, stride_dk_h, ALIGN)
     store_head(dk_head, dk, offs_n, stride_dk_n, mask_n, D, PARTS, ALIGN)
     store_head(dv_head, dv, offs_n, stride_dk_n, mask_n, D, PARTS, ALIGN)
+    if NEEDS_DKEY_BIAS:
+        key_rows = bh * N_kv
+        if VARLEN:
+            key_rows = rows
+        tl.store(dkey_bias_ptr + key_rows + offs_n, dkey_bias, mask=mask_n)
     if NEEDS_SUMS:
         sums = sums_ptr + ((b * num_blocks + pid % num_blocks) * 2 * H + h) * D
         store_sums(sums, dk, mask_n, D, PARTS)
@@ -326,6 +348,7 @@ def _attention_bwd_dmask_kernel(
     v_ptr,  # (B, N_kv, H, D)
     lse_ptr,  # (B, H, N_q), with a floating MASK (B, H, N_q, 2)
     mask_ptr,  # (B, H, N_q, N_kv) by strides
+    key_bias_ptr,  # (B, N_kv) by stride, with KEY_BIAS
     seed_ptr,  # (1,), with DROPOUT
     delta_ptr,  # (B, H, N_q)
     dmask_ptr,  # (splits, B or 1, H or 1, N_q, N_kv): sums of dS over the images and heads that share the mask
@@ -344,6 +367,7 @@ def _attention_bwd_dmask_kernel(
     stride_mask_b,
     stride_mask_h,
     stride_mask_m,
+    stride_key_bias_b,
     mask_width,
     B,
     N_q,
@@ -358,6 +382,7 @@ def _attention_bwd_dmask_kernel(
     MASK: tl.constexpr,
     MASK_M: tl.constexpr,
     MASK_N: tl.constexpr,
+    KEY_BIAS: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr,
     MASK_B: tl.constexpr,  # whether the mask varies over images
@@ -414,6 +439,8 @@ def _attention_bwd_dmask_kernel(
         log_total = load_log_total(lse_head, offs_m, N_q, MASK)
         delta = tl.load(delta_ptr + bh * N_q + offs_m, mask=mask_m, other=0.0)
         s = dot_heads(q, k, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION) * score_scale
+        bias_row = key_bias_ptr + b * stride_key_bias_b
+        s = add_key_bias(s, bias_row, offs_n[None, :], mask_n[None, :], MASK, KEY_BIAS)
         s = masked_scores(
             s, mask_head, offs_m[:, None], offs_n[None, :], mask_n[None, :], N_q, mask_width, stride_mask_m,
             MASK, MASK_M, MASK_N, IS_CAUSAL, True,

@@ -11,6 +11,7 @@ weights from a rounded lse have 1.6 times the error of PyTorch's, recomputed one
 from __future__ import annotations
 
 from vitkernels.ops._attention.tiles import (
+    add_key_bias,
     columns,
     dot_heads,
     dropout_scale,
@@ -49,11 +50,13 @@ def _attention_bwd_row_kernel(
     k_ptr,  # (B, N_kv, H, D)
     v_ptr,  # (B, N_kv, H, D)
     mask_ptr,  # (B, H, N_q, N_kv) by strides, with MASK
+    key_bias_ptr,  # (B, N_kv) by stride, with KEY_BIAS
     seed_ptr,  # (1,), with DROPOUT
     delta_ptr,  # (B, H, N_q), written with NEEDS_DELTA
     dq_ptr,  # (B, N_q, H, D)
     dk_ptr,  # (B, N_kv, H, D)
     dv_ptr,  # (B, N_kv, H, D), the strides of dk
+    dkey_bias_ptr,  # (B, H, N_kv): the sums of dS over queries, with NEEDS_DKEY_BIAS
     sums_ptr,  # (B, 3, H, D): the sums over tokens of dq, dk and dv, with NEEDS_SUMS
     stride_do_b,
     stride_do_n,
@@ -76,6 +79,7 @@ def _attention_bwd_row_kernel(
     stride_mask_b,
     stride_mask_h,
     stride_mask_m,
+    stride_key_bias_b,
     mask_width,
     N_q,
     N_kv,
@@ -86,8 +90,10 @@ def _attention_bwd_row_kernel(
     MASK: tl.constexpr,
     MASK_M: tl.constexpr,
     MASK_N: tl.constexpr,
+    KEY_BIAS: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr,
+    NEEDS_DKEY_BIAS: tl.constexpr,
     NEEDS_SUMS: tl.constexpr,
     NEEDS_DELTA: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -107,6 +113,7 @@ def _attention_bwd_row_kernel(
     do_head = head_ptr(do_ptr, b, h, 0, stride_do_b, stride_do_n, stride_do_h, ALIGN)
     dq_head = head_ptr(dq_ptr, b, h, 0, stride_dq_b, stride_dq_n, stride_dq_h, ALIGN)
     mask_head = mask_ptr + b * stride_mask_b + h * stride_mask_h
+    bias_row = key_bias_ptr + b * stride_key_bias_b
 
     offs_n = tl.arange(0, BLOCK_N)
     mask_n = offs_n < N_kv
@@ -115,6 +122,7 @@ def _attention_bwd_row_kernel(
     dk = zero_head(BLOCK_N, PARTS, ACC)
     dv = zero_head(BLOCK_N, PARTS, ACC)
     dq_sums = zero_columns(1, PARTS, ACC)
+    dkey_bias = tl.zeros((BLOCK_N,), ACC)
 
     # Scores are transposed, keys by queries: wgmma needs 64 rows or more, and the products for dk and dv need no
     # transposed weights. dq is transposed, too. One piece holds all keys: split into 128, 64 and 16, the gradients of
@@ -125,6 +133,7 @@ def _attention_bwd_row_kernel(
         q = load_head(q_head, offs_m.to(INDEX), stride_q_n, mask_m, D, PARTS, ALIGN)
         do = load_head(do_head, offs_m.to(INDEX), stride_do_n, mask_m, D, PARTS, ALIGN)
         s = dot_heads(k, q, zeros(BLOCK_N, BLOCK_M, ACC), PRECISION) * score_scale
+        s = add_key_bias(s, bias_row, offs_n[:, None], mask_n[:, None], MASK, KEY_BIAS)
         s = masked_scores(
             s, mask_head, offs_m.to(INDEX)[None, :], offs_n[:, None], mask_n[:, None], N_q, mask_width, stride_mask_m,
             MASK, MASK_M, MASK_N, IS_CAUSAL, False,
@@ -140,6 +149,8 @@ def _attention_bwd_row_kernel(
         delta = tl.sum(p * dp, axis=0)
         ds = p * (dp - delta[None, :])
         dk = weighted_sum(ds, q, dk, PRECISION)
+        if NEEDS_DKEY_BIAS:
+            dkey_bias += tl.sum(ds, axis=1)
         dq = scaled_head(weighted_sum_columns(k, ds, zero_columns(BLOCK_M, PARTS, ACC), PRECISION), scale)
         store_head(dq_head, transposed(dq), offs_m.to(INDEX), stride_dq_n, mask_m, D, PARTS, ALIGN)
         if NEEDS_DELTA:
@@ -152,6 +163,8 @@ def _attention_bwd_row_kernel(
     dv_head = head_ptr(dv_ptr, b, h, 0, stride_dk_b, stride_dk_n, stride_dk_h, ALIGN)
     store_head(dk_head, dk, offs_n.to(INDEX), stride_dk_n, mask_n, D, PARTS, ALIGN)
     store_head(dv_head, dv, offs_n.to(INDEX), stride_dk_n, mask_n, D, PARTS, ALIGN)
+    if NEEDS_DKEY_BIAS:
+        tl.store(dkey_bias_ptr + bh * N_kv + offs_n, dkey_bias, mask=mask_n)
     if NEEDS_SUMS:
         sums = sums_ptr + (b * 3 * H + h) * D
         _store_column_sums(sums, dq_sums, D, PARTS)
@@ -191,11 +204,13 @@ def _attention_bwd_windows_kernel(
     k_ptr,  # (B, N_kv, H, D)
     v_ptr,  # (B, N_kv, H, D)
     mask_ptr,  # (B, H, N_q, N_kv) by strides, with MASK
+    key_bias_ptr,  # (B, N_kv) by stride, with KEY_BIAS
     seed_ptr,  # (1,), with DROPOUT
     delta_ptr,  # (B, H, N_q), written with NEEDS_DELTA
     dq_ptr,  # (B, N_q, H, D)
     dk_ptr,  # (B, N_kv, H, D)
     dv_ptr,  # (B, N_kv, H, D), the strides of dk
+    dkey_bias_ptr,  # (B, H, N_kv): the sums of dS over queries, with NEEDS_DKEY_BIAS
     sums_ptr,  # (groups, 3, H, D): the sums over tokens of dq, dk and dv of each program's windows, with NEEDS_SUMS
     dmask_ptr,  # (groups, H, N_q, N_kv): the sums of dS over each program's windows, with NEEDS_DMASK
     stride_do_b,
@@ -219,6 +234,7 @@ def _attention_bwd_windows_kernel(
     stride_mask_b,
     stride_mask_h,
     stride_mask_m,
+    stride_key_bias_b,
     mask_width,
     B,
     N_q,
@@ -231,9 +247,11 @@ def _attention_bwd_windows_kernel(
     MASK: tl.constexpr,
     MASK_M: tl.constexpr,
     MASK_N: tl.constexpr,
+    KEY_BIAS: tl.constexpr,
     MASK_B: tl.constexpr,  # whether the mask varies over images
     IS_CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr,
+    NEEDS_DKEY_BIAS: tl.constexpr,
     NEEDS_SUMS: tl.constexpr,
     NEEDS_DELTA: tl.constexpr,
     NEEDS_DMASK: tl.constexpr,
@@ -277,6 +295,8 @@ def _attention_bwd_windows_kernel(
         )
         bh = b * H + h
         s = dot_heads(k, q, zeros(BLOCK_N, BLOCK_M, ACC), PRECISION) * score_scale
+        bias_row = key_bias_ptr + b * tl.cast(stride_key_bias_b, tl.int64)
+        s = add_key_bias(s, bias_row, n[:, None], mask_n[:, None], MASK, KEY_BIAS)
         window_mask = mask
         if MASK != "" and MASK_B:
             window_mask = load_mask(
@@ -308,6 +328,8 @@ def _attention_bwd_windows_kernel(
             tl.store(delta_ptr + bh * N_q + m, delta, mask=mask_m)
         if NEEDS_DMASK:
             dmask += ds
+        if NEEDS_DKEY_BIAS:
+            tl.store(dkey_bias_ptr + bh * N_kv + n, tl.sum(ds, axis=1), mask=mask_n)
         if NEEDS_SUMS:
             dq_sums = _add_column_sums(dq_sums, dq)
             dk_sums = _add_row_sums(dk_sums, dk)

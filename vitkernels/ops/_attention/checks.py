@@ -102,6 +102,14 @@ def check_mask(op: str, mask: Tensor | None, q: Tensor, shape: tuple[int, int, i
     return four_dims(mask)
 
 
+def check_key_bias(op: str, key_bias: Tensor | None, q: Tensor, shape: tuple[int, ...], letters: str) -> None:
+    """Require ``key_bias`` to be None, or floating and of ``shape``, which the error calls ``letters``."""
+    if key_bias is None:
+        return
+    check_like(op, "key_bias", key_bias, "q", q, dtype=False)
+    check_shape(op, "key_bias", key_bias, shape, letters)
+
+
 def four_dims(mask: Tensor | None) -> Tensor | None:
     """Return ``mask`` with four dims; expanded dims get size 1."""
     if mask is None:

@@ -46,6 +46,7 @@ def choose_config(
     heads: int,
     varlen: bool = False,
     masked: bool = False,
+    key_bias: bool = False,
     dropout: bool = False,
     is_causal: bool = False,
 ) -> AttentionConfig:
@@ -59,14 +60,15 @@ def choose_config(
         heads: Heads of all images together.
         varlen: Whether images of different lengths are packed.
         masked: Whether there is a mask.
+        key_bias: Whether there is a bias of keys.
         dropout: Whether weights are dropped.
         is_causal: Whether queries attend to no later key.
     """
     width = sum(head_parts(D))
-    start = _blocks(N_q, width, dtype.itemsize, facts, masked, dropout)
+    start = _blocks(N_q, width, dtype.itemsize, facts, masked, key_bias, dropout)
     if not varlen:
-        start |= _whole_rows(N_q, N_kv, width, dtype.itemsize, facts, heads, masked, dropout, is_causal)
-    options = ",varlen" * varlen + ",masked" * masked + ",dropout" * dropout
+        start |= _whole_rows(N_q, N_kv, width, dtype.itemsize, facts, heads, masked, key_bias, dropout, is_causal)
+    options = ",varlen" * varlen + ",masked" * masked + ",key_bias" * key_bias + ",dropout" * dropout
     key = f"N_q={N_q},N_kv={N_kv},D={D},{dtype}{options}"
     chosen = {}
     for kernel, tiling in start.items():
@@ -76,7 +78,7 @@ def choose_config(
 
 
 def _blocks(
-    N_q: int, width: int, itemsize: int, facts: DeviceFacts, masked: bool, dropout: bool
+    N_q: int, width: int, itemsize: int, facts: DeviceFacts, masked: bool, key_bias: bool, dropout: bool
 ) -> dict[str, Tiling]:
     """Tilings for rows of any length and heads of ``width`` channels: of those tried, the largest without spills."""
     kernels = ("forward", "backward", "dkv", "dq", "dmask")
@@ -99,6 +101,8 @@ def _blocks(
         dkv = tile(32, 16, warps, 1) if dropout else tile(32, 32, 4, 1)
         return tilings | {"dkv": dkv, "dq": tile(32, 32, 4)}
     tilings = dict.fromkeys(kernels, tile(64, 64, 4))
+    if amd and masked and key_bias:
+        tilings["forward"] = tile(64, 32, 4)
     if not short:
         # Twice the queries halve the reads of keys and values through L2, and two programs still fit on an SM.
         if facts.arch.startswith("sm_9") and N_q >= LONG_ROW and width <= 64 and not (masked or dropout):
@@ -122,6 +126,7 @@ def _whole_rows(
     facts: DeviceFacts,
     heads: int,
     masked: bool,
+    key_bias: bool,
     dropout: bool,
     is_causal: bool,
 ) -> dict[str, Tiling]:
@@ -144,12 +149,12 @@ def _whole_rows(
     if is_window and width <= 32:
         tilings["backward"] = Tiling("windows", block_m, block_n, 4 if amd else 8, 1)
     elif width <= 64 and heads >= facts.num_sms:
-        if N_kv <= 64 and not short_and_masked:
+        if N_kv <= 64 and not short_and_masked and not (short and key_bias):
             tilings["backward"] = Tiling("row", 32, block_n, 4, 1)
         elif 64 < N_kv <= (128 if short else 256) and not (masked or dropout):
             # On Hopper the next queries load during the products: 253 registers of 255. On CDNA 3 that spills, and so
-            # does a causal mask.
-            stages = 2 if facts.arch.startswith("sm_9") and not is_causal else 1
+            # do a causal mask and a bias of keys.
+            stages = 2 if facts.arch.startswith("sm_9") and not (is_causal or key_bias) else 1
             tilings["backward"] = Tiling("row", 16, block_n, 8, stages)
     return tilings
 

@@ -15,6 +15,7 @@ from vitkernels import runtime
 from vitkernels.ops._attention.config import choose_config, head_parts, key_pieces
 from vitkernels.ops._attention.operands import Options, addressing, strides
 from vitkernels.ops._attention.tiles import (
+    add_key_bias,
     dot_heads,
     dropout_scale,
     exp_scores,
@@ -36,14 +37,14 @@ from vitkernels.ops._triton import tl, triton
 
 @triton.jit
 def _store_output(
-    o, total, m, o_head, lse_head, offs_m, stride_o_n, mask_m, MASK: tl.constexpr, VARLEN: tl.constexpr,
-    D: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
+    o, total, m, o_head, lse_head, offs_m, stride_o_n, mask_m, MASK: tl.constexpr, KEY_BIAS: tl.constexpr,
+    VARLEN: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Store o / total and the statistics of rows with maximum ``m``."""
     lse = m
     if MASK != "float":
         lse = m + tl.log2(total)
-    if MASK != "" or VARLEN:
+    if MASK != "" or KEY_BIAS or VARLEN:
         # A row that attends to no key gives 0. Its lse of +inf makes its weights and gradients 0 in the backward.
         empty = total == 0.0
         total = tl.where(empty, 1.0, total)
@@ -64,6 +65,7 @@ def _attention_fwd_row_kernel(
     o_ptr,  # (B, N_q, H, D)
     lse_ptr,  # (B, H, N_q), with a floating MASK (B, H, N_q, 2)
     mask_ptr,  # (B, H, N_q, N_kv) by strides, with MASK
+    key_bias_ptr,  # (B, N_kv) by stride, with KEY_BIAS
     seed_ptr,  # (1,), with DROPOUT
     stride_q_b,
     stride_q_n,
@@ -80,6 +82,7 @@ def _attention_fwd_row_kernel(
     stride_mask_b,
     stride_mask_h,
     stride_mask_m,
+    stride_key_bias_b,
     mask_width,
     N_q,
     N_kv,
@@ -90,6 +93,7 @@ def _attention_fwd_row_kernel(
     MASK: tl.constexpr,
     MASK_M: tl.constexpr,
     MASK_N: tl.constexpr,
+    KEY_BIAS: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -128,6 +132,7 @@ def _attention_fwd_row_kernel(
         mask_n = offs_n < N_kv
         k = load_head(k_head, offs_n, stride_k_n, mask_n, D, PARTS, ALIGN)
         s = dot_heads(q, k, zeros(BLOCK_M, PIECES[i], ACC), PRECISION) * score_scale
+        s = add_key_bias(s, key_bias_ptr + b * stride_key_bias_b, offs_n[None, :], mask_n[None, :], MASK, KEY_BIAS)
         s = masked_scores(
             s, mask_head, offs_m[:, None], offs_n[None, :], mask_n[None, :], N_q, mask_width, stride_mask_m,
             MASK, MASK_M, MASK_N, IS_CAUSAL, i < len(PIECES) - 1,
@@ -149,7 +154,7 @@ def _attention_fwd_row_kernel(
 
     o_head = head_ptr(o_ptr, b, h, 0, stride_o_b, stride_o_n, stride_o_h, ALIGN)
     lse_head = statistics_of(lse_ptr, bh, N_q, MASK)
-    _store_output(o, total, m, o_head, lse_head, offs_m, stride_o_n, mask_m, MASK, False, D, PARTS, ALIGN)
+    _store_output(o, total, m, o_head, lse_head, offs_m, stride_o_n, mask_m, MASK, KEY_BIAS, False, D, PARTS, ALIGN)
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -160,6 +165,7 @@ def _attention_fwd_windows_kernel(
     o_ptr,  # (B, N_q, H, D)
     lse_ptr,  # (B, H, N_q), with a floating MASK (B, H, N_q, 2)
     mask_ptr,  # (B, H, N_q, N_kv) by strides, with MASK
+    key_bias_ptr,  # (B, N_kv) by stride, with KEY_BIAS
     seed_ptr,  # (1,), with DROPOUT
     stride_q_b,
     stride_q_n,
@@ -176,6 +182,7 @@ def _attention_fwd_windows_kernel(
     stride_mask_b,
     stride_mask_h,
     stride_mask_m,
+    stride_key_bias_b,
     mask_width,
     B,
     N_q,
@@ -187,6 +194,7 @@ def _attention_fwd_windows_kernel(
     MASK: tl.constexpr,
     MASK_M: tl.constexpr,
     MASK_N: tl.constexpr,
+    KEY_BIAS: tl.constexpr,
     MASK_B: tl.constexpr,  # whether it varies over images
     IS_CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -217,6 +225,8 @@ def _attention_fwd_windows_kernel(
         k = load_head(k_head, n, stride_k_n, mask_n, D, PARTS, ALIGN)
         v = load_head(v_head, n, stride_v_n, mask_n, D, PARTS, ALIGN)
         s = dot_heads(q, k, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION) * score_scale
+        bias_row = key_bias_ptr + b * tl.cast(stride_key_bias_b, tl.int64)
+        s = add_key_bias(s, bias_row, n[None, :], mask_n[None, :], MASK, KEY_BIAS)
         window_mask = mask
         if MASK != "" and MASK_B:
             window_mask = load_mask(
@@ -235,16 +245,18 @@ def _attention_fwd_windows_kernel(
         o = weighted_sum(p, v, zero_head(BLOCK_M, PARTS, ACC), PRECISION)
         o_head = head_ptr(o_ptr, b, h, 0, stride_o_b, stride_o_n, stride_o_h, ALIGN)
         lse_head = statistics_of(lse_ptr, bh, N_q, MASK)
-        _store_output(o, total, maximum, o_head, lse_head, m, stride_o_n, mask_m, MASK, False, D, PARTS, ALIGN)
+        _store_output(
+            o, total, maximum, o_head, lse_head, m, stride_o_n, mask_m, MASK, KEY_BIAS, False, D, PARTS, ALIGN
+        )
 
 
 @triton.jit
 def _attend(
-    state, q, k_head, v_head, mask_head, seed_ptr, bh, offs_m, start, stride_k_n, stride_v_n, stride_mask_m,
+    state, q, k_head, v_head, mask_head, bias_row, seed_ptr, bh, offs_m, start, stride_k_n, stride_v_n, stride_mask_m,
     mask_width, N_q, N_kv, score_scale: tl.constexpr, D: tl.constexpr, MASK: tl.constexpr, MASK_M: tl.constexpr,
-    MASK_N: tl.constexpr, IS_CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, ALIGN: tl.constexpr, INDEX: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr,
-    PARTS: tl.constexpr,
+    MASK_N: tl.constexpr, KEY_BIAS: tl.constexpr, IS_CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, ALIGN: tl.constexpr,
+    INDEX: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EVEN: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax: return ``state`` after BLOCK_N keys from ``start``."""
     m, total, o = state
@@ -252,6 +264,7 @@ def _attend(
     mask_n = offs_n < N_kv
     k = load_head(k_head, offs_n, stride_k_n, mask_n, D, PARTS, ALIGN)
     s = dot_heads(q, k, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION) * score_scale
+    s = add_key_bias(s, bias_row, offs_n[None, :], mask_n[None, :], MASK, KEY_BIAS)
     s = masked_scores(
         s, mask_head, offs_m[:, None], offs_n[None, :], mask_n[None, :], N_q, mask_width, stride_mask_m,
         MASK, MASK_M, MASK_N, IS_CAUSAL, EVEN,
@@ -277,6 +290,7 @@ def _attention_fwd_blocks_kernel(
     o_ptr,  # (B, N_q, H, D)
     lse_ptr,  # (B, H, N_q), with a floating MASK (B, H, N_q, 2)
     mask_ptr,  # (B, H, N_q, N_kv) by strides, with MASK
+    key_bias_ptr,  # (B, N_kv) by stride, with KEY_BIAS; (1, all tokens) with VARLEN
     seed_ptr,  # (1,), with DROPOUT
     starts_ptr,  # (images + 1,), the first token of each image and the end, with VARLEN
     stride_q_b,
@@ -294,6 +308,7 @@ def _attention_fwd_blocks_kernel(
     stride_mask_b,
     stride_mask_h,
     stride_mask_m,
+    stride_key_bias_b,
     mask_width,
     N_q,
     N_kv,
@@ -305,6 +320,7 @@ def _attention_fwd_blocks_kernel(
     MASK: tl.constexpr,
     MASK_M: tl.constexpr,
     MASK_N: tl.constexpr,
+    KEY_BIAS: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr,
     VARLEN: tl.constexpr,
@@ -336,6 +352,7 @@ def _attention_fwd_blocks_kernel(
     k_head = head_ptr(k_ptr, b, h, first, stride_k_b, stride_k_n, stride_k_h, ALIGN)
     v_head = head_ptr(v_ptr, b, h, first, stride_v_b, stride_v_n, stride_v_h, ALIGN)
     mask_head = mask_ptr + b * stride_mask_b + h * stride_mask_h
+    bias_row = key_bias_ptr + b * stride_key_bias_b + first
     q = load_head(q_head, offs_m, stride_q_n, mask_m, D, PARTS, ALIGN)
 
     end = N_kv
@@ -353,19 +370,19 @@ def _attention_fwd_blocks_kernel(
     # while wgmma still computes it, and ptxas let each wgmma wait for the one before (its message C7515, sm_90).
     for i in tl.static_range(len(PIECES)):
         m, total, o = _attend(
-            (m, total, o), q, k_head, v_head, mask_head, seed_ptr, bh, offs_m, end + STARTS[i],
+            (m, total, o), q, k_head, v_head, mask_head, bias_row, seed_ptr, bh, offs_m, end + STARTS[i],
             stride_k_n, stride_v_n, stride_mask_m, mask_width, N_q, N_kv, score_scale, D, MASK, MASK_M, MASK_N,
-            IS_CAUSAL, DROPOUT, ALIGN, INDEX, ACC, PRECISION, BLOCK_M, PIECES[i], i < len(PIECES) - 1, PARTS,
+            KEY_BIAS, IS_CAUSAL, DROPOUT, ALIGN, INDEX, ACC, PRECISION, BLOCK_M, PIECES[i], i < len(PIECES) - 1, PARTS,
         )  # fmt: skip
     for start in range(0, visible, BLOCK_N):
         m, total, o = _attend(
-            (m, total, o), q, k_head, v_head, mask_head, seed_ptr, bh, offs_m, start,
+            (m, total, o), q, k_head, v_head, mask_head, bias_row, seed_ptr, bh, offs_m, start,
             stride_k_n, stride_v_n, stride_mask_m, mask_width, N_q, N_kv, score_scale, D, MASK, MASK_M, MASK_N,
-            IS_CAUSAL, DROPOUT, ALIGN, INDEX, ACC, PRECISION, BLOCK_M, BLOCK_N, not VARLEN, PARTS,
+            KEY_BIAS, IS_CAUSAL, DROPOUT, ALIGN, INDEX, ACC, PRECISION, BLOCK_M, BLOCK_N, not VARLEN, PARTS,
         )  # fmt: skip
 
     o_head = head_ptr(o_ptr, b, h, first, stride_o_b, stride_o_n, stride_o_h, ALIGN)
-    _store_output(o, total, m, o_head, lse_head, offs_m, stride_o_n, mask_m, MASK, VARLEN, D, PARTS, ALIGN)
+    _store_output(o, total, m, o_head, lse_head, offs_m, stride_o_n, mask_m, MASK, KEY_BIAS, VARLEN, D, PARTS, ALIGN)
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
@@ -393,6 +410,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tupl
         heads=images * H,
         varlen=varlen,
         masked=options.mask is not None,
+        key_bias=options.key_bias is not None,
         dropout=options.dropout_p > 0,
     ).forward
     mask_arguments = options.arguments(q)

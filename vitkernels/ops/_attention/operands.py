@@ -30,6 +30,7 @@ class Options(NamedTuple):
         starts: (images + 1,) int32, the first token of each packed image and the end; q, k and v are then
             (all tokens, H, D).
         max_seqlen: Number of tokens of the longest packed image.
+        key_bias: (B, N_kv), or (all tokens,) of packed images, floating; added to the scores of all heads and queries.
     """
 
     scale: float
@@ -40,6 +41,7 @@ class Options(NamedTuple):
     dropout_p: float = 0.0
     starts: Tensor | None = None
     max_seqlen: int = 0
+    key_bias: Tensor | None = None
 
     @property
     def dims(self) -> tuple[int | None, int, int]:
@@ -78,12 +80,16 @@ class Options(NamedTuple):
         return self.starts.shape[0] - 1, self.max_seqlen, self.max_seqlen
 
     def arguments(self, q: Tensor) -> dict[str, object]:
-        """Return the kernels' arguments for scores, mask and dropout."""
+        """Return the kernels' arguments for scores, mask, bias of keys and dropout."""
         mask, kind = None if self.mask is None else _aligned(self.mask, q.dtype), self.mask_kind
         placeholder = q
         shape = (1, 1, 1, 1) if mask is None else mask.shape
         strides = (0,) * 4 if mask is None else [0 if n == 1 else s for n, s in zip(shape, mask.stride(), strict=True)]
+        key_bias = None if self.key_bias is None else _key_bias_rows(self.key_bias)
         return {
+            "key_bias_ptr": placeholder if key_bias is None else key_bias,
+            "stride_key_bias_b": 0 if key_bias is None else key_bias.stride(0),
+            "KEY_BIAS": key_bias is not None,
             "mask_ptr": placeholder if mask is None else mask,
             "seed_ptr": placeholder if self.seed is None else self.seed,
             "stride_mask_b": strides[0],
@@ -113,6 +119,13 @@ class AttentionWanted(NamedTuple):
 def _is_row(mask: Tensor) -> bool:
     """Tell whether all queries share one row of the mask."""
     return mask.shape[2] == 1 and mask.shape[3] > 1
+
+
+def _key_bias_rows(key_bias: Tensor) -> Tensor:
+    """View a bias of keys as (B, N_kv), (1, all tokens) if packed, with unit stride; 16 bits are widened to 32, as the
+    loads of single keys are as many, and beside an fp64 product nothing narrower compiles (see :func:`_aligned`)."""
+    key_bias = key_bias if key_bias.ndim == 2 else key_bias.unsqueeze(0)
+    return runtime.unit_stride(key_bias.to(runtime.wide_dtype(key_bias.dtype)))
 
 
 def _aligned(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -19,6 +19,8 @@ _OPTIONS = (
     "Tensor? mask=None, Tensor? seed=None, bool is_causal=False, float dropout_p=0.0, Tensor? starts=None, "
     "SymInt max_seqlen=0"
 )
+# The ops' arguments as first released, and the bias of keys behind them.
+_KEY_BIAS = "Tensor? key_bias=None"
 _SEPARATE_OPTIONS = f"bool heads_first=False, {_OPTIONS}"
 _PREPARED = (
     "Tensor? q_weight, Tensor? q_bias, str q_norm, float q_eps, Tensor? k_weight, Tensor? k_bias, str k_norm, "
@@ -34,14 +36,53 @@ def _outputs(q, k, v, scale, *options):
     return forward_outputs(q, k, v, Options(scale, *options))
 
 
-def _separate_backward(do, q, k, v, o, lse, scale, needed, *options):
+def _separate_backward(do, q, k, v, o, lse, scale, needed, *options, dkey_bias=None):
     dq, dk, dv, dmask = _gradients(do, q, k, v, o, lse, scale, needed, *options)
     options, wanted = Options(scale, *options), AttentionWanted(*needed)
     do, q, k, v, o = options.tokens_first(do, q, k, v, o)
     outputs = options.tokens_first(dq) if wanted.dq else [None]
     outputs += options.tokens_first(dk, dv) if wanted.dkv else [None, None]
-    _, computed = attention_backward(do, q, k, v, o, lse, options, *outputs, needs_dmask=wanted.dmask)
+    _, computed = attention_backward(
+        do, q, k, v, o, lse, options, *outputs, dkey_bias=dkey_bias, needs_dmask=wanted.dmask
+    )
     return dq, dk, dv, computed if wanted.dmask else dmask
+
+
+def _biased_backward(do, q, k, v, o, lse, key_bias, scale, needed, *options):
+    needed, needs_key_bias = _biased_wanted(needed)
+    options = _with_key_bias(key_bias, options)
+    dkey_bias = _dkey_bias_of_heads(q, k, lse, Options(scale, *options)) if needs_key_bias else None
+    grads = _separate_backward(do, q, k, v, o, lse, scale, needed, *options, dkey_bias=dkey_bias)
+    return *grads, _sum_of_heads(dkey_bias, key_bias, lse)
+
+
+def _biased_gradients(do, q, k, v, o, lse, key_bias, scale, needed, *options):
+    needed, needs_key_bias = _biased_wanted(needed)
+    grads = _gradients(do, q, k, v, o, lse, scale, needed, *_with_key_bias(key_bias, options))
+    return *grads, lse.new_empty(key_bias.shape if needs_key_bias else (0,))
+
+
+def _biased_wanted(needed):
+    """Split ``needed``; the kernels that compute dk and dv also sum the gradient of a bias of keys."""
+    *others, needs_key_bias = needed
+    wanted = AttentionWanted(*others)
+    return wanted._replace(dkv=wanted.dkv or needs_key_bias), needs_key_bias
+
+
+def _with_key_bias(key_bias, options):
+    """Put ``key_bias`` behind the options that a call gives, which leaves out the last ones if they have defaults."""
+    return *options, *tuple(Options._field_defaults.values())[len(options) : -1], key_bias
+
+
+def _dkey_bias_of_heads(q, k, lse, options):
+    """Allocate the gradient of a bias of keys, (B, H, N_kv); zeros if some tokens may belong to no image."""
+    B, _, H, _ = options.sizes(q)
+    new = torch.empty if options.starts is None else torch.zeros
+    return new((B, H, k.shape[options.dims[1]]), dtype=lse.dtype, device=lse.device)
+
+
+def _sum_of_heads(dkey_bias, key_bias, lse):
+    return lse.new_empty(0) if dkey_bias is None else dkey_bias.sum(1).view(key_bias.shape)
 
 
 def _gradients(do, q, k, v, o, lse, scale, needed, *options):
@@ -65,13 +106,26 @@ def _packed_forward(qkv, scale, *options):
     return _forward(*qkv.unbind(2), scale, False, *options)
 
 
-def _packed_backward(do, qkv, o, lse, scale, sum_dtype, needs_dmask=False, *options):
+def _packed_backward(do, qkv, o, lse, scale, sum_dtype, needs_dmask=False, *options, dkey_bias=None):
     dqkv, dqkv_sum, dmask = _packed_gradients(do, qkv, o, lse, scale, sum_dtype, needs_dmask, *options)
     sums, computed = attention_backward(
         do, *qkv.unbind(2), o, lse, Options(scale, False, *options), *dqkv.unbind(2),
-        sums_dtype=sum_dtype, needs_dmask=needs_dmask,
+        dkey_bias=dkey_bias, sums_dtype=sum_dtype, needs_dmask=needs_dmask,
     )  # fmt: skip
     return dqkv, dqkv_sum if sum_dtype is None else sums, computed if needs_dmask else dmask
+
+
+def _packed_biased_backward(do, qkv, o, lse, key_bias, scale, needs_dmask, needs_key_bias, *options):
+    options = _with_key_bias(key_bias, (False, *options))
+    q, k, _ = qkv.unbind(2)
+    dkey_bias = _dkey_bias_of_heads(q, k, lse, Options(scale, *options)) if needs_key_bias else None
+    dqkv, _, dmask = _packed_backward(do, qkv, o, lse, scale, None, needs_dmask, *options[1:], dkey_bias=dkey_bias)
+    return dqkv, dmask, _sum_of_heads(dkey_bias, key_bias, lse)
+
+
+def _packed_biased_gradients(do, qkv, o, lse, key_bias, scale, needs_dmask, needs_key_bias, *options):
+    dqkv, _, dmask = _packed_gradients(do, qkv, o, lse, scale, None, needs_dmask, *options)
+    return dqkv, dmask, lse.new_empty(key_bias.shape if needs_key_bias else (0,))
 
 
 def _packed_gradients(do, qkv, o, lse, scale, sum_dtype, needs_dmask=False, *options):
@@ -108,7 +162,9 @@ def _fake_prepared_backward(do, qkv, q, k, o, lse, scale, mask, seed, is_causal,
 def _reference_output(q, k, v, mask, options):
     """Return o of q, k and v; ``mask`` replaces ``options.mask``, so that it can be an autograd leaf."""
     if options.starts is not None:
-        return reference.attention_varlen(q, k, v, options.starts, scale=options.scale, is_causal=options.is_causal)
+        return reference.attention_varlen(
+            q, k, v, options.starts, scale=options.scale, is_causal=options.is_causal, key_bias=options.key_bias
+        )
     if not options.heads_first:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     drawn = None
@@ -116,8 +172,9 @@ def _reference_output(q, k, v, mask, options):
         shape = (*q.shape[:3], k.shape[2])
         drawn = reference.dropout_scale(int(options.seed), shape, options.dropout_p).to(q.device)
     o = reference.attention(
-        q, k, v, attn_mask=mask, scale=options.scale, is_causal=options.is_causal, dropout_scale=drawn
-    )
+        q, k, v, attn_mask=mask, key_bias=options.key_bias, scale=options.scale, is_causal=options.is_causal,
+        dropout_scale=drawn,
+    )  # fmt: skip
     return o if options.heads_first else o.transpose(1, 2)
 
 
@@ -131,6 +188,8 @@ def _reference_forward(q, k, v, scale, *options):
     for start, end in itertools.pairwise(bounds):
         queries, keys = q[:, start:end].to(lse.dtype), k[:, start : k.shape[1] if options.starts is None else end]
         scores = torch.einsum("bmhd,bnhd->bhmn", queries, keys.to(lse.dtype)) * scale
+        if options.key_bias is not None:
+            scores = scores + options.key_bias[..., start : start + keys.shape[1]].view(-1, 1, 1, keys.shape[1])
         if options.is_causal:
             scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), float("-inf"))
         if options.mask is not None:
@@ -139,7 +198,7 @@ def _reference_forward(q, k, v, scale, *options):
             else:
                 scores = scores + reference.added_mask(options.mask, lse.dtype)
         largest = scores.amax(-1, keepdim=True)
-        empty = (largest == float("-inf")) & (options.mask is not None)
+        empty = (largest == float("-inf")) & (options.mask is not None or options.key_bias is not None)
         shifted = scores - largest.masked_fill(empty, 0.0)
         log_total = shifted.logsumexp(-1).masked_fill(empty.squeeze(-1), 0.0) * LOG2_E
         largest = largest.masked_fill(empty, float("inf")).squeeze(-1)
@@ -158,6 +217,26 @@ def _reference_backward(do, q, k, v, o, lse, scale, needed, *options):
         (q, k, v, options.mask), (do,), (wanted.dq, wanted.dkv, wanted.dkv, wanted.dmask),
     )  # fmt: skip
     return tuple(output.copy_(grad) for output, grad in zip(outputs, grads, strict=True))
+
+
+def _reference_biased_backward(do, q, k, v, o, lse, key_bias, scale, needed, *options):
+    outputs = _biased_gradients(do, q, k, v, o, lse, key_bias, scale, needed, *options)
+    options, (wanted, needs_key_bias) = Options(scale, *options), _biased_wanted(needed)
+    grads = reference_gradients(
+        lambda q, k, v, mask, bias: _reference_output(q, k, v, mask, options._replace(key_bias=bias)),
+        (q, k, v, options.mask, key_bias), (do,),
+        (wanted.dq, wanted.dkv, wanted.dkv, wanted.dmask, needs_key_bias),
+    )  # fmt: skip
+    return tuple(output.copy_(grad) for output, grad in zip(outputs, grads, strict=True))
+
+
+def _reference_packed_biased_backward(do, qkv, o, lse, key_bias, scale, needs_dmask, needs_key_bias, *options):
+    options = Options(scale, False, *options)
+    dqkv, *others = reference_gradients(
+        lambda x, mask, bias: _reference_output(*x.unbind(2), mask, options._replace(key_bias=bias)),
+        (qkv, options.mask, key_bias), (do,), (True, needs_dmask, needs_key_bias),
+    )  # fmt: skip
+    return dqkv, *(grad.to(lse.dtype) for grad in others)
 
 
 def _reference_packed_backward(do, qkv, o, lse, scale, sum_dtype, needs_dmask=False, *options):
@@ -191,7 +270,7 @@ def _reference_prepared_backward(
 
 
 attention_fwd = register(
-    f"attention_fwd(Tensor q, Tensor k, Tensor v, float scale, {_SEPARATE_OPTIONS}) -> (Tensor, Tensor)",
+    f"attention_fwd(Tensor q, Tensor k, Tensor v, float scale, {_SEPARATE_OPTIONS}, {_KEY_BIAS}) -> (Tensor, Tensor)",
     launcher=_forward,
     reference=_reference_forward,
     fake=_outputs,
@@ -204,7 +283,7 @@ attention_bwd = register(
     fake=_gradients,
 )
 attention_qkvpacked_fwd = register(
-    f"attention_qkvpacked_fwd(Tensor qkv, float scale, {_OPTIONS}) -> (Tensor, Tensor)",
+    f"attention_qkvpacked_fwd(Tensor qkv, float scale, {_OPTIONS}, {_KEY_BIAS}) -> (Tensor, Tensor)",
     launcher=_packed_forward,
     reference=lambda qkv, scale, *options: _reference_forward(*qkv.unbind(2), scale, False, *options),
     fake=lambda qkv, scale, *options: _outputs(*qkv.unbind(2), scale, False, *options),
@@ -223,4 +302,18 @@ attention_prepared_bwd = register(
     launcher=_prepared_backward,
     reference=_reference_prepared_backward,
     fake=_fake_prepared_backward,
+)
+attention_biased_bwd = register(
+    "attention_biased_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor key_bias, float scale, "
+    f"bool[] needed, {_SEPARATE_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    launcher=_biased_backward,
+    reference=_reference_biased_backward,
+    fake=_biased_gradients,
+)
+attention_qkvpacked_biased_bwd = register(
+    "attention_qkvpacked_biased_bwd(Tensor do, Tensor qkv, Tensor o, Tensor lse, Tensor key_bias, float scale, "
+    f"bool needs_dmask, bool needs_dkey_bias, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    launcher=_packed_biased_backward,
+    reference=_reference_packed_biased_backward,
+    fake=_packed_biased_gradients,
 )

@@ -198,6 +198,15 @@ def masked_scores(
 
 
 @triton.jit
+def add_key_bias(s, bias_row, n, in_n, MASK: tl.constexpr, KEY_BIAS: tl.constexpr):
+    """Add the bias of keys ``n``, which broadcast to a tile, to scores in the base of :func:`exp_scores`."""
+    if KEY_BIAS:
+        bias = _finite(tl.load(bias_row + n, mask=in_n, other=0.0), s.dtype)
+        s += bias if MASK == "float" else bias * LOG2_E
+    return s
+
+
+@triton.jit
 def _finite(mask, dtype: tl.constexpr):
     """Cast ``mask`` to ``dtype``; finite values stay finite, while a plain cast turns finfo(fp64).min into -inf."""
     if mask.dtype == tl.float64 and dtype == tl.float32:

@@ -178,7 +178,7 @@ _ATTENTION = (
     Mutant("attention by blocks: natural logarithm in a base-2 log-sum-exp", f"{_FORWARD}:_store_output",
            "m + tl.log2(total)", "m + tl.log(total)", "attention_varlen"),
     Mutant("attention: output not 0 for a query without keys", f"{_FORWARD}:_store_output",
-           'if MASK != "" or VARLEN:', "if False:", "attention", "pair mask"),
+           'if MASK != "" or KEY_BIAS or VARLEN:', "if False:", "attention", "pair mask"),
     Mutant("attention: biased scores not converted to base 2", "ops._attention.tiles:exp_scores", "x * LOG2_E", "x",
            "attention", "learned bias"),
     Mutant("attention: causal loop ends one block of keys early", f"{_FORWARD}:_attention_fwd_blocks_kernel",

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from vitkernels import runtime, swap
 from vitkernels.tools.aot.build import TARGETS, on_fake_tensors
 from vitkernels.tools.aot.recorder import Event, FlashAttention, Recorder, recorded_launches
-from vitkernels.tools.console import import_timm
+from vitkernels.tools.console import UserError, import_timm, one_line, warn
 from vitkernels.tools.names import build, resolve
 
+PROVIDERS = {"timm": "timm", "torch.compile": "timm by torch.compile", "vitkernels": "accelerated"}
 PHASES = ("inference", "training, forward", "training, backward")
 
 
@@ -38,6 +39,10 @@ class Setting:
     autocast: bool = False
     drop_path: float = 0.0
 
+    def __str__(self) -> str:
+        dtype = "fp32 parameters, bf16 autocast" if self.autocast else "bf16"
+        return dtype + (f", DropPath {self.drop_path:g}" if self.drop_path else "")
+
 
 class _Stop(Exception):
     pass
@@ -50,11 +55,13 @@ def call_of_block(model: nn.Module, shape: Sequence[int]) -> tuple[nn.Module, Te
         The block, its input, and its further arguments by position and by name; the input is that of one image.
 
     Raises:
-        ValueError: The model has no ``blocks``.
+        ValueError: The model has no ``blocks``, or they convolve.
     """
     blocks = getattr(model, "blocks", None)
     if not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or not len(blocks):
         raise ValueError(f"{type(model).__name__} has no blocks; expected a Vision Transformer of timm")
+    if any(isinstance(module, nn.Conv2d) for module in blocks[0].modules()):
+        raise ValueError(f"{type(model).__name__} has blocks of convolutions; expected a Vision Transformer of timm")
     seen = []
 
     def stop(module, args, kwargs):
@@ -72,9 +79,7 @@ def call_of_block(model: nn.Module, shape: Sequence[int]) -> tuple[nn.Module, Te
     return blocks[0], x, tuple(args), kwargs
 
 
-def events_of_block(
-    model_name: str, provider: str, setting: Setting, target: str = "sm_90", *, reads: bool = False
-) -> dict[str, list[Event]]:
+def events_of_block(model_name: str, provider: str, setting: Setting, target: str = "sm_90") -> dict[str, list[Event]]:
     """Return what one block launches in each of :data:`PHASES`.
 
     Args:
@@ -82,7 +87,6 @@ def events_of_block(
         provider: ``timm``, ``torch.compile`` or ``vitkernels``.
         setting: How the block is called.
         target: Name in :data:`vitkernels.tools.aot.build.TARGETS`, whose launch configurations are taken.
-        reads: Whether to find what Triton's kernels read and write.
 
     Raises:
         UserError: timm is missing, or does not know the name.
@@ -107,9 +111,29 @@ def events_of_block(
             block, x, args, kwargs = call_of_block(model, (setting.batch, *size))
         x = x.new_empty((setting.batch, *x.shape[1:]))
         if provider != "torch.compile":
-            with recorded_launches(recorder := Recorder(reads=reads), TARGETS[target], "emulated"):
+            with recorded_launches(recorder := Recorder(reads=False), TARGETS[target], "emulated"):
                 return _by_phase(functools.partial(_record, recorder, block, x, args, kwargs, setting))
     return _by_phase(functools.partial(_record_compiled, block, x, args, kwargs, setting))
+
+
+def counted_blocks(
+    model_name: str, setting: Setting, providers: Sequence[str] = PROVIDERS, target: str = "sm_90"
+) -> dict[str, dict[str, list[Event]]]:
+    """Return :func:`events_of_block` by provider; where Inductor fails, warn and leave torch.compile's block out.
+
+    Raises:
+        UserError, ValueError: As for :func:`events_of_block`.
+    """
+    found = {}
+    for provider in providers:
+        try:
+            found[provider] = events_of_block(model_name, provider, setting, target)
+        except Exception as error:
+            if provider != "torch.compile" or isinstance(error, UserError | ValueError):
+                raise
+            # Inductor's internals differ between versions of PyTorch.
+            warn(f"torch.compile's block is not counted ({setting}): {type(error).__name__}: {one_line(error)}")
+    return found
 
 
 def _by_phase(record: Callable[[bool], list[Event]]) -> dict[str, list[Event]]:

@@ -10,6 +10,7 @@ pytest.importorskip("triton", reason="nothing compiles without Triton")
 pytest.importorskip("timm")
 
 from vitkernels.emulator.devices import RATES
+from vitkernels.emulator.encode import Unsupported
 from vitkernels.tools.aot import block_launches, block_time
 from vitkernels.tools.aot.block import PHASES, Setting, events_of_block
 from vitkernels.tools.aot.chips import CHIPS
@@ -192,6 +193,16 @@ def test_a_kernel_of_ours(programs):
     assert terms["shared"] == pytest.approx(3e6 / 132 / 1.98e3)
     longest = max(terms.values())
     assert found.us == pytest.approx(longest + (sum(terms.values()) - longest) / programs + launch)
+
+
+def test_a_kernel_that_cannot_be_run(monkeypatch, capsys):
+    def fails(call, target):
+        raise Unsupported("_kernel, PTX line 7: tcgen05.mma: instruction is not implemented")
+
+    monkeypatch.setattr(block_time, "count", fails)
+    assert main(["inspect", "--time", SMALL, "--batch", "2"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert "cannot be run on an emulated sm_80: _kernel, PTX line 7: tcgen05.mma" in line
 
 
 def test_the_estimate(tmp_path, capsys):

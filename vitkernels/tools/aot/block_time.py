@@ -31,6 +31,7 @@ import textwrap
 from collections.abc import Sequence
 
 from vitkernels.emulator.build import NoCompiler, library
+from vitkernels.emulator.encode import Unsupported
 from vitkernels.tools.aot.block import PHASES, PROVIDERS, Setting, counted_blocks
 from vitkernels.tools.aot.chips import BENCHES, CHIPS, Chip
 from vitkernels.tools.aot.counts import Counts, count
@@ -153,7 +154,7 @@ def estimate_blocks(
         gpus: Names in :data:`vitkernels.tools.aot.chips.CHIPS`.
 
     Raises:
-        UserError: timm is missing or does not know the name, or the emulated GPU cannot be compiled.
+        UserError: timm is missing or does not know the name, or the emulated GPU cannot be compiled or run a kernel.
         ValueError: The model is no Vision Transformer.
     """
     try:
@@ -174,10 +175,12 @@ def estimate_blocks(
         for event in events
         if event.call is not None
     }
-    counted = {
-        (arch, key): count(call, arch)[0]
-        for (arch, key), call in track(calls.items(), "Running some programs of each kernel")
-    }
+    counted = {}
+    for (arch, key), call in track(calls.items(), "Running some programs of each kernel"):
+        try:
+            counted[arch, key] = count(call, arch)[0]
+        except Unsupported as error:
+            raise UserError(f"a kernel of the block cannot be run on an emulated {arch}: {one_line(error)}") from error
 
     def estimated(events: list[Event], chip: Chip) -> list[Estimate]:
         return [estimate(e, chip, counted[chip.arch, e.call.key] if e.call else None) for e in events]

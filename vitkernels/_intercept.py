@@ -49,12 +49,16 @@ class Intercept(TorchDispatchMode):
 
 @dataclasses.dataclass
 class Access:
-    """One tensor that an op reads or writes; traffic sets ``least``, the elements that no fusion would save."""
+    """One tensor that an op reads or writes, in elements of ``itemsize`` bytes.
+
+    Traffic sets ``least``, the elements that no fusion would save.
+    """
 
     storage: torch.UntypedStorage
     elements: int
     written: bool
     least: int = 0
+    itemsize: int = 2
 
 
 def op_accesses(op, args: tuple, kwargs: dict[str, object], result: object) -> list[Access]:
@@ -88,7 +92,7 @@ def accesses(read: Sequence[Tensor], written: Sequence[Tensor]) -> list[Access]:
         # A dim of stride 0 repeats one element.
         elements = sum(math.prod(n for n, s in zip(*v[1:], strict=True) if s or not n) for v in distinct)
         held = some.untyped_storage().nbytes() // some.element_size()
-        found.append(Access(some.untyped_storage(), min(elements, held), writes))
+        found.append(Access(some.untyped_storage(), min(elements, held), writes, itemsize=some.element_size()))
     return found
 
 

@@ -117,6 +117,9 @@ def test_product(target, instruction):
     an_instruction = 2 * (16 * n * 16 if instruction == "wgmma" else 16 * 8 * 16)  # of one warp
     assert found.tensor == 2 * m * n * k // an_instruction
     assert found.dram_bytes == (m * k + k * n) * 2 + m * n * 4
+    # For 64 rows and 16 of k, wgmma reads 64 rows of a and n columns of b from shared memory, in 128 bytes a wavefront.
+    bytes_read = (64 + n) * 16 * 2 * (m // 64) * (k // 16)
+    assert found.operands == (bytes_read // 128 if instruction == "wgmma" else 0)
     # 16 programs are one on each of 16 multiprocessors: the bound is that of one's share.
     peak = RATES[target].tensor["bf16"] * (RATES[target].mma_sync if instruction == "mma" else 1)
     assert found.times_us["tensor"] == pytest.approx(2 * 64 * n * k / (peak * 1e6 / DEVICES[target].num_sms))

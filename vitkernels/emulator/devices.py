@@ -67,8 +67,10 @@ WARPS_ISSUED = 4  # per clock and multiprocessor, from compute capability 7.0 on
 
 # Clocks, products and DRAM: NVIDIA's whitepapers on the A100 (the SXM of 80 GB), the H100 (SXM5) and the RTX Blackwell
 # GPUs. Lanes: CUDA C++ Programming Guide, "Throughput of Native Arithmetic Instructions"; the whitepaper for sm_120's
-# integers. Shared memory: 32 banks of 4 bytes. L2: the A100's whitepaper; the H100's gives no figure, so we assume the
-# same width. mma.sync on Hopper: measured in arXiv 2402.13499.
+# integers. Shared memory: 32 banks of 4 bytes. L2: the A100's whitepaper. The H100's gives no figure: gpu-l2-cache of
+# github.com/RRZE-HPC/gpu-benches reads 9.77 TB/s on an H200, which has the same multiprocessors, clock and L2
+# (h200.txt of February 2025, 21 MiB); that was reached, so a bound by L2 may be a little too long. mma.sync
+# on Hopper: measured in arXiv 2402.13499.
 RATES = {
     "sm_80": Rates(
         clock=1.41, tensor={"f16": 312, "bf16": 312, "tf32": 156, "f64": 19.5}, mma_sync=1, fma=64, alu=64, mufu=16,
@@ -76,7 +78,7 @@ RATES = {
     ),
     "sm_90": Rates(
         clock=1.98, tensor={"f16": 989.4, "bf16": 989.4, "tf32": 494.7, "f64": 66.9}, mma_sync=0.62, fma=128, alu=64,
-        mufu=16, shared=128, l2=5120, dram=3.35,
+        mufu=16, shared=128, l2=4934, dram=3.35,
     ),
     "sm_120": Rates(
         clock=2.407, tensor={"f16": 209.5, "bf16": 209.5, "tf32": 104.8}, mma_sync=1, fma=128, alu=128, mufu=16,

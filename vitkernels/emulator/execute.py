@@ -20,7 +20,7 @@ from vitkernels.emulator.descriptors import expanded, is_descriptor
 from vitkernels.emulator.devices import GPUS
 from vitkernels.emulator.encode import SHARED_BASE
 from vitkernels.emulator.lists import DESCRIPTIONS, NOTES, Kind
-from vitkernels.emulator.pipes import flops_of, pipe_of
+from vitkernels.emulator.pipes import flops_of, operand_bytes_of, pipe_of
 
 __all__ = ["Finding", "Kind", "Run", "View", "execute"]
 
@@ -305,6 +305,8 @@ class _Machine:
             if cls in ("mma", "wgmma"):
                 kind, each = flops_of(code)
                 flops[kind] += each * executed
+            if cls == "wgmma":
+                counts["wgmma.bytes"] = counts.get("wgmma.bytes", 0) + operand_bytes_of(code) * executed
             if requests:
                 lines.append({
                     "line": self.prog.lines[pc], "text": self.prog.texts[pc], "place": self.prog.places[pc],

@@ -66,3 +66,14 @@ def flops_of(code: Sequence[int]) -> tuple[str, int]:
     if op == "wgmma":
         return f"wgmma {ty}", 2 * 16 * (imm & 0xFFF) * (imm >> 12 & 0xFF)
     return f"mma {ty}", 2 * (imm >> 8 & 0xFF) * (imm >> 16) * (imm & 0xFF)
+
+
+def operand_bytes_of(code: Sequence[int]) -> int:
+    """Return the bytes of shared memory that one warp's part of an encoded wgmma reads: its quarter of b, and of a.
+
+    A may lie in registers instead. That both are read once a wgmma agrees with arXiv 2402.13499, where 64 columns are
+    the fewest that reach the peak with both in shared memory: 4 KiB in 32 clocks, all that shared memory gives.
+    """
+    ty, imm = _TYPE[int(code[1])], int(code[7])
+    rows = (0 if imm >> 24 & 1 else 64) + (imm & 0xFFF)
+    return rows * (imm >> 12 & 0xFF) * (4 if ty == "tf32" else 2) // 4

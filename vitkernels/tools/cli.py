@@ -7,7 +7,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vitkernels import __version__
@@ -149,6 +149,21 @@ def _parser() -> argparse.ArgumentParser:
         "--traffic", metavar="MODEL",
         help="count, instead, how often a block of MODEL, a ViT of timm, reads or writes its activations",
     )  # fmt: skip
+    inspect.add_argument(
+        "--launches", metavar="MODEL",
+        help="count, instead, what one block of MODEL, a ViT of timm, launches, and hold it to the contract",
+    )  # fmt: skip
+    inspect.add_argument(
+        "--time", metavar="MODEL",
+        help="estimate, instead, how long an A100, H100, H200 and B200 take for one block of MODEL, a ViT of timm",
+    )  # fmt: skip
+    inspect.add_argument(
+        "--batch", type=int, metavar="N", help="with --launches or --time: number of images (256, or the contract's)"
+    )
+    inspect.add_argument(
+        "--gpu", action="append", choices=("A100", "H100", "H200", "B200"),
+        help="with --time: print the launches on this GPU one by one; may be repeated (H100)",
+    )  # fmt: skip
     inspect.set_defaults(run=_inspect, runs_kernels=False, extra="triton")
     return parser
 
@@ -232,8 +247,18 @@ def _inspect(args: argparse.Namespace) -> bool:
         raise UserError(f"inspect compiles with Triton, which {not_imported(_triton.MISSING, 'triton')}")
     if args.accept_worse and not args.update:
         raise UserError("--accept-worse is for --update")
-    if args.traffic is not None:
-        return _traffic(args)
+    reports = {"traffic": _traffic, "launches": _launches, "time": _time}
+    asked = [name for name in reports if getattr(args, name) is not None]
+    if len(asked) > 1:
+        raise UserError(f"--{asked[0]} and --{asked[1]} are two reports: ask for one at a time")
+    if args.batch is not None and asked not in (["launches"], ["time"]):
+        raise UserError("--batch is for --launches and --time")
+    if args.gpu and asked != ["time"]:
+        raise UserError("--gpu is for --time")
+    if args.update and asked in (["traffic"], ["time"]):
+        raise UserError(f"--update is not for --{asked[0]}, which no contract holds")
+    if asked:
+        return _of_block(args, reports[asked[0]])
     from vitkernels.tools.aot.inspect import inspect
 
     return inspect(
@@ -251,17 +276,36 @@ def _inspect(args: argparse.Namespace) -> bool:
     )
 
 
-def _traffic(args: argparse.Namespace) -> bool:
-    from vitkernels.tools.aot.traffic import run_traffic
+def _of_block(args: argparse.Namespace, report: Callable[[argparse.Namespace], tuple[bool, dict]]) -> bool:
+    """Print a report on one block of a model, write its JSON, and return whether the contract holds."""
     from vitkernels.tools.console import UserError, one_line, write_file
 
     try:
-        traffic = run_traffic(args.traffic)
-    except (RuntimeError, ValueError) as error:
+        holds, found = report(args)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
         raise UserError(one_line(error)) from error
     if args.json is not None:
-        write_file(args.json, json.dumps(traffic, indent=1) + "\n")
-    return True
+        write_file(args.json, json.dumps(found, indent=1) + "\n")
+    return holds
+
+
+def _traffic(args: argparse.Namespace) -> tuple[bool, dict]:
+    from vitkernels.tools.aot.traffic import run_traffic
+
+    return True, run_traffic(args.traffic)
+
+
+def _launches(args: argparse.Namespace) -> tuple[bool, dict]:
+    from vitkernels.tools.aot.block_launches import run_launches
+
+    return run_launches(args.launches, batch=args.batch, update_contract=args.update, accept_worse=args.accept_worse)
+
+
+def _time(args: argparse.Namespace) -> tuple[bool, dict]:
+    from vitkernels.tools.aot.block_time import BATCH, run_time
+
+    batch = BATCH if args.batch is None else args.batch
+    return True, run_time(args.time, batch=batch, shown=list(dict.fromkeys(args.gpu or ["H100"])))
 
 
 def _emulate_without_gpu(*, even_with: bool) -> None:

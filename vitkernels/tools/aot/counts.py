@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from vitkernels.emulator.devices import DEVICES, RATES, WARPS_ISSUED
+from vitkernels.emulator.devices import DEVICES, RATES, WARPS_ISSUED, Rates
 from vitkernels.emulator.execute import Run, View, execute
 from vitkernels.emulator.launch import Emulation
 from vitkernels.runtime import cdiv
@@ -57,6 +57,7 @@ class Counts:
         dram_bytes: Distinct bytes of the tensors read plus those of the tensors written: the traffic of DRAM if L2 is
             cold and every byte passes once.
         barriers: Barriers that a warp of a program waits at.
+        operands: Wavefronts of wgmma's operands in shared memory, 128 bytes each; not among ``wavefronts``.
         errors: The emulator's findings.
     """
 
@@ -80,6 +81,7 @@ class Counts:
     l2_least: int
     dram_bytes: int
     barriers: int
+    operands: int = 0
     errors: tuple[str, ...] = ()
 
     @property
@@ -94,7 +96,10 @@ class Counts:
         For the pipes of a multiprocessor, this is the time of the busiest one, which gets ceil(grid / multiprocessors)
         programs. All multiprocessors share L2 and DRAM.
         """
-        rates, sms = RATES[self.target], DEVICES[self.target].num_sms
+        return self.times_on(RATES[self.target], DEVICES[self.target].num_sms)
+
+    def times_on(self, rates: Rates, sms: int) -> dict[str, float]:
+        """Return :attr:`times_us` of a GPU with these rates and as many multiprocessors."""
         share = cdiv(self.grid, sms) / self.grid  # the busiest multiprocessor's part of the launch
         clock = rates.clock * 1e3  # clocks per microsecond
 
@@ -102,7 +107,7 @@ class Counts:
             return count * share / a_clock / clock
 
         times = {
-            "tensor": sum(n * share * sms / self._tensor_rate(kind) for kind, n in self.flops.items()),
+            "tensor": sum(n * share * sms / _tensor_rate(kind, rates) for kind, n in self.flops.items()),
             "mufu": clocks(self.mufu, rates.mufu / 32),
             "lsu": clocks(self.wavefronts, rates.shared / 128),
             "l2": self.l2_least / (rates.l2 * clock) if rates.l2 else 0.0,
@@ -112,12 +117,6 @@ class Counts:
             "issue": clocks(self.issue, WARPS_ISSUED),
         }
         return {name: times[name] for name in (*BOUNDS, *ESTIMATES)}
-
-    def _tensor_rate(self, kind: str) -> float:
-        """Return the FLOPs per microsecond of all multiprocessors together."""
-        instruction, operands = kind.split()
-        rates = RATES[self.target]
-        return rates.tensor[operands] * 1e6 * (rates.mma_sync if instruction == "mma" else 1)
 
     @property
     def bound_us(self) -> float:
@@ -148,6 +147,12 @@ class Counts:
             "bound_by": self.bound_by,
             "roofline_share": round(self.roofline_share, 4),
         }
+
+
+def _tensor_rate(kind: str, rates: Rates) -> float:
+    """Return the FLOPs per microsecond of all multiprocessors together."""
+    instruction, operands = kind.split()
+    return rates.tensor[operands] * 1e6 * (rates.mma_sync if instruction == "mma" else 1)
 
 
 def count_op(case: Case, op: str, dtype: str, target: str, kernel: str | None = None) -> list[Counts]:
@@ -271,6 +276,7 @@ def _times_the_grid(runs: list[Run], target: str) -> Counts:
         l2_least=total(lambda r: of_lines(r, GLOBAL, passes_l1)),
         dram_bytes=_bytes({v for r in runs for v in r.reads}) + _bytes({v for r in runs for v in r.writes}),
         barriers=round(max(r.pipes.get("barrier", 0) / r.warps for r in runs)),
+        operands=total(lambda r: r.counts.get("wgmma.bytes", 0) / 128),
         errors=tuple(str(e) for r in runs for e in r.errors),
     )
 

@@ -54,10 +54,11 @@ class _Fused(Exception):
 
 def compiled_kernels(
     function: Callable[..., Tensor], tensors: object, *, train: bool
-) -> list[tuple[str, str, list[Access]]]:
-    """Return each kernel of ``torch.compile(function)``: ``forward`` or ``backward``, its ops, and its accesses.
+) -> list[tuple[str, str, list[Access], int]]:
+    """Return each kernel of ``torch.compile(function)``: ``forward`` or ``backward``, its ops, its accesses, its FLOPs.
 
-    An access counts in elements of two bytes, so that a statistic in fp32 counts twice.
+    An access counts in elements of two bytes, so that a statistic in fp32 counts twice. FLOPs are those of products and
+    attention.
 
     Args:
         function: Called with ``tensors``; returns one tensor.
@@ -77,10 +78,10 @@ def compiled_kernels(
                 if "device" in node.kwargs:
                     node.update_kwarg("device", torch.device("cuda"))
             FakeTensorProp(graph, fake_mode).propagate_dont_convert_inputs(*inputs)
-        ours: list[tuple[str, str, list[Access]]] = []
+        ours: list[tuple[str, str, list[Access], int]] = []
 
         def note(nodes: list) -> None:
-            ours.extend([(phase, _name(node), _accesses(node)) for node in nodes])
+            ours.extend([(phase, _name(node), _accesses(node), node.estimate_flops() or 0) for node in nodes])
             raise _Fused
 
         absent = {} if torch.cuda.is_available() else {"cuda": _Absent}

@@ -20,6 +20,7 @@ program writes each element of a gradient: there are no atomics, and results are
     registered.py       registered ops: launchers, references and fake outputs
     config.py           regimes and tiles                 operands.py          masks, strides and options for kernels
     forward.py          three kernels, one per regime     prepare.py           QK-norm and RoPE
+    forward_hopper.py   long rows on sm_90, in Gluon
     backward_row.py     whole rows, everything read once  backward_blocks.py   rows of any length, and a mask's gradient
     tiles.py            code shared by the kernels        backward.py          launches of the backward's kernels
 """

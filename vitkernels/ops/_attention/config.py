@@ -16,7 +16,7 @@ LONG_ROW = 512  # from so many queries on, tiles of 128 rows waste little
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """One kernel's regime (``row``, ``windows`` or ``blocks``), queries and keys per tile, warps, pipeline stages."""
+    """One kernel's regime (``row``, ``windows``, ``blocks``, ``hopper``), queries and keys per tile, warps, stages."""
 
     regime: str
     block_m: int
@@ -49,6 +49,7 @@ def choose_config(
     key_bias: bool = False,
     dropout: bool = False,
     is_causal: bool = False,
+    tma: bool = False,
 ) -> AttentionConfig:
     """Choose regimes and tilings from the tuning table, else by a heuristic.
 
@@ -63,16 +64,22 @@ def choose_config(
         key_bias: Whether there is a bias of keys.
         dropout: Whether weights are dropped.
         is_causal: Whether queries attend to no later key.
+        tma: Whether the operands suit the forward's kernel for Hopper.
     """
     width = sum(head_parts(D))
     start = _blocks(N_q, width, dtype.itemsize, facts, masked, key_bias, dropout)
     if not varlen:
         start |= _whole_rows(N_q, N_kv, width, dtype.itemsize, facts, heads, masked, key_bias, dropout, is_causal)
+    tma = tma and facts.arch.startswith("sm_9") and not (varlen or masked or key_bias or dropout or is_causal)
+    if tma and min(N_q, N_kv) >= LONG_ROW:
+        start["forward"] = Tiling("hopper", 128, 128, 4, 2)  # block_m and num_warps are the kernel's own
     options = ",varlen" * varlen + ",masked" * masked + ",key_bias" * key_bias + ",dropout" * dropout
     key = f"N_q={N_q},N_kv={N_kv},D={D},{dtype}{options}"
     chosen = {}
     for kernel, tiling in start.items():
         tuned = tuning.lookup(f"attention_{kernel}", facts.name, key)
+        if tuned and tuned["regime"] == "hopper" and not tma:  # the key tells neither alignment nor causality
+            tuned = None
         chosen[kernel] = Tiling(**tuned) if tuned else _fit(kernel, tiling, width, dtype.itemsize, facts.shared_memory)
     return AttentionConfig(**chosen)
 
@@ -196,8 +203,11 @@ def key_pieces(N: int, largest: int, smallest: int = 16) -> tuple[tuple[int, ...
 def useful_share(N_q: int, N_kv: int, tiling: Tiling) -> float:
     """Return the fraction of the scores computed by a forward that belong to a real query and key, not to padding."""
     rows = runtime.cdiv(N_q, tiling.block_m) * tiling.block_m
-    _, sizes = ((), (tiling.block_n,)) if tiling.regime == "windows" else key_pieces(N_kv, tiling.block_n)
-    return N_q * N_kv / (rows * sum(sizes))
+    if tiling.regime in ("windows", "hopper"):
+        keys = runtime.cdiv(N_kv, tiling.block_n) * tiling.block_n
+    else:
+        keys = sum(key_pieces(N_kv, tiling.block_n)[1])
+    return N_q * N_kv / (rows * keys)
 
 
 def shared_bytes(kernel: str, tiling: Tiling, width: int, itemsize: int) -> int:

@@ -1,9 +1,11 @@
-"""Forward of attention: three kernels, one per regime, and their launcher.
+"""Forward of attention: three kernels, one per regime, and the launcher.
 
 row      a program holds a whole row of scores, in pieces of keys: no running maximum, no rescaling
 windows  one tile holds all queries and keys of a window; a program processes one head of several windows
 blocks   any number of keys, block by block with a running maximum (arXiv 1805.02867, 2205.14135); also packed
          images of different lengths
+
+A fourth regime, ``hopper``, is forward_hopper.py's.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from torch import Tensor
 
 from vitkernels import runtime
 from vitkernels.ops._attention.config import choose_config, head_parts, key_pieces
-from vitkernels.ops._attention.operands import Options, addressing, strides
+from vitkernels.ops._attention.forward_hopper import launch_hopper, suits
+from vitkernels.ops._attention.operands import LOG2_E, Options, addressing, strides
 from vitkernels.ops._attention.tiles import (
     add_key_bias,
     dot_heads,
@@ -412,7 +415,13 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tupl
         masked=options.mask is not None,
         key_bias=options.key_bias is not None,
         dropout=options.dropout_p > 0,
+        is_causal=options.is_causal,
+        tma=suits(q, k, v),
     ).forward
+    if tiling.regime == "hopper":
+        score_scale = options.scale * LOG2_E
+        launch_hopper(*options.tokens_first(q, k, v, o), lse, score_scale, tiling.block_n, tiling.num_stages)
+        return o, lse
     mask_arguments = options.arguments(q)
     arguments = {
         "q_ptr": q,

@@ -194,8 +194,14 @@ static void convert_two(const Step& s) {  // a pair from two fp32: the first goe
     binary<u32>(s, [=](u32 a, u32 b) { return f2h(bits_f(positive(b))) | f2h(bits_f(positive(a))) << 16; });
   else if (s.I.type == T_f16x2)
     binary<u32>(s, [=](u32 a, u32 b) { return f2h_rz(bits_f(positive(b))) | f2h_rz(bits_f(positive(a))) << 16; });
+  else if (s.I.type == T_e4m3x2 && (s.I.flags & F_sat))
+    binary<u32>(s, [=](u32 a, u32 b) { return f2e(bits_f(positive(b))) | f2e(bits_f(positive(a))) << 8; });
   else s.unsupported();
   u32 high = s.defined(1, 32), low = s.defined(2, 32);
+  if (s.I.type == T_e4m3x2) {
+    u32 bytes[8] = {low, high, FULL, FULL};
+    return s.set_bytes(0, 32, bytes);
+  }
   u32 known[8] = {low, low, high, high};
   s.set_bytes(0, 32, known);
 }

@@ -1,9 +1,9 @@
 """The product of two operands in e4m3, with both sides' scales, bias, activation, LayerScale and residual.
 
-Tensor cores of sm_89 and sm_90 keep about 14 bits of what they sum in fp8 (DeepSeek-V3, arXiv 2412.19437, section
-3.3.2). So they sum 128 products, and CUDA cores add the partial sums in fp32, as DeepGEMM and CUTLASS's "slow
-accumulation" do. A second accumulator takes 64 registers a thread. What it buys besides: an operand's scale may change
-every 128 channels, at one multiplication for each partial sum.
+Hopper's tensor cores keep about 14 bits of what they sum in fp8 (DeepSeek-V3, arXiv 2412.19437, section 3.3.2). So
+they sum 128 products, and CUDA cores add the partial sums in fp32, as DeepGEMM and CUTLASS's "slow accumulation" do. A
+second accumulator takes 64 registers a thread. Where the operand has a scale for each 128 channels, the partial sums
+are multiplied by it on the way. sm_100 sums fp8 in fp32: there only such operands take partial sums.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ def _product_fp8_kernel(
     N,
     K,
     GROUPED: tl.constexpr,
+    PARTIAL_SUMS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_GAMMA: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -88,11 +89,14 @@ def _product_fp8_kernel(
             mask_k = offs_k < K - start
             x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
             weight = tl.load(weight_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
-        partial = tl.dot(x, weight)
-        if GROUPED:
-            partial *= tl.load(x_scale_ptrs, mask=mask_m, other=0.0)[:, None]
-            x_scale_ptrs += M
-        acc += partial
+        if PARTIAL_SUMS:
+            partial = tl.dot(x, weight)
+            if GROUPED:
+                partial *= tl.load(x_scale_ptrs, mask=mask_m, other=0.0)[:, None]
+                x_scale_ptrs += M
+            acc += partial
+        else:
+            acc = tl.dot(x, weight, acc)
         x_ptrs += BLOCK_K
         weight_ptrs += BLOCK_K
     if not GROUPED:
@@ -137,7 +141,7 @@ def product_fp8(
     reason = arch_limit(x.device)
     if reason is not None:
         raise NotImplementedError(f"linear_fp8: {reason}")
-    config = choose_config(M, N, K, facts)
+    config, grouped = choose_config(M, N, K, facts), x_scale.shape[0] > 1
     residual = x if residual is None else unit_stride(residual.reshape(M, N))
     _product_fp8_kernel[(cdiv(M, config.block_m) * cdiv(N, GROUP),)](
         x_ptr=x.contiguous(),
@@ -153,7 +157,8 @@ def product_fp8(
         M=M,
         N=N,
         K=K,
-        GROUPED=x_scale.shape[0] > 1,
+        GROUPED=grouped,
+        PARTIAL_SUMS=grouped or not facts.arch.startswith("sm_10"),
         HAS_BIAS=bias is not None,
         HAS_GAMMA=gamma is not None,
         HAS_RESIDUAL=residual is not x,

@@ -389,9 +389,13 @@ def quantize_fp8(x: Tensor, group: int | None = None) -> tuple[Tensor, Tensor]:
     group = C if group is None else group
     parts = F.pad(x, (0, -C % group)).unflatten(-1, (-1, group))
     largest = parts.abs().amax(-1).clamp_min(E4M3_SMALLEST_ROW)
-    values = parts * (E4M3_LARGEST / largest).unsqueeze(-1)
+    # Between a tensor and a number PyTorch may multiply by an inverse; between tensors it divides.
+    whole = torch.full_like(largest, E4M3_LARGEST)
+    values = parts * (whole / largest).unsqueeze(-1)
     values = values.clamp(-E4M3_LARGEST, E4M3_LARGEST).to(torch.float8_e4m3fn)  # the conversion alone does not saturate
-    return values.flatten(-2)[..., :C].contiguous(), (largest / E4M3_LARGEST).movedim(-1, 0).contiguous()
+    return values.flatten(-2)[..., :C].contiguous(), (largest / whole).movedim(-1, 0).clone(
+        memory_format=torch.contiguous_format
+    )
 
 
 def dequantize_fp8(values: Tensor, scale: Tensor) -> Tensor:

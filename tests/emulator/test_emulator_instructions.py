@@ -598,6 +598,20 @@ def test_two_floats_to_a_pair(to, mode, rng):
     check_floats(got & np.uint64(0xFFFF), floats(b, "f32"), to[:-2], to, mode)
 
 
+def test_two_floats_to_a_pair_of_e4m3(rng):
+    """Against PyTorch's conversion, which makes NaN of what satfinite takes to 448; ties and subnormals too."""
+    ties = np.array([2.0**-10, 3 * 2.0**-10, 2.0**-7 + 2.0**-10, 17 / 16, 19 / 16, -23 / 2, 447.0, 449.0, 1e30], np.float32)
+    a, b = (np.where(rng.random(LANES) < 0.3, rng.choice(ties.view(np.uint32), LANES), operand("f32", rng)) for _ in "ab")
+    a, b = a.astype(np.uint64), b.astype(np.uint64)
+    got = run("cvt.rn.satfinite.e4m3x2.f32 {d}, {a}, {b}", "b16", ["f32", "f32"], [a, b])
+    for byte, values in ((got >> np.uint64(8) & np.uint64(0xFF), a), (got & np.uint64(0xFF), b)):
+        exact = torch.from_numpy(values.astype(np.uint32).view(np.float32))
+        want = exact.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        nan = exact.isnan().numpy()
+        assert (byte[nan] & np.uint64(0x7F) == 0x7F).all()
+        assert (byte[~nan] == want[~nan]).all()
+
+
 @pytest.mark.parametrize("to", ["s32", "u32", "s64", "u64", "s16", "u16", "s8", "u8"])
 @pytest.mark.parametrize("source", ["f32", "f64", "f16"])
 @pytest.mark.parametrize("mode", ["rzi", "rni", "rmi", "rpi"])

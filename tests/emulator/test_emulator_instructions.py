@@ -612,6 +612,16 @@ def test_two_floats_to_a_pair_of_e4m3(rng):
         assert (byte[~nan] == want[~nan]).all()
 
 
+def test_a_pair_of_e4m3_to_two_halves(rng):
+    a = rng.integers(0, 1 << 16, LANES, dtype=np.uint64)
+    a[:16] = np.arange(0x70, 0x80, dtype=np.uint64) << np.uint64(8) | np.arange(0xF0, 0x100, dtype=np.uint64)
+    got = run("cvt.rn.f16x2.e4m3x2 {d}, {a}", "b32", ["b16"], [a])
+    values = torch.from_numpy(a.astype(np.uint16)).view(torch.float8_e4m3fn).half()
+    halves = torch.from_numpy(got.astype(np.uint32)).view(torch.float16)
+    assert torch.equal(halves.isnan(), values.isnan())
+    assert torch.equal(halves.nan_to_num(), values.nan_to_num())
+
+
 @pytest.mark.parametrize("to", ["s32", "u32", "s64", "u64", "s16", "u16", "s8", "u8"])
 @pytest.mark.parametrize("source", ["f32", "f64", "f16"])
 @pytest.mark.parametrize("mode", ["rzi", "rni", "rmi", "rpi"])

@@ -147,7 +147,9 @@ def reference_rows(x, residual, weight, bias, gamma, eps):
 
 
 def arch_limit(device: torch.device) -> str | None:
-    """Return why no FP8 kernel runs on ``device``, or None if they do."""
+    """Return why no FP8 kernel runs on ``device``, or None if they do, or PyTorch computes."""
+    if device.type == "cpu" and runtime.emulated_arch() is None:
+        return None
     arch = runtime.device_facts(device).arch
     if arch.startswith("sm_"):
         return None if int(arch[3:]) >= 89 else f"{arch} has no e4m3 products; expected sm_89 or later"

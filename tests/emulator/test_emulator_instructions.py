@@ -600,8 +600,12 @@ def test_two_floats_to_a_pair(to, mode, rng):
 
 def test_two_floats_to_a_pair_of_e4m3(rng):
     """Against PyTorch's conversion, which makes NaN of what satfinite takes to 448; ties and subnormals too."""
-    ties = np.array([2.0**-10, 3 * 2.0**-10, 2.0**-7 + 2.0**-10, 17 / 16, 19 / 16, -23 / 2, 447.0, 449.0, 1e30], np.float32)
-    a, b = (np.where(rng.random(LANES) < 0.3, rng.choice(ties.view(np.uint32), LANES), operand("f32", rng)) for _ in "ab")
+    ties = np.array(
+        [2.0**-10, 3 * 2.0**-10, 2.0**-7 + 2.0**-10, 17 / 16, 19 / 16, -23 / 2, 447.0, 449.0, 1e30], np.float32
+    )
+    a, b = (
+        np.where(rng.random(LANES) < 0.3, rng.choice(ties.view(np.uint32), LANES), operand("f32", rng)) for _ in "ab"
+    )
     a, b = a.astype(np.uint64), b.astype(np.uint64)
     got = run("cvt.rn.satfinite.e4m3x2.f32 {d}, {a}, {b}", "b16", ["f32", "f32"], [a, b])
     for byte, values in ((got >> np.uint64(8) & np.uint64(0xFF), a), (got & np.uint64(0xFF), b)):

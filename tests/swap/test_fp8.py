@@ -34,7 +34,6 @@ def images(device):
 @pytest.fixture(autouse=True)
 def _nothing_kept():
     fp8._entries.clear()
-    yield
 
 
 def relative(got, want):
@@ -95,7 +94,7 @@ def test_restore_is_bit_for_bit(images, device):
     accelerate(model, precision="fp8")
     assert not torch.equal(run(model, images), own)
     assert fp8._entries
-    assert {n: t for n, t in model.state_dict().items()}.keys() == state.keys()
+    assert model.state_dict().keys() == state.keys()
     assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
     accelerate(model)  # back to the model's own precision
     assert torch.equal(run(model, images), own) and not fp8._entries
@@ -131,7 +130,7 @@ def test_weights_follow_changes(images, computed_by_pytorch):
     changed()
     model.blocks[0].mlp.fc1.weight = nn.Parameter(weight.detach() * -1)
     changed()
-    optimizer = torch.optim.SGD([p for p in model.parameters()], 0.1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()

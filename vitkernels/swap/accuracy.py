@@ -49,7 +49,7 @@ def compare_precision(
     use real images.
 
     Args:
-        model: A model that ``accelerate`` takes, with tensors or transformers' outputs (``logits``, else the last hidden
+        model: A model that ``accelerate`` takes, with tensors or outputs of transformers (logits, else the last hidden
             state) as its result.
         inputs: Inputs of the model: images, a sequence of positional arguments, or a mapping of keyword arguments.
         precision: As for :func:`vitkernels.accelerate`.

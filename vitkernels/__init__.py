@@ -14,6 +14,7 @@ _HOME = {
     "Report": "swap",
     "accelerate": "swap",
     "attention_maps": "maps",
+    "compare_precision": "swap.accuracy",
     "explain": "swap",
     "restore": "swap",
     "backend": "runtime",

@@ -17,6 +17,10 @@ from torch import Tensor
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu")
 
+E4M3_LARGEST = 448.0
+E4M3_SMALLEST_ROW = 2.0**-100  # a row of smaller magnitudes is taken for one of this: the scale's inverse stays finite
+E4M3_GROUP = 128  # channels that share a scale where a row has several
+
 
 def activate(z: Tensor, activation: str | None) -> Tensor:
     """Apply an activation elementwise: GELU with erf or tanh (arXiv 1606.08415), x·σ(1.702 x), SiLU, or none."""
@@ -395,3 +399,48 @@ def patch_embed(
     if pos_embed is not None and pos_embed_prefix:
         tokens = tokens + pos_embed
     return tokens
+
+
+def quantize_fp8(x: Tensor, group: int | None = None) -> tuple[Tensor, Tensor]:
+    """Round rows to e4m3, by one scale a row or one for each ``group`` channels of it, so that the largest gives 448.
+
+    A row with a NaN or an infinity gets NaN; a row of zeros stays zero.
+
+    Returns:
+        Values (..., C) in float8_e4m3fn, and scales (groups, ...) in the dtype of ``x``, fp32 or wider.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    C = x.shape[-1]
+    group = C if group is None else group
+    parts = F.pad(x, (0, -C % group)).unflatten(-1, (-1, group))
+    largest = parts.abs().amax(-1).clamp_min(E4M3_SMALLEST_ROW)
+    # Between a tensor and a number PyTorch may multiply by an inverse; between tensors it divides.
+    whole = torch.full_like(largest, E4M3_LARGEST)
+    values = parts * (whole / largest).unsqueeze(-1)
+    values = values.clamp(-E4M3_LARGEST, E4M3_LARGEST).to(torch.float8_e4m3fn)  # the conversion alone does not saturate
+    return values.flatten(-2)[..., :C].contiguous(), (largest / whole).movedim(-1, 0).clone(
+        memory_format=torch.contiguous_format
+    )
+
+
+def dequantize_fp8(values: Tensor, scale: Tensor) -> Tensor:
+    """Return ``values · scale`` in the dtype of ``scale``; scales (groups, ...) as of :func:`quantize_fp8`."""
+    scale = scale.movedim(0, -1)
+    if scale.shape[-1] > 1:
+        scale = scale.repeat_interleave(E4M3_GROUP, -1)[..., : values.shape[-1]]
+    return values.to(scale.dtype) * scale
+
+
+def linear_fp8(
+    x: tuple[Tensor, Tensor],
+    weight: tuple[Tensor, Tensor],
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+) -> Tensor:
+    """:func:`linear` of operands in e4m3, each a pair of values and scales, in the dtype of the scales."""
+    x, weight = dequantize_fp8(*x), dequantize_fp8(*weight)
+    bias, residual, layer_scale = (None if t is None else t.to(x.dtype) for t in (bias, residual, layer_scale))
+    return linear(x, weight, bias, activation=activation, residual=residual, layer_scale=layer_scale)

@@ -598,6 +598,34 @@ def test_two_floats_to_a_pair(to, mode, rng):
     check_floats(got & np.uint64(0xFFFF), floats(b, "f32"), to[:-2], to, mode)
 
 
+def test_two_floats_to_a_pair_of_e4m3(rng):
+    """Against PyTorch's conversion, which makes NaN of what satfinite takes to 448; ties and subnormals too."""
+    ties = np.array(
+        [2.0**-10, 3 * 2.0**-10, 2.0**-7 + 2.0**-10, 17 / 16, 19 / 16, -23 / 2, 447.0, 449.0, 1e30], np.float32
+    )
+    a, b = (
+        np.where(rng.random(LANES) < 0.3, rng.choice(ties.view(np.uint32), LANES), operand("f32", rng)) for _ in "ab"
+    )
+    a, b = a.astype(np.uint64), b.astype(np.uint64)
+    got = run("cvt.rn.satfinite.e4m3x2.f32 {d}, {a}, {b}", "b16", ["f32", "f32"], [a, b])
+    for byte, values in ((got >> np.uint64(8) & np.uint64(0xFF), a), (got & np.uint64(0xFF), b)):
+        exact = torch.from_numpy(values.astype(np.uint32).view(np.float32))
+        want = exact.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        nan = exact.isnan().numpy()
+        assert (byte[nan] & np.uint64(0x7F) == 0x7F).all()
+        assert (byte[~nan] == want[~nan]).all()
+
+
+def test_a_pair_of_e4m3_to_two_halves(rng):
+    a = rng.integers(0, 1 << 16, LANES, dtype=np.uint64)
+    a[:16] = np.arange(0x70, 0x80, dtype=np.uint64) << np.uint64(8) | np.arange(0xF0, 0x100, dtype=np.uint64)
+    got = run("cvt.rn.f16x2.e4m3x2 {d}, {a}", "b32", ["b16"], [a])
+    values = torch.from_numpy(a.astype(np.uint16)).view(torch.float8_e4m3fn).half()
+    halves = torch.from_numpy(got.astype(np.uint32)).view(torch.float16)
+    assert torch.equal(halves.isnan(), values.isnan())
+    assert torch.equal(halves.nan_to_num(), values.nan_to_num())
+
+
 @pytest.mark.parametrize("to", ["s32", "u32", "s64", "u64", "s16", "u16", "s8", "u8"])
 @pytest.mark.parametrize("source", ["f32", "f64", "f16"])
 @pytest.mark.parametrize("mode", ["rzi", "rni", "rmi", "rpi"])

@@ -23,6 +23,7 @@ OPS_OF_CASES = [
     ("vit_tiny_patch16_224", "attention_windows"),
     ("vit_tiny_patch16_224", "attention_frozen_queries"),
     ("vit_tiny_patch16_224", "patch_embed"),
+    ("vit_tiny_patch16_224", "block_fp8"),
     ("vit_base_patch16_224", "attention_biased"),
     ("vit_base_patch16_224", "attention_dropout"),
     ("vit_large_patch14_reg4_dinov2_518", "attention"),

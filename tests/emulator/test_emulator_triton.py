@@ -49,6 +49,28 @@ def test_matmul(arch, layout, kind, tile):
         assert classes.get("mma") or classes.get("wgmma")
 
 
+@pytest.mark.parametrize("arch", [90, 120])
+@pytest.mark.parametrize("tile", [(64, 64, 32, 4, 3), (128, 128, 128, 8, 3), (16, 32, 64, 2, 2), (64, 16, 64, 4, 1)])
+def test_matmul_of_e4m3(arch, tile):
+    BM, BN, BK, warps, stages = tile
+    M, N, K = BM + 8, BN + 16, 3 * BK + 16
+    torch.manual_seed(0)
+    a, b = (torch.randn(rows, K).to(torch.float8_e4m3fn) for rows in (M, N))
+    a[0, :4] = torch.tensor([448.0, -(2.0**-9), 0.0, 1.75 * 2.0**-6]).to(a.dtype)  # the largest, and subnormal numbers
+    c = torch.full((M, N), float("nan"))
+    b = b.t()
+    with executing(arch) as recorder:
+        kernels.matmul[(2, -(-N // BN))](
+            a, b, c, M, N, K, *a.stride(), *b.stride(), BM=BM, BN=BN, BK=BK, PRECISION="ieee", OUT=kernels.tl.float32,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    recorder.clean()
+    truth = a.double() @ b.double()
+    assert (c.double() - truth).abs().max() < 1e-6 * truth.abs().max()
+    classes = recorder.runs[0].counts
+    assert classes.get("wgmma" if arch == 90 and BM >= 64 else "mma")
+
+
 @ARCHS
 @pytest.mark.parametrize(
     ("sizes", "dtype"),

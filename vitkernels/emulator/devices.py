@@ -77,11 +77,11 @@ RATES = {
         shared=128, l2=5120, dram=2.039,
     ),
     "sm_90": Rates(
-        clock=1.98, tensor={"f16": 989.4, "bf16": 989.4, "tf32": 494.7, "f64": 66.9}, mma_sync=0.62, fma=128, alu=64,
-        mufu=16, shared=128, l2=4934, dram=3.35,
+        clock=1.98, tensor={"e4m3": 1978.9, "f16": 989.4, "bf16": 989.4, "tf32": 494.7, "f64": 66.9}, mma_sync=0.62,
+        fma=128, alu=64, mufu=16, shared=128, l2=4934, dram=3.35,
     ),
     "sm_120": Rates(
-        clock=2.407, tensor={"f16": 209.5, "bf16": 209.5, "tf32": 104.8}, mma_sync=1, fma=128, alu=128, mufu=16,
-        shared=128, l2=None, dram=1.792,
+        clock=2.407, tensor={"e4m3": 419, "f16": 209.5, "bf16": 209.5, "tf32": 104.8}, mma_sync=1, fma=128, alu=128,
+        mufu=16, shared=128, l2=None, dram=1.792,
     ),
 }  # fmt: skip

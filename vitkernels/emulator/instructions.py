@@ -492,7 +492,8 @@ def _nothing(e, parts, ops):
 def _mma(e, parts, ops):  # mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
     rows, columns, depth = map(int, re.fullmatch(r"m(\d+)n(\d+)k(\d+)", parts[3]).groups())
     d, a, b, c = parts[6:10]
-    if columns != 8 or parts[4:6] != ["row", "col"] or a != b or d != c or a not in ("f16", "bf16", "tf32", "f64"):
+    known = ("f16", "bf16", "tf32", "f64", "e4m3")
+    if columns != 8 or parts[4:6] != ["row", "col"] or a != b or d != c or a not in known:
         raise e.unsupported("product")
     wide = "f64" if a == "f64" else "b32"
     operands = [e.register(n) for n in _vector(ops[0])]
@@ -512,7 +513,7 @@ def _wgmma(e, parts, ops):
     # wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 d, a, b-desc, scale-d, negate a, negate b[, transpose a], b
     _, columns, depth = map(int, re.fullmatch(r"m(\d+)n(\d+)k(\d+)", parts[4]).groups())
     d, a, b = parts[5:8]
-    if a != b or a not in ("f16", "bf16", "tf32"):
+    if a != b or a not in ("f16", "bf16", "tf32", "e4m3"):
         raise e.unsupported("product")
     in_registers = ops[1].startswith("{")
     operands = [e.register(n) for n in _vector(ops[0])]
@@ -520,6 +521,6 @@ def _wgmma(e, parts, ops):
     operands += [e.source(ops[2], "b64"), e.predicate(ops[3])]
     negated = (int(ops[4]) < 0) | (int(ops[5]) < 0) << 1
     transposed = [int(o) for o in ops[6:]]
-    first, second = (0, 0) if a == "tf32" else (0, transposed[0]) if in_registers else transposed
+    first, second = (0, 0) if not transposed else (0, transposed[0]) if in_registers else transposed
     imm = columns | depth << 12 | negated << 20 | first << 22 | second << 23 | in_registers << 24
     return e.emit("wgmma", a, operands, ty2=d, imm=imm, cls="wgmma")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkernels import ops, reference, runtime
-from vitkernels.layers import records
+from vitkernels.layers import fp8, records
 from vitkernels.layers.records import Attention, Block, DropPath, Linear, Mlp, Norm
 
 
@@ -77,20 +77,32 @@ def add_norm(
     return ops.add_layer_norm(branch, x, norm.weight, norm.bias, norm.eps, **scales)
 
 
+def _linear(x: Tensor | ops.Fp8, layer: Linear, dtype: torch.dtype | None, **epilogue: object) -> Tensor | ops.Fp8:
+    """Apply ``layer``; to an x in FP8 in FP8, with a result in ``dtype``."""
+    if isinstance(x, ops.Fp8):
+        return ops.linear_fp8(x, fp8.weight(layer.weight), layer.bias, dtype=dtype, **epilogue)
+    return ops.linear(x, *layer, **epilogue)
+
+
 def attention(
     attn: Attention,
-    x: Tensor,
+    x: Tensor | ops.Fp8,
     *,
     attn_mask: Tensor | Packed | None = None,
     is_causal: bool = False,
     rope: ops.Rope | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Self-attention, from the projections of x to the output projection.
 
     ``rope`` does not rotate the first ``attn.num_prefix_tokens`` tokens. With :class:`Packed`, x is (1, T, C), and the
-    tables of ``rope`` broadcast to (H, T, D).
+    tables of ``rope`` broadcast to (H, T, D). For an x in FP8, ``dtype`` is that of everything else.
     """
-    B, N, _ = x.shape
+    if attn.fp8:
+        fp8.check_inference(attn, x)
+        dtype, x = x.dtype, ops.quantize_fp8(x)
+    in_fp8 = isinstance(x, ops.Fp8)
+    B, N, _ = (x.values if in_fp8 else x).shape
     packed = isinstance(attn_mask, Packed)
     options = {
         "scale": attn.scale,
@@ -103,14 +115,14 @@ def attention(
     if not packed:
         options |= {"attn_mask": attn_mask, "num_prefix_tokens": 0 if rope is None else attn.num_prefix_tokens}
     if isinstance(attn.qkv, Linear):
-        qkv = ops.linear(x, attn.qkv.weight, attn.qkv.bias).view(B, N, 3, attn.num_heads, attn.head_dim)
+        qkv = _linear(x, attn.qkv, dtype).view(B, N, 3, attn.num_heads, attn.head_dim)
         if packed:
             out = ops.attention_varlen(*qkv[0].unbind(1), *attn_mask, **options)[None]
         else:
             out = ops.attention_qkvpacked(qkv, **options)
     else:
         D = attn.head_dim
-        q, k, v = (ops.linear(x, *layer).view(B, N, layer.weight.shape[0] // D, D) for layer in attn.qkv)
+        q, k, v = (_linear(x, layer, dtype).view(B, N, layer.weight.shape[0] // D, D) for layer in attn.qkv)
         groups = q.shape[2] // k.shape[2]
         if groups > 1:  # grouped-query attention: q heads share a k and v head (arXiv 2305.13245)
             k, v = (t.repeat_interleave(groups, dim=2) for t in (k, v))
@@ -121,7 +133,9 @@ def attention(
     out = norm(attn.norm, out.flatten(2))
     if attn.gate is not None:
         out = out * attn.gate(x).sigmoid()
-    return out if attn.proj is None else _dropout(ops.linear(out, *attn.proj), attn.proj_drop)
+    if attn.proj is None:
+        return out
+    return _dropout(_linear(ops.quantize_fp8(out) if in_fp8 else out, attn.proj, dtype), attn.proj_drop)
 
 
 def mlp(
@@ -136,6 +150,9 @@ def mlp(
 
     It is one op, unless features are dropped, an MLP without gate has a norm, or the norm of a gated one is an RMSNorm.
     """
+    if mlp.fp8:
+        fp8.check_inference(mlp, x)
+        return _mlp_fp8(mlp, ops.quantize_fp8(x), x.dtype, residual=residual, layer_scale=layer_scale)
     x = norm(mlp.input_norm, x)
     fc1, fc2, activation = mlp.fc1, mlp.fc2, mlp.activation
     drops = mlp.drop1 or mlp.drop2
@@ -174,6 +191,11 @@ def mlp(
     return out if residual is None else residual + out
 
 
+def _mlp_fp8(mlp: Mlp, x: ops.Fp8, dtype: torch.dtype, **epilogue: Tensor | None) -> Tensor:
+    hidden = _linear(x, mlp.fc1, torch.float8_e4m3fn, activation=mlp.activation)
+    return _linear(hidden, mlp.fc2, dtype, **epilogue)
+
+
 def block(
     block: Block,
     x: Tensor,
@@ -187,7 +209,13 @@ def block(
     A block is one op if it is plain, has no mask, rope or dropout, and the tuning table picks our attention kernels.
     Otherwise LayerScale, DropPath and the first residual sum are fused with norm2, the second ones with a plain MLP.
     """
-    norm1, attn, norm2, mlp_, gamma1, gamma2, path1, path2 = block
+    norm1, attn, norm2, mlp_, gamma1, gamma2, path1, path2, in_fp8 = block
+    if in_fp8:
+        fp8.check_inference(block, x)
+        normed = ops.layer_norm_fp8(x, norm1.weight, norm1.bias, norm1.eps)
+        branch = attention(attn, normed, attn_mask=attn_mask, is_causal=is_causal, rope=rope, dtype=x.dtype)
+        normed, x = ops.add_layer_norm_fp8(branch, x, norm2.weight, norm2.bias, norm2.eps, layer_scale=gamma1)
+        return _mlp_fp8(mlp_, normed, x.dtype, residual=x, layer_scale=gamma2)
     if attn_mask is None and not is_causal and rope is None and _is_plain(block) and _attends(attn, x) == "triton":
         return ops.block(
             x,

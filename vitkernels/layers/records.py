@@ -43,6 +43,7 @@ class Attention(NamedTuple):
         gate: Module whose sigmoid multiplies what enters ``proj``; it is called.
         attn_drop, proj_drop: Dropout probability of the weights and of the output in the present mode.
         num_prefix_tokens: Tokens in front that RoPE does not rotate.
+        fp8: Whether its products run in FP8.
     """
 
     qkv: Linear | tuple[Linear, Linear, Linear]
@@ -57,6 +58,7 @@ class Attention(NamedTuple):
     attn_drop: float = 0.0
     proj_drop: float = 0.0
     num_prefix_tokens: int = 0
+    fp8: bool = False
 
 
 class Mlp(NamedTuple):
@@ -69,6 +71,7 @@ class Mlp(NamedTuple):
         drop1, drop2: Dropout probabilities in the present mode.
         gated: Whether it is a gated MLP.
         gate_last: Whether the gate's features come last in a packed ``fc1``.
+        fp8: Whether its products run in FP8.
     """
 
     fc1: Linear | tuple[Linear, Linear]
@@ -80,6 +83,7 @@ class Mlp(NamedTuple):
     drop2: float = 0.0
     gated: bool = False
     gate_last: bool = False
+    fp8: bool = False
 
 
 class DropPath(NamedTuple):
@@ -90,7 +94,10 @@ class DropPath(NamedTuple):
 
 
 class Block(NamedTuple):
-    """A Transformer block; ``gamma1`` and ``gamma2`` are its LayerScales (C,), or None."""
+    """A Transformer block; ``gamma1`` and ``gamma2`` are its LayerScales (C,), or None.
+
+    With ``fp8`` all of its products run in FP8.
+    """
 
     norm1: Norm | None
     attn: Attention
@@ -100,6 +107,15 @@ class Block(NamedTuple):
     gamma2: Tensor | None = None
     drop_path1: DropPath | None = None
     drop_path2: DropPath | None = None
+    fp8: bool = False
+
+
+PRECISION = "_vitkernels_precision"  # the attribute of a module that accelerate() gave a precision
+
+
+def runs_fp8(module: nn.Module) -> bool:
+    """Tell whether the products of ``module`` run in FP8."""
+    return module.__dict__.get(PRECISION) == "fp8"
 
 
 _ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu"}
@@ -226,4 +242,5 @@ def block(module: nn.Module) -> Block:
         gamma2,
         drop_path(children["drop_path1"]),
         drop_path(children["drop_path2"]),
+        runs_fp8(module),
     )

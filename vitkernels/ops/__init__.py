@@ -10,6 +10,7 @@ from vitkernels.ops._attention import (
     attention_weights,
 )
 from vitkernels.ops._block import block
+from vitkernels.ops._fp8 import Fp8, add_layer_norm_fp8, layer_norm_fp8, linear_fp8, quantize_fp8
 from vitkernels.ops._layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from vitkernels.ops._linear import linear
 from vitkernels.ops._mlp import mlp
@@ -18,9 +19,11 @@ from vitkernels.ops._registry import uses_kernels
 from vitkernels.ops._swiglu import swiglu_mlp
 
 __all__ = [
+    "Fp8",
     "QKNorm",
     "Rope",
     "add_layer_norm",
+    "add_layer_norm_fp8",
     "add_rms_norm",
     "attention",
     "attention_provider",
@@ -29,9 +32,12 @@ __all__ = [
     "attention_weights",
     "block",
     "layer_norm",
+    "layer_norm_fp8",
     "linear",
+    "linear_fp8",
     "mlp",
     "patch_embed",
+    "quantize_fp8",
     "rms_norm",
     "swiglu_mlp",
     "uses_kernels",

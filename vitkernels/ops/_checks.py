@@ -30,7 +30,8 @@ def check_tensor(op: str, name: str, x: Tensor, *, dtypes: Sequence[torch.dtype]
         )
     if x.dtype not in dtypes:
         *most, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{op}: {name} has dtype {x.dtype}; expected {', '.join(most)} or {last}{hint}")
+        wanted = f"{', '.join(most)} or {last}" if most else last
+        raise TypeError(f"{op}: {name} has dtype {x.dtype}; expected {wanted}{hint}")
     if x.layout is not strided or x.is_nested:  # quantized tensors have dtypes of their own
         kind = "nested" if x.is_nested else str(x.layout)
         raise NotImplementedError(f"{op}: {name} is {kind}; expected a dense (strided) tensor")

@@ -8,6 +8,7 @@ has guards on the classes of its modules, so torch.compile compiles it again.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import sys
 import warnings
@@ -16,7 +17,9 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from vitkernels.layers import _own
+from vitkernels import ops
+from vitkernels.layers import _own, fp8, records
+from vitkernels.ops._fp8.rows import arch_limit
 from vitkernels.swap import _rules
 from vitkernels.swap._parts import part_of
 from vitkernels.swap.estimate import Estimate, estimate_time
@@ -43,7 +46,10 @@ _LIBRARY_PRODUCTS = {
 }
 
 
-def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
+PRECISIONS = (None, "fp8")
+
+
+def accelerate(model: nn.Module, *, strict: bool = False, precision: str | None = None) -> Report:
     """Swap every module of ``model`` that has a fused forward, in place.
 
     It is safe to call this again: a module that can no longer be fused then gets its original class back.
@@ -54,15 +60,22 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
             (attention, a LayerNorm or RMSNorm, an MLP, a patch embedding: see :class:`Kept`), or if nothing is
             swapped. Other modules may stay: a classifier's Linear, convolutions, embeddings, BatchNorm, pooling,
             dropout. If the model contains several towers, call this on the tower that you mean.
+        precision: None keeps the model's. ``fp8``, for inference on sm_89 and later, multiplies by e4m3: weights with
+            one scale for each output channel, quantized now and after each change in place; activations with scales
+            taken from themselves, without calibration. Everything else, attention too, keeps the model's precision. On
+            a CPU PyTorch computes the same. A module that cannot runs as with None, and the report gives the reason;
+            with ``strict`` that raises, too. See :func:`vitkernels.compare_precision`.
 
     Returns:
         Which modules were swapped, and which were not and why.
 
     Raises:
         TypeError: ``model`` is not a ``torch.nn.Module``.
-        NotImplementedError: With ``strict``, in the cases above; the model is unchanged.
+        ValueError: The precision is unknown.
+        NotImplementedError: With ``strict``, in the cases above; or the model is on a GPU that has no FP8 products
+            (before sm_89, AMD's). The model is unchanged.
     """
-    plan = list(_plan(model))
+    plan = list(_plan(model, precision))
     report = _report(plan, model)
     if strict:
         left = Report((), tuple(k for k in report.kept if k.known or k.part is not None))
@@ -72,20 +85,38 @@ def accelerate(model: nn.Module, *, strict: bool = False) -> Report:
             )
         if not report.swapped:
             raise NotImplementedError(f"accelerate: strict, and no module of {type(model).__name__} can be swapped")
+        left = Report(tuple(s for s in report.swapped if s.reason is not None), ())
+        if left.swapped:
+            raise NotImplementedError(
+                f"accelerate: strict, and {len(left.swapped)} modules cannot run in {precision}:\n{left.rows()}"
+            )
     for module, entry in plan:
         rule = _rules.RULES.get(type(module))
         if rule is not None:
             _rules.become(module, rule.fused if isinstance(entry, Swapped) else rule.original)
+        _set_precision(module, entry)
     return report
 
 
-def explain(model: nn.Module) -> Report:
+def _set_precision(module: nn.Module, entry: Swapped | Kept) -> None:
+    if isinstance(entry, Swapped) and entry.precision is not None:
+        fp8.forget(module)  # of parameters that were written through their data
+        vars(module)[records.PRECISION] = entry.precision
+        for layer in fp8.linears(_rule(module).products(module)):
+            fp8.weight(layer.weight)
+    elif vars(module).pop(records.PRECISION, None) is not None:
+        fp8.forget(module)
+
+
+def explain(model: nn.Module, *, precision: str | None = None) -> Report:
     """Return the report that :func:`accelerate` would return, without changing ``model``.
 
     Raises:
         TypeError: ``model`` is not a ``torch.nn.Module``.
+        ValueError: The precision is unknown.
+        NotImplementedError: The model is on a GPU that has no FP8 products.
     """
-    return _report(list(_plan(model)), model)
+    return _report(list(_plan(model, precision)), model)
 
 
 def restore(model: nn.Module) -> Report:
@@ -109,6 +140,8 @@ def restore(model: nn.Module) -> Report:
             entries.append(Kept(path, name, reason, known=True))
         elif type(module) is rule.fused:
             _rules.become(module, rule.original)
+            if vars(module).pop(records.PRECISION, None) is not None:
+                fp8.forget(module)
             entries.append(Swapped(path, name, rule.original.__name__))
         else:
             reason = f"something made it a subclass of {rule.fused.__qualname__}: undo that first"
@@ -135,10 +168,15 @@ def _rule(module: nn.Module) -> _rules.Rule | None:
     return exact or next((r for r in _rules.RULES.values() if isinstance(module, r.fused)), None)
 
 
-def _plan(model: nn.Module) -> Iterator[tuple[nn.Module, Swapped | Kept]]:
+def _plan(model: nn.Module, precision: str | None) -> Iterator[tuple[nn.Module, Swapped | Kept]]:
     """Yield each module that the report names, with its entry in the report."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; expected one of {', '.join(map(repr, PRECISIONS))}")
     _check(model)
+    if precision is not None:
+        _check_devices(model, precision)
     _own.note_again()
+    in_fp8: set[nn.Module] = set()  # modules within one whose products run in FP8
     bypassed: set[nn.Module] = set()  # a swapped parent reads these without calling them
     parts: set[str] = set()  # the paths of transformer parts that are not swapped
     for path, module in model.named_modules():
@@ -151,7 +189,12 @@ def _plan(model: nn.Module) -> Iterator[tuple[nn.Module, Swapped | Kept]]:
             bypassed.update(_rules.descendant(module, path) for path in rule.bypassed)
             subclassed = cls not in (rule.original, rule.fused)
             now = cls.__name__ if subclassed else rule.fused.__qualname__
-            yield module, Swapped(path, rule.original.__name__, now)
+            entry = Swapped(path, rule.original.__name__, now)
+            if precision is not None and module not in in_fp8:
+                entry = _in_fp8(entry, rule, module)
+                if entry.precision is not None:
+                    in_fp8.update(_rules.descendant(module, path) for path in rule.bypassed)
+            yield module, entry
         elif rule is not None:
             yield module, Kept(path, rule.original.__name__, reason, known=True)
         elif module not in bypassed:
@@ -163,6 +206,25 @@ def _plan(model: nn.Module) -> Iterator[tuple[nn.Module, Swapped | Kept]]:
             reason = _reason(module, part)
             if reason is not None:
                 yield module, Kept(path, cls.__name__, reason, known=False, part=part)
+
+
+def _check_devices(model: nn.Module, precision: str) -> None:
+    """Raise an error if ``model`` has parameters on a GPU, or an emulated one, without FP8 products."""
+    for parameter in {p.device: p for p in model.parameters() if not p.is_meta}.values():
+        reason = arch_limit(parameter.device) if ops.uses_kernels(parameter) else None
+        if reason is not None:
+            raise NotImplementedError(f"accelerate: precision is {precision!r}, and {reason}")
+
+
+def _in_fp8(entry: Swapped, rule: _rules.Rule, module: nn.Module) -> Swapped:
+    """Return ``entry`` with the precision fp8, or with the reason why the module's own products cannot have it."""
+    if rule.products is not None:
+        reason = fp8.limit(rule.products(module))
+        if reason is None:
+            return dataclasses.replace(entry, precision="fp8")
+        return dataclasses.replace(entry, reason=reason)
+    multiplies = any(nn.Linear in classes or nn.MultiheadAttention in classes for classes in rule.bypassed.values())
+    return dataclasses.replace(entry, reason="fp8 is not offered for this class") if multiplies else entry
 
 
 def _reason(module: nn.Module, part: str | None) -> str | None:

@@ -34,6 +34,7 @@ def block(module: nn.Module, attn: records.Attention) -> records.Block:
         mlp(children["mlp"]),
         records.layer_scale(children["ls1"]),
         records.layer_scale(children["ls2"]),
+        fp8=records.runs_fp8(module),
     )
 
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn.modules import module as torch_module
 
-from vitkernels import ops
-from vitkernels.layers import _own
+from vitkernels import ops, runtime
+from vitkernels.layers import _own, records
 from vitkernels.layers._plain import has_hooks
 from vitkernels.ops._checks import FLOATING
 from vitkernels.swap._guards import Guards
@@ -55,6 +55,7 @@ class Rule:
         limit: A further check of a module: returns the reason why it cannot run fused, or None.
         limited_by: The attributes, as paths below the module, from which alone ``limit`` follows. As long as they keep
             their values it is not called again; None: it is called each time.
+        products: Reads the record of the module whose products can run in FP8; None if they cannot for this class.
         guards: See :mod:`vitkernels.swap._guards`.
     """
 
@@ -67,12 +68,17 @@ class Rule:
     attributes: frozenset[str] = frozenset()
     limit: Callable[[nn.Module], str | None] | None = None
     limited_by: tuple[str, ...] | None = None
+    products: Callable[[nn.Module], records.Block | records.Attention | records.Mlp] | None = None
     guards: Guards = dataclasses.field(default_factory=Guards, repr=False, compare=False)
 
 
 def runs_fused(rule: Rule, module: nn.Module, x: Tensor) -> bool:
-    """Tell whether ``module`` runs its fused forward on ``x`` in this call."""
-    if not ops.uses_kernels(x):
+    """Tell whether ``module`` runs its fused forward on ``x`` in this call.
+
+    Where no kernels run, a module in FP8 still does, so that its accuracy can be seen without a GPU; the backend
+    ``torch`` alone asks for the original forward.
+    """
+    if not ops.uses_kernels(x) and not (records.runs_fp8(module) and runtime.backend() != "torch"):
         return False
     if torch.compiler.is_compiling():
         return why_not(rule, module) is None

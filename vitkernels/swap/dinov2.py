@@ -82,7 +82,7 @@ class FusedBlock(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         if not _drops_samples(self) and runs_fused(BLOCK, self, x):
-            return fused.block(_dino.block(self, _attention(self.attn)), x)
+            return fused.block(_block(self), x)
         return super().forward(x)
 
 
@@ -91,8 +91,12 @@ class FusedNestedTensorBlock(NestedTensorBlock):
 
     def forward(self, x_or_x_list: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
         if not _drops_samples(self) and runs_fused(NESTED_BLOCK, self, x_or_x_list):
-            return fused.block(_dino.block(self, _attention(self.attn)), x_or_x_list)
+            return fused.block(_block(self), x_or_x_list)
         return super().forward(x_or_x_list)
+
+
+def _block(block: Block) -> records.Block:
+    return _dino.block(block, _attention(block.attn))
 
 
 def _attention(attn: Attention) -> records.Attention:
@@ -147,6 +151,7 @@ _BLOCK = {
     "called": frozenset({"drop_path1", "drop_path2"}),  # by the original forward, which runs when they drop
     "attributes": frozenset({"sample_drop_ratio"}),
     "limit": layer_scales_limit,
+    "products": _block,
 }
 
 ATTENTION = Rule(Attention, FusedAttention, **_ATTENTION)

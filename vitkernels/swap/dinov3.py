@@ -134,5 +134,6 @@ BLOCK = Rule(
     },
     attributes=frozenset({"sample_drop_ratio"}),
     limit=layer_scales_limit,
+    products=lambda block: _dino.block(block, _attention(block.attn, 0)),
 )
 add(ATTENTION, MLP, SWIGLU, PATCH_EMBED, BLOCK)

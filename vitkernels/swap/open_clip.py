@@ -71,6 +71,7 @@ def _block(block: ResidualAttentionBlock) -> records.Block:
         records.Mlp(records.linear(first), records.linear(last), records.activation_name(act)),
         records.layer_scale(children["ls_1"]),
         records.layer_scale(children["ls_2"]),
+        fp8=records.runs_fp8(block),
     )
 
 
@@ -110,6 +111,7 @@ BLOCK = Rule(
         "ls_2": (nn.Identity, LayerScale),
     },
     limit=_block_limit,
+    products=_block,
 )
 TOWER = Rule(
     VisionTransformer,

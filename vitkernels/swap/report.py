@@ -19,11 +19,21 @@ class Swapped:
         module: Its path in the model; "" is the model itself.
         was: The name of its class before.
         now: The ``__qualname__`` of its class after; the class's ``__name__`` does not change.
+        precision: ``fp8`` if its products run in FP8, else None.
+        reason: Why they do not, if FP8 was asked for and the module has products of its own; else None.
     """
 
     module: str
     was: str
     now: str
+    precision: str | None = None
+    reason: str | None = None
+
+    @property
+    def runs(self) -> str:
+        """What runs now, for a person."""
+        said = f"→ {self.now}" + (f" in {self.precision}" if self.precision else "")
+        return said if self.reason is None else f"{said}, not in fp8: {self.reason}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +86,14 @@ class Report:
         """Return the report as plain data.
 
         ``{"swapped": [{"module", "was", "now"}], "kept": [{"module", "class", "reason"}], "estimate": {"image",
-        "fused_share", "attention": [{"queries", "keys", "head_dim", "calls", "provider", "on_cpu"}]} or None}``.
+        "fused_share", "attention": [{"queries", "keys", "head_dim", "calls", "provider", "on_cpu"}]} or None}``; a
+        swapped module has "precision" or "reason" too where FP8 was asked for.
         """
         return {
-            "swapped": [dataclasses.asdict(entry) for entry in self.swapped],
+            "swapped": [
+                {name: value for name, value in dataclasses.asdict(entry).items() if value is not None}
+                for entry in self.swapped
+            ],
             "kept": [{"module": k.module, "class": k.cls, "reason": k.reason} for k in self.kept],
             "estimate": None if self.estimate is None else dataclasses.asdict(self.estimate),
         }
@@ -123,7 +137,7 @@ class Report:
         return f"vitkernels: {len(self.swapped)} swapped, {len(self.kept)} kept"
 
     def _swapped_rows(self) -> list[tuple[str, str, str, str]]:
-        return _grouped((s.module, s.was, f"→ {s.now}") for s in self.swapped)
+        return _grouped((s.module, s.was, s.runs) for s in self.swapped)
 
     def _kept_rows(self) -> list[tuple[str, str, str, str]]:
         return _grouped((k.module, k.cls, f"kept: {k.reason}") for k in self.kept)

@@ -29,10 +29,7 @@ class FusedEncoderBlock(EncoderBlock):
 
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() == 3 and runs_fused(BLOCK, self, input):
-            children = self._modules
-            attn = multihead(children["self_attention"], records.dropout(children["dropout"]))
-            norm1, norm2 = records.norm(children["ln_1"]), records.norm(children["ln_2"])
-            return fused.block(records.Block(norm1, attn, norm2, _mlp(children["mlp"])), input)
+            return fused.block(_block(self), input)
         return super().forward(input)
 
 
@@ -44,6 +41,13 @@ class FusedVisionTransformer(VisionTransformer):
         if runs_fused(MODEL, self, x) and x.ndim == 4 and tuple(x.shape[2:]) == (self.image_size, self.image_size):
             return fused.patch_embed(self.conv_proj, x)
         return super()._process_input(x)
+
+
+def _block(block: EncoderBlock) -> records.Block:
+    children = block._modules
+    attn = multihead(children["self_attention"], records.dropout(children["dropout"]))
+    norm1, norm2 = records.norm(children["ln_1"]), records.norm(children["ln_2"])
+    return records.Block(norm1, attn, norm2, _mlp(children["mlp"]), fp8=records.runs_fp8(block))
 
 
 def _mlp(mlp: MLPBlock) -> records.Mlp:
@@ -84,6 +88,7 @@ BLOCK = Rule(
     },
     attributes=frozenset({"num_heads"}),
     limit=_block_limit,
+    products=_block,
 )
 MODEL = Rule(
     VisionTransformer,

@@ -163,6 +163,16 @@ static void floating(const Step& s) {
 // ------------------------------------------------------------------------------------------------ conversions
 
 static void convert_one(const Step& s) {  // type: destination, type2: source
+  if (s.I.type == T_f16x2 && s.I.type2 == T_e4m3x2 && !s.I.flags) {
+    unary<u32>(s, [](u32 a) { return f2h(e2f(a & 0xFF)) | f2h(e2f(a >> 8 & 0xFF)) << 16; });
+    u32 known[8];
+    s.bytes(1, 16, known);
+    u32 halves[8] = {known[0], known[0], known[1], known[1]};
+    return s.set_bytes(0, 32, halves);
+  }
+  auto no_pair = [&](int type) { if (type == T_e4m3 || type == T_e4m3x2) s.unsupported(); };
+  no_pair(s.I.type);
+  no_pair(s.I.type2);
   int to = s.I.type, from = s.I.type2, flags = s.I.flags, bits_to = TYPE_BITS[to], bits_from = TYPE_BITS[from];
   if (to == T_f32 && from == T_bf16 && !flags) unary<u32>(s, [](u32 a) { return a << 16; });
   else if (to == T_f32 && from == T_f16 && !(flags & ~F_ftz)) unary<u32>(s, [](u32 a) { return f_bits(h2f(a)); });
@@ -194,8 +204,14 @@ static void convert_two(const Step& s) {  // a pair from two fp32: the first goe
     binary<u32>(s, [=](u32 a, u32 b) { return f2h(bits_f(positive(b))) | f2h(bits_f(positive(a))) << 16; });
   else if (s.I.type == T_f16x2)
     binary<u32>(s, [=](u32 a, u32 b) { return f2h_rz(bits_f(positive(b))) | f2h_rz(bits_f(positive(a))) << 16; });
+  else if (s.I.type == T_e4m3x2 && (s.I.flags & F_sat))
+    binary<u32>(s, [=](u32 a, u32 b) { return f2e(bits_f(positive(b))) | f2e(bits_f(positive(a))) << 8; });
   else s.unsupported();
   u32 high = s.defined(1, 32), low = s.defined(2, 32);
+  if (s.I.type == T_e4m3x2) {
+    u32 bytes[8] = {low, high, FULL, FULL};
+    return s.set_bytes(0, 32, bytes);
+  }
   u32 known[8] = {low, low, high, high};
   s.set_bytes(0, 32, known);
 }

@@ -84,6 +84,21 @@ static ALWAYS_INLINE u32 f2b(float f) {
   return (x & 0x7FFFFFFF) > 0x7F800000 ? 0x7FFF : rounded;
 }
 static ALWAYS_INLINE u32 f2b_rz(float f) { return (f_bits(f) & 0x7FFFFFFF) > 0x7F800000 ? 0x7FFF : f_bits(f) >> 16; }
+// e4m3 (arXiv 2209.05433): 4 bits of exponent, bias 7, 3 bits of mantissa; no infinity, and NaN is all ones.
+static inline float e2f(u32 e) {
+  float magnitude = bits_f((e & 0x7F) << 20) * 0x1p120f;
+  return (e & 0x7F) == 0x7F ? bits_f(0x7FFFFFFF) : e & 0x80 ? -magnitude : magnitude;
+}
+// To nearest, ties to even; beyond 448, infinity too, to 448, as satfinite asks.
+static inline u32 f2e(float f) {
+  u32 x = f_bits(f) & 0x7FFFFFFF, sign = f_bits(f) >> 24 & 0x80;
+  if (x > 0x7F800000) return 0x7F;
+  if (x >= 0x43E00000) return sign | 0x7E;
+  // Below 2^-6, the smallest normal number, adding 2^14 leaves the bits, rounded, at the bottom of the significand.
+  if (x < 0x3C800000) return sign | (f_bits(bits_f(x) + 0x1p14f) - 0x46800000u);
+  u32 rounded = (x + 0x7FFFF + (x >> 20 & 1)) >> 20;
+  return sign | std::min(rounded - (120u << 3), 0x7Eu);
+}
 // What the tensor cores take of a tf32 operand: its upper 19 bits.
 static ALWAYS_INLINE float tf32(u32 x) { return bits_f(x & 0xFFFFE000u); }
 static ALWAYS_INLINE float flushed(float f) {

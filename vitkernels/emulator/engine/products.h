@@ -1,5 +1,6 @@
-// Matrix products: mma.sync and wgmma. Products of 16-bit and tf32 operands are exact in fp64, in which they are
-// summed; the result is rounded to fp32 once, where the hardware rounds (downwards) within the sum.
+// Matrix products: mma.sync and wgmma. Products of 8-bit, 16-bit and tf32 operands are exact in fp64, in which they are
+// summed; the result is rounded to fp32 once, where the hardware rounds (downwards) within the sum, and of e4m3 keeps
+// some 14 bits of it.
 #pragma once
 #include "memory.h"
 
@@ -68,6 +69,9 @@ static void left_registers(const Step& s, int first, int n, int type, int depth,
       int g = l >> 2, t = l & 3;
       if (type == T_tf32) {
         a[(g + 8 * (i & 1)) * depth + t + 4 * (i >> 1)] = tf32(x[l]);
+      } else if (type == T_e4m3) {
+        double* at = a + (g + 8 * (i & 1)) * depth + 4 * t + 16 * (i >> 1);
+        for (int j = 0; j < 4; j++) at[j] = e2f(x[l] >> 8 * j & 0xFF);
       } else {
         double* at = a + (g + 8 * (i & 1)) * depth + 2 * t + 8 * (i >> 1);
         at[0] = half_value(type, x[l]);
@@ -114,7 +118,7 @@ static void mma(const Step& s) {  // o: d, a, b, c; imm: depth | rows << 8 | col
   if (s.m != FULL) s.report(K_divergent_collective, 0, 0, (i32)s.m);
   if (type == T_f64) return mma_fp64(s, rows, depth);
   double a[16 * 32], b[32 * 8], c[16 * 8];
-  int nc = s.I.type2 == T_f16 ? 2 : 4, na = type == T_tf32 ? depth / 2 : depth / 4, nb = na / 2;
+  int nc = s.I.type2 == T_f16 ? 2 : 4, na = depth * TYPE_BITS[type] / 64, nb = na / 2;
   u32 bad = undefined_operands(s, nc, na + nb + nc, 32);
   left_registers(s, nc, na, type, depth, a);
   for (int i = 0; i < nb; i++) {
@@ -123,6 +127,8 @@ static void mma(const Step& s) {  // o: d, a, b, c; imm: depth | rows << 8 | col
       int g = l >> 2, t = l & 3;
       if (type == T_tf32) {
         b[(t + 4 * i) * 8 + g] = tf32(x[l]);
+      } else if (type == T_e4m3) {
+        for (int j = 0; j < 4; j++) b[(4 * t + 16 * i + j) * 8 + g] = e2f(x[l] >> 8 * j & 0xFF);
       } else {
         b[(2 * t + 8 * i) * 8 + g] = half_value(type, x[l]);
         b[(2 * t + 1 + 8 * i) * 8 + g] = half_value(type, x[l] >> 16);
@@ -142,16 +148,18 @@ static inline u32 swizzled(u32 a, int mode) {  // 1: 128 bytes, 2: 64, 3: 32, 0:
 }
 
 template <int TYPE> static ALWAYS_INLINE void unit_values(const u8* p, double* out, size_t step) {
-  const int n = TYPE == T_tf32 ? 4 : 8;
-  float value[n];
-  if (TYPE == T_tf32) {
-    u32 x[n];
+  const int n = 128 / TYPE_BITS[TYPE];
+  float value[16];
+  if (TYPE == T_e4m3) {
+    for (int j = 0; j < n; j++) value[j] = e2f(p[j]);
+  } else if (TYPE == T_tf32) {
+    u32 x[4];
     memcpy(x, p, 16);
-    for (int j = 0; j < n; j++) value[j] = tf32(x[j]);
+    for (int j = 0; j < n; j++) value[j] = tf32(x[j & 3]);
   } else {
     u16 x[8];
     memcpy(x, p, 16);
-    for (int j = 0; j < n; j++) value[j] = TYPE == T_bf16 ? b2f(x[j]) : h2f(x[j]);
+    for (int j = 0; j < n; j++) value[j] = TYPE == T_bf16 ? b2f(x[j & 7]) : h2f(x[j & 7]);
   }
   for (int j = 0; j < n; j++) out[j * step] = value[j];
 }
@@ -162,7 +170,7 @@ template <int TYPE>
 static void read_tile_of(const Step& s, u64 descriptor, int row0, int rows, int depth, bool mn_major, double* out,
                          size_t row_step, size_t k_step) {
   Machine& M = s.M;
-  const int size = TYPE == T_tf32 ? 4 : 2, per_unit = 16 / size, mode = (int)(descriptor >> 62) & 3;
+  const int size = TYPE_BITS[TYPE] / 8, per_unit = 16 / size, mode = (int)(descriptor >> 62) & 3;
   const u32 start = (descriptor & 0x3FFF) << 4, leading = (descriptor >> 16 & 0x3FFF) << 4;
   const u32 stride = (descriptor >> 32 & 0x3FFF) << 4;
   if (descriptor >> 49 & 7) throw Unsupported{s.pc, "a matrix descriptor with a base offset"};
@@ -198,7 +206,10 @@ static void read_tile_of(const Step& s, u64 descriptor, int row0, int rows, int 
 static void read_tile(const Step& s, u64 descriptor, int row0, int rows, int depth, bool mn_major, double* out,
                       size_t row_step, size_t k_step) {
   int type = s.I.type;
-  auto read = type == T_tf32 ? read_tile_of<T_tf32> : type == T_bf16 ? read_tile_of<T_bf16> : read_tile_of<T_f16>;
+  auto read = type == T_tf32   ? read_tile_of<T_tf32>
+              : type == T_bf16 ? read_tile_of<T_bf16>
+              : type == T_e4m3 ? read_tile_of<T_e4m3>
+                               : read_tile_of<T_f16>;
   read(s, descriptor, row0, rows, depth, mn_major, out, row_step, k_step);
 }
 static u64 descriptor_operand(const Step& s, int i) {

@@ -112,7 +112,8 @@ def _add_classes(
         name = f"Fused{cls.__name__}"
         body = {"__module__": module, "__doc__": f"transformers' {cls.__name__} on the kernels."}
         fused_cls = type(name, (kind, cls), body)
-        fused_cls._rule = Rule(cls, fused_cls, **kind._options | {"bypassed": kind._options["bypassed"] | parts})
+        options = kind._options | {"bypassed": kind._options["bypassed"] | parts, "products": kind._products}
+        fused_cls._rule = Rule(cls, fused_cls, **options)
         vars(sys.modules[module])[name] = fused_cls  # pickle looks for a class there
         add(fused_cls._rule)
 

@@ -6,6 +6,7 @@ that only releases 4.5x have are in ``_mixins_4``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -121,12 +122,14 @@ class Kind:
         _takes: The arguments that the class's forward may have.
         _options: The options that the rules of all classes of the kind share.
         _parts: The bypassed children that are of a kind themselves.
+        _products: Reads the record of the module whose products can run in FP8, if they can.
         _rule: The rule of the fused class.
     """
 
     _takes: ClassVar[frozenset[str]]
     _options: ClassVar[dict[str, object]]
     _parts: ClassVar[dict[str, type[Kind]]] = {}
+    _products: ClassVar[Callable[[nn.Module], records.Attention | records.Mlp] | None] = None
     _rule: ClassVar[Rule]
 
 
@@ -147,6 +150,25 @@ class _Attention(Kind):
     _options = attention_options("q_proj", "k_proj", "v_proj", "o_proj")
     _names: ClassVar[Names] = Names()
 
+    @classmethod
+    def _record(cls, attn: nn.Module, num_prefix_tokens: int = 0) -> records.Attention:
+        """Read ``attn``, of this kind or of its original class."""
+        children, names = attn._modules, cls._names
+        qkv = tuple(records.linear(children[name]) for name in names.projections)
+        head_dim = getattr(attn, names.head_dim)
+        return records.Attention(
+            qkv,
+            records.linear(children[names.out]) if names.out else None,
+            qkv[0].weight.shape[0] // head_dim,
+            head_dim,
+            getattr(attn, names.scale),
+            attn_drop=getattr(attn, names.dropout) if attn.training else 0.0,
+            num_prefix_tokens=num_prefix_tokens,
+            fp8=records.runs_fp8(attn),
+        )
+
+    _products = _record
+
     def _fuses(self, x: Tensor, mask: Tensor | None, kwargs: dict[str, object]) -> bool:
         if x.ndim != 3:
             return False
@@ -163,18 +185,7 @@ class _Attention(Kind):
         rope: ops.Rope | None = None,
         num_prefix_tokens: int = 0,
     ) -> Tensor:
-        children, names = self._modules, self._names
-        qkv = tuple(records.linear(children[name]) for name in names.projections)
-        head_dim = getattr(self, names.head_dim)
-        attn = records.Attention(
-            qkv,
-            records.linear(children[names.out]) if names.out else None,
-            qkv[0].weight.shape[0] // head_dim,
-            head_dim,
-            getattr(self, names.scale),
-            attn_drop=getattr(self, names.dropout) if self.training else 0.0,
-            num_prefix_tokens=num_prefix_tokens,
-        )
+        attn = self._record(self, num_prefix_tokens)
         is_causal = self.is_causal if is_causal is None else is_causal
         # As in transformers' sdpa: a mask includes the causal part.
         return fused.attention(attn, x, attn_mask=mask, is_causal=bool(is_causal) and mask is None, rope=rope)
@@ -340,6 +351,13 @@ class _Layer(Kind):
 
     _parts: ClassVar[dict[str, type[Kind]]] = {"mlp": Mlp}
 
+    @staticmethod
+    def _products(layer: nn.Module) -> records.Mlp:
+        return _mlp(layer.mlp)
+
+    def _mlp(self) -> records.Mlp:
+        return _mlp(self.mlp)._replace(fp8=records.runs_fp8(self))
+
 
 class ViTLayer(_Layer):
     """ViT's layer, with dropout after both branches."""
@@ -353,7 +371,7 @@ class ViTLayer(_Layer):
             return super().forward(hidden_states, *args, **kwargs)
         branch, _ = self.attention(self.layernorm_before(hidden_states), *args, **kwargs)
         normed, hidden_states = fused.add_norm(records.norm(self.layernorm_after), self.dropout(branch), hidden_states)
-        mlp = _mlp(self.mlp)._replace(drop2=records.dropout(self.dropout))
+        mlp = self._mlp()._replace(drop2=records.dropout(self.dropout))
         return fused.mlp(mlp, normed, residual=hidden_states)
 
 
@@ -372,7 +390,7 @@ class CLIPLayer(_Layer):
         """Run the layer, pass ``kwargs`` to its attention, and return the output and the attention weights."""
         branch, weights = self.self_attn(hidden_states=self.layer_norm1(x), **kwargs)
         normed, x = fused.add_norm(records.norm(self.layer_norm2), branch, x)
-        return fused.mlp(_mlp(self.mlp), normed, residual=x), weights
+        return fused.mlp(self._mlp(), normed, residual=x), weights
 
 
 class Dinov2Layer(_Layer):
@@ -389,7 +407,7 @@ class Dinov2Layer(_Layer):
 
     def _behind_attention(self, branch: Tensor, x: Tensor) -> Tensor:
         gamma1, gamma2 = self.layer_scale1.lambda1, self.layer_scale2.lambda1
-        norm2, mlp = records.norm(self.norm2), _mlp(self.mlp)
+        norm2, mlp = records.norm(self.norm2), self._mlp()
         keep = 1.0 - getattr(self.drop_path, "drop_prob", 0.0) if self.drop_path.training else 1.0
         if keep == 1.0:
             normed, x = fused.add_norm(norm2, branch, x, layer_scale=gamma1)

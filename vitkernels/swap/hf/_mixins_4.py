@@ -24,6 +24,7 @@ class SelfAttention(new._Attention):
     _takes = frozenset({"hidden_states", "head_mask"})
     _options = attention_options("query", "key", "value")
     _names = Names(None, "scaling", "dropout_prob", ("query", "key", "value"), "attention_head_size")
+    _products = None  # its output projection is another module's
 
     def forward(self, hidden_states: Tensor, head_mask: Tensor | None = None):
         if head_mask is None and self._fuses(hidden_states, None, {}):

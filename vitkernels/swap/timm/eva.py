@@ -130,6 +130,7 @@ EVA_BLOCK = Rule(
     bypassed=_EVA_BRANCHES,
     optional_parameters=frozenset({"gamma_1", "gamma_2"}),
     attributes=frozenset({"init_values"}),
+    products=records.block,
 )
 EVA_BLOCK_POST_NORM = Rule(EvaBlockPostNorm, FusedEvaBlockPostNorm, bypassed=_EVA_BRANCHES)
 add(EVA_ATTENTION, ATTENTION_ROPE, EVA_BLOCK, EVA_BLOCK_POST_NORM)

@@ -71,6 +71,7 @@ BLOCK = Rule(
     bypassed={**BRANCHES, "ls1": (nn.Identity, LayerScale), "ls2": (nn.Identity, LayerScale)},
     limit=layer_scales_limit,
     limited_by=("ls1.inplace", "ls2.inplace"),
+    products=records.block,
 )
 RES_POST_BLOCK = Rule(ResPostBlock, FusedResPostBlock, bypassed=BRANCHES, attributes=frozenset({"init_values"}))
 add(GE_GLU_MLP, BLOCK, RES_POST_BLOCK)

@@ -44,7 +44,10 @@ def emulate(
 
     def memory(t: torch.Tensor) -> None:
         if t.is_floating_point() and t.nbytes <= LARGEST_FILL:
-            t.normal_(generator=generator)
+            if t.itemsize > 1:
+                t.normal_(generator=generator)
+            else:  # PyTorch draws nothing in e4m3
+                t.copy_(torch.randn(t.shape, generator=generator))
         elif not t.is_floating_point() and fill is not None:
             fill(t)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vitkernels.ops._fp8 import E4M3, rows
 from vitkernels.ops._registry import OPS
 from vitkernels.runtime import use_backend, wide_dtype
 from vitkernels.testing.cases import Case
@@ -78,6 +79,23 @@ def launches(case: Case, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
             OPS["attention_prepare_fwd"].launcher(q, *spec)
             OPS["attention_prepare_bwd"].launcher(q, q, *spec, [norm[0] != ""] * 2)
 
+    def block_fp8():
+        if rows.arch_limit(torch.device("cuda")) is not None:
+            return
+        C, F, gamma = case.channels, case.hidden, new(case.channels) if case.layer_scale else None
+        x, affine = new(B, N, C), (new(C), new(C))
+        normed, scale, _ = OPS["rows_fp8"].launcher(x, None, *affine, None, 1e-6)
+
+        def product(x: Tensor, scale: Tensor, features: int, gamma=None, residual=None, activation=None, out=dtype):
+            weight = new(features, x.shape[-1], dtype=E4M3), new(1, features, dtype=torch.float32)
+            operands = (x, scale, *weight, new(features), gamma, residual)
+            return OPS["product_fp8"].launcher(*operands, activation, out)
+
+        product(normed, scale, 3 * C)
+        product(*OPS["rows_fp8"].launcher(new(B, N, C), None, None, None, None, None)[:2], C)
+        normed, scale, r = OPS["rows_fp8"].launcher(new(B, N, C), x, *affine, gamma, 1e-6)
+        product(*product(normed, scale, F, activation=case.activation, out=E4M3), C, gamma, r)
+
     found = {w.name: traced(w.name) for w in workloads(case) if w.name not in LEFT_OUT}
     by_hand = {
         "windows": traced("attention_biased", B=64 * B, N=49, H=4, D=32),
@@ -90,6 +108,8 @@ def launches(case: Case, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     asked_for = {f"attention_{name}": by_hand[name] for name in by_hand if name in case.attention}
     if case.layer_scale and case.mlp == "mlp":  # trained with DropPath
         asked_for |= {"mlp_drop_path": traced("mlp_drop_path"), "cast": cast}
+    if dtype.itemsize == 2 and (case.norm, case.mlp) == ("layer_norm", "mlp"):
+        found["block_fp8"] = block_fp8
     return found | {f"add_{case.norm}": add_norm} | asked_for
 
 

@@ -178,9 +178,9 @@ def counts(grid):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("programs", [1, 2, 50])
+@pytest.mark.parametrize("programs", [1, 40])
 def test_a_kernel_of_ours(programs):
-    """The longest term, a share of the others by the programs of a multiprocessor, and the launch."""
+    """The longest term, a share of the others by the pieces of a multiprocessor's work, and the launch."""
     found = block_time.estimate(Event("forward", "_kernel", []), H100, counts(132 * programs))
     terms = dict(found.terms)
     launch = terms.pop("launch")
@@ -192,7 +192,10 @@ def test_a_kernel_of_ours(programs):
     # Accesses and wgmma's operands share the 128 bytes a clock.
     assert terms["shared"] == pytest.approx(3e6 / 132 / 1.98e3)
     longest = max(terms.values())
-    assert found.us == pytest.approx(longest + (sum(terms.values()) - longest) / programs + launch)
+    # A persistent program moves its bytes through shared memory of 227 KiB, piece by piece.
+    pieces = max(programs, 1e9 / 132 / (227 << 10))
+    assert 30 < pieces <= 40
+    assert found.us == pytest.approx(longest + (sum(terms.values()) - longest) / pieces + launch)
 
 
 def test_a_kernel_that_cannot_be_run(monkeypatch, capsys):

@@ -2,11 +2,12 @@
 
 Nothing here is measured. The time of a launch is its longest term, and a share of the others, and the launch itself:
 
-    time = longest + (sum − longest) / programs + launch
+    time = longest + (sum − longest) / pieces + launch
 
-Programs are those that the busiest multiprocessor runs. They pass through its pipes, L2 and DRAM as through a pipeline:
-the longest stage never waits, and the others show for the first program and the last. A block's time is the sum over
-its launches. The terms of
+A multiprocessor takes its work in pieces: the programs that the busiest one runs, or, if a program loops over tiles, at
+least as often as what it moves through L2 fills its shared memory. The pieces pass through its pipes, L2 and DRAM as
+through a pipeline: the longest stage never waits, and the others show for the first piece and the last. A block's time
+is the sum over its launches. The terms of
 
 - a kernel of ours: products, special functions, instructions (the longest of issue slots, FMA and ALU, of PTX), shared
   memory and L1 with wgmma's operands, L2 if L1 never hits, and DRAM if every byte passes once: counts executed on an
@@ -31,6 +32,7 @@ import textwrap
 from collections.abc import Sequence
 
 from vitkernels.emulator.build import NoCompiler, library
+from vitkernels.emulator.devices import GPUS
 from vitkernels.emulator.encode import Unsupported
 from vitkernels.tools.aot.block import PHASES, PROVIDERS, Setting, counted_blocks
 from vitkernels.tools.aot.chips import BENCHES, CHIPS, Chip
@@ -91,17 +93,18 @@ def estimate(event: Event, chip: Chip, counts: Counts | None) -> Estimate:
     """Estimate the time of ``event`` on ``chip``; a Triton kernel of ours comes with its ``counts``."""
     if counts is not None:
         terms, source = _terms(counts, chip), f"emulated {counts.target}"
-        programs = math.ceil(counts.grid / chip.num_sms)
+        moved = counts.l2_bytes / chip.num_sms / GPUS[chip.arch].shared_memory
+        pieces = max(math.ceil(counts.grid / chip.num_sms), moved)
     else:
         size = sum(access.elements * access.itemsize for access in event.accesses)
-        terms, source, programs = {"DRAM": _us(size, chip.rates.dram * chip.reach["dram"])}, "bytes", math.inf
+        terms, source, pieces = {"DRAM": _us(size, chip.rates.dram * chip.reach["dram"])}, "bytes", math.inf
         if event.attended is not None:
             terms["tensor"], source = _flash_us(event, chip), "FlashAttention 2"
         elif event.flops:
             terms["tensor"] = _us(event.flops, chip.rates.tensor["bf16"] * chip.reach["tensor"])
             source = "FLOPs, bytes"
     longest = max(terms.values())
-    us = longest + (sum(terms.values()) - longest) / programs + LAUNCH_US
+    us = longest + (sum(terms.values()) - longest) / pieces + LAUNCH_US
     return Estimate(event.op, us, {name: terms.get(name, 0.0) for name in TERMS} | {"launch": LAUNCH_US}, source)
 
 
@@ -243,7 +246,7 @@ def run_time(model_name: str, *, batch: int = BATCH, shown: Sequence[str] = ("H1
         "model": model_name,
         "batch": batch,
         "dtype": "bf16",
-        "rule": "longest term + the other terms / programs of a multiprocessor + launch",
+        "rule": "longest term + the other terms / pieces of a multiprocessor's work + launch",
         "sources": SOURCES | {gpu: CHIPS[gpu].sources for gpu in estimates},
         "blocks": {
             gpu: {
@@ -323,9 +326,9 @@ def _cells(e: Estimate) -> tuple[str, ...]:
 
 def _print_sources() -> None:
     print(
-        "\nA launch takes its longest term, a share of its others (over the programs that a multiprocessor runs; ours"
+        "\nA launch takes its longest term, a share of its others (over the pieces of a multiprocessor's work: programs,"
     )
-    print("alone), and the launch itself. Where the terms are from:\n")
+    print("or fillings of its shared memory; ours alone), and the launch itself. Where the terms are from:\n")
     lines = [f"{name}: {text}" for name, text in SOURCES.items()]
     lines += [f"{gpu}, {term}: {text}" for gpu, chip in CHIPS.items() for term, text in chip.sources.items()]
     for line in lines:

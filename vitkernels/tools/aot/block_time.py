@@ -325,9 +325,7 @@ def _cells(e: Estimate) -> tuple[str, ...]:
 
 
 def _print_sources() -> None:
-    print(
-        "\nA launch takes its longest term, a share of its others (over the pieces of a multiprocessor's work: programs,"
-    )
+    print("\nA launch takes its longest term, a share of its others (over a multiprocessor's pieces of work: programs,")
     print("or fillings of its shared memory; ours alone), and the launch itself. Where the terms are from:\n")
     lines = [f"{name}: {text}" for name, text in SOURCES.items()]
     lines += [f"{gpu}, {term}: {text}" for gpu, chip in CHIPS.items() for term, text in chip.sources.items()]

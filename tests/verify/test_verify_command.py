@@ -9,8 +9,12 @@ import sys
 import pytest
 import torch
 
+from vitkernels.ops._attention.config import choose_config as attention_config
+from vitkernels.ops._product_config import choose_config as product_config
+from vitkernels.runtime import DeviceFacts
 from vitkernels.tools import cli
 from vitkernels.tools.verify import mutants, run
+from vitkernels.tools.verify.problems import LARGE
 from vitkernels.tools.verify.results import Check, Result, Verification
 from vitkernels.tools.verify.run import Plan, checks, compared
 
@@ -61,6 +65,23 @@ def test_full_compares_the_tokens_and_head_dims_of_vision_transformers():
     assert {1, 49, 50, 197, 257, 577, 729, 1025, 1374} <= {case.tokens for case in cases}
     assert {16, 24, 32, 36, 48, 60, 64, 72, 80, 88, 96, 104, 112, 128} <= {case.head_dim for case in cases}
     assert {2730, 4304} <= {case.hidden for case in cases}
+
+
+def test_a_gpu_also_runs_what_is_too_large_to_emulate():
+    """The kernels in Gluon: attention of long rows, and products of as many tiles as a GPU has multiprocessors."""
+    h100 = DeviceFacts("h100", "sm_90", 132, 227 << 10)
+    B, N, C, F, D = LARGE.batch, LARGE.tokens, LARGE.channels, LARGE.hidden, LARGE.head_dim
+    half = torch.bfloat16
+    for K, width, kind in ((C, F, "epilogue"), (F, C, "epilogue"), (C, F, "dact")):
+        config = product_config(B * N, width, K, half, kind=kind, facts=h100, tma=True)
+        assert (config.provider, config.block_n) == ("gluon", 256 if K == F else 128)
+    assert attention_config(N, N, D, half, h100, heads=B * LARGE.heads, tma=True).forward.regime == "hopper"
+    for full in (False, True):
+        on_gpu, on_cpu = (Plan(full=full, device=torch.device(kind)) for kind in ("cuda", "cpu"))
+        large = [problem.id for problem, _ in compared(on_gpu) if problem.case is LARGE]
+        assert {id.partition("/")[0] for id in large} >= {"mlp", "linear", "attention", "block"}
+        assert not any(problem.case is LARGE for problem, _ in compared(on_cpu))
+        assert any(LARGE.name in c.id and c.id.startswith("reruns") for c in checks(on_gpu))
 
 
 def test_the_command_passes_and_writes_what_it_found(tmp_path, capsys):

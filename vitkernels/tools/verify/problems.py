@@ -35,6 +35,8 @@ GATED_APART = Case(
 # Attention's backward by rows runs one program per head. It needs as many heads as an H100 has multiprocessors (132);
 # with fewer, the backward runs by blocks.
 MANY = Case("65 tokens, 132 heads", 44, 32, 4, 1, 48, 3, 72)
+# For GPUs alone, where the emulated one would take hours: the sizes from which Hopper runs the kernels in Gluon.
+LARGE = Case("577 tokens of 1024 channels", 8, 384, 16, 1, 1024, 16, 2048, layer_scale=True)
 QUICK = (WINDOW, ROW, BLOCKS, GATED, GATED_APART, MANY)
 
 

@@ -21,7 +21,18 @@ from vitkernels.tools.demo.measure import why_no_kernels
 from vitkernels.tools.verify import accuracy, environment, mutants, properties
 from vitkernels.tools.verify.compiled import check_compiled
 from vitkernels.tools.verify.integration import integration_checks
-from vitkernels.tools.verify.problems import BLOCKS, GATED, GATED_APART, MANY, QUICK, ROW, WINDOW, Problem, problems
+from vitkernels.tools.verify.problems import (
+    BLOCKS,
+    GATED,
+    GATED_APART,
+    LARGE,
+    MANY,
+    QUICK,
+    ROW,
+    WINDOW,
+    Problem,
+    problems,
+)
 from vitkernels.tools.verify.results import Check, Result, Verification
 
 TARGETS = ("sm_90", "sm_80", "sm_100", "sm_120", "gfx942")
@@ -104,6 +115,8 @@ def compared(plan: Plan) -> Iterator[tuple[Problem, tuple[str, ...]]]:
                 yield problem, every if case is WINDOW else ("fp32", "bf16")
             elif names := _quick_dtypes(problem):
                 yield problem, names
+    if on_gpu:
+        yield from ((problem, every if plan.full else ("bf16",)) for problem in problems(LARGE))
     if plan.full:
         for case in CASES.values():
             if on_gpu:
@@ -156,6 +169,9 @@ def _property_checks(plan: Plan) -> Iterator[Check]:
                     yield _check("nonfinite", problem, name, properties.check_nonfinite, device, seed, every=full)
             if (problem.op, problem.variant) != ("linear", ""):  # that product is PyTorch's own
                 laid_out.add(problem.op)
+    if device.type != "cpu":
+        for problem in problems(LARGE):
+            yield _check("reruns", problem, "bf16", properties.check_reruns, device, seed, times=times)
     if device.type == "cpu":  # only there does untouched memory take no pages
         for problem in problems(WINDOW):
             if problem.op in ("layer_norm", "attention", "patch_embed") and not problem.variant:

@@ -247,6 +247,8 @@ def opcheck_cases(device):
                                    gate_last=True, recompute=True)]  # fmt: skip
         outputs += [ops.attention(*(randn(2, 2, 5, 16) for _ in range(3)))]
         outputs += [ops.attention_qkvpacked(randn(2, 5, 3, 2, 16))]
+        outputs += [ops.attention(*(randn(2, 2, 5, 16) for _ in range(3)), key_bias=randn(2, 5))]
+        outputs += [ops.attention_qkvpacked(randn(2, 5, 3, 2, 16), key_bias=randn(2, 5))]
         prepared = {"rope": (randn(5, 16).detach(), randn(5, 16).detach(), True), "q_norm": (randn(16),)}
         outputs += [ops.attention_qkvpacked(randn(2, 5, 3, 2, 16), attn_mask=randn(2, 5, 5), **prepared)]
         outputs += [ops.attention(*(randn(2, 2, 5, 16) for _ in range(3)), **prepared)]
@@ -283,7 +285,8 @@ def test_opcheck(device):
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("vitkernels::")
     }
-    assert {f.name().split("::")[1] for f in calls} == registered, "an op is never called here"
+    in_fp8 = {"rows_fp8", "product_fp8"}  # tests/ops/test_fp8.py
+    assert {f.name().split("::")[1] for f in calls} == registered - in_fp8, "an op is never called here"
     for op, argument_lists in calls.items():
         for args in argument_lists[:1] + argument_lists[1:][-1:]:  # the first and the last: each takes half a second
             torch.library.opcheck(op, args)

@@ -285,8 +285,9 @@ def test_launches_are_the_jits(case):
             assert [compile_launch(each).hash for each in trace(launcher, "sm_90")] == hashes, op
             compiled += len(hashes)
     assert compiled >= 5
-    # The comparison can fail: the views do make a difference, of which both sides know.
-    assert not found[False] & found[True]
+    # The comparison can fail: the views do make a difference, of which both sides know. Sums over programs are the
+    # exception: their launcher makes every tensor.
+    assert all("_sum_shares_kernel" in launch for launch in found[False] & found[True])
 
 
 def test_addresses_of_huge_tensors():

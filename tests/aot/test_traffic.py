@@ -191,7 +191,9 @@ def test_layer_norm_kernels(counted):
     assert (backward["reads"], backward["writes"]) == pytest.approx((2 + 2 / C, 1))
     # The partial sums do not grow with the batch: as many are summed as were written.
     assert backward["fixed"] > C
-    assert sum(row["fixed"] for row in sums if row["op"].endswith("sum")) == backward["fixed"] - C + 2 * C
+    assert (
+        sum(row["fixed"] for row in sums if row["op"].endswith("_sum_shares_kernel")) == backward["fixed"] - C + 2 * C
+    )
 
 
 def test_add_layer_norm_kernels(counted):

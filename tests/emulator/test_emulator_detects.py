@@ -144,7 +144,7 @@ def test_unsupported_is_an_exception():
         ("add.rz.f32 %r5, %r2, %r2", "add of this type or mode"),  # would be rounded to nearest
         ("add.sat.s32 %r5, %r2, %r2", "add of this type or mode"),
         ("add.f32 %r5, %r2, %r2, %r2", "4 operands"),
-        ("cvt.rn.satfinite.e4m3x2.f32 %r5, %r2, %r2", "e4m3x2"),
+        ("cvt.rn.satfinite.e5m2x2.f32 %r5, %r2, %r2", "e5m2x2"),
         ("ld.b32 %r5, [%rd3]", "space generic"),
         ("mul.f32 %r5, %r99, %r2", "operand %r99"),
     ],

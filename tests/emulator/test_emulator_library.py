@@ -30,14 +30,14 @@ OPS_OF_CASES = [
     ("eva02_large_patch14_448", "swiglu_mlp"),
     ("eva02_large_patch14_448", "attention_rope_interleaved"),
     ("aimv2_large_patch14_224", "swiglu_mlp"),
+    ("deit3_base_patch16_224", "mlp_drop_path"),
+    ("deit3_base_patch16_224", "cast"),
 ]
+RUNS = [("sm_90", *which) for which in OPS_OF_CASES]
+RUNS += [("sm_80", *which) for which in OPS_OF_CASES if which[1] in ("mlp", "attention_dropout", "patch_embed")]
 
 
-@pytest.mark.parametrize(
-    ("arch", "case", "op"),
-    [("sm_90", *which) for which in OPS_OF_CASES]
-    + [("sm_80", *which) for which in OPS_OF_CASES if which[1] in ("mlp", "attention_dropout", "patch_embed")],
-)
+@pytest.mark.parametrize(("arch", "case", "op"), RUNS)
 def test_at_real_sizes(arch, case, op):
     def starts(t):  # of packed images
         if t.dtype == torch.int32:
@@ -52,7 +52,7 @@ def test_at_real_sizes(arch, case, op):
 
 def test_that_is_every_kernel():
     launched = {
-        launch.name for case, op in OPS_OF_CASES for launch in trace(launches(CASES[case], torch.bfloat16)[op], "sm_90")
+        launch.name for arch, case, op in RUNS for launch in trace(launches(CASES[case], torch.bfloat16)[op], arch)
     }
     sources = "".join(file.read_text() for file in OPS.rglob("*.py"))
     assert launched == set(re.findall(r"^def (_\w+_kernel)\(", sources, re.M))

@@ -103,12 +103,13 @@ def nothing(module, metadata) -> bytes:
 
 
 def to_ttir(*arguments):
-    """Triton's hook: the stages of a compilation end at TTIR, which stands for the binary."""
+    """Triton's hook: a compilation ends at its first stage, TTIR, or TTGIR of Gluon, which stands for the binary."""
     if arguments:
         _, stages, *_ = arguments
-        first = stages["ttir"]
+        name = "ttir" if "ttir" in stages else "ttgir"
+        first = stages[name]
         stages.clear()
-        stages |= {"ttir": first, "cubin": nothing}
+        stages |= {name: first, "cubin": nothing}
     return "to TTIR", "to TTIR"
 
 
@@ -138,7 +139,10 @@ def main():
         traced = trace(launcher, "sm_90")
         for row, what in zip(found[first:], traced, strict=True):
             chosen_32 = row["index"] == "int32"
-            row["address_bits"] = 32 if chosen_32 else address_bits(compile_launch(what).asm["ttir"])
+            row["address_bits"] = 32
+            if not chosen_32:
+                asm = compile_launch(what).asm
+                row["address_bits"] = address_bits(asm.get("ttir") or asm["ttgir"])
     print(json.dumps(found))
 
 

@@ -44,6 +44,7 @@ def test_grids_have_one_axis(launches):
 @pytest.mark.timeout(900)
 def test_launchers_choose_the_width_of_offsets(launches):
     chosen = [row for row in launches if row["kernel"].startswith(KERNELS_WITH_A_CHOICE)]
+    chosen = [row for row in chosen if "hopper" not in row["kernel"]]  # TMA takes coordinates, no offsets
     assert len(chosen) > 20
     for row in chosen:
         wide = "far" in row["case"]

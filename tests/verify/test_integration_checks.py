@@ -12,6 +12,7 @@ from vitkernels.tools.verify import integration
 from vitkernels.tools.verify.integration import integration_checks
 
 NO_OPS = {"QKNorm", "Rope", "attention_provider", "attention_weights", "uses_kernels"}  # launch nothing of their own
+FP8 = {"Fp8", "quantize_fp8", "layer_norm_fp8", "add_layer_norm_fp8", "linear_fp8"}  # no problem calls them
 WAYS = {"opcheck", "compile", "export", "checkpointing", "autocast", "inference-mode", "cuda-graph", "side-stream",
         "second-device", "threads"}  # fmt: skip
 
@@ -25,15 +26,15 @@ def results(device, *patterns, quick=True):
 @pytest.mark.parametrize("quick", [True, False])
 def test_every_op_every_way(device, quick):
     ids = {check.id for check in integration_checks(device, 0, quick=quick)}
-    public = set(ops.__all__) - NO_OPS
-    assert ids == {f"integration/opcheck/{name}" for name in OPS} | {
+    public = set(ops.__all__) - NO_OPS - FP8
+    assert ids == {f"integration/opcheck/{name}" for name in OPS if not name.endswith("_fp8")} | {
         f"integration/{way}/{op}" for way in WAYS - {"opcheck"} for op in public
     }
 
 
 def test_every_registered_op_is_called(device):
     calls = integration._calls(integration._by_op(), device, 0)
-    assert calls.keys() == OPS.keys()
+    assert calls.keys() == {name for name in OPS if not name.endswith("_fp8")}
 
 
 @pytest.mark.parametrize("op", ["mlp", "attention_varlen"])

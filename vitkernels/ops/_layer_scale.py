@@ -33,8 +33,9 @@ def _fold_layer_scale_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    blocks_k = tl.cdiv(K, BLOCK_K)
+    offs_n = (tl.program_id(0) // blocks_k).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.program_id(0) % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_n = offs_n < N
     mask = mask_n[:, None] & (offs_k < K)[None, :]
     gamma = tl.load(gamma_ptr + offs_n, mask=mask_n, other=0.0).to(ACC)
@@ -45,7 +46,7 @@ def _fold_layer_scale_kernel(
         largest = tl.minimum(tl.maximum(largest, 1e-30), 1e38)
         alpha = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
         gamma = gamma / alpha
-        if tl.program_id(0) + tl.program_id(1) == 0:
+        if tl.program_id(0) == 0:
             tl.store(alpha_ptr, alpha)
     weight = tl.load(weight_ptr + offs_n[:, None] * K + offs_k[None, :], mask=mask, other=0.0).to(ACC)
     folded = (gamma[:, None] * weight).to(folded_ptr.dtype.element_ty)
@@ -66,7 +67,7 @@ def fold_layer_scale(weight: Tensor, gamma: Tensor | None) -> tuple[Tensor, Tens
     alpha = torch.empty(1, dtype=torch.float32, device=weight.device) if factored else None
     block_k = min(1024, next_power_of_2(K))
     block_n = max(1, 2048 // block_k)
-    _fold_layer_scale_kernel[(cdiv(N, block_n), cdiv(K, block_k))](
+    _fold_layer_scale_kernel[(cdiv(N, block_n) * cdiv(K, block_k),)](
         weight_ptr=weight.contiguous(),
         gamma_ptr=gamma.contiguous(),
         folded_ptr=folded,

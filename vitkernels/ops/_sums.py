@@ -31,9 +31,10 @@ def _sum_shares_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    which = tl.program_id(1)
+    blocks_c = tl.cdiv(C, BLOCK_C)
+    which = tl.program_id(0) // blocks_c
     offs_p = tl.arange(0, BLOCK_P)
-    offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_c = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     rows = shares_ptr + (which.to(tl.int64) * programs + offs_p)[:, None] * C + offs_c[None, :]
     total = tl.zeros((BLOCK_P, BLOCK_C), ACC)
@@ -81,7 +82,7 @@ def sum_into(shares: Tensor, outputs: Sequence[Tensor]) -> None:
     """Write ``shares[i].sum(0)`` into ``outputs[i]``, contiguous, at most five; shares are (sums, programs, C)."""
     count, programs, C = shares.shape
     if count:
-        _sum_shares_kernel[(cdiv(C, BLOCK_C), count)](
+        _sum_shares_kernel[(cdiv(C, BLOCK_C) * count,)](
             shares_ptr=shares,
             **{f"sum{i}_ptr": outputs[min(i, count - 1)] for i in range(5)},
             programs=programs,

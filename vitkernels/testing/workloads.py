@@ -252,6 +252,10 @@ def _plain_attention(q: Tensor, k: Tensor, v: Tensor, **biases: Tensor) -> Tenso
     return reference.attention_weights(q, k, **biases) @ v
 
 
+def _plain_packed(qkv: Tensor, **biases: Tensor) -> Tensor:
+    return _plain_attention(*qkv.transpose(1, 3).unbind(2), **biases).transpose(1, 2)
+
+
 def _log_sizes(shape: tuple[int, ...], case: Case, device: torch.device) -> Tensor:
     """Draw the logarithms of how many tokens were merged into each: 1 to 8."""
     return torch.randint(1, 9, shape, device=device).double().log()
@@ -271,6 +275,11 @@ def _rope(name: str, variant: str, interleaved: bool) -> tuple[Workload, Workloa
     made = _attention(name, f"RoPE of {variant}, QK-norm", inputs)
     made = dataclasses.replace(made, options=lambda case: options | {"num_prefix_tokens": case.prefix})
     return made, made.packed()
+
+
+def _key_bias() -> tuple[Workload, Workload]:
+    made = _attention("key_bias", "key bias", {"key_bias": Input("B N", draw=_log_sizes)}, _plain_attention)
+    return made, dataclasses.replace(made.packed(), plain=_plain_packed)
 
 
 def _activation(case: Case) -> dict:
@@ -350,7 +359,7 @@ WORKLOADS = (
     Workload("attention", "attention_qkvpacked", _PACKED),
     # If the bias needs a gradient, PyTorch's attention computes half precision in fp32, which is no fair yardstick.
     _attention("biased", "learned bias", {"attn_mask": Input("H N N")}, _plain_attention),
-    _attention("key_bias", "key bias", {"key_bias": Input("B N", draw=_log_sizes)}, _plain_attention),
+    *_key_bias(),
     _attention("key_mask", "key mask", {"attn_mask": Input("B 1 1 N", draw=_mask)}),
     _attention("pair_mask", "pair mask", {"attn_mask": Input("B 1 N N", draw=_mask)}),
     _attention("causal", "causal", is_causal=True),

@@ -166,7 +166,7 @@ def _attention_bwd_dq_kernel(
     if VARLEN:  # a program beyond the last query of its image has no work
         visible = tl.where(pid_m * BLOCK_M < N_q, visible, 0)
     dq = zero_head(BLOCK_M, PARTS, ACC)
-    if MASK == "bool":  # as in the dkv kernel
+    if MASK == "bool" and q_ptr.dtype.element_ty.primitive_bitwidth == 16:  # as in the dkv kernel
         tl.assume(visible > 0)
     for start in range(0, visible, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N).to(INDEX)
@@ -292,8 +292,8 @@ def _attention_bwd_dkv_kernel(
     dv = zero_head(BLOCK_N, PARTS, ACC)
     dkey_bias = tl.zeros((BLOCK_N,), ACC)
     # Could the loop be left out, ptxas would let each wgmma wait for the one before (its message C7515, sm_90). Without
-    # a mask it would be told at the price of a program an SM.
-    if MASK != "" and not IS_CAUSAL:
+    # a mask it would be told at the price of a program an SM, and without tensor cores for nothing.
+    if MASK != "" and not IS_CAUSAL and q_ptr.dtype.element_ty.primitive_bitwidth == 16:
         tl.assume(last > 0)
     for start in range(from_query, last, BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M).to(INDEX)

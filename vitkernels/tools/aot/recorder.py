@@ -24,6 +24,8 @@ from triton.compiler.compiler import make_backend
 
 from vitkernels import runtime
 from vitkernels._intercept import Access, Intercept, accesses, op_accesses, tensors
+from vitkernels.ops import _product_hopper, _triton
+from vitkernels.ops._attention import forward_hopper
 from vitkernels.ops._registry import OPS
 from vitkernels.tools.aot.build import TARGETS, Target
 
@@ -194,12 +196,18 @@ def _fused_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, sc
 
 @contextlib.contextmanager
 def recorded_launches(recorder: Recorder, target: Target = TARGET, backend: str = "triton") -> Iterator[None]:
-    """Report each launch, configured for ``target``, to ``recorder`` instead of running it."""
+    """Report each launch, configured for ``target``, to ``recorder`` instead of running it.
+
+    Where the recorder reads kernels' IR, ops launch no kernel in Gluon, whose IR it cannot read, but the one in Triton
+    in its place, which reads and writes the same tensors.
+    """
 
     def record(kernel, *args, grid, warmup, **options):
         recorder.launch(Call(kernel, args, grid, options))
 
     with (
+        unittest.mock.patch.object(_product_hopper, "HAS_GLUON", _triton.HAS_GLUON and not recorder.reads),
+        unittest.mock.patch.object(forward_hopper, "HAS_GLUON", _triton.HAS_GLUON and not recorder.reads),
         unittest.mock.patch.object(triton.JITFunction, "run", record),
         unittest.mock.patch.object(runtime, "device_facts", return_value=target.facts),
         runtime.use_backend(backend),

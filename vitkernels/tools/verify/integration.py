@@ -58,6 +58,8 @@ def integration_checks(device: torch.device, seed: int, *, quick: bool) -> Itera
     posed = _by_op()
     calls = functools.cache(functools.partial(_calls, posed, device, seed))
     for name in OPS:
+        if name.endswith("_fp8"):  # opcheck multiplies what it is given, which PyTorch cannot in e4m3
+            continue
         id = f"integration/opcheck/{name}"
         yield Check(id, functools.partial(_opcheck, id, name, calls, quick))
     for what, way in (_QUICK_WAYS if quick else _WAYS).items():

@@ -20,7 +20,9 @@ SEED = 7  # of dropout
 # Small cases that together cover every path: partial tiles, one program and many, all three regimes of attention.
 WINDOW = Case(
     "10 tokens of 40 channels", 2, 24, 8, 1, 40, 2, 72, layer_scale=True,
-    attention=("biased", "key_mask", "pair_mask", "causal", "dropout", "varlen", "rope_half", "rope_interleaved"),
+    attention=(
+        "biased", "key_bias", "key_mask", "pair_mask", "causal", "dropout", "varlen", "rope_half", "rope_interleaved",
+    ),
 )  # fmt: skip
 ROW = Case("70 tokens of 72 channels", 1, 32, 4, 6, 72, 3, 100, "gelu_tanh", attention=("key_mask", "biased", "causal"))
 BLOCKS = Case(

@@ -100,15 +100,15 @@ def _blocks(
         dkv = tile(32, 16, warps, 1) if dropout else tile(32, 32, 4, 1)
         return tilings | {"dkv": dkv, "dq": tile(32, 32, 4)}
     tilings = dict.fromkeys(kernels, tile(64, 64, 4))
-    if amd and masked and key_bias:
-        tilings["forward"] = tile(64, 32, 4)
+    if key_bias and (facts.arch.startswith("sm_10") or (amd and masked)):
+        tilings["forward"] = tile(64, 32, 4)  # 64 keys spill: on sm_100 with a causal mask or dropout
     if not short:
         return tilings | {"dkv": tile(32 if width > 64 or dropout or (masked and amd) else 64, 64, 4)}
     tilings |= {"dq": tile(64, 32, 4), "dmask": tile(64, 32, 4)}
     if width <= 64:
         forward = tile(64, 16 if masked else 32, 4)
         return tilings | {"forward": forward, "dkv": tile(32, 32 if masked else 64, 4)}
-    tilings["forward"] = tile(64, 64, 8) if width < 128 else tile(32, 64, 4)
+    tilings["forward"] = tile(64, 32 if key_bias and dropout else 64, 8) if width < 128 else tile(32, 64, 4)
     return tilings | {"dkv": tile(16, 32, 4) if masked and width < 128 else tile(32, 64, 8)}
 
 

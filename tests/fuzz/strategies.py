@@ -199,13 +199,15 @@ def _scores(d: Draw, B: int, H: int, N_q: int, N_kv: int) -> dict[str, object]:
         # Of no images PyTorch forgets it.
         grad = None if kind == "normal" and shape[-1] > 1 and B else False
         d.add("attn_mask", *shape, kind=kind, grad=grad, dtypes=() if kind == "keep" else _wider(d.dtype))
+    if d.maybe():
+        d.add("key_bias", B, N_kv, grad=None if N_kv > 1 and B else False, dtypes=_wider(d.dtype))
     return options
 
 
 def _without_zero_gradients(call: Call) -> Call:
     """Where a query sees one key, its weight is 1: what goes into the scores gets a gradient of exactly zero, and
     PyTorch's rounding of it, or ours, is no yardstick. tests/ops/test_attention.py looks at that case."""
-    frozen = ("q", "k", "attn_mask", "cos", "sin", "q_weight", "q_bias", "k_weight", "k_bias")
+    frozen = ("q", "k", "attn_mask", "key_bias", "cos", "sin", "q_weight", "q_bias", "k_weight", "k_bias")
     inputs = {n: dataclasses.replace(x, grad=x.grad and n not in frozen) for n, x in call.inputs.items()}
     return dataclasses.replace(call, inputs=inputs)
 

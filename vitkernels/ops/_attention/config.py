@@ -108,8 +108,8 @@ def _blocks(
         dkv = tile(32, 16, warps, 1) if dropout else tile(32, 32, 4, 1)
         return tilings | {"dkv": dkv, "dq": tile(32, 32, 4)}
     tilings = dict.fromkeys(kernels, tile(64, 64, 4))
-    if amd and masked and key_bias:
-        tilings["forward"] = tile(64, 32, 4)
+    if key_bias and (facts.arch.startswith("sm_10") or (amd and masked)):
+        tilings["forward"] = tile(64, 32, 4)  # 64 keys spill: on sm_100 with a causal mask or dropout
     if not short:
         # Twice the queries halve the reads of keys and values through L2, and two programs still fit on an SM.
         if facts.arch.startswith("sm_9") and N_q >= LONG_ROW and width <= 64 and not (masked or dropout):
@@ -120,7 +120,7 @@ def _blocks(
         forward = tile(64, 16 if masked else 32, 4)
         return tilings | {"forward": forward, "dkv": tile(32, 32 if masked else 64, 4)}
     # Each of eight warps multiplies 16 rows: with 64 rows, half of the products would be computed twice.
-    wide = tile(64, 64, 8) if dropout else tile(128, 32 if masked else 64, 8)
+    wide = tile(64, 32 if key_bias else 64, 8) if dropout else tile(128, 32 if masked or key_bias else 64, 8)
     tilings["forward"] = wide if width < 128 else tile(32, 64, 4)
     return tilings | {"dkv": tile(16, 32, 4) if masked and width < 128 else tile(32, 64, 8)}
 

@@ -193,6 +193,8 @@ _ATTENTION = (
     Mutant("attention: key mask ignored for the last key", "ops._attention.tiles:load_mask",
            "tl.load(ptrs, mask=n < mask_width, other=0)", "tl.load(ptrs, mask=n < mask_width - 1, other=0)",
            "attention", "key mask"),
+    Mutant("attention: bias of keys not converted to base 2", "ops._attention.tiles:add_key_bias", "bias * LOG2_E",
+           "bias", "attention", "key bias"),
     Mutant("attention: weights kept by dropout not scaled", "ops._attention.tiles:dropout_scale",
            "2147483648.0 / (2147483648 - DROPOUT)", "1.0", "attention", "dropout"),
     Mutant("attention: one dropout mask for all heads", "ops._attention.tiles:dropout_scale",

@@ -167,14 +167,16 @@ def _consume_product(
         for part in gl.static_range(PARTS):
             z = _columns(acc, part, PARTS)
             first_n = n + part * WIDTH
+            if PATH != "none" and part == 0:
+                path = _load_path(path_ptr, m, M, rows_per_sample, z)
             if HAS_BIAS:
                 bias = _load_columns(bias_ptr, first_n, N, z)
                 if PATH == "bias":
-                    bias = bias * _load_path(path_ptr, m, M, rows_per_sample, z)
+                    bias = bias * path
                 z += bias
             y = _tile.activate(z, ACTIVATION)
             if PATH == "act":
-                y *= _load_path(path_ptr, m, M, rows_per_sample, z)
+                y *= path
             if HAS_GAMMA:
                 y *= _load_columns(gamma_ptr, first_n, N, z)
             if HAS_RESIDUAL:
@@ -229,8 +231,9 @@ def _consume_product_dact(
             da = _columns(acc, part, PARTS)
             first_n = n + part * WIDTH
             z = dz_parts.index(part).load(da.type.layout).to(gl.float32)
-            if HAS_PATH:
+            if HAS_PATH and part == 0:
                 path = _load_path(path_ptr, m, M, rows_per_sample, da)
+            if HAS_PATH:
                 da *= path
             dz = da if ACTIVATION == "none" else da * _tile.activate_grad(z, ACTIVATION)
             dz_parts.index(part).store(dz.to(dz_desc.dtype))

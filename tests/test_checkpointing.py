@@ -8,11 +8,14 @@ import pytest
 import torch
 import triton
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import vitkernels
-from vitkernels import ops, runtime, use_backend
-from vitkernels.layers import LayerNorm, Mlp
+from vitkernels import checkpoint_context, checkpoint_policy, ops, runtime, use_backend
+from vitkernels.layers import Block, LayerNorm, Mlp
 
 KERNELS = "triton" if torch.cuda.is_available() else "emulated"
 
@@ -213,7 +216,6 @@ def test_other_hooks_of_saved_tensors_around_and_within():
 
 def test_checkpoints_of_torch_distributed():
     from torch.distributed._composable import checkpoint as composable
-    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
     seen = []
 
@@ -269,3 +271,226 @@ def test_nothing_is_looked_for_without_a_choice(monkeypatch):
     monkeypatch.setattr(runtime, "_checkpoints", lambda end: pytest.fail("looked for checkpoints"))
     y = checkpoint(lambda x: x * len(runtime.backend()), torch.ones(2, requires_grad=True) * 1, use_reentrant=False)
     y.sum().backward()
+
+
+# What is kept, and the kernels that then do not run again in the backward.
+SAVE = {
+    "attention": ("attention", {"attention"}),
+    "linear": (["linear"], {"linear"}),
+    "mlp": ({"mlp"}, {"mlp"}),
+    "attention and linear": (("attention", "linear"), {"attention", "linear"}),
+    "all": (["attention", "linear", "mlp"], {"attention", "linear", "mlp"}),
+}
+
+
+class Vit(nn.Module):
+    """Blocks of this library, each behind a checkpoint with ``context_fn`` (None: without)."""
+
+    def __init__(self, context_fn, depth=2):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(32, 2) for _ in range(depth))
+        self.context_fn = context_fn
+
+    def forward(self, x):
+        for block in self.blocks:
+            if self.context_fn == "no checkpoint":
+                x = block(x)
+            elif self.context_fn is None:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = checkpoint(block, x, use_reentrant=False, context_fn=self.context_fn)
+        return x
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """The registered ops that ran since it was last cleared, by a plan of their own or by their launcher."""
+    from vitkernels.ops._plan import Plans
+
+    names, original = [], Plans.__call__
+    of = {id(found.launcher): name for name, found in vitkernels.ops._registry.OPS.items()}
+
+    def call(self, device, *args):
+        if id(self._launcher) in of:
+            names.append(of[id(self._launcher)])
+        return original(self, device, *args)
+
+    monkeypatch.setattr(Plans, "__call__", call)
+    return names
+
+
+def forwards(called) -> dict[str, int]:
+    """How often the forward of each kind of op ran."""
+    kinds = {"attention_fwd": "attention", "attention_qkvpacked_fwd": "attention", "linear_fwd": "linear"}
+    kinds |= {"mlp_fwd": "mlp", "layer_norm_fwd": "norm"}
+    found = dict.fromkeys(kinds.values(), 0)
+    for name in called:
+        if name in kinds:
+            found[kinds[name]] += 1
+    return found
+
+
+@pytest.mark.parametrize("choice", SAVE)
+def test_what_is_saved_does_not_run_again(choice, called, device):
+    """A block calls two LayerNorms, two projections, attention and the MLP; that one node holds them hides none."""
+    save, kept = SAVE[choice]
+    plain = Vit("no checkpoint").to(device)
+    x = torch.randn(2, 5, 32, device=device, requires_grad=True)
+    expected = gradients(plain, x, None)
+    once = {"attention": 2, "linear": 4, "mlp": 2, "norm": 4}
+    model = Vit(checkpoint_context(save)).to(device)
+    model.load_state_dict(plain.state_dict())
+    for _ in range(4):  # with plans from the third on
+        loss = model(x).square().sum()
+        model.zero_grad()
+        called.clear()
+        in_a_thread(loss.backward)
+        again = forwards(called)
+        assert again["attention"] == (0 if "attention" in kept else once["attention"])
+        assert again["linear"] == (0 if "linear" in kept else once["linear"])
+        assert again["norm"] == once["norm"]
+        assert again["mlp"] == (0 if "mlp" in kept else once["mlp"])
+        for p, want in zip(model.parameters(), expected, strict=True):
+            assert torch.equal(p.grad, want)
+
+
+class Allocated(TorchDispatchMode):
+    """What ops allocate within the block; :meth:`held` tells the bytes of it that something still holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        for t in results if isinstance(results, (tuple, list)) else (results,):
+            if isinstance(t, torch.Tensor):
+                storage = t.untyped_storage()
+                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return results
+
+    def held(self) -> int:
+        return sum(size for ref, size in self.storages.values() if not ref.expired())
+
+
+def held(context_fn, x):
+    """Bytes that the forward of a model of two blocks leaves for its backward, without the output's."""
+    model = Vit(context_fn).to(x.device)
+    with Allocated() as allocated:
+        y = model(x)
+    return allocated.held() - y.untyped_storage().nbytes()
+
+
+def test_bytes_that_are_saved(device):
+    B, N, C, H, F = 2, 5, 32, 2, 128
+    x = torch.randn(B, N, C, device=device, requires_grad=True)
+    none = held(None, x)
+    assert none == B * N * C * 4  # between the blocks
+    per_token = {"attention": C + H, "linear": 3 * C + C, "mlp": C + 2 * F}
+    # The last block's MLP returns the model's output.
+    for save in ("attention", "linear", ("attention", "linear")):
+        numbers = sum(per_token[name] for name in ([save] if isinstance(save, str) else save))
+        assert held(checkpoint_context(save), x) - none == 2 * B * N * numbers * 4, save
+    # Its output is the next block's input, or the model's.
+    assert held(checkpoint_context("mlp"), x) - none == 2 * B * N * 2 * F * 4
+    everything = held("no checkpoint", x)
+    assert none < held(checkpoint_context("attention"), x) < held(checkpoint_context(["attention", "linear"]), x)
+    assert held(checkpoint_context(["attention", "linear"]), x) < everything
+
+
+def test_attention_of_pytorch_is_saved_too(device):
+    """Where the backend is torch."""
+    x = torch.randn(2, 5, 32, device=device, requires_grad=True)
+    plain, seen = Vit("no checkpoint").to(device), []
+
+    def policy(context, op, *args, **kwargs):
+        chosen = checkpoint_policy("attention")(context, op, *args, **kwargs)
+        if chosen == CheckpointPolicy.MUST_SAVE:
+            seen.append(op.name())
+        return chosen
+
+    model = Vit(lambda: create_selective_checkpoint_contexts(policy)).to(device)
+    model.load_state_dict(plain.state_dict())
+    for got, want in zip(gradients(model, x, "torch"), gradients(plain, x, "torch"), strict=True):
+        assert torch.equal(got, want)
+    assert len(seen) == 2 and all(name.startswith("aten::_scaled_dot_product_") for name in seen)
+
+
+def test_in_the_switch_of_transformers(called, device):
+    model, enable = hf_vit()
+    model.to(device)
+    images = torch.randn(2, 3, 32, 32, device=device)
+
+    def run():
+        model.zero_grad()
+        loss = model(images).logits.square().sum()
+        called.clear()
+        loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    expected = run()
+    enable(gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": checkpoint_context()})
+    for got, want in zip(run(), expected, strict=True):
+        assert torch.equal(got, want)
+    assert forwards(called)["attention"] == 0 < forwards(called)["linear"]
+
+
+def test_around_the_blocks_of_timm(called, device):
+    """As for FSDP: each block in a wrapper, which state dicts do not show."""
+    model, _ = timm_vit()
+    model.to(device)
+    images, keys = torch.randn(2, 3, 32, 32, device=device), list(model.state_dict())
+
+    def run():
+        model.zero_grad()
+        loss = model(images).square().sum()
+        called.clear()
+        loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    expected = run()
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = checkpoint_wrapper(
+            block, checkpoint_impl=CheckpointImpl.NO_REENTRANT, context_fn=checkpoint_context(["attention", "linear"])
+        )
+    assert list(model.state_dict()) == keys
+    for got, want in zip(run(), expected, strict=True):
+        assert torch.equal(got, want)
+    again = forwards(called)
+    assert again["attention"] == again["linear"] == 0 < again["norm"]
+
+
+@pytest.mark.parametrize("save", ["attention", ("attention", "linear")], ids=str)
+def test_compiled(save, called, device):
+    torch._dynamo.reset()
+    plain = Vit("no checkpoint").to(device)
+    x = torch.randn(2, 5, 32, device=device, requires_grad=True)
+    expected = gradients(plain, x, None)
+    model = Vit(checkpoint_context(save)).to(device)
+    model.load_state_dict(plain.state_dict())
+    compiled = torch.compile(model, backend="aot_eager_decomp_partition", fullgraph=True)
+    loss = compiled(x).square().sum()
+    called.clear()
+    loss.backward()
+    again = forwards(called)
+    assert again["attention"] == 0 < again["norm"]
+    assert (again["linear"] == 0) == ("linear" in save)
+    for p, want in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, want)
+
+
+@pytest.mark.parametrize(
+    ("save", "error", "message"),
+    [
+        ("atention", ValueError, "save holds 'atention'; expected some of attention, linear, mlp"),
+        (["attention", "norm"], ValueError, "save holds 'norm'; expected some of"),
+        ((), ValueError, "save is empty; checkpoint without context_fn to keep nothing"),
+        (None, TypeError, "save is a NoneType; expected a name or several"),
+        ([torch.ops.aten.mm.default], TypeError, "save holds a OpOverload; expected names"),
+    ],
+    ids=str,
+)
+def test_unknown_choices(save, error, message):
+    for make in (checkpoint_policy, checkpoint_context):
+        with pytest.raises(error, match=message):
+            make(save)

@@ -14,6 +14,8 @@ _HOME = {
     "Report": "swap",
     "accelerate": "swap",
     "attention_maps": "maps",
+    "checkpoint_context": "_checkpointing",
+    "checkpoint_policy": "_checkpointing",
     "compare_precision": "swap.accuracy",
     "explain": "swap",
     "restore": "swap",

@@ -16,6 +16,7 @@ _HOME = {
     "attention_maps": "maps",
     "checkpoint_context": "_checkpointing",
     "checkpoint_policy": "_checkpointing",
+    "compile_inference": "_inference",
     "explain": "swap",
     "restore": "swap",
     "backend": "runtime",

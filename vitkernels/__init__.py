@@ -17,6 +17,7 @@ _HOME = {
     "checkpoint_context": "_checkpointing",
     "checkpoint_policy": "_checkpointing",
     "compare_precision": "swap.accuracy",
+    "compile_inference": "_inference",
     "explain": "swap",
     "restore": "swap",
     "backend": "runtime",

@@ -225,6 +225,9 @@ def _contenders(task: Task) -> dict[str, Contender]:
     contenders = {"vitkernels": Contender(ours), "timm": Contender(timm)}
     if task.mode == "inference" and len(task.images) <= GRAPH_BATCH:
         contenders["vitkernels graph"] = Contender(gpu_only(functools.partial(_graph_entry, task, task.accelerated)))
+        contenders["vitkernels compile_inference"] = Contender(
+            gpu_only(lambda: _entry(task, task.accelerated, vitkernels.compile_inference))
+        )
         contenders["timm graph"] = Contender(gpu_only(functools.partial(_graph_entry, task, task.plain)))
     contenders["timm cudnn"] = Contender(gpu_only(functools.partial(timm, backends=(SDPBackend.CUDNN_ATTENTION,))))
     contenders |= {

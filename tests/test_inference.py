@@ -472,7 +472,7 @@ def test_other_errors(mechanism):
         ({"max_graphs": 0}, ValueError, "max_graphs is 0; expected 1 at least"),
         ({"max_graphs": "8"}, TypeError, "max_graphs is a str; expected an integer"),
         ({"normalize": ((0.5,), (0.5, 0.5))}, ValueError, "normalize is not"),
-        ({"model": torch.sin}, TypeError, "expected a torch.nn.Module"),
+        ({"model": "a model"}, TypeError, "expected a torch.nn.Module"),
     ],
     ids=str,
 )

@@ -1,5 +1,6 @@
 """compile_inference: CUDA graphs of a model. Without a GPU, a recording of ops on fixed memory stands in for them."""
 
+import contextlib
 import copy
 import threading
 
@@ -131,6 +132,10 @@ def test_each_shape_dtype_and_choice_has_a_graph(model, mechanism):
             x = images(2)
             out = graphed(x)
             assert out.dtype == torch.bfloat16 and torch.equal(out, expected(model, x))
+            with torch.no_grad():  # weights are cast in each replay: autocast frees what it has cast
+                model.head.weight.neg_()
+            assert torch.equal(graphed(x), compile_inference(model)(x))
+            assert not torch.equal(graphed(x), out)
         assert graphed.captures == 3
         assert graphed(images(2)).dtype == torch.float32 and graphed.captures == 3
         graphed.model.half()
@@ -517,6 +522,74 @@ def test_an_accelerated_model_never_waits_for_the_gpu(device):
         assert len(plans) >= 5 and None not in plans
         for plan in plans:
             assert not any(word in plan.source for word in ("item", "tolist", "nonzero", "_local_scalar", "cpu()"))
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """Stands in for what CudaGraphs calls of torch.cuda; ``cuda.log`` tells the calls in order."""
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            log.append(f"{self.name} waits for {other.name}")
+
+    class Cuda:
+        current = Stream("current")
+
+        @contextlib.contextmanager
+        def stream(self, stream):
+            before, self.current = self.current, stream
+            yield
+            self.current = before
+
+        @contextlib.contextmanager
+        def graph(self, graph, *, pool, stream, capture_error_mode):
+            log.append(f"capture on {stream.name} into {pool}, {capture_error_mode}")
+            with self.stream(stream):
+                yield
+
+    class CUDAGraph:
+        def replay(self):
+            log.append("replay")
+
+    fake, log = Cuda(), []
+    fake.log, fake.Stream_ = log, Stream
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "the pool")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: fake.current)
+    monkeypatch.setattr(torch.cuda, "stream", fake.stream)
+    monkeypatch.setattr(torch.cuda, "graph", fake.graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", CUDAGraph)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("synchronize"))
+    return fake
+
+
+def test_the_order_of_what_cuda_is_asked(cuda):
+    graphs = _inference.CudaGraphs(torch.device("cuda", 0))
+
+    def forward():
+        cuda.log.append(f"forward on {cuda.current.name}")
+        return 1
+
+    graphs.warm_up(forward)
+    replay, results = graphs.capture(forward)
+    assert results == 1
+    graphs.enter()
+    replay()
+    with cuda.stream(cuda.Stream_("another")):  # the pool's memory is shared: replays must not overlap
+        graphs.enter()
+        replay()
+        graphs.enter()
+    graphs.enter()
+    graphs.finish()
+    assert cuda.log == [
+        "side waits for current", *["forward on side"] * 3, "current waits for side",
+        "capture on side into the pool, thread_local", "forward on side",
+        "replay", "another waits for current", "replay", "current waits for another", "synchronize",
+    ]  # fmt: skip
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: CUDA graphs cannot be captured")

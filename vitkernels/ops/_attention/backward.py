@@ -108,6 +108,7 @@ def _launch_row(arguments, tiling, options, lse, dq, dk, dv, sums_dtype, needs_d
             dv,
             mask_reach=N_q * arguments["stride_mask_m"],
         ),
+        lse_ptr=lse,
         delta_ptr=delta if needs_dmask else lse,
         dq_ptr=dq,
         dk_ptr=dk,

@@ -52,6 +52,7 @@ def _attention_bwd_row_kernel(
     mask_ptr,  # (B, H, N_q, N_kv) by strides, with MASK
     key_bias_ptr,  # (B, N_kv) by stride, with KEY_BIAS
     seed_ptr,  # (1,), with DROPOUT
+    lse_ptr,  # (B, H, N_q), base-2 log-sum-exp, without a MASK
     delta_ptr,  # (B, H, N_q), written with NEEDS_DELTA
     dq_ptr,  # (B, N_q, H, D)
     dk_ptr,  # (B, N_kv, H, D)
@@ -138,7 +139,11 @@ def _attention_bwd_row_kernel(
             s, mask_head, offs_m.to(INDEX)[None, :], offs_n[:, None], mask_n[:, None], N_q, mask_width, stride_mask_m,
             MASK, MASK_M, MASK_N, IS_CAUSAL, False,
         )  # fmt: skip
-        p = _softmax_columns(s, MASK)
+        if MASK == "" and not KEY_BIAS:  # with either, the row sums of the forward would cost registers
+            lse = tl.load(lse_ptr + bh * N_q + offs_m, mask=mask_m, other=float("inf"))
+            p = tl.exp2(s - lse[None, :])
+        else:
+            p = _softmax_columns(s, MASK)
         dp = dot_heads(v, do, zeros(BLOCK_N, BLOCK_M, ACC), PRECISION)
         if DROPOUT > 0:
             keep = dropout_scale(tl.load(seed_ptr), bh, offs_m[None, :], offs_n[:, None], DROPOUT, ACC)

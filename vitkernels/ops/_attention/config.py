@@ -159,10 +159,10 @@ def _whole_rows(
         if N_kv <= 64 and not short_and_masked and not (short and key_bias):
             tilings["backward"] = Tiling("row", 32, block_n, 4, 1)
         elif 64 < N_kv <= (128 if short else 256) and not (masked or dropout):
-            # On Hopper the next queries load during the products: 253 registers of 255. On CDNA 3 that spills, and so
-            # do a causal mask and a bias of keys.
-            stages = 2 if facts.arch.startswith("sm_9") and not (is_causal or key_bias) else 1
-            tilings["backward"] = Tiling("row", 16, block_n, 8, stages)
+            # wgmma reads keys and values from shared memory again for each tile of queries: with 32 of them half as
+            # often. On CDNA 3 that spills, and so do a causal mask and a bias of keys.
+            wide = facts.arch.startswith("sm_9") and not (is_causal or key_bias)
+            tilings["backward"] = Tiling("row", 32 if wide else 16, block_n, 8, 1)
     return tilings
 
 

@@ -201,6 +201,19 @@ def test_what_was_replaced_is_captured_anew(change, model, mechanism):
     assert graphed.captures == 3
 
 
+def test_weights_in_fp8_written_in_place_are_captured_anew(mechanism, computed_by_pytorch):
+    model = timm_vit()
+    vitkernels.accelerate(model, precision="fp8")
+    graphed, x = compile_inference(model), images()
+    with use_backend("emulated"):
+        before = graphed(x)
+        assert torch.equal(graphed(x), before) and graphed.captures == 1
+        with torch.no_grad():
+            model.blocks[0].mlp.fc1.weight.mul_(-1)
+        assert torch.equal(graphed(x), expected(model, x)) and graphed.captures == 2
+        assert not torch.equal(graphed(x), before)
+
+
 def test_a_restored_model_is_captured_anew(mechanism):
     model, x = timm_vit(), images()
     graphed = compile_inference(model)
@@ -477,6 +490,7 @@ def test_other_errors(mechanism):
         ({"max_graphs": 0}, ValueError, "max_graphs is 0; expected 1 at least"),
         ({"max_graphs": "8"}, TypeError, "max_graphs is a str; expected an integer"),
         ({"normalize": ((0.5,), (0.5, 0.5))}, ValueError, "normalize is not"),
+        ({"normalize": ((0.5,), (0.0,))}, ValueError, "expected finite numbers, std positive"),
         ({"model": "a model"}, TypeError, "expected a torch.nn.Module"),
     ],
     ids=str,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 import operator
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitkernels import runtime
+from vitkernels.layers import fp8
 from vitkernels.ops._checks import check_integer
 
 WARM_UPS = 3  # forwards before a capture: the first compiles kernels, the third runs on plans (ops/_plan.py)
@@ -54,10 +56,11 @@ def compile_inference(
             waiting for the device. All graphs share one pool of memory, beside their buffers of images and results.
         normalize: ``(mean, std)``, one number per channel, for images of 0..255 in uint8 or 0..1 in floating point,
             which the graph normalizes and casts to the model's dtype. Not for a model that has ``normalize`` itself.
-        clone_outputs: Return copies. Otherwise the graph's own tensors, which the next call of this shape overwrites.
+        clone_outputs: Return copies. Otherwise the graph's own tensors, which the next call, of any shape, overwrites.
         check_model: Before each replay, look for parameters, buffers, submodules or hooks that were replaced, added or
-            moved since the capture, and capture anew. Values written in place count without a new capture, whatever
-            this is. Without the look, call :meth:`GraphedModel.reset` after such a change.
+            moved since the capture, or weights in FP8 that were written in place, and capture anew. Other values
+            written in place count without a new capture, whatever this is. Without the look, call
+            :meth:`GraphedModel.reset` after such a change.
 
     Returns:
         A callable of one tensor, on the model's device or on the CPU. Threads may share it: their calls run one after
@@ -82,6 +85,10 @@ def compile_inference(
         raise ValueError(f"compile_inference: max_graphs is {max_graphs}; expected 1 at least")
     if normalize is not None and (len(normalize) != 2 or len(normalize[0]) != len(normalize[1])):
         raise ValueError("compile_inference: normalize is not (mean, std) with one number each per channel")
+    if normalize is not None and not all(
+        math.isfinite(m) and 0 < s < math.inf for m, s in zip(*normalize, strict=True)
+    ):
+        raise ValueError(f"compile_inference: normalize is {normalize}; expected finite numbers, std positive")
     return GraphedModel(model, batch_sizes, max_graphs, normalize, bool(clone_outputs), bool(check_model))
 
 
@@ -216,6 +223,8 @@ class GraphedModel:
         snapshot = _Snapshot(self.model)
         try:
             replay, results = self._mechanism.capture(forward)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise RuntimeError(_cannot(name, str(error).strip().partition("\n")[0])) from error
         if snapshot.is_outdated():
@@ -265,8 +274,12 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device):
             self.enter()
-            # Other threads may use the GPU meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"):
+            # A capture that fails leaves its stream current, so the outer context restores the caller's. Other threads
+            # may use the GPU meanwhile.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"),
+            ):
                 results = forward()
         return graph.replay, results
 
@@ -352,6 +365,9 @@ class _Snapshot:
             self._dicts += [module._forward_hooks, module._forward_pre_hooks]
         self._sizes = [*map(len, self._dicts)]
         self._holders, self._names, self._values = zip(*places, strict=True)
+        # A graph reads a weight's values in FP8, which are made anew when the weight is written. Held here, they stay
+        # in memory.
+        self._in_fp8 = [(p, values) for p in model.parameters() if (values := fp8.kept(p)) is not None]
         self._tensors = [*model.parameters(), *model.buffers()]
         self._addresses = [*map(Tensor.data_ptr, self._tensors)]
 
@@ -363,6 +379,7 @@ class _Snapshot:
             and all(map(operator.is_, map(dict.get, self._holders, self._names), self._values))
             and [*map(Tensor.data_ptr, self._tensors)] == self._addresses
             and [*map(type, self._modules)] == self._classes
+            and all(fp8.kept(p) is values for p, values in self._in_fp8)
         )
 
 

@@ -40,15 +40,22 @@ def weight(parameter: Tensor) -> ops.Fp8:
         with torch.no_grad():
             return ops.quantize_fp8(parameter.detach())
     key, state = id(parameter), _state(parameter)
-    entry = _entries.get(key)
-    if entry is not None and entry.parameter() is parameter and entry.state == state:
-        return entry.quantized
+    if (found := kept(parameter)) is not None:
+        return found
     with torch.inference_mode(False), torch.no_grad():
         quantized = ops.quantize_fp8(parameter.detach())
     # In the capture of a CUDA graph the values would lie in the graph's memory: they are part of the graph alone.
     if not (parameter.is_cuda and torch.cuda.is_current_stream_capturing()):
         _entries[key] = _Entry(weakref.ref(parameter, lambda _: _entries.pop(key, None)), state, quantized)
     return quantized
+
+
+def kept(parameter: Tensor) -> ops.Fp8 | None:
+    """Return what :func:`weight` keeps of the present state of ``parameter``; None if it keeps nothing."""
+    entry = _entries.get(id(parameter))
+    if entry is None or entry.parameter() is not parameter or entry.state != _state(parameter):
+        return None
+    return entry.quantized
 
 
 def _state(parameter: Tensor) -> tuple:

@@ -494,3 +494,15 @@ def test_unknown_choices(save, error, message):
     for make in (checkpoint_policy, checkpoint_context):
         with pytest.raises(error, match=message):
             make(save)
+
+
+def test_attention_of_pytorch_that_draws_is_computed_again():
+    q = torch.zeros(1, 1, 4, 8)
+    policy, aten = vitkernels.checkpoint_policy("attention"), torch.ops.aten
+    for op, dropout_at in (
+        (aten._scaled_dot_product_flash_attention.default, 3),
+        (aten._scaled_dot_product_efficient_attention.default, 5),
+    ):
+        kept, drawn = (policy(None, op, *[q, q, q, None, True][:dropout_at], p) for p in (0.0, 0.1))
+        assert kept == CheckpointPolicy.MUST_SAVE and drawn == CheckpointPolicy.PREFER_RECOMPUTE
+    assert policy(None, op, q, q, q, None, True) == CheckpointPolicy.MUST_SAVE

@@ -29,7 +29,8 @@ def checkpoint_policy(save: str | Iterable[str] = "attention") -> Callable[..., 
     checkpoint's input, in numbers per token of a block with C channels and F hidden features:
 
     - ``"attention"``: attention's output and its statistics, C + H; of the block's work, what grows with the square of
-      the tokens is not repeated. PyTorch's own attention (``scaled_dot_product_attention``) counts, too.
+      the tokens is not repeated. PyTorch's own attention (``scaled_dot_product_attention``) counts, too, unless it
+      drops weights.
     - ``"linear"``: the outputs of :func:`vitkernels.ops.linear`, 4 C for the projections of attention, and of PyTorch's
       ``mm`` and ``addmm``: where PyTorch computes, those of the MLP as well.
     - ``"mlp"``: the MLP's output and what its backward reads, C + 2 F (C + F with ``recompute``); of
@@ -70,5 +71,13 @@ def checkpoint_context(save: str | Iterable[str] = "attention") -> Callable[[], 
 
 
 def _policy(kept: tuple[str, ...], context, op, *args, **kwargs) -> CheckpointPolicy:
-    keep = op.name().startswith(kept)
+    keep = op.name().startswith(kept) and not _draws(op, args, kwargs)
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _draws(op, args: tuple, kwargs: dict) -> bool:
+    """Tell whether PyTorch's attention drops weights: not run again, it would leave later random draws others."""
+    for i, argument in enumerate(op._schema.arguments):
+        if argument.name == "dropout_p" and op.namespace == "aten":
+            return (args[i] if i < len(args) else kwargs.get("dropout_p", argument.default_value)) > 0
+    return False

@@ -104,7 +104,9 @@ def _blocks(
             return tilings | {"dkv": tile(16, 32, warps)} | ({"dq": tile(16, 32, warps)} if masked else {})
         # With more pipeline stages, Triton 3.6 spills the prefetched tiles.
         if not short:
-            return tilings | {"dkv": tile(32, 32, warps, 1)}
+            # Eight warps spill beside a mask of heads of 32 channels.
+            forward = tile(32, 32, 8 if width > 32 else 4)
+            return tilings | {"forward": forward, "dkv": tile(32, 32, warps, 1)}
         dkv = tile(32, 16, warps, 1) if dropout else tile(32, 32, 4, 1)
         return tilings | {"dkv": dkv, "dq": tile(32, 32, 4)}
     tilings = dict.fromkeys(kernels, tile(64, 64, 4))

@@ -103,8 +103,13 @@ def _add_branch(
     if layer_scale is not None:
         x = x * layer_scale
     if drop_path_scale is not None:
-        x = x * drop_path_scale.reshape(-1, *[1] * (x.ndim - 1))
+        x = scale_samples(x, drop_path_scale)
     return x if residual is None else residual + x
+
+
+def scale_samples(x: Tensor, scale: Tensor) -> Tensor:
+    """Scale each sample of x (B, ...) by its number in ``scale`` (B,), as DropPath does (arXiv 1603.09382)."""
+    return x * scale.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def linear(

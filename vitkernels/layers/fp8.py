@@ -19,9 +19,8 @@ from torch.compiler import is_compiling
 
 from vitkernels import ops
 from vitkernels.layers.records import Attention, Block, Linear, Mlp, Norm
-
-MAX_CHANNELS = 8192
-INPUTS = (torch.float16, torch.bfloat16, torch.float32)
+from vitkernels.ops._fp8 import INPUTS
+from vitkernels.ops._fp8.rows import MAX_ROW
 
 
 class _Entry(NamedTuple):
@@ -89,8 +88,8 @@ def limit(record: Block | Attention | Mlp) -> str | None:
         return "its MLP has a norm"
     for layer in linears(record):
         width, dtype = layer.weight.shape[1], layer.weight.dtype
-        if width % 16 or width > MAX_CHANNELS:
-            return f"a layer takes {width} features; FP8 takes a multiple of 16, at most {MAX_CHANNELS}"
+        if width % 16 or width > MAX_ROW:
+            return f"a layer takes {width} features; FP8 takes a multiple of 16, at most {MAX_ROW}"
         if dtype not in INPUTS:
             return f"its parameters are {str(dtype).removeprefix('torch.')}; FP8 takes float16, bfloat16 or float32"
     return None

@@ -124,7 +124,7 @@ def _reference_forward(
 
 def _scaled(x: Tensor, path: Tensor | None) -> Tensor:
     """Return ``path · x`` in x's dtype, with one number for each sample of x."""
-    return x if path is None else (x * path.reshape(-1, *[1] * (x.ndim - 1))).to(x.dtype)
+    return x if path is None else reference.scale_samples(x, path).to(x.dtype)
 
 
 def _reference_backward(dy, x, w1, w2, b2, gamma, z, act, activation, needed, dtype=None, path=None):

@@ -275,6 +275,7 @@ def product(
     out_dtype = out_dtype or a.dtype
     facts = runtime.device_facts(a.device)
     path = bias_path if act_path is None else act_path
+    path_scales = "none" if path is None else "bias" if act_path is None else "act"
     fused = any(t is not None for t in (alpha, activation, gamma, residual, path))
     tma = suits(a, b, out_dtype, residual, save_z)
     config = choose_config(M, N, K, a.dtype, kind="epilogue" if fused else "plain", facts=facts, tma=tma)
@@ -294,7 +295,7 @@ def product(
     if config.provider == "gluon":
         product_hopper(
             config, a, b, y, z if save_z else None, alpha=alpha, bias=bias, activation=activation, gamma=gamma,
-            residual=residual, act_path=act_path, bias_path=bias_path,
+            residual=residual, path=path, path_scales=path_scales,
         )  # fmt: skip
         return y, z
     _product_kernel[(cdiv(M, config.block_m) * cdiv(N, config.block_n),)](
@@ -321,7 +322,7 @@ def product(
         HAS_GAMMA=gamma is not None,
         HAS_RESIDUAL=residual is not None,
         SAVE_Z=save_z,
-        PATH="none" if path is None else "bias" if act_path is None else "act",
+        PATH=path_scales,
         ACTIVATION=activation or "none",
         ALIGNED_M=a.stride(0) == 1 and M % 16 == 0,  # a transposed a is loaded along M, as wide as its mask allows
         EVEN_K=K % config.block_k == 0,

@@ -426,13 +426,15 @@ def product_hopper(
     activation: str | None,
     gamma: Tensor | None,
     residual: Tensor | None,
-    act_path: Tensor | None,
-    bias_path: Tensor | None,
+    path: Tensor | None,
+    path_scales: str,
 ) -> None:
-    """Compute ``_product.product`` into ``y`` and, unless it is None, ``z``; :func:`suits` holds."""
+    """Compute ``_product.product`` into ``y`` and, unless it is None, ``z``; :func:`suits` holds.
+
+    ``path_scales`` tells what ``path`` scales: ``act``, ``bias``, or ``none`` without one.
+    """
     (M, K), N = a.shape, b.shape[1]
     turns = config.block_n == 128
-    path = bias_path if act_path is None else act_path
     rows, columns = config.block_m if turns else config.block_m // 2, config.block_n // config.parts
     b_by_rows = _copied_by_tma(b)
     _product_hopper_kernel[_programs(config, M, N, a.device)](
@@ -454,7 +456,7 @@ def product_hopper(
         HAS_GAMMA=gamma is not None,
         HAS_RESIDUAL=residual is not None,
         SAVE_Z=z is not None,
-        PATH="none" if path is None else "bias" if act_path is None else "act",
+        PATH=path_scales,
         ACTIVATION=activation or "none",
         B_BY_ROWS=b_by_rows,
         TURNS=turns,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vitkernels import reference, runtime
+from vitkernels.ops._layer_norm.config import choose_config
 from vitkernels.ops._triton import tl, triton
 from vitkernels.runtime import as_rows, cdiv, dense_or, next_power_of_2, promoted_dtype
 
@@ -97,9 +98,8 @@ def rows_fp8(
     rows = as_rows(x)
     M, C = rows.shape
     residual_rows = rows if residual is None else as_rows(residual)
-    block_c = next_power_of_2(C)
-    block_m = max(1, min(8, 1024 // block_c))
-    _rows_fp8_kernel[(cdiv(M, block_m),)](
+    config = choose_config(M, C, runtime.device_facts(x.device))
+    _rows_fp8_kernel[(cdiv(M, config.block_m),)](
         x_ptr=rows,
         residual_ptr=residual_rows,
         weight_ptr=dense_or(weight, rows),
@@ -118,9 +118,9 @@ def rows_fp8(
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
         HAS_GAMMA=gamma is not None,
-        BLOCK_M=block_m,
-        BLOCK_C=block_c,
-        num_warps=max(1, min(16, block_m * block_c // 256)),
+        BLOCK_M=config.block_m,
+        BLOCK_C=next_power_of_2(C),  # the whole row
+        num_warps=config.num_warps,
     )
     return q, scale, r
 

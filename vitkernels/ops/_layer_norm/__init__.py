@@ -81,10 +81,10 @@ def _reference_backward(
     rows = tuple(range(r.ndim - 1))
     dr_sum = d_sum.new_empty(0)
     if wanted.dr_sum:
-        dr_sum = (dr if dr_path is None else dr * _of_samples(dr_path, dr)).sum(rows, dtype=statistics)
+        dr_sum = (dr if dr_path is None else reference.scale_samples(dr, dr_path)).sum(rows, dtype=statistics)
     if dr is not None:
         d_sum = d_sum + dr
-    branch = d_sum if path is None else d_sum * _of_samples(path, r)
+    branch = d_sum if path is None else reference.scale_samples(d_sum, path)
     dgamma = (branch * x).sum(rows) if wanted.dgamma else d_sum.new_empty(0)
     dx = (branch if gamma is None else branch * gamma).to(x_dtype, copy=True)
     branch_sum = branch.sum(rows) if wanted.dresidual_sum else d_sum.new_empty(0)
@@ -95,10 +95,6 @@ def _reference_backward(
         d_sum.to(r.dtype, copy=True) if wanted.dresidual else r.new_empty(0),
         *(each.to(dtype) for each, dtype in zip(sums, dtypes, strict=True)),
     )
-
-
-def _of_samples(path: Tensor, x: Tensor) -> Tensor:
-    return path.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def _fake_backward(

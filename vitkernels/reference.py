@@ -348,6 +348,114 @@ def dropout_scale(seed: int, shape: tuple[int, int, int, int], p: float) -> Tens
     return stays * (2**31 / (2**31 - threshold)) if threshold < 2**31 else torch.zeros(shape, dtype=torch.float64)
 
 
+def window_index(
+    image: tuple[int, int],
+    window: tuple[int, int],
+    shift: tuple[int, int] = (0, 0),
+    prefix: int = 0,
+    grid: bool = False,
+    roll_padded: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut an image of Y · X tokens into windows, as Swin does by padding, rolling and partitioning (arXiv 2103.14030).
+
+    The image is padded behind to whole windows and rolled back by ``shift``; the roll comes first unless
+    ``roll_padded``. With ``grid`` a window's tokens lie as far apart as there are windows (arXiv 2204.01697). Tokens
+    of a prefix come before those of the image, in the first window.
+
+    Returns:
+        For each window and place in it, (windows, tokens): the token's row, −1 where there is none; the region that
+        the shift brought it from, 0 to 8; and (tokens, tokens) the entry of a relative position table for each query
+        and key, with BEiT's three behind (prefix to token, token to prefix, prefix to prefix).
+    """
+    places, regions = [], []
+    for size, width, step in zip(image, window, shift, strict=True):
+        count = -(-size // width)
+        position = torch.arange(count * width)
+        region = (position >= count * width - width).long() + (position >= count * width - step).long() * (step > 0)
+        extent = count * width if roll_padded else size
+        rolled = torch.where(position < extent, (position + step) % extent, position)
+        rolled = torch.where(rolled < size, rolled, -1)
+        cut = (lambda x, w=width, c=count: x.view(w, c).t()) if grid else (lambda x, w=width: x.view(-1, w))
+        places.append(cut(rolled))
+        regions.append(cut(region if step else region * 0))
+    y, x = places[0][:, None, :, None], places[1][None, :, None, :]
+    row = torch.where((y >= 0) & (x >= 0), prefix + y * image[1] + x, -1)
+    region = regions[0][:, None, :, None] * 3 + regions[1][None, :, None, :] + 0 * row
+    row, region = (t.reshape(-1, window[0] * window[1]) for t in (row, region))
+    place = torch.cartesian_prod(*map(torch.arange, window)).view(-1, 2)
+    apart = place[:, None] - place[None, :] + torch.tensor(window) - 1
+    entry = apart[..., 0] * (2 * window[1] - 1) + apart[..., 1]
+    if prefix:
+        if row.shape[0] != 1:
+            raise ValueError(f"an image of {image} has {row.shape[0]} windows of {window}; a prefix needs one")
+        last = (2 * window[0] - 1) * (2 * window[1] - 1)
+        row = torch.cat([torch.arange(prefix)[None], row], dim=1)
+        region = F.pad(region, (prefix, 0))
+        entry = F.pad(F.pad(entry, (prefix, 0), value=last + 1), (0, 0, prefix, 0), value=last)
+        entry[:prefix, :prefix] = last + 2
+    return row, region, entry
+
+
+def window_attention(
+    qkv: Tensor,
+    image: tuple[int, int],
+    window: tuple[int, int],
+    *,
+    shift: tuple[int, int] = (0, 0),
+    num_prefix_tokens: int = 0,
+    grid: bool = False,
+    roll_padded: bool = False,
+    bias_table: Tensor | None = None,
+    padding: Tensor | None = None,
+    logit_scale: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_scale: Tensor | None = None,
+) -> Tensor:
+    """Attention within the windows of :func:`window_index` (arXiv 2103.14030, 2111.09883); returns (B, N, H, D).
+
+    ``qkv`` is (B, N, 3, H, D), the prefix tokens and then the image's Y · X. ``bias_table`` (entries, H) is added to
+    the scores; so is −100 between regions. Padded tokens have the queries, keys and values ``padding`` (3, H, D), or
+    no query attends to them. With ``logit_scale`` (H,) queries and keys are divided by their norms, and it replaces
+    ``scale``. ``dropout_scale`` (B · windows, H, tokens, tokens) replaces ``dropout_p``, as in :func:`attention`. Each
+    step rounds to the dtype, as in the published code of Swin.
+    """
+    row, region, entry = (
+        t.to(qkv.device) for t in window_index(image, window, shift, num_prefix_tokens, grid, roll_padded)
+    )
+    B, N, _, H, D = qkv.shape
+    windows, tokens = row.shape
+    missing = row < 0
+    x = qkv[:, row.clamp_min(0)]
+    if bool(missing.any()):
+        filled = torch.zeros_like(qkv[0, 0]) if padding is None else padding.to(qkv.dtype)
+        x = torch.where(missing[None, :, :, None, None, None], filled, x)
+    q, k, v = x.flatten(0, 1).permute(2, 0, 3, 1, 4)
+    if logit_scale is not None:
+        q = F.normalize(q, dim=-1) * logit_scale.to(q.dtype)[:, None, None]
+        k, scale = F.normalize(k, dim=-1), 1.0
+    scores = (q * (D**-0.5 if scale is None else scale)) @ k.transpose(-1, -2)
+    if bias_table is not None:
+        scores = scores + bias_table[entry].permute(2, 0, 1)
+    of_windows = torch.zeros(windows, 1, tokens, tokens, dtype=qkv.dtype, device=qkv.device)
+    if any(shift):
+        of_windows = of_windows - 100.0 * (region[:, None, :, None] != region[:, None, None, :])
+    if padding is None:
+        of_windows = of_windows.masked_fill(missing[:, None, None, :], float("-inf"))
+    if any(shift) or (padding is None and bool(missing.any())):
+        scores = (scores.unflatten(0, (-1, windows)) + of_windows).flatten(0, 1)
+    weights = scores.softmax(-1)
+    if dropout_scale is not None:
+        weights = weights * dropout_scale.to(weights.dtype)
+    elif dropout_p:
+        weights = F.dropout(weights, dropout_p)
+    o = weights.to(v.dtype) @ v
+    o = o.transpose(1, 2).reshape(B, windows * tokens, H, D)
+    place = torch.empty(N, dtype=torch.long, device=qkv.device)
+    place[row[~missing]] = torch.arange(windows * tokens, device=qkv.device).view_as(row)[~missing]
+    return o[:, place]
+
+
 def block(
     x: Tensor,
     *,

@@ -17,6 +17,7 @@ from vitkernels.ops._mlp import mlp
 from vitkernels.ops._patch_embed import patch_embed
 from vitkernels.ops._registry import uses_kernels
 from vitkernels.ops._swiglu import swiglu_mlp
+from vitkernels.ops._window_attention import relative_attention, window_attention
 
 __all__ = [
     "Fp8",
@@ -38,7 +39,9 @@ __all__ = [
     "mlp",
     "patch_embed",
     "quantize_fp8",
+    "relative_attention",
     "rms_norm",
     "swiglu_mlp",
     "uses_kernels",
+    "window_attention",
 ]

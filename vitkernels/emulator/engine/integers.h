@@ -77,6 +77,12 @@ template <class F> static ALWAYS_INLINE void integers(const Step& s, F f) {
     case T_s32: binary<u32>(s, [f](u32 a, u32 b) { return (u32)f((i32)a, (i32)b); }); break;
     case T_u64: case T_b64: binary<u64>(s, f); break;
     case T_s64: binary<u64>(s, [f](u64 a, u64 b) { return (u64)f((i64)a, (i64)b); }); break;
+    case T_u16x2:
+      binary<u32>(s, [f](u32 a, u32 b) { return (u16)f((u16)a, (u16)b) | (u32)(u16)f((u16)(a >> 16), (u16)(b >> 16)) << 16; });
+      break;
+    case T_s16x2:
+      binary<u32>(s, [f](u32 a, u32 b) { return (u16)f((i16)a, (i16)b) | (u32)(u16)f((i16)(a >> 16), (i16)(b >> 16)) << 16; });
+      break;
     default: s.unsupported();
   }
   s.define(0, TYPE_BITS[s.I.type], all_defined(s, 1, TYPE_BITS[s.I.type]));

@@ -7,7 +7,7 @@
   X(u8, 8) X(s8, 8) X(b8, 8) X(u16, 16) X(s16, 16) X(b16, 16) X(f16, 16) X(bf16, 16) \
   X(u32, 32) X(s32, 32) X(b32, 32) X(f32, 32) X(f16x2, 32) X(bf16x2, 32) X(tf32, 32) \
   X(u64, 64) X(s64, 64) X(b64, 64) X(f64, 64) X(f32x2, 64) X(b128, 128) X(pred, 1) \
-  X(e4m3, 8) X(e4m3x2, 16)
+  X(e4m3, 8) X(e4m3x2, 16) X(u16x2, 32) X(s16x2, 32)
 
 // Modifiers of an instruction; each is one bit, in this order.
 #define PTX_FLAGS(X) \

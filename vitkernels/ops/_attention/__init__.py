@@ -51,6 +51,7 @@ from vitkernels.ops._attention.checks import (
     unexpanded,
 )
 from vitkernels.ops._attention.config import attention_provider
+from vitkernels.ops._attention.operands import cast_operands, draw_seed
 from vitkernels.ops._attention.prepare import PrepareFunction, QKNorm, Rope, prepare_fwd
 from vitkernels.ops._attention.registered import attention_fwd, attention_qkvpacked_fwd
 from vitkernels.ops._checks import check_integer, check_scale, check_shape, check_tensor
@@ -110,7 +111,7 @@ def attention(
     """
     op = "attention"
     check_tensor(op, "q", q)
-    q, k, v = _autocast(q, k, v)
+    q, k, v = cast_operands(q, k, v)
     B, H, N_q, N_kv, D = check_operands(op, q, k, v)
     scale = check_scale(op, scale, D)
     mask = check_mask(op, attn_mask, q, (B, H, N_q, N_kv))
@@ -128,7 +129,7 @@ def attention(
     if rope is not None or q_norm is not None or k_norm is not None:
         q = _prepare(q, q_norm, rope, num_prefix_tokens)
         k = _prepare(k, k_norm, rope, num_prefix_tokens)
-    return _attend(q, k, v, mask, key_bias, _seed(q, dropout_p), None, scale, is_causal, dropout_p, 0)
+    return _attend(q, k, v, mask, key_bias, draw_seed(q, dropout_p), None, scale, is_causal, dropout_p, 0)
 
 
 def attention_qkvpacked(
@@ -162,7 +163,7 @@ def attention_qkvpacked(
     """
     op = "attention_qkvpacked"
     check_tensor(op, "qkv", qkv)
-    (qkv,) = _autocast(qkv)
+    (qkv,) = cast_operands(qkv)
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"{op}: qkv has shape {tuple(qkv.shape)}; expected (B, N, 3, H, D)")
     B, N, _, H, D = qkv.shape
@@ -188,7 +189,7 @@ def attention_qkvpacked(
             return reference.attention_qkvpacked(qkv, **options).contiguous()
         q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
         return attention(q, k, v, **options).transpose(1, 2)
-    seed = _seed(qkv, dropout_p)
+    seed = draw_seed(qkv, dropout_p)
     if as_given and not needs_grad(qkv, mask, key_bias):
         return attention_qkvpacked_fwd(qkv, scale, mask, seed, is_causal, dropout_p, None, 0, key_bias)[0]
     if key_bias is not None:
@@ -242,7 +243,7 @@ def attention_varlen(
     check_tensor(op, "q", q)
     if torch.jit.is_tracing():
         raise NotImplementedError(f"{op}: torch.jit.trace would keep these cu_seqlens for good; use torch.export")
-    q, k, v = _autocast(q, k, v)
+    q, k, v = cast_operands(q, k, v)
     if q.ndim != 3:
         raise ValueError(f"{op}: q has shape {tuple(q.shape)}; expected (T, H, D)")
     check_like_q(op, q, k, v)
@@ -266,7 +267,7 @@ def attention_varlen(
     if rope is not None or q_norm is not None or k_norm is not None:
         q, k = (x.transpose(0, 1).unsqueeze(0) for x in (q, k))
         q, k = (_prepare(x, norm, rope, 0).squeeze(0).transpose(0, 1) for x, norm in ((q, q_norm), (k, k_norm)))
-    seed, starts = _seed(q, dropout_p), int32(cu_seqlens)
+    seed, starts = draw_seed(q, dropout_p), int32(cu_seqlens)
     return _attend(q, k, v, None, key_bias, seed, starts, scale, is_causal, dropout_p, max_seqlen)
 
 
@@ -302,7 +303,7 @@ def attention_weights(
     """
     op = "attention_weights"
     check_tensor(op, "q", q)
-    q, k = _autocast(q, k)
+    q, k = cast_operands(q, k)
     B, H, N_q, N_kv, D = check_operands(op, q, k, k)
     scale = check_scale(op, scale, D)
     mask = check_mask(op, attn_mask, q, (B, H, N_q, N_kv))
@@ -366,20 +367,5 @@ def _table(table: Tensor) -> Tensor:
     return unexpanded(table[(None,) * (4 - table.ndim)], dims=3)
 
 
-def _seed(x: Tensor, dropout_p: float) -> Tensor | None:
-    return torch.randint(2**62, (1,), device=x.device) if dropout_p else None
-
-
 def _prefers_sdpa(x: Tensor, N_q: int, N_kv: int, D: int) -> bool:
     return not x.is_cpu and attention_provider(N_q, N_kv, D, x.dtype, x.device) == "sdpa"
-
-
-def _autocast(*tensors: Tensor) -> Sequence[Tensor]:
-    # Like PyTorch's own attention, cast everything except fp64.
-    dtype = runtime.autocast_dtype(tensors[0])
-    if dtype is None:
-        return tensors
-    return [
-        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
-        for x in tensors
-    ]

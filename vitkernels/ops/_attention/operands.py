@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -178,3 +179,19 @@ def addressing(*tensors: Tensor, tokens: int = 1, mask_reach: int = 0) -> dict[s
     """
     reach = max(mask_reach, *(x.shape[tokens] * x.stride(tokens) for x in tensors))
     return {"ALIGN": alignment(*tensors), "INDEX": tl.int32 if reach < MAX_INT32_REACH else tl.int64}
+
+
+def draw_seed(x: Tensor, dropout_p: float) -> Tensor | None:
+    """Draw the seed of a dropout, (1,), from the generator of ``x``'s device; None without dropout."""
+    return torch.randint(2**62, (1,), device=x.device) if dropout_p else None
+
+
+def cast_operands(*tensors: Tensor) -> Sequence[Tensor]:
+    """Cast ``tensors`` to autocast's dtype, if it is on; everything except fp64, like PyTorch's own attention."""
+    dtype = runtime.autocast_dtype(tensors[0])
+    if dtype is None:
+        return tensors
+    return [
+        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+        for x in tensors
+    ]

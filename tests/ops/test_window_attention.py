@@ -1,0 +1,106 @@
+"""Attention within windows: against PyTorch by the error rule, and the reference against timm's own windows."""
+
+import pytest
+import torch
+
+from vitkernels import ops, reference
+from vitkernels.testing import check_op
+
+
+def make(Y, X, window, H=2, D=16, B=2, dtype=torch.bfloat16, table=True, padding=False, cosine=False, device="cpu"):
+    rows, columns = window
+    tensors = {"qkv": torch.randn(B, Y, X, 3, H, D)}
+    if table:
+        tensors["bias_table"] = torch.randn((2 * rows - 1) * (2 * columns - 1), H)
+    if padding:
+        tensors["padding"] = torch.randn(3, H, D)
+    if cosine:
+        tensors["logit_scale"] = torch.rand(H) * 10 + 5
+    return {name: t.to(device, dtype).requires_grad_() for name, t in tensors.items()}
+
+
+def plain(qkv, window, **options):
+    B, Y, X, _, H, D = qkv.shape
+    return reference.window_attention(qkv.flatten(1, 2), (Y, X), window, **options).view(B, Y, X, H, D)
+
+
+def compare(tensors, window, yardstick_options=None, **options):
+    check_op(
+        lambda **given: ops.window_attention(**given, window_size=window, **options),
+        lambda **given: plain(**given, window=window, **options | (yardstick_options or {})),
+        tensors,
+    )
+
+
+CASES = {
+    "whole": ((8, 8), (4, 4), {}),
+    "shifted": ((8, 8), (4, 4), {"shift": (2, 2)}),
+    "padded": ((9, 10), (4, 4), {}),
+    "padded and shifted": ((9, 10), (4, 4), {"shift": (2, 1)}),
+    "padded, then shifted": ((9, 10), (4, 4), {"shift": (2, 2), "roll_padded": True}),
+    "seven": ((14, 14), (7, 7), {"shift": (3, 3)}),
+    "one window": ((7, 7), (7, 7), {}),
+    "larger than the image": ((5, 3), (7, 7), {}),
+    "rectangular": ((6, 16), (3, 8), {"shift": (1, 4)}),
+    "grid": ((8, 12), (4, 3), {"grid": True}),
+    "blocks": ((12, 12), (9, 10), {"shift": (4, 5)}),
+}
+
+
+def is_padded(case):
+    image, window, _ = CASES[case]
+    return image[0] % window[0] > 0 or image[1] % window[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("case", "padding"), [(c, p) for c in CASES for p in ("hidden", "value") if p == "hidden" or is_padded(c)]
+)
+def test_outputs_and_gradients(case, padding, device):
+    image, window, options = CASES[case]
+    compare(make(*image, window, padding=padding == "value", device=device), window, **options)
+
+
+@pytest.mark.parametrize("case", ["padded and shifted", "seven", "blocks"])
+def test_cosine(case, device):
+    image, window, options = CASES[case]
+    compare(make(*image, window, padding=is_padded(case), cosine=True, device=device), window, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("case", ["padded and shifted", "blocks"])
+def test_dtypes(case, dtype, device):
+    image, window, options = CASES[case]
+    tensors = make(*image, window, D=24, B=1, dtype=dtype, padding=True, cosine=case == "blocks", device=device)
+    compare(tensors, window, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("grid", "prefix"), [((5, 4), 1), ((7, 7), 0), ((6, 12), 1), ((3, 3), 2)])
+def test_relative_attention(grid, prefix, dtype, device):
+    entries = (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3 * (prefix > 0)
+    tensors = {"qkv": torch.randn(2, prefix + grid[0] * grid[1], 3, 2, 16), "bias_table": torch.randn(entries, 2)}
+    tensors = {name: t.to(device, dtype).requires_grad_() for name, t in tensors.items()}
+
+    def yardstick(qkv, bias_table):
+        return reference.window_attention(qkv, grid, grid, num_prefix_tokens=prefix, bias_table=bias_table)
+
+    check_op(
+        lambda **given: ops.relative_attention(**given, grid_size=grid, num_prefix_tokens=prefix), yardstick, tensors
+    )
+
+
+@pytest.mark.parametrize("case", ["padded and shifted", "blocks"])
+def test_dropout(case, device):
+    image, window, options = CASES[case]
+    tensors = make(*image, window, padding=True, device=device)
+    torch.manual_seed(5)
+    seed = int(torch.randint(2**62, (1,), device=device))
+    count = -(-image[0] // window[0]) * -(-image[1] // window[1])
+    tokens = window[0] * window[1]
+    drawn = reference.dropout_scale(seed, (2 * count, 2, tokens, tokens), 0.3).to(device)
+
+    def dropped(**given):
+        torch.manual_seed(5)
+        return ops.window_attention(**given, window_size=window, dropout_p=0.3, **options)
+
+    check_op(dropped, lambda **given: plain(**given, window=window, dropout_scale=drawn, **options), tensors)

@@ -1,0 +1,746 @@
+"""Backward of window attention: kernels and their launcher.
+
+    whole   one tile holds all queries and keys of a window: everything is read once, and a program also sums the table's
+            gradient over its windows
+    blocks  dq, then dk and dv, then the table's gradient, each over blocks of a window
+
+The table's gradient is first (H, tokens, tokens), the sum of dS over all windows, then each entry sums the pairs of
+tokens that lie as far apart as it says: there are no atomics. Cosine attention divides rows by their norms, so that
+    dq = ls/‖q‖ · (g − q (q·g)/‖q‖²),  g = Σ_n dS k/‖k‖,  and dk alike;  dls = Σ (q·g)/‖q‖.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vitkernels import runtime
+from vitkernels.ops._attention.tiles import (
+    LOG2_E,
+    columns,
+    dot_heads,
+    dot_rows,
+    dropout_scale,
+    head_ptr,
+    load_head,
+    scaled_head,
+    store_head,
+    transposed,
+    weighted_sum,
+    weighted_sum_columns,
+    zero_columns,
+    zero_head,
+    zeros,
+)
+from vitkernels.ops._sums import new_shares, sum_shares
+from vitkernels.ops._triton import tl, triton
+from vitkernels.ops._window_attention.config import Tiling, choose_config
+from vitkernels.ops._window_attention.forward import groups_of, launch_arguments
+from vitkernels.ops._window_attention.tiles import (
+    inverse_norms,
+    load_tokens,
+    masked_scores,
+    scores_of,
+    table_bias,
+    window_tokens,
+)
+from vitkernels.ops._window_attention.windows import Options
+
+
+@triton.jit
+def _through_norm(grad, head, norms, factor, scale: tl.constexpr, COSINE: tl.constexpr, ACC: tl.constexpr):
+    """Return the gradient of a head's rows from ``grad``, that of the rows as they were multiplied, without its
+    factor; and for each row the product of the two, divided by the norm."""
+    if COSINE:
+        along = dot_rows(head, grad, ACC) * norms
+        parts = ()
+        for i in tl.static_range(len(head)):
+            part = (grad[i] - head[i].to(ACC) * (along * norms)[:, None]) * (factor * norms)[:, None]
+            parts = parts + (part,)
+        return parts, along
+    else:
+        return scaled_head(grad, scale), norms
+
+
+@triton.jit
+def _store_padding_sums(ptr, dk, dv, padded, H, D: tl.constexpr, PARTS: tl.constexpr):
+    """Store the sums of dk and dv over padded rows, (D,) each, H · D apart."""
+    for i in tl.static_range(len(PARTS)):
+        cols = columns(PARTS, i)
+        tl.store(ptr + cols, tl.sum(tl.where(padded[:, None], dk[i], 0.0), axis=0), mask=cols < D)
+        tl.store(ptr + H * D + cols, tl.sum(tl.where(padded[:, None], dv[i], 0.0), axis=0), mask=cols < D)
+
+
+@triton.jit(do_not_specialize=["Y", "X", "windows_y", "windows_x", "total"])
+def _window_attention_bwd_whole_kernel(
+    qkv_ptr,  # (B, N, 3, H, D)
+    do_ptr,  # (B, N, H, D)
+    table_ptr,  # (H, entries), with TABLE
+    padding_ptr,  # (3, H, D), with PADDING "value"
+    logit_ptr,  # (H,), with COSINE
+    seed_ptr,  # (1,), with DROPOUT
+    dqkv_ptr,  # (B, N, 3, H, D), contiguous
+    dbias_ptr,  # (groups, H, tokens, tokens), with NEEDS_DTABLE
+    dpadding_ptr,  # (groups, 2, H, D): keys, then values, with NEEDS_DPADDING
+    dlogit_ptr,  # (groups, H), with NEEDS_DLOGIT
+    stride_qkv_b,
+    stride_qkv_n,
+    stride_qkv_part,
+    stride_qkv_h,
+    stride_o_b,  # of do
+    stride_o_n,
+    stride_o_h,
+    N,
+    H,
+    Y,
+    X,
+    windows_y,
+    windows_x,
+    total,  # windows of all images
+    windows,  # windows per program
+    scale: tl.constexpr,
+    score_scale: tl.constexpr,
+    D: tl.constexpr,
+    SHAPE: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    TABLE: tl.constexpr,
+    PADDING: tl.constexpr,
+    COSINE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    NEEDS_DTABLE: tl.constexpr,
+    NEEDS_DPADDING: tl.constexpr,
+    NEEDS_DLOGIT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    INDEX: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    TOKENS: tl.constexpr = SHAPE[7]
+    pid = tl.program_id(0)
+    h = (pid % H).to(tl.int64)
+    group = (pid // H).to(tl.int64)
+    first = pid // H * windows
+    size = (Y, X, windows_y, windows_x)
+    m = tl.arange(0, BLOCK_M).to(INDEX)
+    n = tl.arange(0, BLOCK_N).to(INDEX)
+    padding_head = padding_ptr + h * D
+    bias = table_bias(table_ptr + h * ENTRIES, m[None, :], n[:, None], SHAPE, TABLE, ACC)
+    factor = 0.0
+    factor2 = 0.0
+    if COSINE:
+        factor = tl.load(logit_ptr + h).to(ACC)
+        factor2 = factor * LOG2_E
+    dbias = tl.zeros((BLOCK_N, BLOCK_M), ACC)
+    dk_padding = zero_head(BLOCK_N, PARTS, ACC)
+    dv_padding = zero_head(BLOCK_N, PARTS, ACC)
+    dlogit = tl.zeros((BLOCK_M,), ACC)
+    for window in range(first, tl.minimum(first + windows, total)):
+        b = (window // (windows_y * windows_x)).to(tl.int64)
+        rows, in_window, in_image, region = window_tokens(m, window % (windows_y * windows_x), size, SHAPE)
+        rows_n, in_window_n, in_image_n, region_n = window_tokens(n, window % (windows_y * windows_x), size, SHAPE)
+        q_head = head_ptr(qkv_ptr, b, h, 0, stride_qkv_b, stride_qkv_n, stride_qkv_h, ALIGN)
+        do_head = head_ptr(do_ptr, b, h, 0, stride_o_b, stride_o_n, stride_o_h, ALIGN)
+        q = load_head(q_head, rows, stride_qkv_n, in_image, D, PARTS, ALIGN)
+        do = load_head(do_head, rows, stride_o_n, in_image, D, PARTS, ALIGN)
+        k = load_tokens(
+            q_head + stride_qkv_part, rows_n, stride_qkv_n, in_image_n, in_window_n, padding_head + H * D,
+            D, PARTS, ALIGN, PADDING,
+        )  # fmt: skip
+        v = load_tokens(
+            q_head + 2 * stride_qkv_part, rows_n, stride_qkv_n, in_image_n, in_window_n, padding_head + 2 * H * D,
+            D, PARTS, ALIGN, PADDING,
+        )  # fmt: skip
+        norms_m = tl.zeros((BLOCK_M,), ACC)
+        norms_n = tl.zeros((BLOCK_N,), ACC)
+        if COSINE:
+            norms_m = inverse_norms(q, ACC)
+            norms_n = inverse_norms(k, ACC)
+        zero = zeros(BLOCK_N, BLOCK_M, ACC)
+        s = scores_of(k, q, zero, score_scale, factor2, norms_n[:, None], norms_m[None, :], COSINE, PRECISION)
+        exists = in_image_n if PADDING == "hidden" else in_window_n
+        s = masked_scores(s + bias, region_n[:, None], region[None, :], exists[:, None], SHAPE)
+        p = tl.exp2(s - tl.max(s, axis=0)[None, :])
+        p = p * (1.0 / tl.sum(p, axis=0))[None, :]
+        dp = dot_heads(v, do, zeros(BLOCK_N, BLOCK_M, ACC), PRECISION)
+        if DROPOUT > 0:
+            drawn = window.to(tl.int64) * H + h
+            keep = dropout_scale(
+                tl.load(seed_ptr), drawn, m.to(tl.int32)[None, :], n.to(tl.int32)[:, None], DROPOUT, ACC
+            )
+            dv = weighted_sum(p * keep, do, zero_head(BLOCK_N, PARTS, ACC), PRECISION)
+            dp *= keep
+        else:
+            dv = weighted_sum(p, do, zero_head(BLOCK_N, PARTS, ACC), PRECISION)
+        ds = p * (dp - tl.sum(p * dp, axis=0)[None, :])
+        if NEEDS_DTABLE:
+            dbias += ds
+        ds_m = ds
+        ds_n = ds
+        if COSINE:
+            ds_m = ds * norms_m[None, :]
+            ds_n = ds * norms_n[:, None]
+        dk = weighted_sum(ds_m, q, zero_head(BLOCK_N, PARTS, ACC), PRECISION)
+        dq = transposed(weighted_sum_columns(k, ds_n, zero_columns(BLOCK_M, PARTS, ACC), PRECISION))
+        dq, along = _through_norm(dq, q, norms_m, factor, scale, COSINE, ACC)
+        dk, _ = _through_norm(dk, k, norms_n, factor, scale, COSINE, ACC)
+        if NEEDS_DLOGIT:
+            dlogit += along
+        dq_head = dqkv_ptr + (b * N * 3 * H + h) * D
+        store_head(dq_head, dq, rows, 3 * H * D, in_image, D, PARTS, ALIGN)
+        store_head(dq_head + H * D, dk, rows_n, 3 * H * D, in_image_n, D, PARTS, ALIGN)
+        store_head(dq_head + 2 * H * D, dv, rows_n, 3 * H * D, in_image_n, D, PARTS, ALIGN)
+        if NEEDS_DPADDING:
+            padded = (in_window_n & ~in_image_n)[:, None]
+            dk_sum = ()
+            dv_sum = ()
+            for i in tl.static_range(len(PARTS)):
+                dk_sum = dk_sum + (dk_padding[i] + tl.where(padded, dk[i], 0.0),)
+                dv_sum = dv_sum + (dv_padding[i] + tl.where(padded, dv[i], 0.0),)
+            dk_padding = dk_sum
+            dv_padding = dv_sum
+
+    if NEEDS_DTABLE:
+        ptrs = dbias_ptr + ((group * H + h) * TOKENS + m[None, :]) * TOKENS + n[:, None]
+        tl.store(ptrs, dbias, mask=(m < TOKENS)[None, :] & (n < TOKENS)[:, None])
+    if NEEDS_DPADDING:
+        sums = dpadding_ptr + (group * 2 * H + h) * D
+        _store_padding_sums(sums, dk_padding, dv_padding, n < TOKENS, H, D, PARTS)
+    if NEEDS_DLOGIT:
+        tl.store(dlogit_ptr + group * H + h, tl.sum(dlogit, axis=0))
+
+
+@triton.jit(do_not_specialize=["Y", "X", "windows_y", "windows_x", "total"])
+def _window_attention_bwd_dq_kernel(
+    qkv_ptr,  # (B, N, 3, H, D)
+    do_ptr,  # (B, N, H, D)
+    o_ptr,  # (B, N, H, D)
+    lse_ptr,  # (B, H, N)
+    table_ptr,  # (H, entries), with TABLE
+    padding_ptr,  # (3, H, D), with PADDING "value"
+    logit_ptr,  # (H,), with COSINE
+    seed_ptr,  # (1,), with DROPOUT
+    delta_ptr,  # (B, H, N), written
+    dqkv_ptr,  # (B, N, 3, H, D), contiguous
+    dlogit_ptr,  # (windows of all images · blocks, H), with NEEDS_DLOGIT
+    stride_qkv_b,
+    stride_qkv_n,
+    stride_qkv_part,
+    stride_qkv_h,
+    stride_o_b,
+    stride_o_n,
+    stride_o_h,
+    stride_do_b,
+    stride_do_n,
+    stride_do_h,
+    N,
+    H,
+    Y,
+    X,
+    windows_y,
+    windows_x,
+    total,
+    scale: tl.constexpr,
+    score_scale: tl.constexpr,
+    D: tl.constexpr,
+    SHAPE: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    TABLE: tl.constexpr,
+    PADDING: tl.constexpr,
+    COSINE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    NEEDS_DLOGIT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    INDEX: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    TOKENS: tl.constexpr = SHAPE[7]
+    BLOCKS: tl.constexpr = tl.cdiv(TOKENS, BLOCK_M)
+    pid = tl.program_id(0)
+    m = (pid % BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)).to(INDEX)
+    h = (pid // BLOCKS % H).to(tl.int64)
+    window = pid // BLOCKS // H
+    b = (window // (windows_y * windows_x)).to(tl.int64)
+    place = window % (windows_y * windows_x)
+    size = (Y, X, windows_y, windows_x)
+    table_head = table_ptr + h * ENTRIES
+    padding_head = padding_ptr + h * D
+    factor = 0.0
+    factor2 = 0.0
+    if COSINE:
+        factor = tl.load(logit_ptr + h).to(ACC)
+        factor2 = factor * LOG2_E
+    rows, _, in_image, region = window_tokens(m, place, size, SHAPE)
+    q_head = head_ptr(qkv_ptr, b, h, 0, stride_qkv_b, stride_qkv_n, stride_qkv_h, ALIGN)
+    do_head = head_ptr(do_ptr, b, h, 0, stride_do_b, stride_do_n, stride_do_h, ALIGN)
+    o_head = head_ptr(o_ptr, b, h, 0, stride_o_b, stride_o_n, stride_o_h, ALIGN)
+    q = load_head(q_head, rows, stride_qkv_n, in_image, D, PARTS, ALIGN)
+    do = load_head(do_head, rows, stride_do_n, in_image, D, PARTS, ALIGN)
+    statistics = (b * H + h) * N + rows
+    lse = tl.load(lse_ptr + statistics, mask=in_image, other=float("inf"))
+    delta = dot_rows(do, load_head(o_head, rows, stride_o_n, in_image, D, PARTS, ALIGN), ACC)
+    tl.store(delta_ptr + statistics, delta, mask=in_image)
+    norms_m = tl.zeros((BLOCK_M,), ACC)
+    if COSINE:
+        norms_m = inverse_norms(q, ACC)
+    dq = zero_head(BLOCK_M, PARTS, ACC)
+    for start in range(0, TOKENS, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N).to(INDEX)
+        rows_n, in_window_n, in_image_n, region_n = window_tokens(n, place, size, SHAPE)
+        k = load_tokens(
+            q_head + stride_qkv_part, rows_n, stride_qkv_n, in_image_n, in_window_n, padding_head + H * D,
+            D, PARTS, ALIGN, PADDING,
+        )  # fmt: skip
+        v = load_tokens(
+            q_head + 2 * stride_qkv_part, rows_n, stride_qkv_n, in_image_n, in_window_n, padding_head + 2 * H * D,
+            D, PARTS, ALIGN, PADDING,
+        )  # fmt: skip
+        norms_n = tl.zeros((BLOCK_N,), ACC)
+        if COSINE:
+            norms_n = inverse_norms(k, ACC)
+        zero = zeros(BLOCK_M, BLOCK_N, ACC)
+        s = scores_of(q, k, zero, score_scale, factor2, norms_m[:, None], norms_n[None, :], COSINE, PRECISION)
+        s += table_bias(table_head, m[:, None], n[None, :], SHAPE, TABLE, ACC)
+        exists = in_image_n if PADDING == "hidden" else in_window_n
+        s = masked_scores(s, region[:, None], region_n[None, :], exists[None, :], SHAPE)
+        p = _weights(s, lse[:, None])
+        dp = dot_heads(do, v, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION)
+        if DROPOUT > 0:
+            drawn = window.to(tl.int64) * H + h
+            dp *= dropout_scale(
+                tl.load(seed_ptr), drawn, m.to(tl.int32)[:, None], n.to(tl.int32)[None, :], DROPOUT, ACC
+            )
+        ds = p * (dp - delta[:, None])
+        if COSINE:
+            ds *= norms_n[None, :]
+        dq = weighted_sum(ds, k, dq, PRECISION)
+    dq, along = _through_norm(dq, q, norms_m, factor, scale, COSINE, ACC)
+    store_head(dqkv_ptr + (b * N * 3 * H + h) * D, dq, rows, 3 * H * D, in_image, D, PARTS, ALIGN)
+    if NEEDS_DLOGIT:
+        program = window.to(tl.int64) * BLOCKS + pid % BLOCKS
+        tl.store(dlogit_ptr + program * H + h, tl.sum(along, axis=0))
+
+
+@triton.jit
+def _weights(s, lse):
+    """Return the weights of scores ``s``; at most 1, as the sums behind a score and its row's ``lse`` differ."""
+    return tl.exp2(tl.minimum(s - lse, 0.0, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit(do_not_specialize=["Y", "X", "windows_y", "windows_x", "total"])
+def _window_attention_bwd_dkv_kernel(
+    qkv_ptr,  # (B, N, 3, H, D)
+    do_ptr,  # (B, N, H, D)
+    lse_ptr,  # (B, H, N)
+    delta_ptr,  # (B, H, N)
+    table_ptr,  # (H, entries), with TABLE
+    padding_ptr,  # (3, H, D), with PADDING "value"
+    logit_ptr,  # (H,), with COSINE
+    seed_ptr,  # (1,), with DROPOUT
+    dqkv_ptr,  # (B, N, 3, H, D), contiguous
+    dpadding_ptr,  # (windows of all images · blocks, 2, H, D): keys, then values, with NEEDS_DPADDING
+    stride_qkv_b,
+    stride_qkv_n,
+    stride_qkv_part,
+    stride_qkv_h,
+    stride_o_b,  # of do
+    stride_o_n,
+    stride_o_h,
+    N,
+    H,
+    Y,
+    X,
+    windows_y,
+    windows_x,
+    total,
+    scale: tl.constexpr,
+    score_scale: tl.constexpr,
+    D: tl.constexpr,
+    SHAPE: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    TABLE: tl.constexpr,
+    PADDING: tl.constexpr,
+    COSINE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    NEEDS_DPADDING: tl.constexpr,
+    ALIGN: tl.constexpr,
+    INDEX: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    TOKENS: tl.constexpr = SHAPE[7]
+    BLOCKS: tl.constexpr = tl.cdiv(TOKENS, BLOCK_N)
+    pid = tl.program_id(0)
+    n = (pid % BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)).to(INDEX)
+    h = (pid // BLOCKS % H).to(tl.int64)
+    window = pid // BLOCKS // H
+    b = (window // (windows_y * windows_x)).to(tl.int64)
+    place = window % (windows_y * windows_x)
+    size = (Y, X, windows_y, windows_x)
+    table_head = table_ptr + h * ENTRIES
+    padding_head = padding_ptr + h * D
+    factor = 0.0
+    factor2 = 0.0
+    if COSINE:
+        factor = tl.load(logit_ptr + h).to(ACC)
+        factor2 = factor * LOG2_E
+    rows_n, in_window_n, in_image_n, region_n = window_tokens(n, place, size, SHAPE)
+    exists = in_image_n if PADDING == "hidden" else in_window_n
+    q_head = head_ptr(qkv_ptr, b, h, 0, stride_qkv_b, stride_qkv_n, stride_qkv_h, ALIGN)
+    do_head = head_ptr(do_ptr, b, h, 0, stride_o_b, stride_o_n, stride_o_h, ALIGN)
+    k = load_tokens(
+        q_head + stride_qkv_part, rows_n, stride_qkv_n, in_image_n, in_window_n, padding_head + H * D,
+        D, PARTS, ALIGN, PADDING,
+    )  # fmt: skip
+    v = load_tokens(
+        q_head + 2 * stride_qkv_part, rows_n, stride_qkv_n, in_image_n, in_window_n, padding_head + 2 * H * D,
+        D, PARTS, ALIGN, PADDING,
+    )  # fmt: skip
+    norms_n = tl.zeros((BLOCK_N,), ACC)
+    if COSINE:
+        norms_n = inverse_norms(k, ACC)
+    dk = zero_head(BLOCK_N, PARTS, ACC)
+    dv = zero_head(BLOCK_N, PARTS, ACC)
+    for start in range(0, TOKENS, BLOCK_M):
+        m = start + tl.arange(0, BLOCK_M).to(INDEX)
+        rows, _, in_image, region = window_tokens(m, place, size, SHAPE)
+        q = load_head(q_head, rows, stride_qkv_n, in_image, D, PARTS, ALIGN)
+        do = load_head(do_head, rows, stride_o_n, in_image, D, PARTS, ALIGN)
+        statistics = (b * H + h) * N + rows
+        lse = tl.load(lse_ptr + statistics, mask=in_image, other=float("inf"))
+        delta = tl.load(delta_ptr + statistics, mask=in_image, other=0.0)
+        norms_m = tl.zeros((BLOCK_M,), ACC)
+        if COSINE:
+            norms_m = inverse_norms(q, ACC)
+        zero = zeros(BLOCK_N, BLOCK_M, ACC)
+        s = scores_of(k, q, zero, score_scale, factor2, norms_n[:, None], norms_m[None, :], COSINE, PRECISION)
+        s += table_bias(table_head, m[None, :], n[:, None], SHAPE, TABLE, ACC)
+        s = masked_scores(s, region_n[:, None], region[None, :], exists[:, None], SHAPE)
+        p = _weights(s, lse[None, :])
+        dp = dot_heads(v, do, zeros(BLOCK_N, BLOCK_M, ACC), PRECISION)
+        if DROPOUT > 0:
+            drawn = window.to(tl.int64) * H + h
+            keep = dropout_scale(
+                tl.load(seed_ptr), drawn, m.to(tl.int32)[None, :], n.to(tl.int32)[:, None], DROPOUT, ACC
+            )
+            dv = weighted_sum(p * keep, do, dv, PRECISION)
+            dp *= keep
+        else:
+            dv = weighted_sum(p, do, dv, PRECISION)
+        ds = p * (dp - delta[None, :])
+        if COSINE:
+            ds *= norms_m[None, :]
+        dk = weighted_sum(ds, q, dk, PRECISION)
+    dk, _ = _through_norm(dk, k, norms_n, factor, scale, COSINE, ACC)
+    dk_head = dqkv_ptr + ((b * N * 3 + 1) * H + h) * D
+    store_head(dk_head, dk, rows_n, 3 * H * D, in_image_n, D, PARTS, ALIGN)
+    store_head(dk_head + H * D, dv, rows_n, 3 * H * D, in_image_n, D, PARTS, ALIGN)
+    if NEEDS_DPADDING:
+        program = window.to(tl.int64) * BLOCKS + pid % BLOCKS
+        sums = dpadding_ptr + (program * 2 * H + h) * D
+        _store_padding_sums(sums, dk, dv, in_window_n & ~in_image_n, H, D, PARTS)
+
+
+@triton.jit(do_not_specialize=["Y", "X", "windows_y", "windows_x", "total"])
+def _window_attention_bwd_dbias_kernel(
+    qkv_ptr,  # (B, N, 3, H, D)
+    do_ptr,  # (B, N, H, D)
+    lse_ptr,  # (B, H, N)
+    delta_ptr,  # (B, H, N)
+    table_ptr,  # (H, entries)
+    padding_ptr,  # (3, H, D), with PADDING "value"
+    logit_ptr,  # (H,), with COSINE
+    seed_ptr,  # (1,), with DROPOUT
+    dbias_ptr,  # (groups, H, tokens, tokens)
+    stride_qkv_b,
+    stride_qkv_n,
+    stride_qkv_part,
+    stride_qkv_h,
+    stride_o_b,  # of do
+    stride_o_n,
+    stride_o_h,
+    N,
+    H,
+    Y,
+    X,
+    windows_y,
+    windows_x,
+    total,
+    windows,  # windows per program
+    score_scale: tl.constexpr,
+    D: tl.constexpr,
+    SHAPE: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    TABLE: tl.constexpr,
+    PADDING: tl.constexpr,
+    COSINE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    INDEX: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    TOKENS: tl.constexpr = SHAPE[7]
+    BLOCKS_M: tl.constexpr = tl.cdiv(TOKENS, BLOCK_M)
+    BLOCKS_N: tl.constexpr = tl.cdiv(TOKENS, BLOCK_N)
+    pid = tl.program_id(0)
+    n = (pid % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N)).to(INDEX)
+    m = (pid // BLOCKS_N % BLOCKS_M * BLOCK_M + tl.arange(0, BLOCK_M)).to(INDEX)
+    h = (pid // (BLOCKS_M * BLOCKS_N) % H).to(tl.int64)
+    group = pid // (BLOCKS_M * BLOCKS_N) // H
+    first = group * windows
+    size = (Y, X, windows_y, windows_x)
+    padding_head = padding_ptr + h * D
+    bias = table_bias(table_ptr + h * ENTRIES, m[:, None], n[None, :], SHAPE, TABLE, ACC)
+    factor2 = 0.0
+    if COSINE:
+        factor2 = tl.load(logit_ptr + h).to(ACC) * LOG2_E
+    dbias = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    for window in range(first, tl.minimum(first + windows, total)):
+        b = (window // (windows_y * windows_x)).to(tl.int64)
+        place = window % (windows_y * windows_x)
+        rows, _, in_image, region = window_tokens(m, place, size, SHAPE)
+        rows_n, in_window_n, in_image_n, region_n = window_tokens(n, place, size, SHAPE)
+        q_head = head_ptr(qkv_ptr, b, h, 0, stride_qkv_b, stride_qkv_n, stride_qkv_h, ALIGN)
+        do_head = head_ptr(do_ptr, b, h, 0, stride_o_b, stride_o_n, stride_o_h, ALIGN)
+        q = load_head(q_head, rows, stride_qkv_n, in_image, D, PARTS, ALIGN)
+        k = load_tokens(
+            q_head + stride_qkv_part, rows_n, stride_qkv_n, in_image_n, in_window_n, padding_head + H * D,
+            D, PARTS, ALIGN, PADDING,
+        )  # fmt: skip
+        norms_m = tl.zeros((BLOCK_M,), ACC)
+        norms_n = tl.zeros((BLOCK_N,), ACC)
+        if COSINE:
+            norms_m = inverse_norms(q, ACC)
+            norms_n = inverse_norms(k, ACC)
+        zero = zeros(BLOCK_M, BLOCK_N, ACC)
+        s = scores_of(q, k, zero, score_scale, factor2, norms_m[:, None], norms_n[None, :], COSINE, PRECISION)
+        exists = in_image_n if PADDING == "hidden" else in_window_n
+        s = masked_scores(s + bias, region[:, None], region_n[None, :], exists[None, :], SHAPE)
+        statistics = (b * H + h) * N + rows
+        lse = tl.load(lse_ptr + statistics, mask=in_image, other=float("inf"))
+        delta = tl.load(delta_ptr + statistics, mask=in_image, other=0.0)
+        do = load_head(do_head, rows, stride_o_n, in_image, D, PARTS, ALIGN)
+        v = load_tokens(
+            q_head + 2 * stride_qkv_part, rows_n, stride_qkv_n, in_image_n, in_window_n, padding_head + 2 * H * D,
+            D, PARTS, ALIGN, PADDING,
+        )  # fmt: skip
+        dp = dot_heads(do, v, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION)
+        if DROPOUT > 0:
+            drawn = window.to(tl.int64) * H + h
+            dp *= dropout_scale(
+                tl.load(seed_ptr), drawn, m.to(tl.int32)[:, None], n.to(tl.int32)[None, :], DROPOUT, ACC
+            )
+        dbias += _weights(s, lse[:, None]) * (dp - delta[:, None])
+    ptrs = dbias_ptr + ((group.to(tl.int64) * H + h) * TOKENS + m[:, None]) * TOKENS + n[None, :]
+    tl.store(ptrs, dbias, mask=(m < TOKENS)[:, None] & (n < TOKENS)[None, :])
+
+
+@triton.jit
+def _window_attention_table_kernel(
+    dbias_ptr,  # (H, tokens, tokens)
+    dtable_ptr,  # (entries, H)
+    H,
+    SHAPE: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    TOKENS: tl.constexpr = SHAPE[7]
+    COLUMNS: tl.constexpr = 2 * SHAPE[1] - 1
+    BLOCKS: tl.constexpr = tl.cdiv(ENTRIES, BLOCK_E)
+    pid = tl.program_id(0)
+    h = (pid // BLOCKS).to(tl.int64)
+    entry = pid % BLOCKS * BLOCK_E + tl.arange(0, BLOCK_E)
+    dy = entry // COLUMNS - (SHAPE[0] - 1)
+    dx = entry % COLUMNS - (SHAPE[1] - 1)
+    exists = entry < (2 * SHAPE[0] - 1) * COLUMNS
+    head = dbias_ptr + h * TOKENS * TOKENS
+    total = tl.zeros((BLOCK_M, BLOCK_E), ACC)
+    for start in range(0, TOKENS, BLOCK_M):
+        m = start + tl.arange(0, BLOCK_M)
+        place = m - SHAPE[4]
+        y = (place // SHAPE[1])[:, None] - dy[None, :]
+        x = (place % SHAPE[1])[:, None] - dx[None, :]
+        inside = (y >= 0) & (y < SHAPE[0]) & (x >= 0) & (x < SHAPE[1]) & exists[None, :]
+        n = SHAPE[4] + y * SHAPE[1] + x
+        if SHAPE[4] > 0:
+            inside = inside & (place >= 0)[:, None]
+        inside = inside & (m < TOKENS)[:, None]
+        total += tl.load(head + m[:, None] * TOKENS + n, mask=inside, other=0.0)
+    sums = tl.sum(total, axis=0)
+    if SHAPE[4] > 0 and (pid % BLOCKS + 1) * BLOCK_E > ENTRIES - 3:  # BEiT's three entries are the last
+        of_row = tl.zeros((BLOCK_M,), ACC)
+        of_column = tl.zeros((BLOCK_M,), ACC)
+        for prefix in range(0, SHAPE[4]):
+            for start in range(0, TOKENS, BLOCK_M):
+                m = start + tl.arange(0, BLOCK_M)
+                token = (m >= SHAPE[4]) & (m < TOKENS)
+                of_row += tl.load(head + prefix * TOKENS + m, mask=token, other=0.0)
+                of_column += tl.load(head + m * TOKENS + prefix, mask=token, other=0.0)
+        corner = tl.zeros((BLOCK_M,), ACC)
+        for prefix in range(0, SHAPE[4]):
+            m = tl.arange(0, BLOCK_M)
+            corner += tl.load(head + prefix * TOKENS + m, mask=m < SHAPE[4], other=0.0)
+        sums = tl.where(entry == ENTRIES - 3, tl.sum(of_row, axis=0), sums)
+        sums = tl.where(entry == ENTRIES - 2, tl.sum(of_column, axis=0), sums)
+        sums = tl.where(entry == ENTRIES - 1, tl.sum(corner, axis=0), sums)
+    tl.store(dtable_ptr + entry.to(tl.int64) * H + h, sums.to(dtable_ptr.dtype.element_ty), mask=entry < ENTRIES)
+
+
+def window_attention_backward(
+    do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, options: Options, needed: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launch the backward; return the gradients of qkv, table, padding and logit scale.
+
+    The last three are in their parameters' dtypes, and empty unless ``needed``.
+    """
+    dqkv, dtable, dpadding, dlogit = backward_outputs(qkv, options, needed)
+    if qkv.numel() == 0:
+        return dqkv, dtable.zero_(), dpadding.zero_(), dlogit.zero_()
+    do = runtime.unit_stride(do)
+    windows = options.windows
+    needs_dtable, needs_dpadding, needs_dlogit = needed
+    pads = needs_dpadding and not windows.whole
+    B, N, _, H, D = qkv.shape
+    config = choose_config(windows.tokens, D, qkv.dtype, runtime.device_facts(qkv.device))
+    wide = lse.dtype
+    pairs = H * windows.tokens**2
+
+    def shares(needed: bool, programs: int, width: int) -> tuple[Tensor, Tensor]:
+        kept, (argument,) = new_shares([needed], programs, width, wide, qkv.device)
+        return kept, argument
+
+    if config.whole is not None:
+        tiling = config.whole
+        arguments, total, _ = launch_arguments(qkv, options, tiling.block_m, do, dqkv.flatten(2, 3))
+        per_program, groups = groups_of(total, H, True, qkv)
+        bias_shares, dbias = shares(needs_dtable, groups, pairs)
+        padding_shares, padding_sums = shares(pads, groups, 2 * H * D)
+        logit_shares, logit_sums = shares(needs_dlogit, groups, H)
+        del arguments["o_ptr"]
+        _window_attention_bwd_whole_kernel[(groups * H,)](
+            **arguments,
+            do_ptr=do,
+            dqkv_ptr=dqkv,
+            dbias_ptr=dbias,
+            dpadding_ptr=padding_sums,
+            dlogit_ptr=logit_sums,
+            windows=per_program,
+            scale=options.scale,
+            NEEDS_DTABLE=needs_dtable,
+            NEEDS_DPADDING=pads,
+            NEEDS_DLOGIT=needs_dlogit,
+            **_rest(tiling),
+        )
+    else:
+        delta = torch.empty_like(lse)
+        arguments, total, blocks = launch_arguments(qkv, options, config.dq.block_m, o, do, dqkv.flatten(2, 3))
+        logit_shares, logit_sums = shares(needs_dlogit, total * blocks, H)
+        _window_attention_bwd_dq_kernel[(total * H * blocks,)](
+            **arguments,
+            do_ptr=do,
+            lse_ptr=lse,
+            delta_ptr=delta,
+            dqkv_ptr=dqkv,
+            dlogit_ptr=logit_sums,
+            stride_do_b=do.stride(0),
+            stride_do_n=do.stride(1),
+            stride_do_h=do.stride(2),
+            scale=options.scale,
+            NEEDS_DLOGIT=needs_dlogit,
+            **_rest(config.dq),
+        )
+        arguments, _, _ = launch_arguments(qkv, options, config.dkv.block_m, do, dqkv.flatten(2, 3))
+        del arguments["o_ptr"]
+        blocks = runtime.cdiv(windows.tokens, config.dkv.block_n)
+        padding_shares, padding_sums = shares(pads, total * blocks, 2 * H * D)
+        _window_attention_bwd_dkv_kernel[(total * H * blocks,)](
+            **arguments,
+            do_ptr=do,
+            lse_ptr=lse,
+            delta_ptr=delta,
+            dqkv_ptr=dqkv,
+            dpadding_ptr=padding_sums,
+            scale=options.scale,
+            NEEDS_DPADDING=pads,
+            **_rest(config.dkv),
+        )
+        if needs_dtable:
+            arguments["BLOCK_M"] = config.dtable.block_m
+            tiles = runtime.cdiv(windows.tokens, config.dtable.block_m) * runtime.cdiv(
+                windows.tokens, config.dtable.block_n
+            )
+            per_program, groups = _table_groups(total, tiles * H, qkv)
+            bias_shares, dbias = shares(True, groups, pairs)
+            _window_attention_bwd_dbias_kernel[(groups * H * tiles,)](
+                **arguments,
+                do_ptr=do,
+                lse_ptr=lse,
+                delta_ptr=delta,
+                dbias_ptr=dbias,
+                windows=per_program,
+                **_rest(config.dtable),
+            )
+    if needs_dtable:
+        _fold(sum_shares(bias_shares, [True], [wide])[0], dtable, windows, H)
+    if needs_dpadding:
+        dpadding.zero_()
+    if pads:
+        dpadding[1:].copy_(sum_shares(padding_shares, [True], [wide])[0].view(2, H, D))
+    if needs_dlogit:
+        dlogit = sum_shares(logit_shares, [True], [options.logit_scale.dtype])[0]
+    return dqkv, dtable, dpadding, dlogit
+
+
+def _rest(tiling: Tiling) -> dict[str, int]:
+    return {"BLOCK_N": tiling.block_n, "num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
+
+
+def _table_groups(total: int, programs: int, qkv: Tensor) -> tuple[int, int]:
+    """Return the windows per program and the programs per tile of the table's gradient: just enough to fill the device
+    twice, since each writes a tile."""
+    groups = min(total, runtime.cdiv(2 * runtime.device_facts(qkv.device).num_sms, programs))
+    windows = runtime.cdiv(total, groups)
+    return windows, runtime.cdiv(total, windows)
+
+
+def _fold(dbias: Tensor, dtable: Tensor, windows, H: int) -> None:
+    """Sum dbias (H, tokens, tokens) into dtable (entries, H)."""
+    block_e = 32
+    _window_attention_table_kernel[(H * runtime.cdiv(windows.entries, block_e),)](
+        dbias_ptr=dbias,
+        dtable_ptr=dtable,
+        H=H,
+        SHAPE=windows.constants,
+        ENTRIES=windows.entries,
+        ACC=tl.float64 if dbias.dtype == torch.float64 else tl.float32,
+        BLOCK_E=block_e,
+        BLOCK_M=32,
+        num_warps=4,
+    )
+
+
+def backward_outputs(
+    qkv: Tensor, options: Options, needed: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Allocate the outputs of :func:`window_attention_backward`."""
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    parameters = (options.table, options.padding, options.logit_scale)
+    return dqkv, *(
+        torch.empty(p.shape, dtype=p.dtype, device=qkv.device) if n else qkv.new_empty(0)
+        for p, n in zip(parameters, needed, strict=True)
+    )

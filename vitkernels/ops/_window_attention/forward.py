@@ -1,0 +1,233 @@
+"""Forward of window attention: one kernel, and its launcher."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from vitkernels import runtime
+from vitkernels.ops._attention.config import head_parts
+from vitkernels.ops._attention import operands
+from vitkernels.ops._attention.tiles import (
+    LOG2_E,
+    dropout_scale,
+    head_ptr,
+    load_head,
+    scaled_head,
+    store_head,
+    weighted_sum,
+    zero_head,
+    zeros,
+)
+from vitkernels.ops._tile import accumulator
+from vitkernels.ops._triton import tl, triton
+from vitkernels.ops._window_attention.config import choose_config
+from vitkernels.ops._window_attention.tiles import (
+    inverse_norms,
+    load_tokens,
+    masked_scores,
+    scores_of,
+    table_bias,
+    window_tokens,
+)
+from vitkernels.ops._window_attention.windows import Options
+
+
+@triton.jit(do_not_specialize=["Y", "X", "windows_y", "windows_x", "total"])
+def _window_attention_fwd_kernel(
+    qkv_ptr,  # (B, N, 3, H, D)
+    table_ptr,  # (H, entries), with TABLE
+    padding_ptr,  # (3, H, D), with PADDING "value"
+    logit_ptr,  # (H,), with COSINE
+    seed_ptr,  # (1,), with DROPOUT
+    o_ptr,  # (B, N, H, D)
+    lse_ptr,  # (B, H, N), base-2 log-sum-exp
+    stride_qkv_b,
+    stride_qkv_n,
+    stride_qkv_part,
+    stride_qkv_h,
+    stride_o_b,
+    stride_o_n,
+    stride_o_h,
+    N,
+    H,
+    Y,
+    X,
+    windows_y,
+    windows_x,
+    total,  # windows of all images
+    windows,  # windows per program
+    score_scale: tl.constexpr,
+    D: tl.constexpr,
+    SHAPE: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    TABLE: tl.constexpr,
+    PADDING: tl.constexpr,  # "" (every window is whole), "value", or "hidden" from queries
+    COSINE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    INDEX: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    TOKENS: tl.constexpr = SHAPE[7]
+    BLOCKS: tl.constexpr = tl.cdiv(TOKENS, BLOCK_M)
+    WHOLE: tl.constexpr = BLOCK_N >= TOKENS  # one tile has all keys
+    pid = tl.program_id(0)
+    m = (pid % BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)).to(INDEX)
+    h = (pid // BLOCKS % H).to(tl.int64)
+    first = pid // BLOCKS // H * windows
+    size = (Y, X, windows_y, windows_x)
+    table_head = table_ptr + h * ENTRIES
+    padding_head = padding_ptr + h * D
+    bias = 0.0
+    if WHOLE:  # loaded once for all windows
+        keys = tl.arange(0, BLOCK_N).to(INDEX)
+        bias = table_bias(table_head, m[:, None], keys[None, :], SHAPE, TABLE, ACC)
+    factor = 0.0
+    if COSINE:
+        factor = tl.load(logit_ptr + h).to(ACC) * LOG2_E
+    for window in range(first, tl.minimum(first + windows, total)):
+        b = (window // (windows_y * windows_x)).to(tl.int64)
+        place = window % (windows_y * windows_x)
+        rows_m, _, mask_m, region_m = window_tokens(m, place, size, SHAPE)
+        q_head = head_ptr(qkv_ptr, b, h, 0, stride_qkv_b, stride_qkv_n, stride_qkv_h, ALIGN)
+        k_head = q_head + stride_qkv_part
+        v_head = k_head + stride_qkv_part
+        q = load_head(q_head, rows_m, stride_qkv_n, mask_m, D, PARTS, ALIGN)
+        norms_m = 0.0
+        if COSINE:
+            norms_m = inverse_norms(q, ACC)[:, None]
+        maximum = tl.full((BLOCK_M,), float("-inf"), ACC)
+        sums = tl.zeros((BLOCK_M,), ACC)
+        o = zero_head(BLOCK_M, PARTS, ACC)
+        for start in range(0, TOKENS, BLOCK_N):
+            n = start + tl.arange(0, BLOCK_N).to(INDEX)
+            rows_n, in_window, in_image, region_n = window_tokens(n, place, size, SHAPE)
+            k = load_tokens(
+                k_head, rows_n, stride_qkv_n, in_image, in_window, padding_head + H * D, D, PARTS, ALIGN, PADDING
+            )
+            v = load_tokens(
+                v_head, rows_n, stride_qkv_n, in_image, in_window, padding_head + 2 * H * D, D, PARTS, ALIGN, PADDING
+            )
+            norms_n = 0.0
+            if COSINE:
+                norms_n = inverse_norms(k, ACC)[None, :]
+            zero = zeros(BLOCK_M, BLOCK_N, ACC)
+            s = scores_of(q, k, zero, score_scale, factor, norms_m, norms_n, COSINE, PRECISION)
+            if WHOLE:
+                s += bias
+            else:
+                s += table_bias(table_head, m[:, None], n[None, :], SHAPE, TABLE, ACC)
+            exists = in_image if PADDING == "hidden" else in_window
+            s = masked_scores(s, region_m[:, None], region_n[None, :], exists[None, :], SHAPE)
+            largest = tl.maximum(maximum, tl.max(s, axis=1))
+            # If all scores so far are -inf, subtracting their maximum would give NaN.
+            shift = tl.where(largest == float("-inf"), 0.0, largest)
+            p = tl.exp2(s - shift[:, None])
+            rescale = tl.exp2(maximum - shift)
+            sums = sums * rescale + tl.sum(p, axis=1)
+            if DROPOUT > 0:
+                drawn = window.to(tl.int64) * H + h
+                p *= dropout_scale(
+                    tl.load(seed_ptr), drawn, m.to(tl.int32)[:, None], n.to(tl.int32)[None, :], DROPOUT, ACC
+                )
+            o = weighted_sum(p, v, scaled_head(o, rescale[:, None]), PRECISION)
+            maximum = largest
+        o_head = head_ptr(o_ptr, b, h, 0, stride_o_b, stride_o_n, stride_o_h, ALIGN)
+        store_head(o_head, scaled_head(o, (1.0 / sums)[:, None]), rows_m, stride_o_n, mask_m, D, PARTS, ALIGN)
+        tl.store(lse_ptr + (b * H + h) * N + rows_m, maximum + tl.log2(sums), mask=mask_m)
+
+
+def window_attention_forward(qkv: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """Launch the forward on qkv (B, N, 3, H, D); return o (B, N, H, D) and lse (B, H, N)."""
+    o, lse = forward_outputs(qkv)
+    if o.numel() == 0:
+        return o, lse
+    config = choose_config(options.windows.tokens, qkv.shape[-1], qkv.dtype, runtime.device_facts(qkv.device))
+    arguments, total, blocks = launch_arguments(qkv, options, config.forward.block_m, o)
+    windows, groups = groups_of(total, blocks * qkv.shape[3], config.forward.block_n >= options.windows.tokens, qkv)
+    _window_attention_fwd_kernel[(groups * qkv.shape[3] * blocks,)](
+        **arguments,
+        lse_ptr=lse,
+        windows=windows,
+        BLOCK_N=config.forward.block_n,
+        num_warps=config.forward.num_warps,
+        num_stages=config.forward.num_stages,
+    )
+    return o, lse
+
+
+def forward_outputs(qkv: Tensor) -> tuple[Tensor, Tensor]:
+    """Allocate the outputs of :func:`window_attention_forward`."""
+    B, N, _, H, D = qkv.shape
+    o = qkv.new_empty((B, N, H, D))
+    return o, qkv.new_empty((B, H, N), dtype=runtime.wide_dtype(qkv.dtype))
+
+
+def launch_arguments(
+    qkv: Tensor, options: Options, block_m: int, o: Tensor, *others: Tensor
+) -> tuple[dict[str, object], int, int]:
+    """Return the arguments that the kernels share, the windows of all images, and the blocks of queries of a window.
+
+    ``o`` is read or written; ``others`` are further tensors whose rows the kernel reads.
+    """
+    qkv = runtime.unit_stride(qkv)
+    B, N, _, H, D = qkv.shape
+    windows = options.windows
+    rows, columns = windows.counts
+    total = B * rows * columns
+    arguments = {
+        "qkv_ptr": qkv,
+        "table_ptr": qkv if options.table is None else table_rows(options.table),
+        "padding_ptr": qkv if options.padding is None else options.padding.contiguous(),
+        "logit_ptr": qkv if options.logit_scale is None else options.logit_scale.contiguous(),
+        "seed_ptr": qkv if options.seed is None else options.seed,
+        "o_ptr": o,
+        "stride_qkv_b": qkv.stride(0),
+        "stride_qkv_n": qkv.stride(1),
+        "stride_qkv_part": qkv.stride(2),
+        "stride_qkv_h": qkv.stride(3),
+        "stride_o_b": o.stride(0),
+        "stride_o_n": o.stride(1),
+        "stride_o_h": o.stride(2),
+        "N": N,
+        "H": H,
+        "Y": windows.Y,
+        "X": windows.X,
+        "windows_y": rows,
+        "windows_x": columns,
+        "total": total,
+        "score_scale": options.scale * operands.LOG2_E,
+        "D": D,
+        "SHAPE": windows.constants,
+        "ENTRIES": windows.entries,
+        "TABLE": options.table is not None,
+        "PADDING": "" if windows.whole else "hidden" if options.padding is None else "value",
+        "COSINE": options.logit_scale is not None,
+        "DROPOUT": round(options.dropout_p * 2**31),
+        "ACC": accumulator(qkv.dtype),
+        "PRECISION": runtime.dot_precision(qkv.device),
+        "PARTS": head_parts(D),
+        "BLOCK_M": block_m,
+        "enable_fp_fusion": False,  # as in ops.attention: an fma would leave a remainder of the largest score
+        **operands.addressing(qkv, o, *others),
+    }
+    return arguments, total, runtime.cdiv(windows.tokens, block_m)
+
+
+def table_rows(table: Tensor) -> Tensor:
+    """Return the table as (heads, entries), at least fp32: read along a row, a warp's loads touch one or two lines."""
+    return table.t().to(runtime.wide_dtype(table.dtype)).contiguous()
+
+
+def groups_of(total: int, programs: int, whole: bool, qkv: Tensor) -> tuple[int, int]:
+    """Return the windows per program and the programs per head and block of queries.
+
+    Only where one tile holds a ``whole`` window does a program gain by taking several: it loads the bias once. Eight
+    programs an SM hide each other's latency.
+    """
+    windows = max(1, total * programs // (8 * runtime.device_facts(qkv.device).num_sms)) if whole else 1
+    return windows, runtime.cdiv(total, windows)

@@ -1,0 +1,80 @@
+"""Window attention's registered ops: adapters for the launchers, references, and fake outputs."""
+
+from __future__ import annotations
+
+from vitkernels import reference, runtime
+from vitkernels.ops._registry import reference_gradients, register
+from vitkernels.ops._window_attention.backward import backward_outputs, window_attention_backward
+from vitkernels.ops._window_attention.forward import forward_outputs, window_attention_forward
+from vitkernels.ops._window_attention.windows import Options, Windows
+
+
+def _options(Y, X, window, table, padding, logit_scale, seed, scale, dropout_p):
+    rows, columns, shift_y, shift_x, prefix, grid, roll_padded = window
+    windows = Windows(Y, X, rows, columns, shift_y, shift_x, prefix, bool(grid), bool(roll_padded))
+    return Options(windows, table, padding, logit_scale, seed, scale, dropout_p)
+
+
+def _forward(qkv, *options):
+    return window_attention_forward(qkv, _options(*options))
+
+
+def _fake_forward(qkv, *options):
+    return forward_outputs(qkv)
+
+
+def _reference_forward(qkv, *options):
+    o = _reference(qkv, *options[3:6], *options[:3], *options[6:])
+    return o.to(qkv.dtype).contiguous(), qkv.new_empty(
+        forward_outputs(qkv)[1].shape, dtype=runtime.wide_dtype(qkv.dtype)
+    )
+
+
+def _reference(qkv, table, padding, logit_scale, Y, X, window, seed, scale, dropout_p):
+    options = _options(Y, X, window, table, padding, logit_scale, seed, scale, dropout_p)
+    windows = options.windows
+    drawn = None
+    if dropout_p:
+        count = windows.counts[0] * windows.counts[1] * qkv.shape[0]
+        shape = (count, qkv.shape[3], windows.tokens, windows.tokens)
+        drawn = reference.dropout_scale(int(seed), shape, dropout_p).to(qkv.device)
+    return reference.window_attention(
+        qkv, (Y, X), (windows.rows, windows.columns), shift=(windows.shift_y, windows.shift_x),
+        num_prefix_tokens=windows.prefix, grid=windows.grid, roll_padded=windows.roll_padded, bias_table=table,
+        padding=padding, logit_scale=logit_scale, scale=scale, dropout_scale=drawn,
+    )  # fmt: skip
+
+
+def _backward(do, qkv, o, lse, needed, *options):
+    return window_attention_backward(do, qkv, o, lse, _options(*options), needed)
+
+
+def _fake_backward(do, qkv, o, lse, needed, *options):
+    return backward_outputs(qkv, _options(*options), needed)
+
+
+def _reference_backward(do, qkv, o, lse, needed, Y, X, window, table, padding, logit_scale, *rest):
+    return reference_gradients(
+        lambda *tensors: _reference(*tensors, Y, X, window, *rest), (qkv, table, padding, logit_scale), (do,),
+        (True, *needed),
+    )  # fmt: skip
+
+
+# Image, window (rows, columns, shifts, prefix, grid, roll padded), and the options.
+_OPTIONS = (
+    "SymInt Y, SymInt X, int[] window, Tensor? table, Tensor? padding, Tensor? logit_scale, Tensor? seed, float scale, "
+    "float dropout_p"
+)
+window_attention_fwd = register(
+    f"window_attention_fwd(Tensor qkv, {_OPTIONS}) -> (Tensor, Tensor)",
+    launcher=_forward,
+    reference=_reference_forward,
+    fake=_fake_forward,
+)
+window_attention_bwd = register(
+    f"window_attention_bwd(Tensor do, Tensor qkv, Tensor o, Tensor lse, bool[] needed, {_OPTIONS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    launcher=_backward,
+    reference=_reference_backward,
+    fake=_fake_backward,
+)

@@ -1,0 +1,125 @@
+"""Device functions of the window attention kernels: a window's tokens, its bias and its scores. No kernels.
+
+``SHAPE`` is (rows, columns, rows shifted, columns shifted, prefix tokens, grid, roll padded, tokens), the constants of
+:class:`~vitkernels.ops._window_attention.windows.Windows`; ``size`` is (image rows, image columns, rows of windows,
+columns of windows).
+"""
+
+from __future__ import annotations
+
+from vitkernels.ops._attention.tiles import LOG2_E, columns, dot_heads, dot_rows, load_head
+from vitkernels.ops._triton import tl, triton
+
+OTHER_REGION = tl.constexpr(-144.26950408889634)  # Swin's −100 for tokens that the shift brought together, in base 2
+SMALLEST_NORM = tl.constexpr(1e-12)  # F.normalize's
+
+
+@triton.jit
+def _along(t, window, size, count, WIDTH: tl.constexpr, SHIFT: tl.constexpr, GRID: tl.constexpr, ROLL: tl.constexpr):
+    """Return along one axis the position in the image of place ``t`` in a window, ``size`` or more if it is padding,
+    and which of the three regions of the shifted image it comes from."""
+    if GRID:
+        position = t * count + window
+    else:
+        position = window * WIDTH + t
+    region = position * 0
+    if SHIFT > 0:
+        padded = count * WIDTH
+        region = (position >= padded - WIDTH).to(tl.int32) + (position >= padded - SHIFT).to(tl.int32)
+        if ROLL:  # the padding moves with the image
+            position += SHIFT
+            position = tl.where(position >= padded, position - padded, position)
+        else:  # the padding stays behind the image
+            turned = position + SHIFT
+            turned = tl.where(turned >= size, turned - size, turned)
+            position = tl.where(position < size, turned, position)
+    return position, region
+
+
+@triton.jit
+def window_tokens(t, window, size, SHAPE: tl.constexpr):
+    """Return for places ``t`` of a window their rows in memory, whether the window has them, whether the image has
+    them, and their regions, between which a shifted window attends with −100."""
+    place = t - SHAPE[4]
+    ty = place // SHAPE[1]
+    tx = place - ty * SHAPE[1]
+    y, region_y = _along(ty, window // size[3], size[0], size[2], SHAPE[0], SHAPE[2], SHAPE[5], SHAPE[6])
+    x, region_x = _along(tx, window % size[3], size[1], size[3], SHAPE[1], SHAPE[3], SHAPE[5], SHAPE[6])
+    in_window = t < SHAPE[7]
+    in_image = in_window & (y < size[0]) & (x < size[1])
+    row = y * size[1] + x
+    if SHAPE[4] > 0:
+        row = tl.where(place < 0, t, row + SHAPE[4])
+        in_image = in_image | (place < 0)
+    return row, in_window, in_image, region_y * 3 + region_x
+
+
+@triton.jit
+def _place(t, SHAPE: tl.constexpr):
+    """Return a number of each place of a window such that the difference of two tells where they lie apart."""
+    place = t - SHAPE[4]
+    ty = place // SHAPE[1]
+    return ty * (2 * SHAPE[1] - 1) + (place - ty * SHAPE[1])
+
+
+@triton.jit
+def table_bias(table_head, m, n, SHAPE: tl.constexpr, TABLE: tl.constexpr, ACC: tl.constexpr):
+    """Load the bias of queries ``m`` and keys ``n``, which broadcast to a tile, from a head's row of the table, for
+    scores in base 2; 0 without a table.
+
+    Neighbouring keys lie side by side in the table, so that a warp's loads touch one or two lines.
+    """
+    if TABLE:
+        COLUMNS: tl.constexpr = 2 * SHAPE[1] - 1
+        ENTRIES: tl.constexpr = (2 * SHAPE[0] - 1) * COLUMNS
+        entry = _place(m, SHAPE) - _place(n, SHAPE) + ((SHAPE[0] - 1) * COLUMNS + SHAPE[1] - 1)
+        if SHAPE[4] > 0:  # BEiT's three entries: prefix to token, token to prefix, prefix to prefix
+            of_prefix = tl.where(n < SHAPE[4], ENTRIES + 2, ENTRIES)
+            entry = tl.where(m < SHAPE[4], of_prefix, tl.where(n < SHAPE[4], ENTRIES + 1, entry))
+        inside = (m < SHAPE[7]) & (n < SHAPE[7])
+        return tl.load(table_head + entry, mask=inside, other=0.0).to(ACC) * LOG2_E
+    else:
+        return 0.0
+
+
+@triton.jit
+def load_tokens(
+    head, rows, stride_n, in_image, in_window, padding_head, D: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr,
+    PADDING: tl.constexpr,
+):  # fmt: skip
+    """Load the keys or values ``rows`` of a head; where the window is padded, those of ``padding_head`` (D,)."""
+    parts = load_head(head, rows, stride_n, in_image, D, PARTS, ALIGN)
+    if PADDING == "value":
+        filled = ()
+        for i in tl.static_range(len(PARTS)):
+            cols = columns(PARTS, i)
+            value = tl.load(padding_head + cols, mask=cols < D, other=0.0)[None, :].to(parts[i].dtype)
+            filled = filled + (tl.where((in_window & ~in_image)[:, None], value, parts[i]),)
+        return filled
+    else:
+        return parts
+
+
+@triton.jit
+def inverse_norms(head, ACC: tl.constexpr):
+    """Return 1/‖row‖ of each row of a head, as F.normalize takes it."""
+    return 1.0 / tl.maximum(tl.sqrt(dot_rows(head, head, ACC)), SMALLEST_NORM)
+
+
+@triton.jit
+def masked_scores(s, region_a, region_b, exists, SHAPE: tl.constexpr):
+    """Add −100 between regions of a shifted window; set −inf at keys that do not exist. All broadcast to ``s``."""
+    if SHAPE[2] > 0 or SHAPE[3] > 0:
+        s = tl.where(region_a == region_b, s, s + OTHER_REGION)
+    return tl.where(exists, s, float("-inf"))
+
+
+@triton.jit
+def scores_of(a, b, zero, scale: tl.constexpr, factor, norms_a, norms_b, COSINE: tl.constexpr, PRECISION: tl.constexpr):
+    """``scale · a bᵀ`` of two heads; with COSINE ``factor · a bᵀ`` of their rows divided by their norms, which are
+    given as (rows, 1) and (1, rows). As a variable the constant would be fp32, even for fp64 products."""
+    s = dot_heads(a, b, zero, PRECISION)
+    if COSINE:
+        return s * factor * norms_a * norms_b
+    else:
+        return s * scale

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vitkernels import ops, reference, runtime
 from vitkernels.layers import fp8, records
-from vitkernels.layers.records import Attention, Block, DropPath, Linear, Mlp, Norm
+from vitkernels.layers.records import Attention, Block, DropPath, Linear, Mlp, Norm, Relative
 
 
 class Packed(NamedTuple):
@@ -116,7 +116,9 @@ def attention(
         options |= {"attn_mask": attn_mask, "num_prefix_tokens": 0 if rope is None else attn.num_prefix_tokens}
     if isinstance(attn.qkv, Linear):
         qkv = _linear(x, attn.qkv, dtype).view(B, N, 3, attn.num_heads, attn.head_dim)
-        if packed:
+        if attn.positions is not None:
+            out = _attend_by_position(attn, qkv)
+        elif packed:
             out = ops.attention_varlen(*qkv[0].unbind(1), *attn_mask, **options)[None]
         else:
             out = ops.attention_qkvpacked(qkv, **options)
@@ -136,6 +138,27 @@ def attention(
     if attn.proj is None:
         return out
     return _dropout(_linear(ops.quantize_fp8(out) if in_fp8 else out, attn.proj, dtype), attn.proj_drop)
+
+
+def _attend_by_position(attn: Attention, qkv: Tensor) -> Tensor:
+    """Attend as ``attn.positions`` says on qkv (B, N, 3, H, D)."""
+    positions, options = attn.positions, {"dropout_p": attn.attn_drop}
+    if isinstance(positions, Relative):
+        return ops.relative_attention(
+            qkv, positions.image, bias_table=positions.bias_table, num_prefix_tokens=positions.num_prefix_tokens,
+            scale=attn.scale, **options,
+        )  # fmt: skip
+    (Y, X), (rows, columns) = positions.image, positions.size
+    padding = None
+    if Y % rows or X % columns:
+        bias = attn.qkv.bias
+        padding = qkv.new_zeros(qkv.shape[2:]) if bias is None else bias.view(qkv.shape[2:])
+    out = ops.window_attention(
+        qkv.unflatten(1, (Y, X)), positions.size, shift=positions.shift, bias_table=positions.bias_table,
+        padding=padding, logit_scale=positions.logit_scale, scale=attn.scale, grid=positions.grid,
+        roll_padded=positions.roll_padded, **options,
+    )  # fmt: skip
+    return out.flatten(1, 2)
 
 
 def mlp(
@@ -277,7 +300,7 @@ def _is_plain(block: Block) -> bool:
     return (
         not (norm1 is None or norm1.rms or norm2 is None or norm2.rms)
         and isinstance(attn.qkv, Linear)
-        and attn.q_norm is attn.k_norm is attn.norm is attn.gate is None
+        and attn.q_norm is attn.k_norm is attn.norm is attn.gate is attn.positions is None
         and not (attn.attn_drop or attn.proj_drop)
         and mlp_.input_norm is None
         and _plain_mlp(mlp_)

@@ -32,6 +32,44 @@ class Norm(NamedTuple):
     rms: bool = False
 
 
+class Windows(NamedTuple):
+    """Attention within windows of an image, whose Y · X tokens are all that there are (:func:`ops.window_attention`).
+
+    Padded tokens have the bias of the qkv projection, as where an image is padded with zeros before it.
+
+    Attributes:
+        image: Y and X.
+        size: Rows and columns of a window.
+        shift: How far the image is rolled back.
+        bias_table: (entries, H), the bias by relative position, or None.
+        logit_scale: (H,), the factor of cosine attention, or None.
+        grid: Whether a window's tokens lie as far apart as there are windows.
+        roll_padded: Whether the image is padded before it is rolled.
+    """
+
+    image: tuple[int, int]
+    size: tuple[int, int]
+    shift: tuple[int, int] = (0, 0)
+    bias_table: Tensor | None = None
+    logit_scale: Tensor | None = None
+    grid: bool = False
+    roll_padded: bool = False
+
+
+class Relative(NamedTuple):
+    """Attention over a whole image with a bias by relative position (:func:`ops.relative_attention`).
+
+    Attributes:
+        image: Y and X, the rows and columns of its tokens.
+        bias_table: (entries, H); three entries more with prefix tokens.
+        num_prefix_tokens: Tokens before the image's.
+    """
+
+    image: tuple[int, int]
+    bias_table: Tensor
+    num_prefix_tokens: int = 0
+
+
 class Attention(NamedTuple):
     """Self-attention.
 
@@ -44,6 +82,7 @@ class Attention(NamedTuple):
         attn_drop, proj_drop: Dropout probability of the weights and of the output in the present mode.
         num_prefix_tokens: Tokens in front that RoPE does not rotate.
         fp8: Whether its products run in FP8.
+        positions: Windows or relative positions; ``qkv`` is then packed, without norms of queries and keys.
     """
 
     qkv: Linear | tuple[Linear, Linear, Linear]
@@ -59,6 +98,7 @@ class Attention(NamedTuple):
     proj_drop: float = 0.0
     num_prefix_tokens: int = 0
     fp8: bool = False
+    positions: Windows | Relative | None = None
 
 
 class Mlp(NamedTuple):

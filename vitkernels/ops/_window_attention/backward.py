@@ -1,7 +1,7 @@
 """Backward of window attention: kernels and their launcher.
 
-    whole   one tile holds all queries and keys of a window: everything is read once, and a program also sums the table's
-            gradient over its windows
+    whole   one tile holds all queries and keys of a window: everything is read once, and a program also sums the
+            table's gradient over its windows
     blocks  dq, then dk and dv, then the table's gradient, each over blocks of a window
 
 The table's gradient is first (H, tokens, tokens), the sum of dS over all windows, then each entry sums the pairs of
@@ -139,7 +139,7 @@ def _window_attention_bwd_whole_kernel(
     dlogit = tl.zeros((BLOCK_M,), ACC)
     for window in range(first, tl.minimum(first + windows, total)):
         b = (window // (windows_y * windows_x)).to(tl.int64)
-        rows, in_window, in_image, region = window_tokens(m, window % (windows_y * windows_x), size, SHAPE)
+        rows, _, in_image, region = window_tokens(m, window % (windows_y * windows_x), size, SHAPE)
         rows_n, in_window_n, in_image_n, region_n = window_tokens(n, window % (windows_y * windows_x), size, SHAPE)
         q_head = head_ptr(qkv_ptr, b, h, 0, stride_qkv_b, stride_qkv_n, stride_qkv_h, ALIGN)
         do_head = head_ptr(do_ptr, b, h, 0, stride_o_b, stride_o_n, stride_o_h, ALIGN)
@@ -615,7 +615,7 @@ def window_attention_backward(
     windows = options.windows
     needs_dtable, needs_dpadding, needs_dlogit = needed
     pads = needs_dpadding and not windows.whole
-    B, N, _, H, D = qkv.shape
+    H, D = qkv.shape[3:]
     config = choose_config(windows.tokens, D, qkv.dtype, runtime.device_facts(qkv.device))
     wide = lse.dtype
     pairs = H * windows.tokens**2

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from vitkernels import runtime
-from vitkernels.ops._attention.config import head_parts
 from vitkernels.ops._attention import operands
+from vitkernels.ops._attention.config import head_parts
 from vitkernels.ops._attention.tiles import (
     LOG2_E,
     dropout_scale,

@@ -18,10 +18,7 @@ SMALLEST_NORM = tl.constexpr(1e-12)  # F.normalize's
 def _along(t, window, size, count, WIDTH: tl.constexpr, SHIFT: tl.constexpr, GRID: tl.constexpr, ROLL: tl.constexpr):
     """Return along one axis the position in the image of place ``t`` in a window, ``size`` or more if it is padding,
     and which of the three regions of the shifted image it comes from."""
-    if GRID:
-        position = t * count + window
-    else:
-        position = window * WIDTH + t
+    position = t * count + window if GRID else window * WIDTH + t
     region = position * 0
     if SHIFT > 0:
         padded = count * WIDTH

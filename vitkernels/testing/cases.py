@@ -31,7 +31,8 @@ class Case:
         attention: Further variants of attention to run: ``biased`` (a learned bias per head), ``key_bias`` (of merged
             tokens), ``key_mask``, ``pair_mask``, ``causal``, ``dropout``, ``varlen`` (packed images), ``windows`` (49
             tokens, head dim 32, as in Swin), ``visible`` (the 50 tokens that the encoder of a masked autoencoder sees),
-            ``rope_half`` and ``rope_interleaved`` (with QK-norm), and ``frozen_queries`` (queries without a gradient).
+            ``swin`` (windows of 7, shifted), ``swin_cosine`` (of 8, with Swin V2's cosine attention), ``swin_wide`` (of
+            12), ``relative`` (a table of relative positions over the image, as in BEiT), ``rope_half`` and ``rope_interleaved`` (with QK-norm), and ``frozen_queries`` (queries without a gradient).
     """
 
     name: str
@@ -75,7 +76,20 @@ CASES = {
             768,
             12,
             3072,
-            attention=("biased", "key_bias", "key_mask", "pair_mask", "causal", "dropout", "windows", "visible"),
+            attention=(
+                "biased",
+                "key_bias",
+                "key_mask",
+                "pair_mask",
+                "causal",
+                "dropout",
+                "windows",
+                "visible",
+                "swin",
+                "swin_cosine",
+                "swin_wide",
+                "relative",
+            ),
         ),
         Case("vit_large_patch16_224", 64, 224, 16, 1, 1024, 16, 4096),
         Case("deit3_base_patch16_224", 64, 224, 16, 1, 768, 12, 3072, layer_scale=True),

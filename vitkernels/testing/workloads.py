@@ -29,13 +29,16 @@ def sizes(case: Case) -> dict[str, int]:
     """Return the letters' numbers.
 
     B images, N tokens, C channels, H heads, D head dim, F hidden features; I image channels, P patch, Y and X sides of
-    the image, R prefix tokens, G patches, S starts of packed images and T tokens of them all.
+    the image, R prefix tokens, G patches, S starts of packed images and T tokens of them all; V rows and U columns of
+    patches, E entries of their relative positions.
     """
     side, lengths = case.image // case.patch * case.patch, packed_lengths(case)
+    patches = case.image // case.patch
     return {
         "B": case.batch, "N": case.tokens, "C": case.channels, "H": case.heads, "D": case.head_dim, "F": case.hidden,
         "I": 3, "P": case.patch, "Y": side, "X": side, "R": case.prefix, "G": case.tokens - case.prefix,
-        "S": case.batch + 1, "T": sum(lengths),
+        "S": case.batch + 1, "T": sum(lengths), "V": patches, "U": patches,
+        "E": (2 * patches - 1) ** 2 + 3 * (case.prefix > 0),
     }  # fmt: skip
 
 
@@ -282,6 +285,28 @@ def _key_bias() -> tuple[Workload, Workload]:
     return made, dataclasses.replace(made.packed(), plain=_plain_packed)
 
 
+def _plain_windows(qkv: Tensor, window_size: int, **given: object) -> Tensor:
+    out = reference.window_attention(qkv.flatten(1, 2), qkv.shape[1:3], (window_size,) * 2, **given)
+    return out.unflatten(1, qkv.shape[1:3])
+
+
+def _plain_relative(qkv: Tensor, grid_size: tuple[int, int], **given: object) -> Tensor:
+    return reference.window_attention(qkv, grid_size, grid_size, **given)
+
+
+def _windows(name: str, variant: str, window: int, inputs: Mapping[str, Input], **options: object) -> Workload:
+    """Swin's attention in windows of ``window`` rows and columns."""
+    table = {"bias_table": Input(f"{(2 * window - 1) ** 2} H")}
+    return Workload(
+        f"attention_{name}", "window_attention", {"qkv": Input("B V U 3 H D")} | table | inputs,
+        lambda case: {"window_size": window} | options, variant, attention=name, plain=_plain_windows,
+    )  # fmt: skip
+
+
+def _relative(case: Case) -> dict:
+    return {"grid_size": (case.image // case.patch,) * 2, "num_prefix_tokens": case.prefix}
+
+
 def _activation(case: Case) -> dict:
     return {"activation": case.activation}
 
@@ -369,6 +394,11 @@ WORKLOADS = (
     Workload("attention_varlen", "attention_varlen",
              dict.fromkeys(("q", "k", "v"), Input("T H D")) | {"cu_seqlens": Input("S", draw=_starts)},
              lambda case: {"max_seqlen": max(packed_lengths(case))}, attention="varlen"),
+    _windows("swin", "shifted windows of 7", 7, {"padding": Input("3 H D")}, shift=3),
+    _windows("swin_cosine", "cosine windows of 8", 8, {"logit_scale": Input("H", 1.0, 10.0)}, shift=4),
+    _windows("swin_wide", "shifted windows of 12", 12, {}, shift=6, roll_padded=True),
+    Workload("attention_relative", "relative_attention", _PACKED | {"bias_table": Input("E H")}, _relative,
+             attention="relative", plain=_plain_relative),
     Workload("block", "block", _BLOCK, lambda case: _activation(case) | {"num_heads": case.heads},
              only=_PLAIN_BLOCK),
     Workload("block_drop_path", "block", _BLOCK | {"drop_path1": _PATH, "drop_path2": _OTHER_PATH},

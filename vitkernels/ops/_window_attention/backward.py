@@ -1,7 +1,7 @@
 """Backward of window attention: kernels and their launcher.
 
-    whole   one tile holds all queries and keys of a window: everything is read once, and a program also sums the
-            table's gradient over its windows
+    whole   one tile holds all queries and keys of a window: everything is read once, and where registers suffice a
+            program also sums the table's gradient over its windows
     blocks  dq, then dk and dv, then the table's gradient, each over blocks of a window
 
 The table's gradient is first (H, tokens, tokens), the sum of dS over all windows, then each entry sums the pairs of
@@ -25,17 +25,14 @@ from vitkernels.ops._attention.tiles import (
     load_head,
     scaled_head,
     store_head,
-    transposed,
     weighted_sum,
-    weighted_sum_columns,
-    zero_columns,
     zero_head,
     zeros,
 )
 from vitkernels.ops._sums import new_shares, sum_shares
 from vitkernels.ops._triton import tl, triton
-from vitkernels.ops._window_attention.config import Tiling, choose_config
-from vitkernels.ops._window_attention.forward import groups_of, launch_arguments
+from vitkernels.ops._window_attention.config import Tiling
+from vitkernels.ops._window_attention.forward import config_of, groups_of, launch_arguments
 from vitkernels.ops._window_attention.tiles import (
     inverse_norms,
     load_tokens,
@@ -64,24 +61,28 @@ def _through_norm(grad, head, norms, factor, scale: tl.constexpr, COSINE: tl.con
 
 @triton.jit
 def _store_padding_sums(ptr, dk, dv, padded, H, D: tl.constexpr, PARTS: tl.constexpr):
-    """Store the sums of dk and dv over padded rows, (D,) each, H · D apart."""
+    """Store the gradients of a head's padded query, key and value, (D,) each, H · D apart: zero, as the output has no
+    padded rows, and the sums of dk and dv over padded rows."""
     for i in tl.static_range(len(PARTS)):
         cols = columns(PARTS, i)
-        tl.store(ptr + cols, tl.sum(tl.where(padded[:, None], dk[i], 0.0), axis=0), mask=cols < D)
-        tl.store(ptr + H * D + cols, tl.sum(tl.where(padded[:, None], dv[i], 0.0), axis=0), mask=cols < D)
+        dk_sum = tl.sum(tl.where(padded[:, None], dk[i], 0.0), axis=0)
+        tl.store(ptr + cols, dk_sum * 0.0, mask=cols < D)
+        tl.store(ptr + H * D + cols, dk_sum, mask=cols < D)
+        tl.store(ptr + 2 * H * D + cols, tl.sum(tl.where(padded[:, None], dv[i], 0.0), axis=0), mask=cols < D)
 
 
-@triton.jit(do_not_specialize=["Y", "X", "windows_y", "windows_x", "total"])
+@triton.jit(do_not_specialize=["Y", "X", "windows_y", "windows_x", "total", "windows"])
 def _window_attention_bwd_whole_kernel(
     qkv_ptr,  # (B, N, 3, H, D)
     do_ptr,  # (B, N, H, D)
-    table_ptr,  # (H, entries), with TABLE
+    table_ptr,  # (H, entries) of table_rows, with TABLE
     padding_ptr,  # (3, H, D), with PADDING "value"
     logit_ptr,  # (H,), with COSINE
     seed_ptr,  # (1,), with DROPOUT
     dqkv_ptr,  # (B, N, 3, H, D), contiguous
+    delta_ptr,  # (B, H, N), written with NEEDS_DELTA
     dbias_ptr,  # (groups, H, tokens, tokens), with NEEDS_DTABLE
-    dpadding_ptr,  # (groups, 2, H, D): keys, then values, with NEEDS_DPADDING
+    dpadding_ptr,  # (groups, 3, H, D), with NEEDS_DPADDING
     dlogit_ptr,  # (groups, H), with NEEDS_DLOGIT
     stride_qkv_b,
     stride_qkv_n,
@@ -110,6 +111,7 @@ def _window_attention_bwd_whole_kernel(
     NEEDS_DTABLE: tl.constexpr,
     NEEDS_DPADDING: tl.constexpr,
     NEEDS_DLOGIT: tl.constexpr,
+    NEEDS_DELTA: tl.constexpr,
     ALIGN: tl.constexpr,
     INDEX: tl.constexpr,
     ACC: tl.constexpr,
@@ -127,15 +129,16 @@ def _window_attention_bwd_whole_kernel(
     m = tl.arange(0, BLOCK_M).to(INDEX)
     n = tl.arange(0, BLOCK_N).to(INDEX)
     padding_head = padding_ptr + h * D
-    bias = table_bias(table_ptr + h * ENTRIES, m[None, :], n[:, None], SHAPE, TABLE, ACC)
+    table_head = table_ptr + h * ENTRIES
+    bias = table_bias(table_head, m[:, None], n[None, :], SHAPE, TABLE, ACC)
     factor = 0.0
     factor2 = 0.0
     if COSINE:
         factor = tl.load(logit_ptr + h).to(ACC)
         factor2 = factor * LOG2_E
-    dbias = tl.zeros((BLOCK_N, BLOCK_M), ACC)
-    dk_padding = zero_head(BLOCK_N, PARTS, ACC)
-    dv_padding = zero_head(BLOCK_N, PARTS, ACC)
+    dbias = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    dk_padding = zero_head(1, PARTS, ACC)
+    dv_padding = zero_head(1, PARTS, ACC)
     dlogit = tl.zeros((BLOCK_M,), ACC)
     for window in range(first, tl.minimum(first + windows, total)):
         b = (window // (windows_y * windows_x)).to(tl.int64)
@@ -158,32 +161,38 @@ def _window_attention_bwd_whole_kernel(
         if COSINE:
             norms_m = inverse_norms(q, ACC)
             norms_n = inverse_norms(k, ACC)
-        zero = zeros(BLOCK_N, BLOCK_M, ACC)
-        s = scores_of(k, q, zero, score_scale, factor2, norms_n[:, None], norms_m[None, :], COSINE, PRECISION)
+        zero = zeros(BLOCK_M, BLOCK_N, ACC)
+        s = scores_of(q, k, zero, score_scale, factor2, norms_m[:, None], norms_n[None, :], COSINE, PRECISION)
         exists = in_image_n if PADDING == "hidden" else in_window_n
-        s = masked_scores(s + bias, region_n[:, None], region[None, :], exists[:, None], SHAPE)
-        p = tl.exp2(s - tl.max(s, axis=0)[None, :])
-        p = p * (1.0 / tl.sum(p, axis=0))[None, :]
-        dp = dot_heads(v, do, zeros(BLOCK_N, BLOCK_M, ACC), PRECISION)
+        s += bias
+        s = masked_scores(s, region[:, None], region_n[None, :], exists[None, :], SHAPE)
+        p = tl.exp2(s - tl.max(s, axis=1)[:, None])
+        p = p * (1.0 / tl.sum(p, axis=1))[:, None]
+        dp = dot_heads(do, v, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION)
+        kept = p
         if DROPOUT > 0:
             drawn = window.to(tl.int64) * H + h
             keep = dropout_scale(
-                tl.load(seed_ptr), drawn, m.to(tl.int32)[None, :], n.to(tl.int32)[:, None], DROPOUT, ACC
+                tl.load(seed_ptr), drawn, m.to(tl.int32)[:, None], n.to(tl.int32)[None, :], DROPOUT, ACC
             )
-            dv = weighted_sum(p * keep, do, zero_head(BLOCK_N, PARTS, ACC), PRECISION)
+            kept = p * keep
             dp *= keep
-        else:
-            dv = weighted_sum(p, do, zero_head(BLOCK_N, PARTS, ACC), PRECISION)
-        ds = p * (dp - tl.sum(p * dp, axis=0)[None, :])
+        # Turned in shared memory, from where the matrix unit reads them: rows of queries stay within a warp, so that
+        # the softmax needs no exchange between warps.
+        dv = weighted_sum(tl.trans(kept.to(do[0].dtype)), do, zero_head(BLOCK_N, PARTS, ACC), PRECISION)
+        delta = tl.sum(p * dp, axis=1)
+        ds = p * (dp - delta[:, None])
+        if NEEDS_DELTA:
+            tl.store(delta_ptr + (b * H + h) * N + rows, delta, mask=in_image)
         if NEEDS_DTABLE:
             dbias += ds
         ds_m = ds
         ds_n = ds
         if COSINE:
-            ds_m = ds * norms_m[None, :]
-            ds_n = ds * norms_n[:, None]
-        dk = weighted_sum(ds_m, q, zero_head(BLOCK_N, PARTS, ACC), PRECISION)
-        dq = transposed(weighted_sum_columns(k, ds_n, zero_columns(BLOCK_M, PARTS, ACC), PRECISION))
+            ds_m = ds * norms_m[:, None]
+            ds_n = ds * norms_n[None, :]
+        dk = weighted_sum(tl.trans(ds_m.to(q[0].dtype)), q, zero_head(BLOCK_N, PARTS, ACC), PRECISION)
+        dq = weighted_sum(ds_n, k, zero_head(BLOCK_M, PARTS, ACC), PRECISION)
         dq, along = _through_norm(dq, q, norms_m, factor, scale, COSINE, ACC)
         dk, _ = _through_norm(dk, k, norms_n, factor, scale, COSINE, ACC)
         if NEEDS_DLOGIT:
@@ -197,17 +206,17 @@ def _window_attention_bwd_whole_kernel(
             dk_sum = ()
             dv_sum = ()
             for i in tl.static_range(len(PARTS)):
-                dk_sum = dk_sum + (dk_padding[i] + tl.where(padded, dk[i], 0.0),)
-                dv_sum = dv_sum + (dv_padding[i] + tl.where(padded, dv[i], 0.0),)
+                dk_sum = dk_sum + (dk_padding[i] + tl.sum(tl.where(padded, dk[i], 0.0), axis=0)[None, :],)
+                dv_sum = dv_sum + (dv_padding[i] + tl.sum(tl.where(padded, dv[i], 0.0), axis=0)[None, :],)
             dk_padding = dk_sum
             dv_padding = dv_sum
 
     if NEEDS_DTABLE:
-        ptrs = dbias_ptr + ((group * H + h) * TOKENS + m[None, :]) * TOKENS + n[:, None]
-        tl.store(ptrs, dbias, mask=(m < TOKENS)[None, :] & (n < TOKENS)[:, None])
+        ptrs = dbias_ptr + ((group * H + h) * TOKENS + m[:, None]) * TOKENS + n[None, :]
+        tl.store(ptrs, dbias, mask=(m < TOKENS)[:, None] & (n < TOKENS)[None, :])
     if NEEDS_DPADDING:
-        sums = dpadding_ptr + (group * 2 * H + h) * D
-        _store_padding_sums(sums, dk_padding, dv_padding, n < TOKENS, H, D, PARTS)
+        sums = dpadding_ptr + (group * 3 * H + h) * D
+        _store_padding_sums(sums, dk_padding, dv_padding, tl.full((1,), 1, tl.int1), H, D, PARTS)
     if NEEDS_DLOGIT:
         tl.store(dlogit_ptr + group * H + h, tl.sum(dlogit, axis=0))
 
@@ -218,13 +227,13 @@ def _window_attention_bwd_dq_kernel(
     do_ptr,  # (B, N, H, D)
     o_ptr,  # (B, N, H, D)
     lse_ptr,  # (B, H, N)
-    table_ptr,  # (H, entries), with TABLE
+    table_ptr,  # (H, entries) of table_rows, with TABLE
     padding_ptr,  # (3, H, D), with PADDING "value"
     logit_ptr,  # (H,), with COSINE
     seed_ptr,  # (1,), with DROPOUT
     delta_ptr,  # (B, H, N), written
     dqkv_ptr,  # (B, N, 3, H, D), contiguous
-    dlogit_ptr,  # (windows of all images · blocks, H), with NEEDS_DLOGIT
+    dlogit_ptr,  # (windows of all images · blocks · BLOCK_M, H), with NEEDS_DLOGIT
     stride_qkv_b,
     stride_qkv_n,
     stride_qkv_part,
@@ -324,7 +333,9 @@ def _window_attention_bwd_dq_kernel(
     store_head(dqkv_ptr + (b * N * 3 * H + h) * D, dq, rows, 3 * H * D, in_image, D, PARTS, ALIGN)
     if NEEDS_DLOGIT:
         program = window.to(tl.int64) * BLOCKS + pid % BLOCKS
-        tl.store(dlogit_ptr + program * H + h, tl.sum(along, axis=0))
+        # Not their sum: for sm_100 Triton 3.7.1 cannot compile it ("parent layout must have at least rank >= 2").
+        of_rows = program * BLOCK_M + tl.arange(0, BLOCK_M)
+        tl.store(dlogit_ptr + of_rows * H + h, along)
 
 
 @triton.jit
@@ -339,12 +350,12 @@ def _window_attention_bwd_dkv_kernel(
     do_ptr,  # (B, N, H, D)
     lse_ptr,  # (B, H, N)
     delta_ptr,  # (B, H, N)
-    table_ptr,  # (H, entries), with TABLE
+    table_ptr,  # (H, entries) of table_rows, with TABLE
     padding_ptr,  # (3, H, D), with PADDING "value"
     logit_ptr,  # (H,), with COSINE
     seed_ptr,  # (1,), with DROPOUT
     dqkv_ptr,  # (B, N, 3, H, D), contiguous
-    dpadding_ptr,  # (windows of all images · blocks, 2, H, D): keys, then values, with NEEDS_DPADDING
+    dpadding_ptr,  # (windows of all images · blocks, 3, H, D), with NEEDS_DPADDING
     stride_qkv_b,
     stride_qkv_n,
     stride_qkv_part,
@@ -446,17 +457,17 @@ def _window_attention_bwd_dkv_kernel(
     store_head(dk_head + H * D, dv, rows_n, 3 * H * D, in_image_n, D, PARTS, ALIGN)
     if NEEDS_DPADDING:
         program = window.to(tl.int64) * BLOCKS + pid % BLOCKS
-        sums = dpadding_ptr + (program * 2 * H + h) * D
+        sums = dpadding_ptr + (program * 3 * H + h) * D
         _store_padding_sums(sums, dk, dv, in_window_n & ~in_image_n, H, D, PARTS)
 
 
-@triton.jit(do_not_specialize=["Y", "X", "windows_y", "windows_x", "total"])
+@triton.jit(do_not_specialize=["Y", "X", "windows_y", "windows_x", "total", "windows"])
 def _window_attention_bwd_dbias_kernel(
     qkv_ptr,  # (B, N, 3, H, D)
     do_ptr,  # (B, N, H, D)
     lse_ptr,  # (B, H, N)
     delta_ptr,  # (B, H, N)
-    table_ptr,  # (H, entries)
+    table_ptr,  # (H, entries) of table_rows
     padding_ptr,  # (3, H, D), with PADDING "value"
     logit_ptr,  # (H,), with COSINE
     seed_ptr,  # (1,), with DROPOUT
@@ -616,7 +627,7 @@ def window_attention_backward(
     needs_dtable, needs_dpadding, needs_dlogit = needed
     pads = needs_dpadding and not windows.whole
     H, D = qkv.shape[3:]
-    config = choose_config(windows.tokens, D, qkv.dtype, runtime.device_facts(qkv.device))
+    config = config_of(qkv, options)
     wide = lse.dtype
     pairs = H * windows.tokens**2
 
@@ -624,32 +635,36 @@ def window_attention_backward(
         kept, (argument,) = new_shares([needed], programs, width, wide, qkv.device)
         return kept, argument
 
-    if config.whole is not None:
+    fused = config.whole is not None
+    sums_table = needs_dtable and fused and config.whole_sums_table
+    delta = torch.empty_like(lse) if not fused or (needs_dtable and not sums_table) else lse
+    if fused:
         tiling = config.whole
         arguments, total, _ = launch_arguments(qkv, options, tiling.block_m, do, dqkv.flatten(2, 3))
         per_program, groups = groups_of(total, H, True, qkv)
-        bias_shares, dbias = shares(needs_dtable, groups, pairs)
-        padding_shares, padding_sums = shares(pads, groups, 2 * H * D)
+        bias_shares, dbias = shares(sums_table, groups, pairs)
+        padding_shares, padding_sums = shares(pads, groups, 3 * H * D)
         logit_shares, logit_sums = shares(needs_dlogit, groups, H)
         del arguments["o_ptr"]
         _window_attention_bwd_whole_kernel[(groups * H,)](
             **arguments,
             do_ptr=do,
             dqkv_ptr=dqkv,
+            delta_ptr=delta,
             dbias_ptr=dbias,
             dpadding_ptr=padding_sums,
             dlogit_ptr=logit_sums,
             windows=per_program,
             scale=options.scale,
-            NEEDS_DTABLE=needs_dtable,
+            NEEDS_DTABLE=sums_table,
             NEEDS_DPADDING=pads,
             NEEDS_DLOGIT=needs_dlogit,
+            NEEDS_DELTA=delta is not lse,
             **_rest(tiling),
         )
     else:
-        delta = torch.empty_like(lse)
         arguments, total, blocks = launch_arguments(qkv, options, config.dq.block_m, o, do, dqkv.flatten(2, 3))
-        logit_shares, logit_sums = shares(needs_dlogit, total * blocks, H)
+        logit_shares, logit_sums = shares(needs_dlogit, total * blocks * config.dq.block_m, H)
         _window_attention_bwd_dq_kernel[(total * H * blocks,)](
             **arguments,
             do_ptr=do,
@@ -667,7 +682,7 @@ def window_attention_backward(
         arguments, _, _ = launch_arguments(qkv, options, config.dkv.block_m, do, dqkv.flatten(2, 3))
         del arguments["o_ptr"]
         blocks = runtime.cdiv(windows.tokens, config.dkv.block_n)
-        padding_shares, padding_sums = shares(pads, total * blocks, 2 * H * D)
+        padding_shares, padding_sums = shares(pads, total * blocks, 3 * H * D)
         _window_attention_bwd_dkv_kernel[(total * H * blocks,)](
             **arguments,
             do_ptr=do,
@@ -679,35 +694,32 @@ def window_attention_backward(
             NEEDS_DPADDING=pads,
             **_rest(config.dkv),
         )
-        if needs_dtable:
-            arguments["BLOCK_M"] = config.dtable.block_m
-            tiles = runtime.cdiv(windows.tokens, config.dtable.block_m) * runtime.cdiv(
-                windows.tokens, config.dtable.block_n
-            )
-            per_program, groups = _table_groups(total, tiles * H, qkv)
-            bias_shares, dbias = shares(True, groups, pairs)
-            _window_attention_bwd_dbias_kernel[(groups * H * tiles,)](
-                **arguments,
-                do_ptr=do,
-                lse_ptr=lse,
-                delta_ptr=delta,
-                dbias_ptr=dbias,
-                windows=per_program,
-                **_rest(config.dtable),
-            )
+    if needs_dtable and not sums_table:
+        tiling = config.dtable
+        arguments["BLOCK_M"] = tiling.block_m
+        tiles = runtime.cdiv(windows.tokens, tiling.block_m) * runtime.cdiv(windows.tokens, tiling.block_n)
+        per_program, groups = _table_groups(total, tiles * H, qkv)
+        bias_shares, dbias = shares(True, groups, pairs)
+        _window_attention_bwd_dbias_kernel[(groups * H * tiles,)](
+            **arguments,
+            do_ptr=do,
+            lse_ptr=lse,
+            delta_ptr=delta,
+            dbias_ptr=dbias,
+            windows=per_program,
+            **_rest(tiling),
+        )
     if needs_dtable:
         _fold(sum_shares(bias_shares, [True], [wide])[0], dtable, windows, H)
-    if needs_dpadding:
-        dpadding.zero_()
     if pads:
-        dpadding[1:].copy_(sum_shares(padding_shares, [True], [wide])[0].view(2, H, D))
+        dpadding = sum_shares(padding_shares, [True], [options.padding.dtype])[0].view(3, H, D)
     if needs_dlogit:
         dlogit = sum_shares(logit_shares, [True], [options.logit_scale.dtype])[0]
     return dqkv, dtable, dpadding, dlogit
 
 
 def _rest(tiling: Tiling) -> dict[str, int]:
-    return {"BLOCK_N": tiling.block_n, "num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
+    return {"BLOCK_N": tiling.block_n, **tiling.options}
 
 
 def _table_groups(total: int, programs: int, qkv: Tensor) -> tuple[int, int]:
@@ -740,7 +752,12 @@ def backward_outputs(
     """Allocate the outputs of :func:`window_attention_backward`."""
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     parameters = (options.table, options.padding, options.logit_scale)
+    # Of whole windows no kernel writes a gradient of the padding.
     return dqkv, *(
-        torch.empty(p.shape, dtype=p.dtype, device=qkv.device) if n else qkv.new_empty(0)
+        (torch.zeros if p is options.padding and options.windows.whole else torch.empty)(
+            p.shape, dtype=p.dtype, device=qkv.device
+        )
+        if n
+        else qkv.new_empty(0)
         for p, n in zip(parameters, needed, strict=True)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from vitkernels import runtime
@@ -20,7 +21,7 @@ from vitkernels.ops._attention.tiles import (
 )
 from vitkernels.ops._tile import accumulator
 from vitkernels.ops._triton import tl, triton
-from vitkernels.ops._window_attention.config import choose_config
+from vitkernels.ops._window_attention.config import WindowConfig, choose_config
 from vitkernels.ops._window_attention.tiles import (
     inverse_norms,
     load_tokens,
@@ -32,10 +33,30 @@ from vitkernels.ops._window_attention.tiles import (
 from vitkernels.ops._window_attention.windows import Options
 
 
-@triton.jit(do_not_specialize=["Y", "X", "windows_y", "windows_x", "total"])
+@triton.jit
+def _table_rows_kernel(
+    table_ptr,  # (entries, H) by strides
+    rows_ptr,  # (H, entries)
+    stride_e,
+    stride_h,
+    entries,
+    H,
+    BLOCK_E: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    blocks = tl.cdiv(H, BLOCK_H)
+    e = tl.program_id(0) // blocks * BLOCK_E + tl.arange(0, BLOCK_E)
+    h = tl.program_id(0) % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
+    mask = (e < entries)[:, None] & (h < H)[None, :]
+    offsets = e.to(tl.int64)[:, None] * stride_e + h.to(tl.int64)[None, :] * stride_h
+    x = tl.load(table_ptr + offsets, mask=mask, other=0.0).to(rows_ptr.dtype.element_ty) * LOG2_E
+    tl.store(rows_ptr + h.to(tl.int64)[None, :] * entries + e[:, None], x, mask=mask)
+
+
+@triton.jit(do_not_specialize=["Y", "X", "windows_y", "windows_x", "total", "windows"])
 def _window_attention_fwd_kernel(
     qkv_ptr,  # (B, N, 3, H, D)
-    table_ptr,  # (H, entries), with TABLE
+    table_ptr,  # (H, entries) of table_rows, with TABLE
     padding_ptr,  # (3, H, D), with PADDING "value"
     logit_ptr,  # (H,), with COSINE
     seed_ptr,  # (1,), with DROPOUT
@@ -146,7 +167,7 @@ def window_attention_forward(qkv: Tensor, options: Options) -> tuple[Tensor, Ten
     o, lse = forward_outputs(qkv)
     if o.numel() == 0:
         return o, lse
-    config = choose_config(options.windows.tokens, qkv.shape[-1], qkv.dtype, runtime.device_facts(qkv.device))
+    config = config_of(qkv, options)
     arguments, total, blocks = launch_arguments(qkv, options, config.forward.block_m, o)
     windows, groups = groups_of(total, blocks * qkv.shape[3], config.forward.block_n >= options.windows.tokens, qkv)
     _window_attention_fwd_kernel[(groups * qkv.shape[3] * blocks,)](
@@ -154,10 +175,22 @@ def window_attention_forward(qkv: Tensor, options: Options) -> tuple[Tensor, Ten
         lse_ptr=lse,
         windows=windows,
         BLOCK_N=config.forward.block_n,
-        num_warps=config.forward.num_warps,
-        num_stages=config.forward.num_stages,
+        **config.forward.options,
     )
     return o, lse
+
+
+def config_of(qkv: Tensor, options: Options) -> WindowConfig:
+    """Return the tilings for a call."""
+    return choose_config(
+        options.windows.tokens,
+        qkv.shape[-1],
+        qkv.dtype,
+        runtime.device_facts(qkv.device),
+        dropout=options.dropout_p > 0,
+        cosine=options.logit_scale is not None,
+        padded=options.padding is not None and not options.windows.whole,
+    )
 
 
 def forward_outputs(qkv: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,8 +252,23 @@ def launch_arguments(
 
 
 def table_rows(table: Tensor) -> Tensor:
-    """Return the table as (heads, entries), at least fp32: read along a row, a warp's loads touch one or two lines."""
-    return table.t().to(runtime.wide_dtype(table.dtype)).contiguous()
+    """Return the table as (heads, entries), at least fp32, for scores in base 2: read along a row, a warp's loads touch
+    one or two lines."""
+    entries, H = table.shape
+    rows = torch.empty((H, entries), dtype=runtime.wide_dtype(table.dtype), device=table.device)
+    block_e, block_h = 64, 16
+    _table_rows_kernel[(runtime.cdiv(entries, block_e) * runtime.cdiv(H, block_h),)](
+        table_ptr=table,
+        rows_ptr=rows,
+        stride_e=table.stride(0),
+        stride_h=table.stride(1),
+        entries=entries,
+        H=H,
+        BLOCK_E=block_e,
+        BLOCK_H=block_h,
+        num_warps=4,
+    )
+    return rows
 
 
 def groups_of(total: int, programs: int, whole: bool, qkv: Tensor) -> tuple[int, int]:

@@ -7,7 +7,7 @@ columns of windows).
 
 from __future__ import annotations
 
-from vitkernels.ops._attention.tiles import LOG2_E, columns, dot_heads, dot_rows, load_head
+from vitkernels.ops._attention.tiles import columns, dot_heads, dot_rows, load_head
 from vitkernels.ops._triton import tl, triton
 
 OTHER_REGION = tl.constexpr(-144.26950408889634)  # Swin's −100 for tokens that the shift brought together, in base 2
@@ -61,8 +61,8 @@ def _place(t, SHAPE: tl.constexpr):
 
 @triton.jit
 def table_bias(table_head, m, n, SHAPE: tl.constexpr, TABLE: tl.constexpr, ACC: tl.constexpr):
-    """Load the bias of queries ``m`` and keys ``n``, which broadcast to a tile, from a head's row of the table, for
-    scores in base 2; 0 without a table.
+    """Load the bias of queries ``m`` and keys ``n``, which broadcast to a tile, from a head's row of the table;
+    0 without a table.
 
     Neighbouring keys lie side by side in the table, so that a warp's loads touch one or two lines.
     """
@@ -74,7 +74,7 @@ def table_bias(table_head, m, n, SHAPE: tl.constexpr, TABLE: tl.constexpr, ACC: 
             of_prefix = tl.where(n < SHAPE[4], ENTRIES + 2, ENTRIES)
             entry = tl.where(m < SHAPE[4], of_prefix, tl.where(n < SHAPE[4], ENTRIES + 1, entry))
         inside = (m < SHAPE[7]) & (n < SHAPE[7])
-        return tl.load(table_head + entry, mask=inside, other=0.0).to(ACC) * LOG2_E
+        return tl.load(table_head + entry, mask=inside, other=0.0).to(ACC)
     else:
         return 0.0
 
@@ -90,7 +90,7 @@ def load_tokens(
         filled = ()
         for i in tl.static_range(len(PARTS)):
             cols = columns(PARTS, i)
-            value = tl.load(padding_head + cols, mask=cols < D, other=0.0)[None, :].to(parts[i].dtype)
+            value = tl.load(padding_head + cols[None, :], mask=(cols < D)[None, :], other=0.0).to(parts[i].dtype)
             filled = filled + (tl.where((in_window & ~in_image)[:, None], value, parts[i]),)
         return filled
     else:

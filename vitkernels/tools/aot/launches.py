@@ -101,6 +101,9 @@ def launches(case: Case, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         "windows": traced("attention_biased", B=64 * B, N=49, H=4, D=32),
         "visible": traced("attention", B=8 * B, N=50),
         "varlen": traced("attention_varlen", T=B * N),
+        "swin": traced("attention_swin", B=4 * B, V=56, U=56, H=3, D=32),  # Swin-T's first stage
+        "swin_cosine": traced("attention_swin_cosine", B=2 * B, V=64, U=64, H=4, D=32),  # Swin V2-B's
+        "swin_wide": traced("attention_swin_wide", B=B, V=96, U=96, H=4, D=32),  # Swin-B's at 384 pixels
         "frozen_queries": frozen_queries,
         "rope_half": functools.partial(rope, False),
         "rope_interleaved": functools.partial(rope, True),

@@ -582,7 +582,7 @@ def _window_attention_table_kernel(
     head = dbias_ptr + h * TOKENS * TOKENS
     total = tl.zeros((BLOCK_M, BLOCK_E), ACC)
     for start in range(0, TOKENS, BLOCK_M):
-        m = start + tl.arange(0, BLOCK_M)
+        m = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
         place = m - SHAPE[4]
         y = (place // SHAPE[1])[:, None] - dy[None, :]
         x = (place % SHAPE[1])[:, None] - dx[None, :]
@@ -598,13 +598,13 @@ def _window_attention_table_kernel(
         of_column = tl.zeros((BLOCK_M,), ACC)
         for prefix in range(0, SHAPE[4]):
             for start in range(0, TOKENS, BLOCK_M):
-                m = start + tl.arange(0, BLOCK_M)
+                m = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
                 token = (m >= SHAPE[4]) & (m < TOKENS)
                 of_row += tl.load(head + prefix * TOKENS + m, mask=token, other=0.0)
                 of_column += tl.load(head + m * TOKENS + prefix, mask=token, other=0.0)
         corner = tl.zeros((BLOCK_M,), ACC)
         for prefix in range(0, SHAPE[4]):
-            m = tl.arange(0, BLOCK_M)
+            m = tl.arange(0, BLOCK_M).to(tl.int64)
             corner += tl.load(head + prefix * TOKENS + m, mask=m < SHAPE[4], other=0.0)
         sums = tl.where(entry == ENTRIES - 3, tl.sum(of_row, axis=0), sums)
         sums = tl.where(entry == ENTRIES - 2, tl.sum(of_column, axis=0), sums)

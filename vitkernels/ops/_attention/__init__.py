@@ -27,8 +27,6 @@ program writes each element of a gradient: there are no atomics, and results are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 

@@ -31,14 +31,13 @@ from vitkernels.ops._attention.tiles import (
 )
 from vitkernels.ops._sums import new_shares, sum_shares
 from vitkernels.ops._triton import tl, triton
-from vitkernels.ops._window_attention.config import Tiling
-from vitkernels.ops._window_attention.forward import config_of, groups_of, launch_arguments
+from vitkernels.ops._window_attention.forward import bias_of, config_of, groups_of, keys_of, launch_arguments
 from vitkernels.ops._window_attention.tiles import (
     inverse_norms,
+    load_bias,
     load_tokens,
     masked_scores,
     scores_of,
-    table_bias,
     window_tokens,
 )
 from vitkernels.ops._window_attention.windows import Options
@@ -75,7 +74,7 @@ def _store_padding_sums(ptr, dk, dv, padded, H, D: tl.constexpr, PARTS: tl.const
 def _window_attention_bwd_whole_kernel(
     qkv_ptr,  # (B, N, 3, H, D)
     do_ptr,  # (B, N, H, D)
-    table_ptr,  # (H, entries) of table_rows, with TABLE
+    bias_ptr,  # (H, entries) of bias_of, with BIAS
     padding_ptr,  # (3, H, D), with PADDING "value"
     logit_ptr,  # (H,), with COSINE
     seed_ptr,  # (1,), with DROPOUT
@@ -104,7 +103,7 @@ def _window_attention_bwd_whole_kernel(
     D: tl.constexpr,
     SHAPE: tl.constexpr,
     ENTRIES: tl.constexpr,
-    TABLE: tl.constexpr,
+    BIAS: tl.constexpr,
     PADDING: tl.constexpr,
     COSINE: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -118,6 +117,7 @@ def _window_attention_bwd_whole_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    HIDES: tl.constexpr,  # whether scores of keys that do not exist need -inf; a bias of pairs has it already
     PARTS: tl.constexpr,
 ):
     TOKENS: tl.constexpr = SHAPE[7]
@@ -129,8 +129,7 @@ def _window_attention_bwd_whole_kernel(
     m = tl.arange(0, BLOCK_M).to(INDEX)
     n = tl.arange(0, BLOCK_N).to(INDEX)
     padding_head = padding_ptr + h * D
-    table_head = table_ptr + h * ENTRIES
-    bias = table_bias(table_head, m[:, None], n[None, :], SHAPE, TABLE, ACC)
+    bias = load_bias(bias_ptr, h, m[:, None], n[None, :], SHAPE, BIAS, ENTRIES, ACC)
     factor = 0.0
     factor2 = 0.0
     if COSINE:
@@ -142,8 +141,9 @@ def _window_attention_bwd_whole_kernel(
     dlogit = tl.zeros((BLOCK_M,), ACC)
     for window in range(first, tl.minimum(first + windows, total)):
         b = (window // (windows_y * windows_x)).to(tl.int64)
-        rows, _, in_image, region = window_tokens(m, window % (windows_y * windows_x), size, SHAPE)
-        rows_n, in_window_n, in_image_n, region_n = window_tokens(n, window % (windows_y * windows_x), size, SHAPE)
+        place = window % (windows_y * windows_x)
+        rows, _, in_image, region = window_tokens(m, place, size, SHAPE)
+        rows_n, in_window_n, in_image_n, region_n = window_tokens(n, place, size, SHAPE)
         q_head = head_ptr(qkv_ptr, b, h, 0, stride_qkv_b, stride_qkv_n, stride_qkv_h, ALIGN)
         do_head = head_ptr(do_ptr, b, h, 0, stride_o_b, stride_o_n, stride_o_h, ALIGN)
         q = load_head(q_head, rows, stride_qkv_n, in_image, D, PARTS, ALIGN)
@@ -165,7 +165,7 @@ def _window_attention_bwd_whole_kernel(
         s = scores_of(q, k, zero, score_scale, factor2, norms_m[:, None], norms_n[None, :], COSINE, PRECISION)
         exists = in_image_n if PADDING == "hidden" else in_window_n
         s += bias
-        s = masked_scores(s, region[:, None], region_n[None, :], exists[None, :], SHAPE)
+        s = masked_scores(s, region[:, None], region_n[None, :], exists[None, :], place, size, SHAPE, HIDES)
         p = tl.exp2(s - tl.max(s, axis=1)[:, None])
         p = p * (1.0 / tl.sum(p, axis=1))[:, None]
         dp = dot_heads(do, v, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION)
@@ -227,7 +227,7 @@ def _window_attention_bwd_dq_kernel(
     do_ptr,  # (B, N, H, D)
     o_ptr,  # (B, N, H, D)
     lse_ptr,  # (B, H, N)
-    table_ptr,  # (H, entries) of table_rows, with TABLE
+    bias_ptr,  # (H, entries) of bias_of, with BIAS
     padding_ptr,  # (3, H, D), with PADDING "value"
     logit_ptr,  # (H,), with COSINE
     seed_ptr,  # (1,), with DROPOUT
@@ -256,7 +256,7 @@ def _window_attention_bwd_dq_kernel(
     D: tl.constexpr,
     SHAPE: tl.constexpr,
     ENTRIES: tl.constexpr,
-    TABLE: tl.constexpr,
+    BIAS: tl.constexpr,
     PADDING: tl.constexpr,
     COSINE: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -267,6 +267,7 @@ def _window_attention_bwd_dq_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    HIDES: tl.constexpr,  # whether scores of keys that do not exist need -inf; a bias of pairs has it already
     PARTS: tl.constexpr,
 ):
     TOKENS: tl.constexpr = SHAPE[7]
@@ -278,7 +279,6 @@ def _window_attention_bwd_dq_kernel(
     b = (window // (windows_y * windows_x)).to(tl.int64)
     place = window % (windows_y * windows_x)
     size = (Y, X, windows_y, windows_x)
-    table_head = table_ptr + h * ENTRIES
     padding_head = padding_ptr + h * D
     factor = 0.0
     factor2 = 0.0
@@ -315,9 +315,9 @@ def _window_attention_bwd_dq_kernel(
             norms_n = inverse_norms(k, ACC)
         zero = zeros(BLOCK_M, BLOCK_N, ACC)
         s = scores_of(q, k, zero, score_scale, factor2, norms_m[:, None], norms_n[None, :], COSINE, PRECISION)
-        s += table_bias(table_head, m[:, None], n[None, :], SHAPE, TABLE, ACC)
+        s += load_bias(bias_ptr, h, m[:, None], n[None, :], SHAPE, BIAS, ENTRIES, ACC)
         exists = in_image_n if PADDING == "hidden" else in_window_n
-        s = masked_scores(s, region[:, None], region_n[None, :], exists[None, :], SHAPE)
+        s = masked_scores(s, region[:, None], region_n[None, :], exists[None, :], place, size, SHAPE, HIDES)
         p = _weights(s, lse[:, None])
         dp = dot_heads(do, v, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION)
         if DROPOUT > 0:
@@ -350,7 +350,7 @@ def _window_attention_bwd_dkv_kernel(
     do_ptr,  # (B, N, H, D)
     lse_ptr,  # (B, H, N)
     delta_ptr,  # (B, H, N)
-    table_ptr,  # (H, entries) of table_rows, with TABLE
+    bias_ptr,  # (H, entries) of bias_of, with BIAS
     padding_ptr,  # (3, H, D), with PADDING "value"
     logit_ptr,  # (H,), with COSINE
     seed_ptr,  # (1,), with DROPOUT
@@ -375,7 +375,7 @@ def _window_attention_bwd_dkv_kernel(
     D: tl.constexpr,
     SHAPE: tl.constexpr,
     ENTRIES: tl.constexpr,
-    TABLE: tl.constexpr,
+    BIAS: tl.constexpr,
     PADDING: tl.constexpr,
     COSINE: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -386,6 +386,7 @@ def _window_attention_bwd_dkv_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    HIDES: tl.constexpr,  # whether scores of keys that do not exist need -inf; a bias of pairs has it already
     PARTS: tl.constexpr,
 ):
     TOKENS: tl.constexpr = SHAPE[7]
@@ -397,7 +398,6 @@ def _window_attention_bwd_dkv_kernel(
     b = (window // (windows_y * windows_x)).to(tl.int64)
     place = window % (windows_y * windows_x)
     size = (Y, X, windows_y, windows_x)
-    table_head = table_ptr + h * ENTRIES
     padding_head = padding_ptr + h * D
     factor = 0.0
     factor2 = 0.0
@@ -432,25 +432,25 @@ def _window_attention_bwd_dkv_kernel(
         norms_m = tl.zeros((BLOCK_M,), ACC)
         if COSINE:
             norms_m = inverse_norms(q, ACC)
-        zero = zeros(BLOCK_N, BLOCK_M, ACC)
-        s = scores_of(k, q, zero, score_scale, factor2, norms_n[:, None], norms_m[None, :], COSINE, PRECISION)
-        s += table_bias(table_head, m[None, :], n[:, None], SHAPE, TABLE, ACC)
-        s = masked_scores(s, region_n[:, None], region[None, :], exists[:, None], SHAPE)
-        p = _weights(s, lse[None, :])
-        dp = dot_heads(v, do, zeros(BLOCK_N, BLOCK_M, ACC), PRECISION)
+        zero = zeros(BLOCK_M, BLOCK_N, ACC)
+        s = scores_of(q, k, zero, score_scale, factor2, norms_m[:, None], norms_n[None, :], COSINE, PRECISION)
+        s += load_bias(bias_ptr, h, m[:, None], n[None, :], SHAPE, BIAS, ENTRIES, ACC)
+        s = masked_scores(s, region[:, None], region_n[None, :], exists[None, :], place, size, SHAPE, HIDES)
+        p = _weights(s, lse[:, None])
+        dp = dot_heads(do, v, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION)
+        kept = p
         if DROPOUT > 0:
             drawn = window.to(tl.int64) * H + h
             keep = dropout_scale(
-                tl.load(seed_ptr), drawn, m.to(tl.int32)[None, :], n.to(tl.int32)[:, None], DROPOUT, ACC
+                tl.load(seed_ptr), drawn, m.to(tl.int32)[:, None], n.to(tl.int32)[None, :], DROPOUT, ACC
             )
-            dv = weighted_sum(p * keep, do, dv, PRECISION)
+            kept = p * keep
             dp *= keep
-        else:
-            dv = weighted_sum(p, do, dv, PRECISION)
-        ds = p * (dp - delta[None, :])
+        dv = weighted_sum(tl.trans(kept.to(do[0].dtype)), do, dv, PRECISION)
+        ds = p * (dp - delta[:, None])
         if COSINE:
-            ds *= norms_m[None, :]
-        dk = weighted_sum(ds, q, dk, PRECISION)
+            ds *= norms_m[:, None]
+        dk = weighted_sum(tl.trans(ds.to(q[0].dtype)), q, dk, PRECISION)
     dk, _ = _through_norm(dk, k, norms_n, factor, scale, COSINE, ACC)
     dk_head = dqkv_ptr + ((b * N * 3 + 1) * H + h) * D
     store_head(dk_head, dk, rows_n, 3 * H * D, in_image_n, D, PARTS, ALIGN)
@@ -467,7 +467,7 @@ def _window_attention_bwd_dbias_kernel(
     do_ptr,  # (B, N, H, D)
     lse_ptr,  # (B, H, N)
     delta_ptr,  # (B, H, N)
-    table_ptr,  # (H, entries) of table_rows
+    bias_ptr,  # (H, entries) of bias_of
     padding_ptr,  # (3, H, D), with PADDING "value"
     logit_ptr,  # (H,), with COSINE
     seed_ptr,  # (1,), with DROPOUT
@@ -491,7 +491,7 @@ def _window_attention_bwd_dbias_kernel(
     D: tl.constexpr,
     SHAPE: tl.constexpr,
     ENTRIES: tl.constexpr,
-    TABLE: tl.constexpr,
+    BIAS: tl.constexpr,
     PADDING: tl.constexpr,
     COSINE: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -501,6 +501,7 @@ def _window_attention_bwd_dbias_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    HIDES: tl.constexpr,  # whether scores of keys that do not exist need -inf; a bias of pairs has it already
     PARTS: tl.constexpr,
 ):
     TOKENS: tl.constexpr = SHAPE[7]
@@ -514,7 +515,7 @@ def _window_attention_bwd_dbias_kernel(
     first = group * windows
     size = (Y, X, windows_y, windows_x)
     padding_head = padding_ptr + h * D
-    bias = table_bias(table_ptr + h * ENTRIES, m[:, None], n[None, :], SHAPE, TABLE, ACC)
+    bias = load_bias(bias_ptr, h, m[:, None], n[None, :], SHAPE, BIAS, ENTRIES, ACC)
     factor2 = 0.0
     if COSINE:
         factor2 = tl.load(logit_ptr + h).to(ACC) * LOG2_E
@@ -539,7 +540,8 @@ def _window_attention_bwd_dbias_kernel(
         zero = zeros(BLOCK_M, BLOCK_N, ACC)
         s = scores_of(q, k, zero, score_scale, factor2, norms_m[:, None], norms_n[None, :], COSINE, PRECISION)
         exists = in_image_n if PADDING == "hidden" else in_window_n
-        s = masked_scores(s + bias, region[:, None], region_n[None, :], exists[None, :], SHAPE)
+        s += bias
+        s = masked_scores(s, region[:, None], region_n[None, :], exists[None, :], place, size, SHAPE, HIDES)
         statistics = (b * H + h) * N + rows
         lse = tl.load(lse_ptr + statistics, mask=in_image, other=float("inf"))
         delta = tl.load(delta_ptr + statistics, mask=in_image, other=0.0)
@@ -636,11 +638,12 @@ def window_attention_backward(
         return kept, argument
 
     fused = config.whole is not None
+    bias = bias_of(options, pairs=not fused)
     sums_table = needs_dtable and fused and config.whole_sums_table
     delta = torch.empty_like(lse) if not fused or (needs_dtable and not sums_table) else lse
     if fused:
         tiling = config.whole
-        arguments, total, _ = launch_arguments(qkv, options, tiling.block_m, do, dqkv.flatten(2, 3))
+        arguments, total, _ = launch_arguments(qkv, options, tiling.block_m, bias, do, dqkv.flatten(2, 3))
         per_program, groups = groups_of(total, H, True, qkv)
         bias_shares, dbias = shares(sums_table, groups, pairs)
         padding_shares, padding_sums = shares(pads, groups, 3 * H * D)
@@ -660,10 +663,10 @@ def window_attention_backward(
             NEEDS_DPADDING=pads,
             NEEDS_DLOGIT=needs_dlogit,
             NEEDS_DELTA=delta is not lse,
-            **_rest(tiling),
+            **keys_of(tiling, options, bias),
         )
     else:
-        arguments, total, blocks = launch_arguments(qkv, options, config.dq.block_m, o, do, dqkv.flatten(2, 3))
+        arguments, total, blocks = launch_arguments(qkv, options, config.dq.block_m, bias, o, do, dqkv.flatten(2, 3))
         logit_shares, logit_sums = shares(needs_dlogit, total * blocks * config.dq.block_m, H)
         _window_attention_bwd_dq_kernel[(total * H * blocks,)](
             **arguments,
@@ -677,9 +680,9 @@ def window_attention_backward(
             stride_do_h=do.stride(2),
             scale=options.scale,
             NEEDS_DLOGIT=needs_dlogit,
-            **_rest(config.dq),
+            **keys_of(config.dq, options, bias),
         )
-        arguments, _, _ = launch_arguments(qkv, options, config.dkv.block_m, do, dqkv.flatten(2, 3))
+        arguments, _, _ = launch_arguments(qkv, options, config.dkv.block_m, bias, do, dqkv.flatten(2, 3))
         del arguments["o_ptr"]
         blocks = runtime.cdiv(windows.tokens, config.dkv.block_n)
         padding_shares, padding_sums = shares(pads, total * blocks, 3 * H * D)
@@ -692,7 +695,7 @@ def window_attention_backward(
             dpadding_ptr=padding_sums,
             scale=options.scale,
             NEEDS_DPADDING=pads,
-            **_rest(config.dkv),
+            **keys_of(config.dkv, options, bias),
         )
     if needs_dtable and not sums_table:
         tiling = config.dtable
@@ -707,7 +710,7 @@ def window_attention_backward(
             delta_ptr=delta,
             dbias_ptr=dbias,
             windows=per_program,
-            **_rest(tiling),
+            **keys_of(tiling, options, bias),
         )
     if needs_dtable:
         _fold(sum_shares(bias_shares, [True], [wide])[0], dtable, windows, H)
@@ -716,10 +719,6 @@ def window_attention_backward(
     if needs_dlogit:
         dlogit = sum_shares(logit_shares, [True], [options.logit_scale.dtype])[0]
     return dqkv, dtable, dpadding, dlogit
-
-
-def _rest(tiling: Tiling) -> dict[str, int]:
-    return {"BLOCK_N": tiling.block_n, **tiling.options}
 
 
 def _table_groups(total: int, programs: int, qkv: Tensor) -> tuple[int, int]:

@@ -21,42 +21,55 @@ from vitkernels.ops._attention.tiles import (
 )
 from vitkernels.ops._tile import accumulator
 from vitkernels.ops._triton import tl, triton
-from vitkernels.ops._window_attention.config import WindowConfig, choose_config
+from vitkernels.ops._window_attention.config import Tiling, WindowConfig, choose_config
 from vitkernels.ops._window_attention.tiles import (
     inverse_norms,
+    load_bias,
     load_tokens,
     masked_scores,
+    padded_tokens,
     scores_of,
-    table_bias,
+    table_entry,
     window_tokens,
 )
 from vitkernels.ops._window_attention.windows import Options
 
 
 @triton.jit
-def _table_rows_kernel(
+def _window_attention_bias_kernel(
     table_ptr,  # (entries, H) by strides
-    rows_ptr,  # (H, entries)
+    bias_ptr,  # (H, entries), or with PAIRS (H, padded tokens, padded tokens)
     stride_e,
     stride_h,
-    entries,
     H,
-    BLOCK_E: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    SHAPE: tl.constexpr,
+    ENTRIES: tl.constexpr,  # of a head in bias
+    PAIRS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    blocks = tl.cdiv(H, BLOCK_H)
-    e = tl.program_id(0) // blocks * BLOCK_E + tl.arange(0, BLOCK_E)
-    h = tl.program_id(0) % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
-    mask = (e < entries)[:, None] & (h < H)[None, :]
-    offsets = e.to(tl.int64)[:, None] * stride_e + h.to(tl.int64)[None, :] * stride_h
-    x = tl.load(table_ptr + offsets, mask=mask, other=0.0).to(rows_ptr.dtype.element_ty) * LOG2_E
-    tl.store(rows_ptr + h.to(tl.int64)[None, :] * entries + e[:, None], x, mask=mask)
+    BLOCKS: tl.constexpr = tl.cdiv(ENTRIES, BLOCK)
+    h = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    i = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    exists = i < ENTRIES
+    entry = i
+    inside = exists
+    if PAIRS:
+        m = i // padded_tokens(SHAPE)
+        n = i % padded_tokens(SHAPE)
+        inside = (m < SHAPE[7]) & (n < SHAPE[7])
+        entry = table_entry(m, n, SHAPE)
+    ptrs = table_ptr + entry.to(tl.int64) * stride_e + h * stride_h
+    x = tl.load(ptrs, mask=inside, other=0.0).to(bias_ptr.dtype.element_ty)
+    x *= LOG2_E
+    if PAIRS:
+        x = tl.where(n < SHAPE[7], x, float("-inf"))
+    tl.store(bias_ptr + h * ENTRIES + i, x, mask=exists)
 
 
 @triton.jit(do_not_specialize=["Y", "X", "windows_y", "windows_x", "total", "windows"])
 def _window_attention_fwd_kernel(
     qkv_ptr,  # (B, N, 3, H, D)
-    table_ptr,  # (H, entries) of table_rows, with TABLE
+    bias_ptr,  # (H, entries) of bias_of, with BIAS
     padding_ptr,  # (3, H, D), with PADDING "value"
     logit_ptr,  # (H,), with COSINE
     seed_ptr,  # (1,), with DROPOUT
@@ -81,7 +94,7 @@ def _window_attention_fwd_kernel(
     D: tl.constexpr,
     SHAPE: tl.constexpr,
     ENTRIES: tl.constexpr,
-    TABLE: tl.constexpr,
+    BIAS: tl.constexpr,  # "", "table" or "pairs"
     PADDING: tl.constexpr,  # "" (every window is whole), "value", or "hidden" from queries
     COSINE: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -91,6 +104,7 @@ def _window_attention_fwd_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    HIDES: tl.constexpr,  # whether scores of keys that do not exist need -inf; a bias of pairs has it already
     PARTS: tl.constexpr,
 ):
     TOKENS: tl.constexpr = SHAPE[7]
@@ -101,12 +115,11 @@ def _window_attention_fwd_kernel(
     h = (pid // BLOCKS % H).to(tl.int64)
     first = pid // BLOCKS // H * windows
     size = (Y, X, windows_y, windows_x)
-    table_head = table_ptr + h * ENTRIES
     padding_head = padding_ptr + h * D
     bias = 0.0
     if WHOLE:  # loaded once for all windows
         keys = tl.arange(0, BLOCK_N).to(INDEX)
-        bias = table_bias(table_head, m[:, None], keys[None, :], SHAPE, TABLE, ACC)
+        bias = load_bias(bias_ptr, h, m[:, None], keys[None, :], SHAPE, BIAS, ENTRIES, ACC)
     factor = 0.0
     if COSINE:
         factor = tl.load(logit_ptr + h).to(ACC) * LOG2_E
@@ -141,9 +154,9 @@ def _window_attention_fwd_kernel(
             if WHOLE:
                 s += bias
             else:
-                s += table_bias(table_head, m[:, None], n[None, :], SHAPE, TABLE, ACC)
+                s += load_bias(bias_ptr, h, m[:, None], n[None, :], SHAPE, BIAS, ENTRIES, ACC)
             exists = in_image if PADDING == "hidden" else in_window
-            s = masked_scores(s, region_m[:, None], region_n[None, :], exists[None, :], SHAPE)
+            s = masked_scores(s, region_m[:, None], region_n[None, :], exists[None, :], place, size, SHAPE, HIDES)
             largest = tl.maximum(maximum, tl.max(s, axis=1))
             # If all scores so far are -inf, subtracting their maximum would give NaN.
             shift = tl.where(largest == float("-inf"), 0.0, largest)
@@ -168,14 +181,15 @@ def window_attention_forward(qkv: Tensor, options: Options) -> tuple[Tensor, Ten
     if o.numel() == 0:
         return o, lse
     config = config_of(qkv, options)
-    arguments, total, blocks = launch_arguments(qkv, options, config.forward.block_m, o)
-    windows, groups = groups_of(total, blocks * qkv.shape[3], config.forward.block_n >= options.windows.tokens, qkv)
+    whole = config.forward.block_n >= options.windows.tokens
+    bias = bias_of(options, pairs=not whole)
+    arguments, total, blocks = launch_arguments(qkv, options, config.forward.block_m, bias, o)
+    windows, groups = groups_of(total, blocks * qkv.shape[3], whole, qkv)
     _window_attention_fwd_kernel[(groups * qkv.shape[3] * blocks,)](
         **arguments,
         lse_ptr=lse,
         windows=windows,
-        BLOCK_N=config.forward.block_n,
-        **config.forward.options,
+        **keys_of(config.forward, options, bias),
     )
     return o, lse
 
@@ -201,11 +215,11 @@ def forward_outputs(qkv: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def launch_arguments(
-    qkv: Tensor, options: Options, block_m: int, o: Tensor, *others: Tensor
+    qkv: Tensor, options: Options, block_m: int, bias: Tensor | None, o: Tensor, *others: Tensor
 ) -> tuple[dict[str, object], int, int]:
     """Return the arguments that the kernels share, the windows of all images, and the blocks of queries of a window.
 
-    ``o`` is read or written; ``others`` are further tensors whose rows the kernel reads.
+    ``bias`` is :func:`bias_of`'s. ``o`` is read or written; ``others`` are further tensors whose rows the kernel reads.
     """
     qkv = runtime.unit_stride(qkv)
     B, N, _, H, D = qkv.shape
@@ -214,7 +228,7 @@ def launch_arguments(
     total = B * rows * columns
     arguments = {
         "qkv_ptr": qkv,
-        "table_ptr": qkv if options.table is None else table_rows(options.table),
+        "bias_ptr": qkv if bias is None else bias,
         "padding_ptr": qkv if options.padding is None else options.padding.contiguous(),
         "logit_ptr": qkv if options.logit_scale is None else options.logit_scale.contiguous(),
         "seed_ptr": qkv if options.seed is None else options.seed,
@@ -236,8 +250,8 @@ def launch_arguments(
         "score_scale": options.scale * operands.LOG2_E,
         "D": D,
         "SHAPE": windows.constants,
-        "ENTRIES": windows.entries,
-        "TABLE": options.table is not None,
+        "ENTRIES": 0 if bias is None else bias.shape[1],
+        "BIAS": "" if bias is None else "table" if bias.shape[1] == windows.entries else "pairs",
         "PADDING": "" if windows.whole else "hidden" if options.padding is None else "value",
         "COSINE": options.logit_scale is not None,
         "DROPOUT": round(options.dropout_p * 2**31),
@@ -251,24 +265,36 @@ def launch_arguments(
     return arguments, total, runtime.cdiv(windows.tokens, block_m)
 
 
-def table_rows(table: Tensor) -> Tensor:
-    """Return the table as (heads, entries), at least fp32, for scores in base 2: read along a row, a warp's loads touch
-    one or two lines."""
-    entries, H = table.shape
-    rows = torch.empty((H, entries), dtype=runtime.wide_dtype(table.dtype), device=table.device)
-    block_e, block_h = 64, 16
-    _table_rows_kernel[(runtime.cdiv(entries, block_e) * runtime.cdiv(H, block_h),)](
+def bias_of(options: Options, *, pairs: bool) -> Tensor | None:
+    """Return the bias as kernels load it (see :func:`tiles.load_bias`), at least fp32, for scores in base 2."""
+    table, windows = options.table, options.windows
+    if table is None:
+        return None
+    H = table.shape[1]
+    entries = windows.padded_tokens**2 if pairs else windows.entries
+    bias = torch.empty((H, entries), dtype=runtime.wide_dtype(table.dtype), device=table.device)
+    block = 1024 if pairs else 128
+    _window_attention_bias_kernel[(H * runtime.cdiv(entries, block),)](
         table_ptr=table,
-        rows_ptr=rows,
+        bias_ptr=bias,
         stride_e=table.stride(0),
         stride_h=table.stride(1),
-        entries=entries,
         H=H,
-        BLOCK_E=block_e,
-        BLOCK_H=block_h,
+        SHAPE=windows.constants,
+        ENTRIES=entries,
+        PAIRS=pairs,
+        BLOCK=block,
         num_warps=4,
     )
-    return rows
+    return bias
+
+
+def keys_of(tiling: Tiling, options: Options, bias: Tensor | None) -> dict[str, object]:
+    """Return the arguments of a launch that follow from its tile of keys, and its options."""
+    windows = options.windows
+    spread = bias is not None and bias.shape[1] != windows.entries
+    hides = (options.padding is None and not windows.whole) or not (spread or windows.tokens % tiling.block_n == 0)
+    return {"BLOCK_N": tiling.block_n, "HIDES": hides, **tiling.options}
 
 
 def groups_of(total: int, programs: int, whole: bool, qkv: Tensor) -> tuple[int, int]:

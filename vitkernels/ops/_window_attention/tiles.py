@@ -60,21 +60,37 @@ def _place(t, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def table_bias(table_head, m, n, SHAPE: tl.constexpr, TABLE: tl.constexpr, ACC: tl.constexpr):
-    """Load the bias of queries ``m`` and keys ``n``, which broadcast to a tile, from a head's row of the table;
-    0 without a table.
+def padded_tokens(SHAPE: tl.constexpr):
+    """Return the rows and columns of a bias of pairs: whole tiles, so that its loads need no mask."""
+    return (SHAPE[7] + 63) // 64 * 64
 
-    Neighbouring keys lie side by side in the table, so that a warp's loads touch one or two lines.
+
+@triton.jit
+def table_entry(m, n, SHAPE: tl.constexpr):
+    """Return the table's entry for queries ``m`` and keys ``n``, which broadcast to a tile."""
+    COLUMNS: tl.constexpr = 2 * SHAPE[1] - 1
+    ENTRIES: tl.constexpr = (2 * SHAPE[0] - 1) * COLUMNS
+    entry = _place(m, SHAPE) - _place(n, SHAPE) + ((SHAPE[0] - 1) * COLUMNS + SHAPE[1] - 1)
+    if SHAPE[4] > 0:  # BEiT's three entries: prefix to token, token to prefix, prefix to prefix
+        of_prefix = tl.where(n < SHAPE[4], ENTRIES + 2, ENTRIES)
+        entry = tl.where(m < SHAPE[4], of_prefix, tl.where(n < SHAPE[4], ENTRIES + 1, entry))
+    return entry
+
+
+@triton.jit
+def load_bias(bias_ptr, h, m, n, SHAPE: tl.constexpr, BIAS: tl.constexpr, ENTRIES: tl.constexpr, ACC: tl.constexpr):
+    """Load a head's bias of queries ``m`` and keys ``n``, which broadcast to a tile.
+
+    From a table (BIAS "table") the loads are as many as scores, but neighbouring keys lie side by side, so that those
+    of a warp touch one or two lines. It is for tiles that a program loads once for many windows. "pairs" are the
+    table spread out, with −inf for keys that do not exist, so that nothing is computed for a score but its sum.
     """
-    if TABLE:
-        COLUMNS: tl.constexpr = 2 * SHAPE[1] - 1
-        ENTRIES: tl.constexpr = (2 * SHAPE[0] - 1) * COLUMNS
-        entry = _place(m, SHAPE) - _place(n, SHAPE) + ((SHAPE[0] - 1) * COLUMNS + SHAPE[1] - 1)
-        if SHAPE[4] > 0:  # BEiT's three entries: prefix to token, token to prefix, prefix to prefix
-            of_prefix = tl.where(n < SHAPE[4], ENTRIES + 2, ENTRIES)
-            entry = tl.where(m < SHAPE[4], of_prefix, tl.where(n < SHAPE[4], ENTRIES + 1, entry))
+    if BIAS == "table":
         inside = (m < SHAPE[7]) & (n < SHAPE[7])
-        return tl.load(table_head + entry, mask=inside, other=0.0).to(ACC)
+        ptrs = bias_ptr + h * ENTRIES + table_entry(m, n, SHAPE)
+        return tl.load(ptrs, mask=inside, other=0.0).to(ACC)
+    elif BIAS == "pairs":
+        return tl.load(bias_ptr + h * ENTRIES + m * padded_tokens(SHAPE) + n).to(ACC)
     else:
         return 0.0
 
@@ -104,11 +120,16 @@ def inverse_norms(head, ACC: tl.constexpr):
 
 
 @triton.jit
-def masked_scores(s, region_a, region_b, exists, SHAPE: tl.constexpr):
-    """Add −100 between regions of a shifted window; set −inf at keys that do not exist. All broadcast to ``s``."""
+def masked_scores(s, region_a, region_b, exists, place, size, SHAPE: tl.constexpr, HIDES: tl.constexpr):
+    """Add −100 between regions of a shifted window; with HIDES set −inf at keys that do not exist. All broadcast to
+    ``s``."""
     if SHAPE[2] > 0 or SHAPE[3] > 0:
-        s = tl.where(region_a == region_b, s, s + OTHER_REGION)
-    return tl.where(exists, s, float("-inf"))
+        # Only the last windows of a row and of a column have several regions.
+        if (place // size[3] == size[2] - 1) | (place % size[3] == size[3] - 1):
+            s = tl.where(region_a == region_b, s, s + OTHER_REGION)
+    if HIDES:
+        s = tl.where(exists, s, float("-inf"))
+    return s
 
 
 @triton.jit

@@ -45,6 +45,11 @@ class Windows(NamedTuple):
         return self.prefix + self.rows * self.columns
 
     @property
+    def padded_tokens(self) -> int:
+        """The rows and columns of a bias of pairs, ``tiles.padded_tokens``."""
+        return (self.tokens + 63) // 64 * 64
+
+    @property
     def entries(self) -> int:
         """The entries of a relative position table for each head; three more with prefix tokens."""
         return (2 * self.rows - 1) * (2 * self.columns - 1) + 3 * (self.prefix > 0)

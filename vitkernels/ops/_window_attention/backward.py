@@ -638,7 +638,7 @@ def window_attention_backward(
         return kept, argument
 
     fused = config.whole is not None
-    bias = bias_of(options, pairs=not fused)
+    bias = bias_of(options, pairs=not fused, in_fp64=qkv.dtype == torch.float64)
     sums_table = needs_dtable and fused and config.whole_sums_table
     delta = torch.empty_like(lse) if not fused or (needs_dtable and not sums_table) else lse
     if fused:

@@ -60,10 +60,11 @@ def _window_attention_bias_kernel(
         entry = table_entry(m, n, SHAPE)
     ptrs = table_ptr + entry.to(tl.int64) * stride_e + h * stride_h
     x = tl.load(ptrs, mask=inside, other=0.0).to(bias_ptr.dtype.element_ty)
-    x *= LOG2_E
     if PAIRS:
         x = tl.where(n < SHAPE[7], x, float("-inf"))
-    tl.store(bias_ptr + h * ENTRIES + i, x, mask=exists)
+    else:
+        x *= LOG2_E
+    tl.store(bias_ptr + (h * ENTRIES + i), x, mask=exists)
 
 
 @triton.jit(do_not_specialize=["Y", "X", "windows_y", "windows_x", "total", "windows"])
@@ -182,7 +183,7 @@ def window_attention_forward(qkv: Tensor, options: Options) -> tuple[Tensor, Ten
         return o, lse
     config = config_of(qkv, options)
     whole = config.forward.block_n >= options.windows.tokens
-    bias = bias_of(options, pairs=not whole)
+    bias = bias_of(options, pairs=not whole, in_fp64=qkv.dtype == torch.float64)
     arguments, total, blocks = launch_arguments(qkv, options, config.forward.block_m, bias, o)
     windows, groups = groups_of(total, blocks * qkv.shape[3], whole, qkv)
     _window_attention_fwd_kernel[(groups * qkv.shape[3] * blocks,)](
@@ -265,14 +266,19 @@ def launch_arguments(
     return arguments, total, runtime.cdiv(windows.tokens, block_m)
 
 
-def bias_of(options: Options, *, pairs: bool) -> Tensor | None:
-    """Return the bias as kernels load it (see :func:`tiles.load_bias`), at least fp32, for scores in base 2."""
+def bias_of(options: Options, *, pairs: bool, in_fp64: bool) -> Tensor | None:
+    """Return the bias as kernels load it (see :func:`tiles.load_bias`).
+
+    A table is at least fp32, and for scores in base 2. Pairs keep the table's dtype: they are loaded for every window.
+    """
     table, windows = options.table, options.windows
     if table is None:
         return None
     H = table.shape[1]
     entries = windows.padded_tokens**2 if pairs else windows.entries
-    bias = torch.empty((H, entries), dtype=runtime.wide_dtype(table.dtype), device=table.device)
+    # Triton 3.7.1 compiles no fp64 product beside a load of 16 bits.
+    dtype = table.dtype if pairs and not in_fp64 else runtime.wide_dtype(table.dtype)
+    bias = torch.empty((H, entries), dtype=dtype, device=table.device)
     block = 1024 if pairs else 128
     _window_attention_bias_kernel[(H * runtime.cdiv(entries, block),)](
         table_ptr=table,

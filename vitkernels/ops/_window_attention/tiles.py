@@ -7,7 +7,7 @@ columns of windows).
 
 from __future__ import annotations
 
-from vitkernels.ops._attention.tiles import columns, dot_heads, dot_rows, load_head
+from vitkernels.ops._attention.tiles import LOG2_E, columns, dot_heads, dot_rows, load_head
 from vitkernels.ops._triton import tl, triton
 
 OTHER_REGION = tl.constexpr(-144.26950408889634)  # Swin's −100 for tokens that the shift brought together, in base 2
@@ -90,7 +90,7 @@ def load_bias(bias_ptr, h, m, n, SHAPE: tl.constexpr, BIAS: tl.constexpr, ENTRIE
         ptrs = bias_ptr + h * ENTRIES + table_entry(m, n, SHAPE)
         return tl.load(ptrs, mask=inside, other=0.0).to(ACC)
     elif BIAS == "pairs":
-        return tl.load(bias_ptr + h * ENTRIES + m * padded_tokens(SHAPE) + n).to(ACC)
+        return tl.load(bias_ptr + h * ENTRIES + m * padded_tokens(SHAPE) + n).to(ACC) * LOG2_E
     else:
         return 0.0
 

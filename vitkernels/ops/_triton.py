@@ -150,6 +150,8 @@ else:
     triton = tl = _Missing()
 
 HAS_TRITON = MISSING is None
+# Some tiles that 3.7 and later keep in registers spill there: configurations ask for it.
+BEFORE_3_7 = HAS_TRITON and tuple(map(int, _triton.__version__.split(".")[:2])) < (3, 7)
 HAS_GLUON = HAS_TRITON and _gluon is not None
 
 if HAS_GLUON:

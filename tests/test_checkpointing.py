@@ -506,3 +506,55 @@ def test_attention_of_pytorch_that_draws_is_computed_again():
         kept, drawn = (policy(None, op, *[q, q, q, None, True][:dropout_at], p) for p in (0.0, 0.1))
         assert kept == CheckpointPolicy.MUST_SAVE and drawn == CheckpointPolicy.PREFER_RECOMPUTE
     assert policy(None, op, q, q, q, None, True) == CheckpointPolicy.MUST_SAVE
+
+
+def test_every_forward_op_says_what_it_does():
+    from vitkernels.ops._registry import OPS, WORK, register
+
+    kept = {name: set() for name in WORK}
+    for name, found in OPS.items():
+        assert (found.work is None) == name.endswith("_bwd")
+        if found.work is not None:
+            kept[found.work].add(name)
+    assert all(kept.values()) and "patch_embed_fwd" in kept["linear"]
+    for save, ops_of_it in kept.items():
+        if save == "pass":
+            continue
+        policy = checkpoint_policy(save)
+        for name in OPS:
+            op = getattr(torch.ops.vitkernels, name).default
+            assert (policy(None, op) == CheckpointPolicy.MUST_SAVE) == (name in ops_of_it)
+    rest = {"launcher": print, "reference": print, "fake": print}
+    for schema, work in (("new_fwd(Tensor x) -> Tensor", None), ("new_fwd(Tensor x) -> Tensor", "norm"),
+                         ("new_bwd(Tensor x) -> Tensor", "linear")):  # fmt: skip
+        with pytest.raises(ValueError, match=r"work is .*; expected one of attention, linear, mlp, pass, or"):
+            register(schema, **rest, work=work)
+    assert not any(name.startswith("new") for name in OPS)
+
+
+def test_products_of_pytorch_are_told_by_their_whole_names():
+    policy, aten = checkpoint_policy("linear"), torch.ops.aten
+    for op in (aten.mm.default, aten.addmm.default, aten.convolution.default):
+        assert policy(None, op) == CheckpointPolicy.MUST_SAVE
+    for op in (aten.mm.out, aten.addmm.out, aten.convolution_backward.default, aten.bmm.default):
+        assert policy(None, op) == CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@pytest.mark.parametrize("backend", ["torch", KERNELS])
+def test_patches_are_linear(backend, device):
+    images, weight = torch.randn(2, 3, 8, 8, device=device), torch.randn(16, 3, 4, 4, device=device, requires_grad=True)
+    kept = []
+
+    def policy(context, op, *args, **kwargs):
+        chosen = checkpoint_policy("linear")(context, op, *args, **kwargs)
+        if chosen == CheckpointPolicy.MUST_SAVE:
+            kept.append(op.name())
+        return chosen
+
+    with use_backend(backend):
+        context_fn = lambda: create_selective_checkpoint_contexts(policy)  # noqa: E731
+        y = checkpoint(ops.patch_embed, images, weight, use_reentrant=False, context_fn=context_fn)
+        (got,) = torch.autograd.grad(y.square().sum(), (weight,))
+        (want,) = torch.autograd.grad(ops.patch_embed(images, weight).square().sum(), (weight,))
+    assert torch.equal(got, want)
+    assert set(kept) == {"aten::convolution" if backend == "torch" else "vitkernels::patch_embed_fwd"}

@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import gc
+import itertools
 import threading
 
 import pytest
@@ -481,6 +483,29 @@ def test_other_errors(mechanism):
         compile_inference(nn.Identity().eval())(images())
 
 
+def test_within_what_no_graph_passes_through(mechanism):
+    graphed, x = compile_inference(vit()), images()
+    for transformed, given in ((torch.func.vmap(graphed), x[None]), (torch.func.grad(lambda x: graphed(x).sum()), x)):
+        with pytest.raises(RuntimeError, match=r"called within a transform of torch\.func"):
+            transformed(given)
+    torch._dynamo.reset()
+    whole = torch.compile(lambda x: graphed(x) + 1, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"called in what torch\.compile or torch\.export traces"):
+        whole(x)
+
+    class Within(nn.Module):
+        def forward(self, x):
+            return graphed(x) + 1
+
+    with pytest.raises(RuntimeError, match=r"called in what torch\.compile or torch\.export traces"):
+        torch.export.export(Within(), (x,))
+    assert graphed.captures == 0
+    broken = torch.compile(lambda x: graphed(x) + 1, backend="eager")  # it makes the call between two graphs
+    for _ in range(2):
+        assert torch.equal(broken(x), expected(graphed.model, x) + 1)
+    assert graphed.captures == 1
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -492,6 +517,11 @@ def test_other_errors(mechanism):
         ({"normalize": ((0.5,), (0.5, 0.5))}, ValueError, "normalize is not"),
         ({"normalize": ((0.5,), (0.0,))}, ValueError, "expected finite numbers, std positive"),
         ({"model": "a model"}, TypeError, "expected a torch.nn.Module"),
+        (
+            {"model": vit(normalize=MEAN_STD), "normalize": MEAN_STD},
+            ValueError,
+            "normalize is given, and 'patch_embed' of VisionTransformer normalizes its images itself",
+        ),
     ],
     ids=str,
 )
@@ -568,10 +598,10 @@ def cuda(monkeypatch):
         def replay(self):
             log.append("replay")
 
-    fake, log = Cuda(), []
+    fake, log, pools = Cuda(), [], itertools.count(1)
     fake.log, fake.Stream_ = log, Stream
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "the pool")
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: f"pool {next(pools)}")
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: fake.current)
     monkeypatch.setattr(torch.cuda, "stream", fake.stream)
@@ -601,9 +631,43 @@ def test_the_order_of_what_cuda_is_asked(cuda):
     graphs.finish()
     assert cuda.log == [
         "side waits for current", *["forward on side"] * 3, "current waits for side",
-        "capture on side into the pool, thread_local", "forward on side",
+        "capture on side into pool 1, thread_local", "forward on side",
         "replay", "another waits for current", "replay", "current waits for another", "synchronize",
     ]  # fmt: skip
+
+
+def test_a_pool_without_a_graph_is_not_captured_into(cuda):
+    """PyTorch gives it up with its last graph; results that are still held keep its memory, and its name, taken."""
+    graphs = _inference.CudaGraphs(torch.device("cuda", 0))
+
+    def fails():
+        raise RuntimeError("no capture")
+
+    def pools():
+        found = [line.split(" into ")[1].split(",")[0] for line in cuda.log if line.startswith("capture")]
+        cuda.log.clear()
+        return found
+
+    with pytest.raises(RuntimeError, match="no capture"):
+        graphs.capture(fails)
+    first, results = graphs.capture(lambda: torch.ones(1))
+    second, _ = graphs.capture(lambda: 1)
+    assert pools() == ["pool 1", "pool 2", "pool 2"]
+    del first
+    third, _ = graphs.capture(lambda: 1)
+    assert pools() == ["pool 2"]  # which the second's graph keeps
+    del second, third
+    gc.collect()
+    graphs.capture(lambda: 1)
+    assert pools() == ["pool 3"] and results.eq(1).all()
+
+
+def test_one_graph_at_a_time_has_a_pool_of_its_own(cuda, monkeypatch):
+    monkeypatch.setattr(_inference, "_mechanism", _inference.CudaGraphs)
+    graphed = compile_inference(nn.Linear(4, 3).eval(), max_graphs=1, clone_outputs=False)
+    held = [graphed(torch.ones(batch, 4)) for batch in (1, 2, 1)]
+    captures = [line.split(",")[0] for line in cuda.log if line.startswith("capture")]
+    assert captures == [f"capture on side into pool {i}" for i in (1, 2, 3)] and len(held) == 3
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: CUDA graphs cannot be captured")

@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterable
 
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-# Beginnings of names, as not every PyTorch has all of its attentions. PyTorch's own ops compute where the backend is
-# torch, and where a tuning table prefers its attention.
-_GROUPS = {
-    "attention": ("vitkernels::attention_fwd", "vitkernels::attention_qkvpacked_fwd", "aten::_scaled_dot_product_"),
-    "linear": ("vitkernels::linear_fwd", "aten::mm", "aten::addmm"),
-    "mlp": ("vitkernels::mlp_fwd", "vitkernels::glu_fwd", "vitkernels::swiglu_mlp_fwd"),
-}
+from vitkernels.ops._registry import OPS
+
+# PyTorch's own ops, which compute where the backend is torch, and where a tuning table prefers its attention. Not every
+# PyTorch has all attentions: of them the names begin so.
+_OF_PYTORCH = {"attention": (), "linear": ("aten::mm", "aten::addmm", "aten::convolution"), "mlp": ()}
+_ATTENTIONS = "aten::_scaled_dot_product_"
 
 
 def checkpoint_policy(save: str | Iterable[str] = "attention") -> Callable[..., CheckpointPolicy]:
@@ -31,8 +30,9 @@ def checkpoint_policy(save: str | Iterable[str] = "attention") -> Callable[..., 
     - ``"attention"``: attention's output and its statistics, C + H; of the block's work, what grows with the square of
       the tokens is not repeated. PyTorch's own attention (``scaled_dot_product_attention``) counts, too, unless it
       drops weights.
-    - ``"linear"``: the outputs of :func:`vitkernels.ops.linear`, 4 C for the projections of attention, and of PyTorch's
-      ``mm`` and ``addmm``: where PyTorch computes, those of the MLP as well.
+    - ``"linear"``: the outputs of :func:`vitkernels.ops.linear`, 4 C for the projections of attention, of
+      :func:`vitkernels.ops.patch_embed`, and of PyTorch's ``mm``, ``addmm`` and ``convolution``: where PyTorch
+      computes, those of the MLP as well.
     - ``"mlp"``: the MLP's output and what its backward reads, C + 2 F (C + F with ``recompute``); of
       :func:`vitkernels.ops.swiglu_mlp` the gate, the value and their product, while the last product is ``"linear"``.
 
@@ -49,12 +49,13 @@ def checkpoint_policy(save: str | Iterable[str] = "attention") -> Callable[..., 
     for name in names:
         if not isinstance(name, str):
             raise TypeError(f"checkpoint_policy: save holds a {type(name).__name__}; expected names")
-        if name not in _GROUPS:
-            raise ValueError(f"checkpoint_policy: save holds {name!r}; expected some of {', '.join(_GROUPS)}")
+        if name not in _OF_PYTORCH:
+            raise ValueError(f"checkpoint_policy: save holds {name!r}; expected some of {', '.join(_OF_PYTORCH)}")
     if not names:
         raise ValueError("checkpoint_policy: save is empty; checkpoint without context_fn to keep nothing")
-    kept = tuple(op for name in dict.fromkeys(names) for op in _GROUPS[name])
-    return functools.partial(_policy, kept)
+    kept = {f"vitkernels::{op}" for op, found in OPS.items() if found.work in names}
+    kept.update(op for name in names for op in _OF_PYTORCH[name])
+    return functools.partial(_policy, frozenset(kept), "attention" in names)
 
 
 def checkpoint_context(save: str | Iterable[str] = "attention") -> Callable[[], tuple]:
@@ -70,14 +71,15 @@ def checkpoint_context(save: str | Iterable[str] = "attention") -> Callable[[], 
     return functools.partial(create_selective_checkpoint_contexts, checkpoint_policy(save))
 
 
-def _policy(kept: tuple[str, ...], context, op, *args, **kwargs) -> CheckpointPolicy:
-    keep = op.name().startswith(kept) and not _draws(op, args, kwargs)
+def _policy(kept: frozenset[str], attention: bool, context, op, *args, **kwargs) -> CheckpointPolicy:
+    name = op.name()
+    keep = name in kept or (attention and name.startswith(_ATTENTIONS) and not _draws(op, args, kwargs))
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _draws(op, args: tuple, kwargs: dict) -> bool:
     """Tell whether PyTorch's attention drops weights: not run again, it would leave later random draws others."""
     for i, argument in enumerate(op._schema.arguments):
-        if argument.name == "dropout_p" and op.namespace == "aten":
+        if argument.name == "dropout_p":
             return (args[i] if i < len(args) else kwargs.get("dropout_p", argument.default_value)) > 0
     return False

@@ -12,6 +12,7 @@ import dataclasses
 import math
 import operator
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitkernels import runtime
-from vitkernels.layers import fp8
+from vitkernels.layers import PatchEmbed, fp8
 from vitkernels.ops._checks import check_integer
 
 WARM_UPS = 3  # forwards before a capture: the first compiles kernels, the third runs on plans (ops/_plan.py)
@@ -55,7 +56,7 @@ def compile_inference(
         max_graphs: Most graphs to keep, at least 1. One more drops the one whose last use is the longest ago, after
             waiting for the device. All graphs share one pool of memory, beside their buffers of images and results.
         normalize: ``(mean, std)``, one number per channel, for images of 0..255 in uint8 or 0..1 in floating point,
-            which the graph normalizes and casts to the model's dtype. Not for a model that has ``normalize`` itself.
+            which the graph normalizes and casts to the model's dtype. Not for a model that normalizes them itself.
         clone_outputs: Return copies. Otherwise the graph's own tensors, which the next call, of any shape, overwrites.
         check_model: Before each replay, look for parameters, buffers, submodules or hooks that were replaced, added or
             moved since the capture, or weights in FP8 that were written in place, and capture anew. Other values
@@ -67,7 +68,7 @@ def compile_inference(
         another.
 
     Raises:
-        TypeError, ValueError: An argument does not fit.
+        TypeError, ValueError: An argument does not fit, or both ``normalize`` and the model's own are given.
 
     The first call raises a RuntimeError if the model cannot be captured: it is in training mode or not on one CUDA
     device, or its forward waits for the GPU (``.item()``, a shape that depends on data, a copy from or to the CPU).
@@ -89,6 +90,12 @@ def compile_inference(
         math.isfinite(m) and 0 < s < math.inf for m, s in zip(*normalize, strict=True)
     ):
         raise ValueError(f"compile_inference: normalize is {normalize}; expected finite numbers, std positive")
+    for name, module in model.named_modules() if normalize is not None else ():
+        if isinstance(module, PatchEmbed) and module.normalize is not None:
+            raise ValueError(
+                f"compile_inference: normalize is given, and {f'{name!r} of ' if name else ''}{type(model).__name__} "
+                "normalizes its images itself; expected one of the two"
+            )
     return GraphedModel(model, batch_sizes, max_graphs, normalize, bool(clone_outputs), bool(check_model))
 
 
@@ -116,8 +123,11 @@ class GraphedModel:
         Raises:
             TypeError: ``images`` is not a tensor.
             ValueError: It is on another device, has no batch, or is larger than every one of ``batch_sizes``.
-            RuntimeError: It requires a gradient, or the model cannot be captured.
+            RuntimeError: It requires a gradient, the model cannot be captured, or the call is within a transform of
+                torch.func or traced by torch.export or by torch.compile; without ``fullgraph``, torch.compile makes the
+                call between two graphs of its own.
         """
+        _check_nothing_traces()
         size = self._check_images(images)
         # Buffers made in inference mode could not be written outside of it.
         with self._lock, torch.inference_mode(False), torch.no_grad():
@@ -248,8 +258,9 @@ class CudaGraphs:
 
     def __init__(self, device: torch.device):
         self.device = device
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
         with torch.cuda.device(device):
-            self._pool, self._side = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+            self._pool, self._side = None, torch.cuda.Stream(device)
             self._last = torch.cuda.current_stream(device)
 
     def enter(self) -> None:
@@ -273,6 +284,9 @@ class CudaGraphs:
         """Return the function that replays ``forward``, and the results that it writes."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device):
+            # PyTorch gives a pool up with its last graph, and fails an assertion at a capture into it after that.
+            if not self._graphs:
+                self._pool = torch.cuda.graph_pool_handle()
             self.enter()
             # A capture that fails leaves its stream current, so the outer context restores the caller's. Other threads
             # may use the GPU meanwhile.
@@ -281,6 +295,7 @@ class CudaGraphs:
                 torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"),
             ):
                 results = forward()
+        self._graphs.add(graph)
         return graph.replay, results
 
     def finish(self) -> None:
@@ -311,6 +326,20 @@ class Calls:
 
     def finish(self) -> None:
         pass
+
+
+def _check_nothing_traces() -> None:
+    """Raise where what is recorded of a call would leave out the graph's replay, or could not pass through it."""
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "compile_inference: called in what torch.compile or torch.export traces, where a graph cannot be replayed; "
+            "expected the model itself there, or the call outside"
+        )
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "compile_inference: called within a transform of torch.func, which cannot pass through a CUDA graph; "
+            "expected the model itself"
+        )
 
 
 def _mechanism(device: torch.device) -> CudaGraphs | Calls:

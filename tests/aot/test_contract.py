@@ -242,5 +242,6 @@ def test_contracts_of_the_library(target):
     assert json.loads(before) == known
     for exception in known["exceptions"]:
         assert exception["limit"] > 0
+        assert exception["rule"] != "spilled_bytes"  # under every Triton: docs/compiler-report.md says so
     counted = ["fma" in figures for cases in known["figures"].values() for figures in cases.values()]
     assert all(counted) if target == "sm_90" else target in DEVICES or not any(counted)

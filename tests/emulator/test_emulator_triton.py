@@ -5,6 +5,10 @@ import torch
 import triton_kernels as kernels
 from drawn import drawn
 from through_emulator import executing
+from triton import knobs
+
+from vitkernels.emulator.launch import emulating
+from vitkernels.tools.aot.build import TARGETS, _named_driver
 
 ARCHS = pytest.mark.parametrize("arch", [80, 90])
 
@@ -158,3 +162,28 @@ def test_divergent(arch):
     assert torch.equal(y[:128], w[:128])
     assert torch.equal(y[256:384], w[256:384])
     assert torch.equal(y[128:256], x[128:256].cumsum(0).int())
+
+
+@pytest.mark.parametrize("emulated_first", [False, True])
+def test_a_gpus_binary_and_the_emulators_are_apart_in_tritons_cache(emulated_first, tmp_path):
+    """A kernel has one key for both: on a GPU its binary is machine code, in the emulator PTX."""
+    x, y = torch.randn(8, 16), torch.empty(16, 8)
+
+    def emulated():
+        y.fill_(float("nan"))
+        with emulating("sm_80"):
+            kernels.transpose[(1, 1)](x, y, 8, 16, BM=8, BN=16)
+        assert torch.equal(y, x.t())
+
+    def for_a_gpu():
+        with _named_driver("sm_80", f"disk cache, {emulated_first}"):
+            kernel = kernels.transpose.warmup(x, y, 8, 16, BM=8, BN=16, grid=(1, 1))
+        assert kernel.metadata.target == TARGETS["sm_80"].triton and kernel.asm["cubin"].startswith(b"\x7fELF")
+
+    emulated()  # installs the driver, whose setting of the cache the block below leaves again
+    with knobs.cache.scope():
+        knobs.cache.dir = str(tmp_path)
+        for run in (emulated, for_a_gpu) if emulated_first else (for_a_gpu, emulated):
+            kernels.transpose.device_caches.clear()
+            run()
+    assert sum(1 for _ in tmp_path.glob("*/transpose.cubin")) == 2

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vitkernels.runtime import use_backend
-from vitkernels.testing import Verdict, judge_op
+from vitkernels.testing import Verdict, fp8, judge_op
 from vitkernels.testing.workloads import WORKLOADS, call_op, call_reference
 
 REDRAWS = 8
@@ -243,4 +243,4 @@ def _run_op(run: Callable, op: str, /, **arguments):
 OPS = {
     op: Spec(*(functools.partial(_run_op, run, op) for run in (call_op, call_reference)))
     for op in dict.fromkeys(workload.op for workload in WORKLOADS)
-}
+} | {op: Spec(*(functools.partial(run, op) for run in (fp8.call_op, fp8.call_reference))) for op in fp8.NAMES}

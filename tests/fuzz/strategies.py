@@ -17,6 +17,7 @@ BATCHES = (1, 2, 3, 5, 0)
 HALVES = (torch.float16, torch.bfloat16)
 
 dtypes = st.sampled_from((torch.float32, torch.bfloat16, torch.float16, torch.float32, torch.bfloat16, torch.float64))
+fp8_dtypes = st.sampled_from((torch.float32, torch.bfloat16, torch.float16))
 sizes, tokens, head_dims, batches = map(st.sampled_from, (SIZES, TOKENS, HEAD_DIMS, BATCHES))
 layouts = st.one_of(st.just("contiguous"), st.sampled_from(sorted(LAYOUTS)))
 seeds = st.integers(0, 2**31)
@@ -321,6 +322,36 @@ def patch_embeds(draw):
     return d.done("patch_embed", **options)
 
 
+@st.composite
+def rows_fp8(draw, op: str):
+    d = Draw(draw, draw(fp8_dtypes))
+    lead, C = draw(leads), draw(st.one_of(sizes, st.just(1152)))
+    d.add("x", *lead, C, grad=False)
+    if op == "quantize_fp8":
+        return d.done(op)
+    wide = False
+    if op.startswith("add"):
+        d.add("residual", *lead, C, grad=False, dtypes=_wider(d.dtype))
+        wide = d.inputs["residual"].dtype is not None
+        d.maybe_add("layer_scale", C, grad=False, dtypes=_wider(d.dtype))
+    for name in ("weight", "bias"):
+        if d.maybe_add(name, C, grad=False, dtypes=_wider(d.dtype)) and wide:
+            d.inputs[name] = dataclasses.replace(d.inputs[name], dtype=torch.float32)
+    return d.done(op, eps=draw(epsilons))
+
+
+@st.composite
+def linears_fp8(draw):
+    d = Draw(draw, draw(fp8_dtypes))
+    # Steps are of 128 features: below, of one, with a rest, and several.
+    lead, N, K = draw(leads), draw(st.one_of(sizes, st.just(260))), draw(st.sampled_from((16, 48, 128, 144, 384)))
+    d.add("x", *lead, K, grad=False)
+    d.add("weight", N, K, kind="weight", grad=False)
+    for name, shape in (("bias", (N,)), ("residual", (*lead, N)), ("layer_scale", (N,))):
+        d.maybe_add(name, *shape, grad=False, dtypes=_wider(d.dtype))
+    return d.done("linear_fp8", activation=draw(activations), grouped=d.maybe(), quantized=d.maybe())
+
+
 CALLS = {
     **{op: norms(op) for op in ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")},
     "linear": linears(),
@@ -331,4 +362,9 @@ CALLS = {
     "attention_varlen": attentions_varlen(),
     "block": blocks(),
     "patch_embed": patch_embeds(),
+}
+# Of tensors that calls.py quantizes; tests/ops/test_fp8.py gives the ops what does not fit.
+FP8_CALLS = {
+    **{op: rows_fp8(op) for op in ("quantize_fp8", "layer_norm_fp8", "add_layer_norm_fp8")},
+    "linear_fp8": linears_fp8(),
 }

@@ -10,8 +10,9 @@ import hypothesis
 import pytest
 import torch
 from calls import OPS, Call, judge
-from strategies import CALLS
+from strategies import CALLS, FP8_CALLS
 
+CALLS = CALLS | FP8_CALLS
 EXAMPLES = 12
 
 
@@ -74,6 +75,8 @@ DEFECTS = {
     ),
     "stale row": ("patch_embed", "images", stale_row),
     "prefix off by 0.1 %": ("patch_embed", "prefix_tokens", with_argument("prefix_tokens", lambda p: p * 1.001)),
+    "eps before FP8": ("layer_norm_fp8", "eps", with_argument("eps", lambda eps: eps + 1e-3)),
+    "bias behind FP8 off by 0.1 %": ("linear_fp8", "bias", with_argument("bias", lambda b: b * 1.001)),
     "LayerScale of a block": ("block", "gamma2", with_argument("gamma2", lambda g: g * 1.01)),
 }  # fmt: skip
 

@@ -12,8 +12,9 @@ import time
 import pytest
 from calls import Call, judge
 from hypothesis import given, settings
-from strategies import CALLS
+from strategies import CALLS, FP8_CALLS
 
+CALLS = CALLS | FP8_CALLS
 EXAMPLES = {op: 1 if op == "block" or op.startswith("attention") else 2 for op in CALLS}
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from drawn import drawn
 pytest.importorskip("triton.experimental.gluon", reason="the kernels are written in Gluon")
 
 from vitkernels import ops, reference, runtime
-from vitkernels.ops import _product, _product_hopper
+from vitkernels.ops import _plan, _product, _product_hopper, _triton
+from vitkernels.ops._attention import forward_hopper
 from vitkernels.ops._plan import Plans
 from vitkernels.ops._product import product, product_dact
 from vitkernels.ops._product_config import HOPPER, ProductConfig, choose_config
@@ -252,3 +254,34 @@ def test_a_table_may_choose(monkeypatch):
     assert choose_config(*sizes, kind="epilogue", facts=H100, tma=False).provider == "triton"
     dact = choose_config(*sizes, kind="dact", facts=H100, tma=True)
     assert (dact.provider, dact.num_warps, dact.num_stages) == ("triton", 8, 3)
+
+
+def test_a_gpu_that_lacks_gluon_says_so_once(monkeypatch, device):
+    """Beside it the kernels in Triton run."""
+    monkeypatch.setattr(_triton, "GLUON_MISSING", ImportError("No module named 'triton.experimental.gluon'"))
+    for module in (_product_hopper, forward_hopper):
+        monkeypatch.setattr(module, "HAS_GLUON", False)
+    x, w, b = (make(*shape, dtype=torch.bfloat16, device=device, grad=False) for shape in ((33, 64), (24, 64), (24,)))
+    qkv = make(1, 33, 3, 1, 64, dtype=torch.bfloat16, device=device, grad=False)
+
+    def warned(arch):
+        monkeypatch.setattr(runtime, "device_facts", lambda device: dataclasses.replace(facts, arch=arch))
+        found = []
+        product, attention = (lambda: ops.linear(x, w, b, activation="gelu"), lambda: ops.attention_qkvpacked(qkv))
+        for run in (product, attention, product, attention):
+            _plan.forget()
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                run()
+            found.append([str(each.message) for each in caught if each.category is RuntimeWarning])
+        return found
+
+    facts = runtime.device_facts(device)
+    _triton._warn_without_gluon.cache_clear()
+    assert warned("sm_80") == [[]] * 4
+    (first,), *others = warned("sm_90")
+    assert "cannot be imported (No module named 'triton.experimental.gluon'): on this GPU, sm_90, large" in first
+    assert others == [[]] * 3
+    _triton._warn_without_gluon.cache_clear()
+    assert not ops.linear(x.float(), w.float(), b.float(), activation="gelu").isnan().any()  # in fp32 there is no such
+    assert _triton._warn_without_gluon.cache_info().currsize == 0

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vitkernels.tools.verify.problems import GATED, GATED_APART, WINDOW, problems
+from vitkernels.tools.verify.problems import GATED, GATED_APART, WINDOW, fp8_problems, problems
 from vitkernels.tools.verify.properties import check_memory
 
 PROBLEMS = [p for case in (WINDOW, GATED, GATED_APART) for p in problems(case) if "recompute" not in p.variant]
@@ -11,9 +11,10 @@ PROBLEMS = [p for case in (WINDOW, GATED, GATED_APART) for p in problems(case) i
 PROBLEMS = {p.op: p for p in reversed(PROBLEMS) if p.op != "block"} | {
     p.variant: p for p in PROBLEMS if p.variant in ("learned bias", "residual", "scaled")
 }
+PROBLEMS = [*PROBLEMS.values(), *fp8_problems(WINDOW)]
 
 
-@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=lambda p: p.id)
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.id)
 def test_memory(problem, device):
     # In which attention and gates have kernels of their own.
     results = list(check_memory("memory", problem, torch.bfloat16, device, 0))

@@ -7,9 +7,10 @@ import torch
 
 from vitkernels import ops, reference
 from vitkernels.ops._registry import OPS
+from vitkernels.testing import fp8
 from vitkernels.tools.verify import accuracy, properties
 from vitkernels.tools.verify.memory import GuardedMemory, amid_nan
-from vitkernels.tools.verify.problems import QUICK, WINDOW, Problem, problems
+from vitkernels.tools.verify.problems import QUICK, WINDOW, Problem, fp8_problems, problems
 
 NORM, LINEAR = (next(p for p in problems(WINDOW) if p.op == op) for op in ("layer_norm", "linear"))
 
@@ -24,10 +25,10 @@ def with_function(problem: Problem, function) -> Problem:
 
 
 def test_problems_cover_every_public_op_and_have_distinct_names():
-    found = [problem for case in QUICK for problem in problems(case)]
+    found = [problem for case in QUICK for problem in (*problems(case), *fp8_problems(case))]
     assert {p.op for p in found} == {
         "layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm", "linear", "mlp", "swiglu_mlp", "attention",
-        "attention_qkvpacked", "attention_varlen", "block", "patch_embed",
+        "attention_qkvpacked", "attention_varlen", "block", "patch_embed", *fp8.NAMES,
     }  # fmt: skip
     assert len({p.id for p in found}) == len(found)
 

@@ -24,6 +24,7 @@ import triton
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.runtime.cache import FileCacheManager
 
 from vitkernels.emulator.descriptors import is_descriptor
 from vitkernels.emulator.devices import DEVICES, Device
@@ -264,6 +265,7 @@ def _install() -> None:
         given = config._active
         config.set_active(_ByThread(lambda: config.default if given is None else given))
         knobs.runtime.add_stages_inspection_hook = _Stages(knobs.runtime.add_stages_inspection_hook)
+        knobs.cache.manager_class = _CacheManagers(knobs.cache.manager_class or FileCacheManager)
 
 
 class _Stages:
@@ -271,16 +273,27 @@ class _Stages:
 
     def __init__(self, given):
         self._given = given
-        # Without this hash, Triton would load kernels from its disk cache that another version of this file made.
-        self._hash = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
     def __call__(self, *arguments):
+        # Without arguments, Triton from 3.7 on asks for the hook's part of the cache key.
         found = self._given(*arguments) if self._given is not None else ("", None)
-        if _thread.emulation is None:
-            return found
-        if not arguments:  # the compiler asks for the hook's part of the cache key
-            key = f"{found[0]} emulated {self._hash}"
-            return key, hashlib.sha256(key.encode()).hexdigest()
-        _, stages, *_ = arguments
-        stages["cubin"] = lambda ptx, metadata: ptx.encode()
+        if _thread.emulation is not None and arguments:
+            _, stages, *_ = arguments
+            stages["cubin"] = lambda ptx, metadata: ptx.encode()
         return found
+
+
+class _CacheManagers:
+    """What makes the managers of entries of Triton's disk cache: a thread that emulates has entries of its own.
+
+    Otherwise a GPU would be given the emulator's PTX as a binary, and the emulator a GPU's. The hook's part of the key
+    does not keep them apart: Triton 3.6 does not ask for it.
+    """
+
+    def __init__(self, given: Callable):
+        self._given = given
+        # Without this hash, Triton would load kernels that another version of this file made.
+        self._suffix = "-emulated-" + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+
+    def __call__(self, key: str, **options):
+        return self._given(key if _thread.emulation is None else key + self._suffix, **options)

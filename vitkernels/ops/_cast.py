@@ -77,6 +77,7 @@ _cast = register(
     launcher=_launch,
     reference=lambda first, others, dtype: [t.to(dtype, copy=True).contiguous() for t in (first, *others)],
     fake=_fake,
+    work="pass",
 )
 
 

@@ -273,6 +273,7 @@ linear_fwd = register(
     launcher=linear_forward,
     reference=_reference_forward,
     fake=_fake_forward,
+    work="linear",
 )
 linear_bwd = register(
     "linear_bwd(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? z, Tensor? gamma, str? activation, "

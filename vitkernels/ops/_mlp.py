@@ -160,6 +160,7 @@ mlp_fwd = register(
     launcher=mlp_forward,
     reference=_reference_forward,
     fake=_fake_forward,
+    work="mlp",
 )
 mlp_bwd = register(
     "mlp_bwd(Tensor dy, Tensor x, Tensor w1, Tensor w2, Tensor? b2, Tensor? gamma, Tensor z, Tensor? act, "

@@ -27,7 +27,7 @@ from torch import Tensor
 from vitkernels import runtime
 from vitkernels.ops import _tile
 from vitkernels.ops._product_config import ProductConfig
-from vitkernels.ops._triton import HAS_GLUON, TensorDescriptor, gl, gluon, hopper
+from vitkernels.ops._triton import HAS_GLUON, TensorDescriptor, gl, gluon, hopper, warn_without_gluon
 from vitkernels.runtime import cdiv, dense_or
 
 RESERVED = 2 << 10  # bytes of shared memory for mbarriers, column sums and what the warps hand over
@@ -398,7 +398,10 @@ def suits(a: Tensor, b: Tensor, out_dtype: torch.dtype, residual: Tensor | None,
     TMA takes rows with unit stride that begin at multiples of 16 bytes.
     """
     (M, K), N = a.shape, b.shape[1]
-    if not HAS_GLUON or a.dtype not in (torch.float16, torch.bfloat16) or max(M, N, K) >= LONGEST:
+    if a.dtype not in (torch.float16, torch.bfloat16) or max(M, N, K) >= LONGEST:
+        return False
+    if not HAS_GLUON:
+        warn_without_gluon(a.device)
         return False
     if out_dtype == torch.float32 and save_z:  # their buffers leave too little for the ring
         return False

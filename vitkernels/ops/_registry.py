@@ -30,20 +30,24 @@ _LIBRARY = torch.library.Library("vitkernels", "DEF")
 class Implementations:
     """The three implementations of an op: Triton kernels, plain PyTorch, and shapes only.
 
-    ``kernels`` maps a device type to the function that the dispatcher calls for it.
+    ``kernels`` maps a device type to the function that the dispatcher calls for it; ``work`` is as for
+    :func:`register`.
     """
 
     launcher: Callable
     reference: Callable
     fake: Callable
     kernels: dict[str, Callable]
+    work: str | None
 
 
+# What a forward op does. A pass reads and writes its tensors once, and costs as much to compute again as to keep.
+WORK = ("attention", "linear", "mlp", "pass")
 OPS: dict[str, Implementations] = {}
 PLANNED: list[Callable] = []  # what planned() decorated
 
 
-def register(schema: str, *, launcher: Callable, reference: Callable, fake: Callable):
+def register(schema: str, *, launcher: Callable, reference: Callable, fake: Callable, work: str | None = None):
     """Define ``vitkernels::<schema>`` and return it as a callable.
 
     Args:
@@ -53,13 +57,20 @@ def register(schema: str, *, launcher: Callable, reference: Callable, fake: Call
         launcher: Runs the Triton kernels.
         reference: Computes the same in PyTorch, for CPUs.
         fake: Returns empty outputs of the right shape, stride and dtype.
+        work: Of :data:`WORK`, by which selective checkpointing keeps results; None for a backward, whose name ends in
+            ``_bwd``.
+
+    Raises:
+        ValueError: A forward op has no ``work``, or a backward has one.
     """
+    if schema.partition("(")[0].endswith("_bwd") != (work is None) or work not in (None, *WORK):
+        raise ValueError(f"{schema}: work is {work!r}; expected one of {', '.join(WORK)}, or None for a backward, _bwd")
     name = _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
 
     kernels = _kernels(Plans(launcher, name), reference)
     for kind, implementation in kernels.items():
         _LIBRARY.impl(name, implementation, kind.upper())
-    OPS[name] = Implementations(launcher, reference, fake, kernels)
+    OPS[name] = Implementations(launcher, reference, fake, kernels, work)
     torch.library.register_fake(f"vitkernels::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.vitkernels, name).default
 

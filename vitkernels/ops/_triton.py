@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from vitkernels import runtime
+
 try:
     import triton as _triton
     import triton.language as tl
@@ -30,8 +32,10 @@ try:  # Triton calls this experimental: a later release may move it, and only th
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia import hopper
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-except ImportError:
-    _gluon = None
+except ImportError as error:
+    GLUON_MISSING: ImportError | None = error.with_traceback(None)
+else:
+    GLUON_MISSING = None
 
 
 class _Missing:
@@ -150,7 +154,9 @@ else:
     triton = tl = _Missing()
 
 HAS_TRITON = MISSING is None
-HAS_GLUON = HAS_TRITON and _gluon is not None
+# Some tiles that 3.7 and later keep in registers spill there: configurations ask for it.
+BEFORE_3_7 = HAS_TRITON and tuple(map(int, _triton.__version__.split(".")[:2])) < (3, 7)
+HAS_GLUON = HAS_TRITON and GLUON_MISSING is None
 
 if HAS_GLUON:
     gluon = _Decorators(_gluon)
@@ -159,6 +165,23 @@ else:
 
     class TensorDescriptor:
         """Stand-in for Gluon's."""
+
+
+def warn_without_gluon(device: torch.device) -> None:
+    """Warn once if kernels in Gluon would run on ``device``, and Gluon cannot be imported."""
+    if GLUON_MISSING is not None and runtime.device_facts(device).arch == "sm_90":
+        _warn_without_gluon()
+
+
+@functools.cache
+def _warn_without_gluon() -> None:
+    warnings.warn(
+        f"Gluon of triton {_triton.__version__} cannot be imported ({GLUON_MISSING}): on this GPU, sm_90, large "
+        "products and attention over long rows in 16 bits run the kernels for other GPUs instead of Hopper's. Install "
+        "a version of Triton that has triton.experimental.gluon, as 3.6 and 3.7 do",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def at_another(descriptor: TensorDescriptor) -> Callable[[torch.Tensor], TensorDescriptor]:

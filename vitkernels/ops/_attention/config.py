@@ -7,6 +7,7 @@ import dataclasses
 import torch
 
 from vitkernels import runtime, tuning
+from vitkernels.ops import _triton
 from vitkernels.runtime import DeviceFacts
 
 WINDOW = 64  # tokens that one tile holds
@@ -116,7 +117,9 @@ def _blocks(
         # Twice the queries halve the reads of keys and values through L2, and two programs still fit on an SM.
         if facts.arch.startswith("sm_9") and N_q >= LONG_ROW and width <= 64 and not (masked or dropout):
             tilings["forward"] = tile(128, 64, 8)
-        return tilings | {"dkv": tile(32 if width > 64 or dropout or (masked and amd) else 64, 64, 4)}
+        # With two stages Triton 3.6 spills 8 bytes of heads of 72 channels beside a mask.
+        stages = 3 if _triton.BEFORE_3_7 and masked and width > 64 and facts.arch.startswith("sm_10") else 2
+        return tilings | {"dkv": tile(32 if width > 64 or dropout or (masked and amd) else 64, 64, 4, stages)}
     tilings |= {"dq": tile(64, 32, 4), "dmask": tile(64, 32, 4)}
     if width <= 64:
         forward = tile(64, 16 if masked else 32, 4)
@@ -162,8 +165,8 @@ def _whole_rows(
             tilings["backward"] = Tiling("row", 32, block_n, 4, 1)
         elif 64 < N_kv <= (128 if short else 256) and not (masked or dropout):
             # wgmma reads keys and values from shared memory again for each tile of queries: with 32 of them half as
-            # often. On CDNA 3 that spills, and so do a causal mask and a bias of keys.
-            wide = facts.arch.startswith("sm_9") and not (is_causal or key_bias)
+            # often. On CDNA 3 that spills, and so do a causal mask, a bias of keys and Triton 3.6.
+            wide = facts.arch.startswith("sm_9") and not (is_causal or key_bias or _triton.BEFORE_3_7)
             tilings["backward"] = Tiling("row", 32 if wide else 16, block_n, 8, 1)
     return tilings
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vitkernels.ops._triton import HAS_GLUON, TensorDescriptor, gl, gluon, hopper
+from vitkernels.ops._triton import HAS_GLUON, TensorDescriptor, gl, gluon, hopper, warn_without_gluon
 from vitkernels.runtime import cdiv
 
 GROUPS = 2  # warpgroups that compute
@@ -192,13 +192,13 @@ def _attention_fwd_hopper_kernel(
 
 def suits(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Tell whether the kernel can read these: 16 bits, head dim 64 or 128, heads and tokens that TMA can address."""
-    return (
-        HAS_GLUON
-        and q.dtype in (torch.float16, torch.bfloat16)
-        and q.shape[-1] in (64, 128)
-        and all(
-            x.data_ptr() % 16 == 0 and all(step > 0 and step % 8 == 0 for step in x.stride()[:-1]) for x in (q, k, v)
-        )
+    if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] not in (64, 128):
+        return False
+    if not HAS_GLUON:
+        warn_without_gluon(q.device)
+        return False
+    return all(
+        x.data_ptr() % 16 == 0 and all(step > 0 and step % 8 == 0 for step in x.stride()[:-1]) for x in (q, k, v)
     )
 
 

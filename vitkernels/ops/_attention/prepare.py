@@ -409,6 +409,7 @@ prepare_fwd = register(
     launcher=prepare_forward,
     reference=_reference_forward,
     fake=_fake_forward,
+    work="pass",
 )
 prepare_bwd = register(
     f"attention_prepare_bwd(Tensor dy, Tensor x, {_SPEC}, bool[] needed) -> (Tensor, Tensor, Tensor)",

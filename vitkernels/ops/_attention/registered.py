@@ -274,6 +274,7 @@ attention_fwd = register(
     launcher=_forward,
     reference=_reference_forward,
     fake=_outputs,
+    work="attention",
 )
 attention_bwd = register(
     "attention_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, float scale, bool[] needed, "
@@ -287,6 +288,7 @@ attention_qkvpacked_fwd = register(
     launcher=_packed_forward,
     reference=lambda qkv, scale, *options: _reference_forward(*qkv.unbind(2), scale, False, *options),
     fake=lambda qkv, scale, *options: _outputs(*qkv.unbind(2), scale, False, *options),
+    work="attention",
 )
 attention_qkvpacked_bwd = register(
     "attention_qkvpacked_bwd(Tensor do, Tensor qkv, Tensor o, Tensor lse, float scale, ScalarType? sum_dtype, "

@@ -39,6 +39,7 @@ rows_fp8 = register(
     launcher=rows.rows_fp8,
     reference=rows.reference_rows,
     fake=rows.outputs,
+    work="pass",
 )
 product_fp8 = register(
     "product_fp8(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? gamma, "
@@ -46,6 +47,7 @@ product_fp8 = register(
     launcher=product.product_fp8,
     reference=product.reference_product,
     fake=product.outputs,
+    work="linear",
 )
 
 

@@ -120,6 +120,7 @@ layer_norm_fwd = register(
     launcher=layer_norm_forward,
     reference=_reference_forward,
     fake=forward_outputs,
+    work="pass",
 )
 layer_norm_bwd = register(
     "layer_norm_bwd(Tensor dy, Tensor? dr, Tensor r, Tensor? x, Tensor? weight, Tensor? gamma, Tensor? path, "

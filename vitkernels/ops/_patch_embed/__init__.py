@@ -79,6 +79,7 @@ _patch_embed_fwd = register(
     launcher=patch_embed_forward,
     reference=_reference_forward,
     fake=empty_tokens,
+    work="linear",
 )
 _patch_embed_bwd = register(
     "patch_embed_bwd(Tensor dout, Tensor images, Tensor weight, bool needs_dimages, bool needs_dweight, "

@@ -8,6 +8,7 @@ import math
 import torch
 
 from vitkernels import runtime, tuning
+from vitkernels.ops import _triton
 from vitkernels.runtime import DeviceFacts, cdiv
 
 SUMMED = {"forward": "k", "dimages": "c", "dweight": "m"}  # the axis that each product sums over
@@ -46,6 +47,7 @@ def choose_config(
     # With 128 columns often only one program fits on an SM. Registers are the limit in the forward (positions and
     # prefix are tiles too) and in dimages (scattered stores); in dweight it is shared memory, if the chip has little.
     columns = rows if wide else min(rows, 64)
+    amd = facts.arch.startswith("gfx")
     if normalized and product == "dweight" and dtype == torch.float32:
         columns = 32  # 64 columns of normalised pixels would spill
     sizes = {"m": M, "c": C, "k": K}
@@ -66,7 +68,11 @@ def choose_config(
     while stages() < 2 and blocks[summed] > 16:
         blocks[summed] //= 2
     wanted_stages = 3
-    if product == "dweight" and not wide:
+    if _triton.BEFORE_3_7 and product == "dimages" and dtype == torch.float32 and facts.arch.startswith("sm_10"):
+        wanted_stages = 2  # 12 bytes would spill with three
+    elif _triton.BEFORE_3_7 and product == "dweight" and not wide and step == 64 and K % 16 == 0 and not amd:
+        blocks["m"] = min(blocks["m"], 32)  # 64 rows would spill 28 bytes; half of them leave room for a third stage
+    elif product == "dweight" and not wide:
         # With a third stage the addresses of the narrow tile would spill, with a second those of unaligned patches.
         wanted_stages = 2 if K % 16 == 0 else 1
     elif product == "dweight" and normalized and dtype == torch.float32 and facts.arch.startswith("sm_8"):

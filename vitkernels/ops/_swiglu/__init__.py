@@ -86,12 +86,14 @@ glu_fwd = register(
     launcher=glu_forward,
     reference=_reference_forward,
     fake=_fake_forward,
+    work="mlp",
 )
 glu_gate = register(
     "glu_gate(Tensor z, str? activation, bool gate_last) -> Tensor",
     launcher=glu,
     reference=_reference_glu,
     fake=_fake_glu,
+    work="pass",
 )
 glu_bwd = register(
     "glu_bwd(Tensor dy, Tensor? w3, Tensor? gamma, Tensor z, str? activation, bool gate_last, bool save_h, "
@@ -130,6 +132,7 @@ swiglu_mlp_fwd = register(
     launcher=_in_one("launcher"),
     reference=_in_one("reference"),
     fake=_in_one("fake"),
+    work="mlp",
 )
 
 

@@ -92,12 +92,13 @@ def amid_nan(x: Tensor) -> Tensor:
 
 
 def outputs_and_gradients(function: Callable, tensors: dict[str, Tensor], upstream: Callable) -> dict[str, Tensor]:
-    """Return every output and every gradient of ``function`` by name."""
+    """Return every output and every gradient of ``function`` by name; without gradients, the outputs alone."""
     leaves = {name: t.detach().requires_grad_(t.requires_grad) for name, t in tensors.items()}
     outputs = function(**leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-    grads = torch.autograd.grad(outputs, list(wanted.values()), [upstream(o.detach()) for o in outputs])
+    upstreams = [upstream(o.detach()) for o in outputs]
+    grads = torch.autograd.grad(outputs, list(wanted.values()), upstreams) if wanted else ()
     named = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
     return named | {f"d{name}": g for name, g in zip(wanted, grads, strict=True)}
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from vitkernels.runtime import cdiv
+from vitkernels.testing import fp8
 from vitkernels.testing.cases import Case
 from vitkernels.testing.workloads import Workload, packed_lengths, workloads
 
@@ -71,6 +73,39 @@ class Problem:
 def problems(case: Case) -> Iterator[Problem]:
     """Yield every problem from the block and the patch embedding of ``case``."""
     return (_problem(workload, case) for workload in workloads(case) if workload.variant is not None)
+
+
+def fp8_problems(case: Case) -> Iterator[Problem]:
+    """Yield the problems of FP8's ops, which have no gradients, from the block of ``case``.
+
+    Their operands have the channels that the block's have, made up to a multiple of 16.
+    """
+    C, F = 16 * cdiv(case.channels, 16), case.hidden
+    rows = {"x": (case.batch, case.tokens, C)}
+    affine = {"weight": (C,), "bias": (C,)}
+    product, wide = (rows | {"weight": (features, C), "bias": (features,)} for features in (F, 3 * C))
+    scaled = {"residual": (case.batch, case.tokens, F), "layer_scale": (F,)}
+    eps, activation = {"eps": 1e-3}, {"activation": case.activation}
+    made = (
+        ("quantize_fp8", "", rows, {}),
+        ("layer_norm_fp8", "", rows | affine, eps),
+        ("add_layer_norm_fp8", "", rows | {"residual": rows["x"], **affine, "layer_scale": (C,)}, eps),
+        ("linear_fp8", "residual", product | scaled, {}),
+        # As between the MLP's products: scales of 128 channels in and out.
+        ("linear_fp8", f"{case.activation} to e4m3", wide, activation | {"grouped": True, "quantized": True}),
+    )
+    for op, variant, shapes, options in made:
+        draw = functools.partial(_draw_fp8, shapes)
+        both = [functools.partial(run, op, **options) for run in (fp8.call_op, fp8.call_reference)]
+        yield Problem(op, variant, case, draw, *both)
+
+
+def _draw_fp8(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    drawn = {}
+    for name, shape in shapes.items():
+        scale = shape[1] ** -0.5 if len(shape) == 2 else 1.0  # of a product's weight
+        drawn[name] = (scale * torch.randn(shape, dtype=torch.float64)).to(device, dtype)
+    return drawn
 
 
 def _problem(workload: Workload, case: Case) -> Problem:

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
+from vitkernels.ops._fp8.rows import arch_limit
+from vitkernels.testing import fp8
 from vitkernels.testing.cases import CASES, DTYPES, Case
 from vitkernels.tools import _interrupt
 from vitkernels.tools.console import UserError, one_line, track
@@ -31,6 +33,7 @@ from vitkernels.tools.verify.problems import (
     ROW,
     WINDOW,
     Problem,
+    fp8_problems,
     problems,
 )
 from vitkernels.tools.verify.results import Check, Result, Verification
@@ -115,6 +118,8 @@ def compared(plan: Plan) -> Iterator[tuple[Problem, tuple[str, ...]]]:
                 yield problem, every if case is WINDOW else ("fp32", "bf16")
             elif names := _quick_dtypes(problem):
                 yield problem, names
+    for case in (WINDOW, BLOCKS, LARGE) if on_gpu else (WINDOW, BLOCKS):
+        yield from ((problem, every if plan.full else ("bf16",)) for problem in fp8_problems(case))
     if on_gpu:
         yield from ((problem, every if plan.full else ("bf16",)) for problem in problems(LARGE))
     if plan.full:
@@ -154,6 +159,15 @@ def _small_enough(case: Case) -> Iterator[Problem]:
 def _property_checks(plan: Plan) -> Iterator[Check]:
     device, seed, full = plan.device, plan.seed, plan.full
     times = (3 if full else 2) if device.type == "cpu" else 250 if full else 20
+
+    def every_property(problem: Problem, name: str, *, layouts: bool) -> Iterator[Check]:
+        if layouts:
+            yield _check("layouts", problem, name, properties.check_layouts, device, seed, every=full)
+        yield _check("memory", problem, name, properties.check_memory, device, seed)
+        yield _check("reruns", problem, name, properties.check_reruns, device, seed, times=times)
+        if (problem.op, problem.variant) not in NOT_POISONED:
+            yield _check("nonfinite", problem, name, properties.check_nonfinite, device, seed, every=full)
+
     for case in QUICK if full else (WINDOW, GATED, GATED_APART):
         laid_out = set()
         for problem in problems(case):
@@ -161,14 +175,13 @@ def _property_checks(plan: Plan) -> Iterator[Check]:
                 continue
             for name in plan.dtypes or _property_dtypes(plan, problem):
                 # No layouts for a block: one of them makes all samples equal, and then its gradients vanish.
-                if problem.op != "block" and (full or device.type != "cpu" or problem.op not in laid_out):
-                    yield _check("layouts", problem, name, properties.check_layouts, device, seed, every=full)
-                yield _check("memory", problem, name, properties.check_memory, device, seed)
-                yield _check("reruns", problem, name, properties.check_reruns, device, seed, times=times)
-                if (problem.op, problem.variant) not in NOT_POISONED:
-                    yield _check("nonfinite", problem, name, properties.check_nonfinite, device, seed, every=full)
+                fresh = full or device.type != "cpu" or problem.op not in laid_out
+                yield from every_property(problem, name, layouts=problem.op != "block" and fresh)
             if (problem.op, problem.variant) != ("linear", ""):  # that product is PyTorch's own
                 laid_out.add(problem.op)
+    for problem in fp8_problems(WINDOW):
+        for name in plan.dtypes or ("bf16",):
+            yield from every_property(problem, name, layouts=True)
     if device.type != "cpu":
         for problem in problems(LARGE):
             yield _check("reruns", problem, "bf16", properties.check_reruns, device, seed, times=times)
@@ -194,6 +207,10 @@ def _check(group: str, problem: Problem, dtype: str, function, device: torch.dev
     id = f"{group}/{problem.id}/{dtype}"
 
     def run() -> Iterable[Result]:
+        reason = arch_limit(device) if problem.op in fp8.NAMES else None
+        if reason is not None:
+            yield Result(id, "ran", "skipped", reason)
+            return
         for result in function(id, problem, DTYPES[dtype], device, seed, **options):
             yield dataclasses.replace(result, dtype=dtype)
 

@@ -15,7 +15,7 @@ from vitkernels.tools.verify.accuracy import check_accuracy
 from vitkernels.tools.verify.mutants import defects, seeding
 from vitkernels.tools.verify.mutants.compiled import COMPILED, CompiledMutant, seeded_in_ptx
 from vitkernels.tools.verify.mutants.seeding import Mutant, MutantError
-from vitkernels.tools.verify.problems import QUICK, Problem, problems
+from vitkernels.tools.verify.problems import QUICK, Problem, fp8_problems, problems
 from vitkernels.tools.verify.properties import check_layouts, check_memory, check_nonfinite, check_reach, check_reruns
 from vitkernels.tools.verify.results import Check, Result
 
@@ -128,6 +128,6 @@ def seeded_defect(mutant: Mutant | CompiledMutant) -> contextlib.AbstractContext
 def shown_by(mutant: Mutant | CompiledMutant) -> Iterator[Problem]:
     """Yield the problems on which checks should catch ``mutant``, the smallest first."""
     for case in QUICK if mutant.case is None else (mutant.case,):
-        for problem in problems(case):
+        for problem in (*problems(case), *fp8_problems(case)):
             if problem.op == mutant.op and mutant.variant in (None, problem.variant):
                 yield problem

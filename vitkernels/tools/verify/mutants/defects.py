@@ -15,6 +15,8 @@ _WINDOWS_BACKWARD = "ops._attention.backward_row:_attention_bwd_windows_kernel"
 _ROW_BACKWARD = "ops._attention.backward_row:_attention_bwd_row_kernel"
 _BLOCKS_BACKWARD = "ops._attention.backward_blocks"
 _PREPARE = "ops._attention.prepare"
+_FP8_ROWS = "ops._fp8.rows:_rows_fp8_kernel"
+_FP8_PRODUCT = "ops._fp8.product:_product_fp8_kernel"
 _HALVES, _NEIGHBOURS = "RoPE of halves, QK-norm", "RoPE of neighbours, QK-norm"
 _NORMED_GATE = "separate weights, norm"
 
@@ -307,6 +309,28 @@ _BLOCK = (
     Mutant("block backward: DropPath of the other branch", "ops._block:_backward",
            "n2_w, None, path1, mean2", "n2_w, None, path2, mean2", "block", "DropPath"),
 )
+
+_FP8 = (
+    Mutant("layer_norm_fp8: eps ten times too large", _FP8_ROWS, "/ C + eps", "/ C + 10 * eps", "layer_norm_fp8",
+           dtype="bf16"),
+    Mutant("quantize_fp8: a NaN passed over by the largest magnitude", "ops._fp8.rows:quantize",
+           "tl.max(bits, axis=1).to(tl.float32, bitcast=True)", "tl.max(tl.abs(y), axis=1)", "quantize_fp8",
+           by="nonfinite", dtype="bf16"),
+    Mutant("quantize_fp8: rows assumed contiguous", "ops._fp8.rows:rows_fp8", "stride_x_row=rows.stride(0)",
+           "stride_x_row=C", "quantize_fp8", by="layouts", dtype="bf16"),
+    Mutant("add_layer_norm_fp8: LayerScale forgotten", _FP8_ROWS, "if HAS_GAMMA:", "if HAS_GAMMA and not HAS_RESIDUAL:",
+           "add_layer_norm_fp8", dtype="bf16"),
+    Mutant("linear_fp8: every 128 channels take the scale of the first", _FP8_PRODUCT, "x_scale_ptrs += M",
+           "x_scale_ptrs += 0", "linear_fp8", "quick_gelu to e4m3", BLOCKS, dtype="bf16"),
+    Mutant("linear_fp8: every tile takes the weight scales of the first", _FP8_PRODUCT,
+           "weight_scale_ptr + first_n + offs_n", "weight_scale_ptr + offs_n", "linear_fp8", "gelu to e4m3", WINDOW,
+           dtype="bf16"),
+    Mutant("linear_fp8: all tiles write one row of scales", _FP8_PRODUCT, "y_scale_ptr + pid_n * M + first_m",
+           "y_scale_ptr + first_m", "linear_fp8", "gelu to e4m3", WINDOW,
+           dtype="bf16"),
+    Mutant("linear_fp8: partial sums in half precision", _FP8_PRODUCT, "acc += partial",
+           "acc += partial.to(tl.float16).to(tl.float32)", "linear_fp8", "residual", WINDOW, dtype="bf16"),
+)
 # fmt: on
 
-MUTANTS: tuple[Mutant, ...] = _NORMS + _PRODUCTS + _SWIGLU + _ATTENTION + _EMBEDDING + _BLOCK
+MUTANTS: tuple[Mutant, ...] = _NORMS + _PRODUCTS + _SWIGLU + _ATTENTION + _EMBEDDING + _BLOCK + _FP8

@@ -42,6 +42,7 @@ DEFINED = {
     "shuffled": "shfl.sync.bfly.b32 %r3, %r9, 1, 31, -1; st.global.b16 [%rd4], %r3;",
     "64 bits": "mov.b64 %rd5, {%r1, %r2}; cvt.u32.u64 %r3, %rd5; st.global.b32 [%rd4], %r3;",
     "a pair's half": "add.f16x2 %r3, %r9, %r9; st.global.b16 [%rd4], %r3;",
+    "a pair of integers' half": "add.s16x2 %r3, %r9, %r9; st.global.b16 [%rd4], %r3;",
     "moved about": "mov.b32 %r3, %r2; mov.b32 %r4, %r3; shfl.sync.bfly.b32 %r5, %r4, 1, 31, -1;",
 }
 UNDEFINED = {
@@ -66,6 +67,7 @@ UNDEFINED = {
         Kind.undefined_store,
     ),
     "a pair's half": ("add.f16x2 %r3, %r9, %r9; st.global.b32 [%rd4], %r3;", Kind.undefined_store),
+    "a pair of integers": ("add.s16x2 %r3, %r9, %r9; st.global.b32 [%rd4], %r3;", Kind.undefined_store),
     "a product": (
         "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%f1, %f2, %f3, %f4}, {%r1, %r1, %r1, %r9}, {%r1, %r1},"
         "{%f5, %f5, %f5, %f5};",

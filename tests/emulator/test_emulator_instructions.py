@@ -212,6 +212,17 @@ def test_two_integers(op, ty, rng):
     check(got, [function(p, q) for p, q in zip(x, y, strict=True)], bits, f"{op}.{ty}")
 
 
+@pytest.mark.parametrize("ty", ["s16", "u16"])
+@pytest.mark.parametrize("op", ["add", "min", "max"])
+def test_pairs_of_integers(op, ty, rng):
+    a, b = operand("u32", rng), operand("u32", rng)
+    got = run(f"{op}.{ty}x2 {{d}}, {{a}}, {{b}}", "u32", ["u32", "u32"], [a, b])
+    for shift in (0, 16):
+        x, y = (integers((v >> shift).astype(np.uint16), ty) for v in (a, b))
+        halves = (got >> shift).astype(np.uint16)
+        check(halves, [INTEGERS[op](p, q) for p, q in zip(x, y, strict=True)], 16, f"{op}.{ty}x2")
+
+
 @pytest.mark.parametrize("ty", ["s16", "u16", "s32", "u32"])
 @pytest.mark.parametrize("mad", [False, True])
 def test_wide_products(ty, mad, rng):

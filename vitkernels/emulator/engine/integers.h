@@ -67,6 +67,14 @@ template <class T, class F> static ALWAYS_INLINE void ternary(const Step& s, F f
   const T *a = s.in<T>(1), *b = s.in<T>(2), *c = s.in<T>(3);
   each(s.out<T>(0), s.m, [=](int l) { return (T)f(a[l], b[l], c[l]); });
 }
+// Each half of the result follows from those of the operands alone: LLVM leaves halves undefined that nothing reads.
+static void define_halves(const Step& s) {
+  u32 a[4], b[4], known[4];
+  s.bytes(1, 32, a);
+  s.bytes(2, 32, b);
+  for (int k = 0; k < 4; k++) known[k] = a[k & 2] & a[k | 1] & b[k & 2] & b[k | 1];
+  s.set_bytes(0, 32, known);
+}
 // f of two integers of the instruction's type
 template <class F> static ALWAYS_INLINE void integers(const Step& s, F f) {
   if (s.I.flags) s.unsupported();  // saturation
@@ -78,11 +86,15 @@ template <class F> static ALWAYS_INLINE void integers(const Step& s, F f) {
     case T_u64: case T_b64: binary<u64>(s, f); break;
     case T_s64: binary<u64>(s, [f](u64 a, u64 b) { return (u64)f((i64)a, (i64)b); }); break;
     case T_u16x2:
-      binary<u32>(s, [f](u32 a, u32 b) { return (u16)f((u16)a, (u16)b) | (u32)(u16)f((u16)(a >> 16), (u16)(b >> 16)) << 16; });
-      break;
+      binary<u32>(s, [f](u32 a, u32 b) {
+        return (u16)f((u16)a, (u16)b) | (u32)(u16)f((u16)(a >> 16), (u16)(b >> 16)) << 16;
+      });
+      return define_halves(s);
     case T_s16x2:
-      binary<u32>(s, [f](u32 a, u32 b) { return (u16)f((i16)a, (i16)b) | (u32)(u16)f((i16)(a >> 16), (i16)(b >> 16)) << 16; });
-      break;
+      binary<u32>(s, [f](u32 a, u32 b) {
+        return (u16)f((i16)a, (i16)b) | (u32)(u16)f((i16)(a >> 16), (i16)(b >> 16)) << 16;
+      });
+      return define_halves(s);
     default: s.unsupported();
   }
   s.define(0, TYPE_BITS[s.I.type], all_defined(s, 1, TYPE_BITS[s.I.type]));

@@ -27,7 +27,6 @@ from vitkernels.ops._window_attention.tiles import (
     load_bias,
     load_tokens,
     masked_scores,
-    padded_tokens,
     scores_of,
     table_entry,
     window_tokens,
@@ -41,30 +40,28 @@ def _window_attention_bias_kernel(
     bias_ptr,  # (H, entries), or with PAIRS (H, padded tokens, padded tokens)
     stride_e,
     stride_h,
-    H,
     SHAPE: tl.constexpr,
-    ENTRIES: tl.constexpr,  # of a head in bias
+    ROWS: tl.constexpr,  # of a head in bias
+    COLUMNS: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    BLOCKS: tl.constexpr = tl.cdiv(ENTRIES, BLOCK)
-    h = (tl.program_id(0) // BLOCKS).to(tl.int64)
-    i = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
-    exists = i < ENTRIES
-    entry = i
+    h = (tl.program_id(0) // ROWS).to(tl.int64)
+    m = tl.program_id(0) % ROWS
+    n = tl.arange(0, BLOCK)
+    exists = n < COLUMNS
+    entry = n
     inside = exists
     if PAIRS:
-        m = i // padded_tokens(SHAPE)
-        n = i % padded_tokens(SHAPE)
         inside = (m < SHAPE[7]) & (n < SHAPE[7])
         entry = table_entry(m, n, SHAPE)
-    ptrs = table_ptr + entry.to(tl.int64) * stride_e + h * stride_h
-    x = tl.load(ptrs, mask=inside, other=0.0).to(bias_ptr.dtype.element_ty)
+    x = tl.load(table_ptr + (entry.to(tl.int64) * stride_e + h * stride_h), mask=inside, other=0.0)
+    x = x.to(bias_ptr.dtype.element_ty)
     if PAIRS:
         x = tl.where(n < SHAPE[7], x, float("-inf"))
     else:
         x *= LOG2_E
-    tl.store(bias_ptr + (h * ENTRIES + i), x, mask=exists)
+    tl.store(bias_ptr + (h * ROWS + m) * COLUMNS + n, x, mask=exists)
 
 
 @triton.jit(do_not_specialize=["Y", "X", "windows_y", "windows_x", "total", "windows"])
@@ -275,21 +272,20 @@ def bias_of(options: Options, *, pairs: bool, in_fp64: bool) -> Tensor | None:
     if table is None:
         return None
     H = table.shape[1]
-    entries = windows.padded_tokens**2 if pairs else windows.entries
+    rows, columns = (windows.padded_tokens,) * 2 if pairs else (1, windows.entries)
     # Triton 3.7.1 compiles no fp64 product beside a load of 16 bits.
     dtype = table.dtype if pairs and not in_fp64 else runtime.wide_dtype(table.dtype)
-    bias = torch.empty((H, entries), dtype=dtype, device=table.device)
-    block = 1024 if pairs else 128
-    _window_attention_bias_kernel[(H * runtime.cdiv(entries, block),)](
+    bias = torch.empty((H, rows * columns), dtype=dtype, device=table.device)
+    _window_attention_bias_kernel[(H * rows,)](
         table_ptr=table,
         bias_ptr=bias,
         stride_e=table.stride(0),
         stride_h=table.stride(1),
-        H=H,
         SHAPE=windows.constants,
-        ENTRIES=entries,
+        ROWS=rows,
+        COLUMNS=columns,
         PAIRS=pairs,
-        BLOCK=block,
+        BLOCK=runtime.next_power_of_2(columns),
         num_warps=4,
     )
     return bias

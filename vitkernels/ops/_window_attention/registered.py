@@ -70,6 +70,7 @@ window_attention_fwd = register(
     launcher=_forward,
     reference=_reference_forward,
     fake=_fake_forward,
+    work="attention",
 )
 window_attention_bwd = register(
     f"window_attention_bwd(Tensor do, Tensor qkv, Tensor o, Tensor lse, bool[] needed, {_OPTIONS}) "

@@ -26,3 +26,8 @@ def continuous_bias(cpb_mlp: nn.Module, coordinates: Tensor, num_heads: int) -> 
 def within(block: records.Block, windows: records.Windows) -> records.Block:
     """Return ``block`` with its attention within ``windows``."""
     return block._replace(attn=block.attn._replace(positions=windows))
+
+
+def is_shift(shift: tuple[int, int], size: tuple[int, int]) -> bool:
+    """Tell whether windows of ``size`` can be shifted so."""
+    return all(0 <= s < w for s, w in zip(shift, size, strict=True))

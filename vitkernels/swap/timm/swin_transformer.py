@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vitkernels.layers import fused, records
 from vitkernels.swap._rules import Rule, add, runs_fused
-from vitkernels.swap._windows import within
+from vitkernels.swap._windows import is_shift, within
 from vitkernels.swap.timm.layers import ATTENTION_LIMITED_BY, DROP_PATHS, NORMS, attention_limit
 
 Pair = tuple[int, int]
@@ -45,8 +45,7 @@ def fits(block: nn.Module, x: Tensor, resolution: Pair) -> bool:
     With an image of another size timm's forward raises an error or applies the mask that it has.
     """
     size, shift = tuple(block.window_size), tuple(block.shift_size)
-    pairs = zip(shift, size, strict=True)
-    if x.ndim != 4 or size != tuple(block.attn.window_size) or not all(0 <= s < w for s, w in pairs):
+    if x.ndim != 4 or size != tuple(block.attn.window_size) or not is_shift(shift, size):
         return False
     if getattr(block, "dynamic_mask", False):
         return True

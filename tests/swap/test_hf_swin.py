@@ -150,6 +150,16 @@ class TestBehaviours:
         assert called == [1]
 
     @pytest.mark.parametrize("family", FAMILIES)
+    def test_a_hook_on_any_module_within_keeps_the_layer(self, family):
+        """Except on what is called: the path's dropout, and the layers of the MLP that makes biases."""
+        layer = layers(build(family, drop_path_rate=0.5))[0]
+        for path, child in layer.named_modules():
+            handle = child.register_forward_hook(lambda *_: None)
+            called = path in ("", "drop_path") or "continuous_position_bias_mlp." in path
+            assert ("" in {k.module for k in explain(layer).kept}) is not called, path
+            handle.remove()
+
+    @pytest.mark.parametrize("family", FAMILIES)
     def test_checkpointed_restored_and_saved(self, family, device):
         plain = build(family, drop_path_rate=0.0).to(device)
         model, x = copy.deepcopy(plain), images(device, 32, 32)
@@ -164,6 +174,16 @@ class TestBehaviours:
         assert model.state_dict().keys() == plain.state_dict().keys()
         restore(model)
         assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+
+    @pytest.mark.parametrize("family", ["swin", "donut", "maskformer"])
+    def test_mlps_in_fp8(self, family, device):
+        plain = build(family).to(device)
+        model, x = copy.deepcopy(plain), images(device, 40, 28)
+        report = accelerate(model, precision="fp8")
+        assert {e.precision for e in report.swapped if e.was.endswith("SwinLayer")} == {"fp8"}
+        with torch.no_grad():
+            expected, actual = plain(x), model(x)
+        assert 0 < (actual - expected).norm() / expected.norm() < 0.1
 
     def test_inside_a_larger_model(self):
         config = transformers.MaskFormerConfig(

@@ -144,6 +144,31 @@ class TestBehaviours:
         assert_same(model.to(device), plain.to(device), images((32, 32), device))
         assert called == [1]
 
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_a_hook_on_any_module_within_keeps_the_block(self, family):
+        """Except on the layers of the MLP that makes biases, which is called."""
+        block = next(m for m in build(family).modules() if isinstance(m, FAMILIES[family][1]))
+        for path, child in block.named_modules():
+            handle = child.register_forward_hook(lambda *_: None)
+            called = path == "" or path.startswith(("attn.cpb_mlp.", "attn.meta_mlp"))
+            assert ("" in {k.module for k in explain(block).kept}) is not called, path
+            handle.remove()
+
+    def test_dropped_elements_have_the_right_share(self, device):
+        """The mean over many draws is what nothing dropped gives."""
+        model = build("swin", attn_drop_rate=0.3, proj_drop_rate=0.3, depths=(2,), num_heads=(2,))
+        block = model.layers[0].blocks[1].to(device)
+        block.mlp.fc2.weight.data.zero_()
+        block.drop_path1 = nn.Identity()
+        block.drop_path2 = nn.Identity()
+        accelerate(block)
+        x = torch.randn(1, 8, 8, 32, device=device)
+        with torch.no_grad():
+            expected, outputs = block(x)[0], block.train()(x.expand(256, -1, -1, -1))
+        deviation = outputs.std(0) / 256**0.5
+        assert deviation.min() > 0
+        assert ((outputs.mean(0) - expected) / deviation).square().mean() < 2.0
+
     def test_attention_alone(self, device):
         """In a block that is kept, attention without a mask runs fused, and with one as it did."""
         plain = build("swin", depths=(2,), num_heads=(2,)).to(device)

@@ -28,7 +28,8 @@ from vitkernels.swap.estimate import image_size
 from vitkernels.tools.console import import_timm, track
 
 PAGE = Path(__file__).with_name("coverage.md")
-WHOLE = ("Block", "EvaBlock", "EvaBlockPostNorm", "ResPostBlock")
+SWIN = ("SwinTransformerBlock", "SwinTransformerV2Block", "SwinTransformerV2CrBlock")
+WHOLE = ("Block", "EvaBlock", "EvaBlockPostNorm", "ResPostBlock", *SWIN)
 ATTENTION = re.compile("Attention|Attn|MHSA|GPSA|XCA")
 HEAD = """\
 # Coverage of timm
@@ -38,10 +39,10 @@ What `vitkernels.accelerate(model)` makes of each of the {names} names of timm {
 that the report calls swapped runs its original forward. `vitkernels explain NAME` says the same of one model.
 
 **Whole blocks** of {whole} names run fused: `vision_transformer.Block` {Block}, `eva.EvaBlock` {EvaBlock},
-`eva.EvaBlockPostNorm` {EvaBlockPostNorm}, `vision_transformer.ResPostBlock` {ResPostBlock} (a model may have two
-kinds). {attention} names hold a module whose class is called attention. Of another {parts} names some
-parts are swapped one by one: LayerNorm, RmsNorm, Mlp and its gated relatives, the patch embedding; where nothing is,
-the model runs as it did.
+`eva.EvaBlockPostNorm` {EvaBlockPostNorm}, `vision_transformer.ResPostBlock` {ResPostBlock}, Swin's blocks {swin} (a
+model may have two kinds). {attention} names hold a module whose class is called attention. Of another {parts} names
+some parts are swapped one by one: LayerNorm, RmsNorm, Mlp and its gated relatives, the patch embedding; where nothing
+is, the model runs as it did.
 
 *Time fused* is the part of a model's estimated time, before the swap, that lies in what is swapped: its median over
 the family, as `vitkernels/swap/estimate.py` tells it from FLOPs and bytes, for one image of the model's own size. It
@@ -122,6 +123,7 @@ def lines(found: dict[str, Found], version: str) -> Iterator[str]:
         whole=sum(bool(f.whole) for f in found.values()),
         attention=sum(bool(f.attention) for f in found.values()),
         parts=sum(bool(f.swapped) and not f.whole for f in found.values()),
+        swin=sum(blocks[cls] for cls in SWIN),
         **{cls: blocks[cls] for cls in WHOLE},
     )
     families: dict[str, list[Found]] = {}

@@ -61,17 +61,25 @@ def run(model: nn.Module, x: Tensor, upstream: Tensor, seed: int) -> dict[str, T
     return {"output": out.detach(), **grads}
 
 
-def assert_parity(model: nn.Module, x: Tensor, *, gain_counts: bool = True) -> Report:
-    """Accelerate ``model`` and judge what it computes on the like of ``x`` against PyTorch in its dtype and in fp64."""
+def assert_parity(model: nn.Module, x: Tensor, *, gain_counts: bool = True, inputs: int = 1) -> Report:
+    """Accelerate ``model`` and judge what it computes on the like of ``x`` against PyTorch in its dtype and in fp64.
+
+    With ``inputs`` a tensor is judged over that many inputs together: the error of a gradient of a few numbers, or of
+    a small MLP whose features go together, is otherwise a matter of luck.
+    """
     plain, wide = copy.deepcopy(model), copy.deepcopy(model).double()
     upstream = torch.randn_like(model(x))
     report = accelerate(model)
 
-    def draw(seed: int) -> tuple[dict, dict, dict]:
+    def once(seed: int) -> tuple[dict, dict, dict]:
         given = torch.randn_like(x)
         with summed_alike(x):
             yardstick = run(plain, given, upstream, seed)
         return run(model, given, upstream, seed), yardstick, run(wide, given.double(), upstream, seed)
+
+    def draw(seed: int) -> list[dict]:
+        runs = [once(seed) for _ in range(inputs)]
+        return [{k: torch.stack([each[k] for each in same]) for k in same[0]} for same in zip(*runs, strict=True)]
 
     judge(draw, gain_counts=gain_counts)
     return report

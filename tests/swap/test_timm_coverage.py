@@ -29,9 +29,11 @@ WHOLE = {
     "eva02_large_patch14_448": "EvaBlock",
     "vit_huge_plus_patch16_dinov3": "EvaBlock",
     "vit_small_patch16_rope_mixed_ape_224": "EvaBlock",
+    "swin_tiny_patch4_window7_224": "SwinTransformerBlock",
+    "swinv2_tiny_window8_256": "SwinTransformerV2Block",
+    "swinv2_cr_tiny_224": "SwinTransformerV2CrBlock",
 }
 PARTS = {
-    "swin_tiny_patch4_window7_224": {"LayerNorm", "Mlp", "PatchEmbed"},
     "beitv2_base_patch16_224": {"LayerNorm", "Mlp", "PatchEmbed"},
     "mixer_s16_224": {"LayerNorm", "Mlp", "PatchEmbed"},
     "vit_dwee_patch16_reg1_gap_256": {"LayerNorm", "Mlp", "PatchEmbed"},  # differential attention

@@ -231,7 +231,7 @@ def attention(module: nn.Module) -> Attention:
         linear(children["proj"]),
         heads,
         head_dim,
-        None if calls_torch else module.scale,
+        None if calls_torch else own.get("scale"),
         norm(children.get("q_norm")),
         norm(children.get("k_norm")),
         norm(children.get("norm")),

@@ -1,6 +1,7 @@
 """Rules for torchvision's ViTs: the encoder's blocks, their MLPs, and the model's patch embedding.
 
-Imported only if torchvision is imported. Pickle needs the subclasses at module level.
+Imported only if torchvision is imported. Pickle needs the subclasses at module level. Its Swin Transformers are in
+``torchvision_swin``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class FusedMLPBlock(MLPBlock):
 
     def forward(self, input: Tensor) -> Tensor:
         if runs_fused(MLP, self, input):
-            return fused.mlp(_mlp(self), input)
+            return fused.mlp(mlp(self), input)
         return super().forward(input)
 
 
@@ -47,11 +48,12 @@ def _block(block: EncoderBlock) -> records.Block:
     children = block._modules
     attn = multihead(children["self_attention"], records.dropout(children["dropout"]))
     norm1, norm2 = records.norm(children["ln_1"]), records.norm(children["ln_2"])
-    return records.Block(norm1, attn, norm2, _mlp(children["mlp"]), fp8=records.runs_fp8(block))
+    return records.Block(norm1, attn, norm2, mlp(children["mlp"]), fp8=records.runs_fp8(block))
 
 
-def _mlp(mlp: MLPBlock) -> records.Mlp:
-    fc1, act, drop1, fc2, drop2 = mlp._modules.values()
+def mlp(module: nn.Sequential) -> records.Mlp:
+    """Read an MLP of two layers."""
+    fc1, act, drop1, fc2, drop2 = module._modules.values()
     return records.Mlp(
         records.linear(fc1),
         records.linear(fc2),
@@ -70,11 +72,8 @@ def _model_limit(model: VisionTransformer) -> str | None:
     return patches_limit(model.conv_proj, (model.patch_size, model.patch_size))
 
 
-MLP = Rule(
-    MLPBlock,
-    FusedMLPBlock,
-    bypassed={"0": (nn.Linear,), "1": (nn.GELU,), "2": (nn.Dropout,), "3": (nn.Linear,), "4": (nn.Dropout,)},
-)
+MLP_CHILDREN = {"0": (nn.Linear,), "1": (nn.GELU,), "2": (nn.Dropout,), "3": (nn.Linear,), "4": (nn.Dropout,)}
+MLP = Rule(MLPBlock, FusedMLPBlock, bypassed=MLP_CHILDREN)
 BLOCK = Rule(
     EncoderBlock,
     FusedEncoderBlock,

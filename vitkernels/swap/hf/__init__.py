@@ -2,12 +2,12 @@
 
 transformers repeats the code of each model: DeiT's classes are ViT's under other names. So each kind of module has one
 fused forward here, a mixin in front of the original class (``_mixins``; ``_mixins_4`` for kinds of releases 4.5x
-only). The tables below list the kinds that a class may be of. A class gets the first kind that accepts all arguments
-of its forward. If no kind does, as may happen in a later release, the class is not swapped.
+only; ``_swin`` for Swin's). The tables below list the kinds that a class may be of. A class gets the first kind that
+accepts all arguments of its forward. If no kind does, as may happen in a later release, the class is not swapped.
 
-A fused layer still calls its attention module. So the layer runs fused even if the attention has adapters, or hooks
-that collect attention weights. Queries, keys and values stay three products, because packing the three weights would
-copy them at every step.
+A fused layer still calls its attention module, except Swin's. So the layer runs fused even if the attention has
+adapters, or hooks that collect attention weights. Queries, keys and values stay three products, because packing the
+three weights would copy them at every step.
 
 Imported only if transformers' models are imported.
 """
@@ -23,6 +23,7 @@ from torch import nn
 from vitkernels.swap._rules import PARAMETERS, Rule, add
 from vitkernels.swap.hf import _mixins as new
 from vitkernels.swap.hf import _mixins_4 as old
+from vitkernels.swap.hf import _swin as swin
 from vitkernels.swap.hf._mixins import IMPLEMENTATIONS
 
 __all__ = ["IMPLEMENTATIONS"]
@@ -68,8 +69,16 @@ _CLIP = {
     "VisionEmbeddings": (new.ClassVisionEmbeddings,),
     "EncoderLayer": (new.CLIPLayer, old.CLIPLayer),
 }
+_SWIN = {
+    "MLP": (new.Mlp,),
+    "Intermediate": (old.Intermediate,),
+    "PatchEmbeddings": (swin.PatchEmbeddings,),
+    "Layer": (swin.SwinLayer, swin.TupleSwinLayer),
+}
+_MASKFORMER = _SWIN | {"Layer": (swin.MaskFormerSwinLayer,)}
+_SWINV2 = _SWIN | {"Layer": (swin.Swinv2Layer,)}
 
-# The folder in transformers.models, the prefix of the class names there, and the kinds of the classes.
+# The folder in transformers.models (and the model in it), the prefix of the class names, the kinds of the classes.
 _FAMILIES = (
     ("vit", "ViT", _VIT),
     ("deit", "DeiT", _VIT),
@@ -80,13 +89,18 @@ _FAMILIES = (
     ("siglip", "Siglip", _SIGLIP),
     ("siglip2", "Siglip2", _SIGLIP),
     ("clip", "CLIP", _CLIP),
+    ("swin", "Swin", _SWIN),
+    ("swinv2", "Swinv2", _SWINV2),
+    ("donut.donut_swin", "DonutSwin", _SWIN),
+    ("maskformer.maskformer_swin", "MaskFormerSwin", _MASKFORMER),
 )
 
 
 def _add_family(folder: str, prefix: str, kinds: dict[str, tuple[type[new.Kind], ...]]) -> None:
     """Make a fused class for each class of a family that this release has, and register its rule."""
+    package, _, model = folder.partition(".")
     try:
-        modeling = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+        modeling = importlib.import_module(f"transformers.models.{package}.modeling_{model or package}")
     except ImportError:  # an older release, without this model
         return
     own = {name: cls for name, cls in vars(modeling).items() if getattr(cls, "__module__", None) == modeling.__name__}
@@ -109,8 +123,13 @@ def _add_classes(
         }
         if issubclass(kind, new.Dinov2Layer):
             parts |= {"layer_scale1": scales, "layer_scale2": scales, "drop_path": (nn.Identity, *paths)}
+        parts |= kind._children(own, prefix)
         name = f"Fused{cls.__name__}"
-        body = {"__module__": module, "__doc__": f"transformers' {cls.__name__} on the kernels."}
+        body = {
+            "__module__": module,
+            "__doc__": f"transformers' {cls.__name__} on the kernels.",
+            "_arguments": tuple(inspect.signature(cls.forward).parameters)[1:],
+        }
         fused_cls = type(name, (kind, cls), body)
         options = kind._options | {"bypassed": kind._options["bypassed"] | parts, "products": kind._products}
         fused_cls._rule = Rule(cls, fused_cls, **options)

@@ -123,6 +123,7 @@ class Kind:
         _options: The options that the rules of all classes of the kind share.
         _parts: The bypassed children that are of a kind themselves.
         _products: Reads the record of the module whose products can run in FP8, if they can.
+        _arguments: The names of the arguments of the original's forward.
         _rule: The rule of the fused class.
     """
 
@@ -130,7 +131,13 @@ class Kind:
     _options: ClassVar[dict[str, object]]
     _parts: ClassVar[dict[str, type[Kind]]] = {}
     _products: ClassVar[Callable[[nn.Module], records.Attention | records.Mlp] | None] = None
+    _arguments: ClassVar[tuple[str, ...]]
     _rule: ClassVar[Rule]
+
+    @classmethod
+    def _children(cls, own: dict[str, type[nn.Module]], prefix: str) -> dict[str, tuple[type[nn.Module], ...]]:
+        """Return further bypassed children, from the family's classes by name and their prefix."""
+        return {}
 
 
 class Names(NamedTuple):

@@ -3,6 +3,8 @@
     layers.py               LayerNorm, RmsNorm, Attention, Mlp, GluMlp (SwiGLUPacked), SwiGLU, PatchEmbed
     vision_transformer.py   Block, ResPostBlock, ViTamin's GeGluMlp
     eva.py                  EvaAttention, AttentionRope, EvaBlock, EvaBlockPostNorm
+    swin_transformer.py     Swin's SwinTransformerBlock, WindowAttention
+    swin_transformer_v2.py  SwinTransformerV2Block, SwinTransformerV2CrBlock, and their attentions
     naflexvit.py            NaFlexVit: images of different sizes packed into one row of tokens
 
 The subclasses take the same constructor arguments as timm's classes. So you can build a model from them instead of
@@ -24,6 +26,13 @@ from vitkernels.swap.timm.layers import (
     FusedSwiGLU,
 )
 from vitkernels.swap.timm.naflexvit import FusedNaFlexVit
+from vitkernels.swap.timm.swin_transformer import FusedSwinTransformerBlock, FusedWindowAttention
+from vitkernels.swap.timm.swin_transformer_v2 import (
+    FusedSwinTransformerV2Block,
+    FusedSwinTransformerV2CrBlock,
+    FusedWindowMultiHeadAttention,
+)
+from vitkernels.swap.timm.swin_transformer_v2 import FusedWindowAttention as FusedWindowAttentionV2
 from vitkernels.swap.timm.vision_transformer import FusedBlock, FusedGeGluMlp, FusedResPostBlock
 
 __all__ = [
@@ -42,4 +51,10 @@ __all__ = [
     "FusedResPostBlock",
     "FusedRmsNorm",
     "FusedSwiGLU",
+    "FusedSwinTransformerBlock",
+    "FusedSwinTransformerV2Block",
+    "FusedSwinTransformerV2CrBlock",
+    "FusedWindowAttention",
+    "FusedWindowAttentionV2",
+    "FusedWindowMultiHeadAttention",
 ]

@@ -1,0 +1,248 @@
+"""Mixins for the layers of transformers' Swin Transformers; see the folder's ``__init__``.
+
+Unlike the other layers, these read their attention, too: only then need no window be rolled, padded, cut or masked in
+memory. The weights of the three projections are packed at each call, because the windows are read from packed queries,
+keys and values, and there are more tokens than channels.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vitkernels.layers import fused, records
+from vitkernels.swap._limits import head_dim_limit
+from vitkernels.swap._rules import PARAMETERS, runs_fused
+from vitkernels.swap._windows import continuous_bias, cosine_scale, is_shift
+from vitkernels.swap.hf import _mixins as new
+from vitkernels.swap.hf import _mixins_4 as old
+from vitkernels.swap.hf._mixins import Kind
+
+Pair = tuple[int, int]
+
+
+class _Layer(Kind):
+    """A layer within windows."""
+
+    _options: ClassVar = {
+        "bypassed": {"layernorm_before": (nn.LayerNorm,), "layernorm_after": (nn.LayerNorm,)},
+        "called": frozenset({"drop_path"}),
+        "attributes": frozenset(
+            {"window_size", "shift_size", "input_resolution", "chunk_size_feed_forward", "gradient_checkpointing"}
+        ),
+    }
+
+    def _fuses(self, x: Tensor, args: tuple, kwargs: dict[str, object]) -> bool:
+        given = dict(zip(self._arguments[2:], args, strict=False)) | kwargs
+        harmless = new._HARMLESS | {"always_partition"}
+        if any(value is not None and value is not False for name, value in given.items() if name not in harmless):
+            return False
+        return x.ndim == 3 and runs_fused(self._rule, self, x)
+
+    def _within(
+        self, attn: records.Attention, x: Tensor, image: Pair, window: Pair, **more: Tensor
+    ) -> records.Attention:
+        """Return ``attn`` within windows of ``image``; None for what transformers would refuse."""
+        size, shift = (self.window_size,) * 2, (self.shift_size,) * 2
+        table = more["bias_table"]
+        fits = size == tuple(window) and is_shift(shift, size) and image[0] * image[1] == x.shape[1]
+        if not fits or table.shape[1] != attn.num_heads:
+            return None
+        return attn._replace(positions=records.Windows(tuple(image), size, shift, roll_padded=True, **more))
+
+
+class SwinLayer(_Layer):
+    """Swin's layer, whose attention has one of transformers' implementations, and which returns a pair."""
+
+    _takes = frozenset({"hidden_states", "input_dimensions", "always_partition", "kwargs"})
+    _options: ClassVar = _Layer._options | {
+        "bypassed": _Layer._options["bypassed"] | {"dropout": (nn.Dropout,)},
+        "limit": lambda layer: new._attention_limit(layer.attention),
+    }
+    _parts: ClassVar = {"mlp": new.Mlp}
+
+    @staticmethod
+    def _children(own: dict[str, type[nn.Module]], prefix: str) -> dict[str, tuple[type[nn.Module], ...]]:
+        bias = own[f"{prefix}RelativePositionBias"]
+        PARAMETERS[bias] = frozenset({"relative_position_bias_table"})
+        linears = {f"attention.{name}_proj": (nn.Linear,) for name in "qkvo"}
+        return {"attention": (own[f"{prefix}Attention"],), **linears, "attention.relative_position_bias": (bias,)}
+
+    @staticmethod
+    def _products(layer: nn.Module) -> records.Mlp:
+        return new._mlp(layer.mlp)
+
+    def forward(self, hidden_states: Tensor, input_dimensions: Pair, *args, **kwargs):
+        attn = None
+        if self._fuses(hidden_states, args, kwargs):
+            if not (args[0] if args else kwargs.get("always_partition")):
+                self.set_shift_and_window_size(input_dimensions)
+            attn = self._attention(hidden_states, input_dimensions)
+        if attn is None:
+            return super().forward(hidden_states, input_dimensions, *args, **kwargs)
+        mlp = new._mlp(self.mlp)._replace(drop2=records.dropout(self.dropout), fp8=records.runs_fp8(self))
+        return _pre_norm(self, hidden_states, attn, mlp), None
+
+    def _attention(self, x: Tensor, image: Pair) -> records.Attention | None:
+        attn, bias = self.attention, self.attention.relative_position_bias
+        read = records.Attention(
+            _packed(attn.q_proj, attn.k_proj, attn.v_proj),
+            records.linear(attn.o_proj),
+            attn.num_attention_heads,
+            attn.head_dim,
+            attn.scaling,
+            attn_drop=attn.attention_dropout if attn.training else 0.0,
+            proj_drop=records.dropout(self.dropout),
+        )
+        return self._within(read, x, image, bias.window_size, bias_table=bias.relative_position_bias_table)
+
+
+class TupleSwinLayer(_Layer):
+    """Donut's layer, and until 4.57 Swin's, which return a tuple and cut their attention and MLP into parts."""
+
+    _takes = frozenset({"hidden_states", "input_dimensions", "head_mask", "output_attentions", "always_partition"})
+    _options: ClassVar = _Layer._options | {
+        "limit": lambda layer: head_dim_limit(layer.attention.self.attention_head_size),
+    }
+    _parts: ClassVar = {"intermediate": old.Intermediate}
+    _parameters_of_attention: ClassVar = frozenset({"relative_position_bias_table"})
+
+    @classmethod
+    def _children(cls, own: dict[str, type[nn.Module]], prefix: str) -> dict[str, tuple[type[nn.Module], ...]]:
+        attention = own[f"{prefix}SelfAttention"]
+        PARAMETERS[attention] = cls._parameters_of_attention
+        linears = {f"attention.self.{name}": (nn.Linear,) for name in ("query", "key", "value")}
+        return {
+            "attention": (own[f"{prefix}Attention"],),
+            "attention.self": (attention,),
+            **linears,
+            "attention.self.dropout": (nn.Dropout,),
+            "attention.output": (own[f"{prefix}SelfOutput"],),
+            "attention.output.dense": (nn.Linear,),
+            "attention.output.dropout": (nn.Dropout,),
+            "output": (own[f"{prefix}Output"],),
+            "output.dense": (nn.Linear,),
+            "output.dropout": (nn.Dropout,),
+        }
+
+    @staticmethod
+    def _products(layer: nn.Module) -> records.Mlp:
+        return records.Mlp(
+            records.linear(layer.intermediate.dense),
+            records.linear(layer.output.dense),
+            old.activation(layer.intermediate),
+            drop2=records.dropout(layer.output.dropout),
+        )
+
+    def forward(self, hidden_states: Tensor, input_dimensions: Pair, *args, **kwargs):
+        attn = None
+        if self._fuses(hidden_states, args, kwargs):
+            if not (args[-1] if len(args) == len(self._arguments) - 2 else kwargs.get("always_partition")):
+                self.set_shift_and_window_size(input_dimensions)
+            attn = self._attention(hidden_states, input_dimensions)
+        if attn is None:
+            return super().forward(hidden_states, input_dimensions, *args, **kwargs)
+        mlp = self._products(self)._replace(fp8=records.runs_fp8(self))
+        return (_pre_norm(self, hidden_states, attn, mlp),)
+
+    def _attention(self, x: Tensor, image: Pair) -> records.Attention | None:
+        attn = self.attention.self
+        table = attn.relative_position_bias_table
+        return self._within(self._read(), x, image, attn.window_size, bias_table=table)
+
+    def _read(self) -> records.Attention:
+        attn, output = self.attention.self, self.attention.output
+        return records.Attention(
+            _packed(attn.query, attn.key, attn.value),
+            records.linear(output.dense),
+            attn.num_attention_heads,
+            attn.attention_head_size,
+            attn_drop=records.dropout(attn.dropout),
+            proj_drop=records.dropout(output.dropout),
+        )
+
+
+class MaskFormerSwinLayer(TupleSwinLayer):
+    """MaskFormer's layer, whose windows are as large as they were made."""
+
+    _takes = frozenset({"hidden_states", "input_dimensions", "head_mask", "output_attentions"})
+
+    def forward(self, hidden_states: Tensor, input_dimensions: Pair, *args, **kwargs):
+        attn = None
+        if self._fuses(hidden_states, args, kwargs):
+            attn = self._attention(hidden_states, input_dimensions)
+        if attn is None:
+            return super(TupleSwinLayer, self).forward(hidden_states, input_dimensions, *args, **kwargs)
+        mlp = self._products(self)._replace(fp8=records.runs_fp8(self))
+        return (_pre_norm(self, hidden_states, attn, mlp),)
+
+
+class Swinv2Layer(TupleSwinLayer):
+    """Swin V2's layer, with norms after the branches, cosine attention, and a bias that an MLP makes."""
+
+    _takes = MaskFormerSwinLayer._takes
+    _options: ClassVar = _Layer._options | {"limit": lambda layer: _v2_limit(layer)}
+    _parameters_of_attention = frozenset({"logit_scale"})
+    _products = None
+
+    @classmethod
+    def _children(cls, own: dict[str, type[nn.Module]], prefix: str) -> dict[str, tuple[type[nn.Module], ...]]:
+        # The MLP is called, but for the report it belongs to the attention.
+        return super()._children(own, prefix) | {"attention.self.continuous_position_bias_mlp": (nn.Sequential,)}
+
+    def forward(self, hidden_states: Tensor, input_dimensions: Pair, *args, **kwargs):
+        attn = None
+        if self._fuses(hidden_states, args, kwargs):
+            attn = self._attention(hidden_states, input_dimensions)
+        if attn is None:
+            return super(TupleSwinLayer, self).forward(hidden_states, input_dimensions, *args, **kwargs)
+        branch = fused.norm(records.norm(self.layernorm_before), fused.attention(attn, hidden_states))
+        x = hidden_states + self.drop_path(branch)
+        branch = fused.norm(records.norm(self.layernorm_after), fused.mlp(TupleSwinLayer._products(self), x))
+        return (x + self.drop_path(branch),)
+
+    def _attention(self, x: Tensor, image: Pair) -> records.Attention | None:
+        attn = self.attention.self
+        table = continuous_bias(attn.continuous_position_bias_mlp, attn.relative_coords_table, attn.num_attention_heads)
+        scale = cosine_scale(attn.logit_scale)
+        return self._within(self._read(), x, image, attn.window_size, bias_table=table, logit_scale=scale)
+
+
+class PatchEmbeddings(Kind):
+    """Swin's patch embeddings, which pad an image and return its rows and columns of patches, too."""
+
+    _takes = frozenset({"pixel_values"})
+    _options = new.embeddings_options("projection")
+    _options["attributes"] |= {"grid_size"}
+
+    def forward(self, pixel_values: Tensor):
+        conv = self.projection
+        if not (runs_fused(self._rule, self, pixel_values) and new.has_patches(conv, pixel_values)):
+            return super().forward(pixel_values)
+        pixel_values = self.maybe_pad(pixel_values, *pixel_values.shape[2:])
+        image = tuple(n // patch for n, patch in zip(pixel_values.shape[2:], conv.kernel_size, strict=True))
+        return new.patches(conv, pixel_values), image
+
+
+def _pre_norm(layer: nn.Module, x: Tensor, attn: records.Attention, mlp: records.Mlp) -> Tensor:
+    """Run a pre-norm layer, which drops paths of its attention alone."""
+    branch = fused.attention(attn, fused.norm(records.norm(layer.layernorm_before), x))
+    normed, x = fused.add_norm(records.norm(layer.layernorm_after), layer.drop_path(branch), x)
+    return fused.mlp(mlp, normed, residual=x)
+
+
+def _packed(*layers: nn.Module) -> records.Linear:
+    """Pack the projections of queries, keys and values; Swin V2's keys have no bias."""
+    weights, biases = zip(*map(records.linear, layers), strict=True)
+    if all(bias is None for bias in biases):
+        return records.Linear(torch.cat(weights))
+    filled = [w.new_zeros(len(w)) if bias is None else bias for w, bias in zip(weights, biases, strict=True)]
+    return records.Linear(torch.cat(weights), torch.cat(filled))
+
+
+def _v2_limit(layer: nn.Module) -> str | None:
+    if layer.shift_size > 0:
+        return "it adds the mask of its shifted windows twice, which makes −200; the kernel adds −100"
+    return head_dim_limit(layer.attention.self.attention_head_size)

@@ -444,6 +444,8 @@ def window_attention(
         of_windows = of_windows.masked_fill(missing[:, None, None, :], float("-inf"))
     if any(shift) or (padding is None and bool(missing.any())):
         scores = (scores.unflatten(0, (-1, windows)) + of_windows).flatten(0, 1)
+    if bool(missing.any()):  # what a padded query attends to is nobody's output, nor is a NaN in it
+        scores = scores.unflatten(0, (-1, windows)).masked_fill(missing[:, None, :, None], 0.0).flatten(0, 1)
     weights = scores.softmax(-1)
     if dropout_scale is not None:
         weights = weights * dropout_scale.to(weights.dtype)

@@ -41,6 +41,7 @@ CASES = {
     "seven": ((14, 14), (7, 7), {"shift": (3, 3)}),
     "one window": ((7, 7), (7, 7), {}),
     "larger than the image": ((5, 3), (7, 7), {}),
+    "shifted by more than the image": ((2, 3), (7, 7), {"shift": (3, 3)}),
     "rectangular": ((6, 16), (3, 8), {"shift": (1, 4)}),
     "grid": ((8, 12), (4, 3), {"grid": True}),
     "blocks": ((12, 12), (9, 10), {"shift": (4, 5)}),

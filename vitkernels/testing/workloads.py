@@ -285,8 +285,9 @@ def _key_bias() -> tuple[Workload, Workload]:
     return made, dataclasses.replace(made.packed(), plain=_plain_packed)
 
 
-def _plain_windows(qkv: Tensor, window_size: int, **given: object) -> Tensor:
-    out = reference.window_attention(qkv.flatten(1, 2), qkv.shape[1:3], (window_size,) * 2, **given)
+def _plain_windows(qkv: Tensor, window_size: int, shift: int, **given: object) -> Tensor:
+    sizes = qkv.shape[1:3], (window_size,) * 2
+    out = reference.window_attention(qkv.flatten(1, 2), *sizes, shift=(shift,) * 2, **given)
     return out.unflatten(1, qkv.shape[1:3])
 
 

@@ -65,7 +65,7 @@ def _store_padding_sums(ptr, dk, dv, padded, H, D: tl.constexpr, PARTS: tl.const
     for i in tl.static_range(len(PARTS)):
         cols = columns(PARTS, i)
         dk_sum = tl.sum(tl.where(padded[:, None], dk[i], 0.0), axis=0)
-        tl.store(ptr + cols, dk_sum * 0.0, mask=cols < D)
+        tl.store(ptr + cols, tl.zeros_like(dk_sum), mask=cols < D)
         tl.store(ptr + H * D + cols, dk_sum, mask=cols < D)
         tl.store(ptr + 2 * H * D + cols, tl.sum(tl.where(padded[:, None], dv[i], 0.0), axis=0), mask=cols < D)
 
@@ -167,7 +167,7 @@ def _window_attention_bwd_whole_kernel(
         s += bias
         s = masked_scores(s, region[:, None], region_n[None, :], exists[None, :], place, size, SHAPE, HIDES)
         p = tl.exp2(s - tl.max(s, axis=1)[:, None])
-        p = p * (1.0 / tl.sum(p, axis=1))[:, None]
+        p = _of_queries(p * (1.0 / tl.sum(p, axis=1))[:, None], in_image, PADDING)
         dp = dot_heads(do, v, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION)
         kept = p
         if DROPOUT > 0:
@@ -318,7 +318,7 @@ def _window_attention_bwd_dq_kernel(
         s += load_bias(bias_ptr, h, m[:, None], n[None, :], SHAPE, BIAS, ENTRIES, ACC)
         exists = in_image_n if PADDING == "hidden" else in_window_n
         s = masked_scores(s, region[:, None], region_n[None, :], exists[None, :], place, size, SHAPE, HIDES)
-        p = _weights(s, lse[:, None])
+        p = _of_queries(_weights(s, lse[:, None]), in_image, PADDING)
         dp = dot_heads(do, v, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION)
         if DROPOUT > 0:
             drawn = window.to(tl.int64) * H + h
@@ -336,6 +336,14 @@ def _window_attention_bwd_dq_kernel(
         # Not their sum: for sm_100 Triton 3.7.1 cannot compile it ("parent layout must have at least rank >= 2").
         of_rows = program * BLOCK_M + tl.arange(0, BLOCK_M)
         tl.store(dlogit_ptr + of_rows * H + h, along)
+
+
+@triton.jit
+def _of_queries(p, in_image, PADDING: tl.constexpr):
+    """Return weights without those of padded queries, where a NaN in a key would reach the sums over queries."""
+    if PADDING != "":
+        p = tl.where(in_image[:, None], p, 0.0)
+    return p
 
 
 @triton.jit
@@ -436,7 +444,7 @@ def _window_attention_bwd_dkv_kernel(
         s = scores_of(q, k, zero, score_scale, factor2, norms_m[:, None], norms_n[None, :], COSINE, PRECISION)
         s += load_bias(bias_ptr, h, m[:, None], n[None, :], SHAPE, BIAS, ENTRIES, ACC)
         s = masked_scores(s, region[:, None], region_n[None, :], exists[None, :], place, size, SHAPE, HIDES)
-        p = _weights(s, lse[:, None])
+        p = _of_queries(_weights(s, lse[:, None]), in_image, PADDING)
         dp = dot_heads(do, v, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION)
         kept = p
         if DROPOUT > 0:
@@ -556,7 +564,7 @@ def _window_attention_bwd_dbias_kernel(
             dp *= dropout_scale(
                 tl.load(seed_ptr), drawn, m.to(tl.int32)[:, None], n.to(tl.int32)[None, :], DROPOUT, ACC
             )
-        dbias += _weights(s, lse[:, None]) * (dp - delta[:, None])
+        dbias += _of_queries(_weights(s, lse[:, None]), in_image, PADDING) * (dp - delta[:, None])
     ptrs = dbias_ptr + ((group.to(tl.int64) * H + h) * TOKENS + m[:, None]) * TOKENS + n[None, :]
     tl.store(ptrs, dbias, mask=(m < TOKENS)[:, None] & (n < TOKENS)[None, :])
 

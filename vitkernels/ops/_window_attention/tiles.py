@@ -27,7 +27,7 @@ def _along(t, window, size, count, WIDTH: tl.constexpr, SHIFT: tl.constexpr, GRI
             position += SHIFT
             position = tl.where(position >= padded, position - padded, position)
         else:  # the padding stays behind the image
-            turned = position + SHIFT
+            turned = position + SHIFT % size  # a window may be larger than the image
             turned = tl.where(turned >= size, turned - size, turned)
             position = tl.where(position < size, turned, position)
     return position, region

@@ -24,12 +24,17 @@ WINDOW = Case(
     "10 tokens of 40 channels", 2, 24, 8, 1, 40, 2, 72, layer_scale=True,
     attention=(
         "biased", "key_bias", "key_mask", "pair_mask", "causal", "dropout", "varlen", "rope_half", "rope_interleaved",
+        "swin", "swin_cosine", "relative",
     ),
 )  # fmt: skip
-ROW = Case("70 tokens of 72 channels", 1, 32, 4, 6, 72, 3, 100, "gelu_tanh", attention=("key_mask", "biased", "causal"))
+ROW = Case(
+    "70 tokens of 72 channels", 1, 32, 4, 6, 72, 3, 100, "gelu_tanh",
+    attention=("key_mask", "biased", "causal", "swin", "swin_cosine"),
+)  # fmt: skip
 BLOCKS = Case(
-    "122 tokens of 136 channels", 1, 44, 4, 1, 136, 1, 96, "quick_gelu", attention=("biased", "key_mask", "causal")
-)
+    "122 tokens of 136 channels", 1, 44, 4, 1, 136, 1, 96, "quick_gelu",
+    attention=("biased", "key_mask", "causal", "swin_wide", "relative"),
+)  # fmt: skip
 # More than 256 channels: a row of LayerNorm's backward takes two warps.
 GATED = Case("12 tokens, packed gate", 3, 24, 8, 3, 300, 3, 60, "silu", layer_scale=True, mlp="packed")
 GATED_APART = Case(

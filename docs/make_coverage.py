@@ -28,7 +28,16 @@ from vitkernels.swap.estimate import image_size
 from vitkernels.tools.console import import_timm, track
 
 PAGE = Path(__file__).with_name("coverage.md")
-WHOLE = ("Block", "EvaBlock", "EvaBlockPostNorm", "ResPostBlock")
+# What a whole block becomes, and what it was.
+WHOLE = {
+    "FusedBlock": "vision_transformer.Block",
+    "FusedResPostBlock": "vision_transformer.ResPostBlock",
+    "FusedEvaBlock": "eva.EvaBlock",
+    "FusedEvaBlockPostNorm": "eva.EvaBlockPostNorm",
+    "FusedBeitBlock": "beit.Block",
+    "FusedRelPosBlock": "vision_transformer_relpos.RelPosBlock",
+    "FusedResPostRelPosBlock": "vision_transformer_relpos.ResPostRelPosBlock",
+}
 ATTENTION = re.compile("Attention|Attn|MHSA|GPSA|XCA")
 HEAD = """\
 # Coverage of timm
@@ -37,9 +46,8 @@ What `vitkernels.accelerate(model)` makes of each of the {names} names of timm {
 `docs/make_coverage.py`, which builds every one on the meta device, runs it there accelerated, and stops where a module
 that the report calls swapped runs its original forward. `vitkernels explain NAME` says the same of one model.
 
-**Whole blocks** of {whole} names run fused: `vision_transformer.Block` {Block}, `eva.EvaBlock` {EvaBlock},
-`eva.EvaBlockPostNorm` {EvaBlockPostNorm}, `vision_transformer.ResPostBlock` {ResPostBlock} (a model may have two
-kinds). {attention} names hold a module whose class is called attention. Of another {parts} names some
+**Whole blocks** of {whole} names run fused: {blocks} (a model may have two kinds).
+{attention} names hold a module whose class is called attention. Of another {parts} names some
 parts are swapped one by one: LayerNorm, RmsNorm, Mlp and its gated relatives, the patch embedding; where nothing is,
 the model runs as it did.
 
@@ -59,11 +67,8 @@ class Found:
     family: str
     attention: frozenset[str]  # classes of attention
     swapped: frozenset[str]  # original classes of the swapped modules
+    whole: frozenset[str]  # kinds of blocks, all of which are swapped
     share: float | None
-
-    @property
-    def whole(self) -> frozenset[str]:
-        return self.swapped & frozenset(WHOLE)
 
 
 def look_at(timm, name: str) -> Found:
@@ -81,7 +86,9 @@ def look_at(timm, name: str) -> Found:
     report = swap.explain(model)
     # A block's class counts as swapped only if no block of that class is kept.
     kept = {entry.cls for entry in report.kept if entry.known}
-    swapped = frozenset(entry.was for entry in report.swapped if entry.was not in kept or entry.was not in WHOLE)
+    counted = [entry for entry in report.swapped if entry.was not in kept or entry.now not in WHOLE]
+    swapped = frozenset(entry.was for entry in counted)
+    whole = frozenset(WHOLE[entry.now] for entry in counted if entry.now in WHOLE)
     share = None if report.estimate is None else report.estimate.fused_share
     if swap.accelerate(model) != report:
         raise RuntimeError(f"{name}: explain and accelerate disagree")
@@ -89,7 +96,7 @@ def look_at(timm, name: str) -> Found:
         strayed = original_forwards(model)
         if strayed:
             raise RuntimeError(f"{name}: reported as swapped, but run their own forward: {dict(strayed)}")
-    return Found(family, attention, swapped, share)
+    return Found(family, attention, swapped, whole, share)
 
 
 def original_forwards(model: nn.Module) -> Counter[str]:
@@ -115,14 +122,14 @@ def original_forwards(model: nn.Module) -> Counter[str]:
 
 def lines(found: dict[str, Found], version: str) -> Iterator[str]:
     """Yield the parts of the page."""
-    blocks = Counter(cls for f in found.values() for cls in f.whole)
+    blocks = Counter(kind for f in found.values() for kind in f.whole)
     yield HEAD.format(
         names=len(found),
         timm=version,
         whole=sum(bool(f.whole) for f in found.values()),
         attention=sum(bool(f.attention) for f in found.values()),
         parts=sum(bool(f.swapped) and not f.whole for f in found.values()),
-        **{cls: blocks[cls] for cls in WHOLE},
+        blocks=", ".join(f"`{kind}` {blocks[kind]}" for kind in WHOLE.values() if blocks[kind]),
     )
     families: dict[str, list[Found]] = {}
     for f in found.values():

@@ -20,19 +20,22 @@ sys.modules[spec.name] = make_coverage  # dataclasses look there
 spec.loader.exec_module(make_coverage)
 
 WHOLE = {
-    "vit_small_patch14_reg4_dinov2": "Block",
-    "vitamin_small_224": "Block",
-    "pit_ti_224": "Block",
-    "mobilevit_xxs": "Block",
-    "naflexvit_base_patch16_gap": "Block",
-    "vit_base_patch16_rpn_224": "ResPostBlock",
-    "eva02_large_patch14_448": "EvaBlock",
-    "vit_huge_plus_patch16_dinov3": "EvaBlock",
-    "vit_small_patch16_rope_mixed_ape_224": "EvaBlock",
+    "vit_small_patch14_reg4_dinov2": "vision_transformer.Block",
+    "vitamin_small_224": "vision_transformer.Block",
+    "pit_ti_224": "vision_transformer.Block",
+    "mobilevit_xxs": "vision_transformer.Block",
+    "naflexvit_base_patch16_gap": "vision_transformer.Block",
+    "vit_base_patch16_rpn_224": "vision_transformer.ResPostBlock",
+    "eva02_large_patch14_448": "eva.EvaBlock",
+    "vit_huge_plus_patch16_dinov3": "eva.EvaBlock",
+    "vit_small_patch16_rope_mixed_ape_224": "eva.EvaBlock",
+    "beitv2_base_patch16_224": "beit.Block",
+    "vit_relpos_small_patch16_224": "vision_transformer_relpos.RelPosBlock",
+    "vit_relpos_base_patch32_plus_rpn_256": "vision_transformer_relpos.ResPostRelPosBlock",
 }
 PARTS = {
     "swin_tiny_patch4_window7_224": {"LayerNorm", "Mlp", "PatchEmbed"},
-    "beitv2_base_patch16_224": {"LayerNorm", "Mlp", "PatchEmbed"},
+    "hiera_tiny_224": {"LayerNorm", "Mlp"},
     "mixer_s16_224": {"LayerNorm", "Mlp", "PatchEmbed"},
     "vit_dwee_patch16_reg1_gap_256": {"LayerNorm", "Mlp", "PatchEmbed"},  # differential attention
 }
@@ -70,10 +73,14 @@ def test_a_report_that_lies_is_found(monkeypatch):
 def test_the_page_counts_what_was_found():
     found = {
         "a": make_coverage.Found(
-            "vision_transformer", frozenset({"Attention"}), frozenset({"Block", "Attention"}), 0.9
+            "vision_transformer",
+            frozenset({"Attention"}),
+            frozenset({"Block", "Attention"}),
+            frozenset({"vision_transformer.Block"}),
+            0.9,
         ),
-        "b": make_coverage.Found("swin", frozenset({"WindowAttention"}), frozenset({"Mlp"}), 0.4),
-        "c": make_coverage.Found("resnet", frozenset(), frozenset(), None),
+        "b": make_coverage.Found("swin", frozenset({"WindowAttention"}), frozenset({"Mlp"}), frozenset(), 0.4),
+        "c": make_coverage.Found("resnet", frozenset(), frozenset(), frozenset(), None),
     }
     page = "".join(make_coverage.lines(found, "1.0"))
     assert "of 1 names run fused" in page

@@ -83,6 +83,7 @@ class Attention(NamedTuple):
         num_prefix_tokens: Tokens in front that RoPE does not rotate.
         fp8: Whether its products run in FP8.
         positions: Windows or relative positions; ``qkv`` is then packed, without norms of queries and keys.
+        head_first: Whether a packed ``qkv`` gives each head's query, key and value side by side.
     """
 
     qkv: Linear | tuple[Linear, Linear, Linear]
@@ -99,6 +100,7 @@ class Attention(NamedTuple):
     num_prefix_tokens: int = 0
     fp8: bool = False
     positions: Windows | Relative | None = None
+    head_first: bool = False
 
 
 class Mlp(NamedTuple):

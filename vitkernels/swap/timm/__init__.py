@@ -2,8 +2,11 @@
 
     layers.py               LayerNorm, RmsNorm, Attention, Mlp, GluMlp (SwiGLUPacked), SwiGLU, PatchEmbed
     vision_transformer.py   Block, ResPostBlock, ViTamin's GeGluMlp
+    beit.py                 BEiT's Attention and Block
     eva.py                  EvaAttention, AttentionRope, EvaBlock, EvaBlockPostNorm
     naflexvit.py            NaFlexVit: images of different sizes packed into one row of tokens
+    rel_pos.py              no rules: relative positions as tables
+    vision_transformer_relpos.py   RelPosAttention, RelPosBlock, ResPostRelPosBlock
 
 The subclasses take the same constructor arguments as timm's classes. So you can build a model from them instead of
 accelerating one; its other parts are then timm's::
@@ -13,6 +16,7 @@ accelerating one; its other parts are then timm's::
     timm.create_model(name, attn_layer=FusedAttention)                          # only the attention
 """
 
+from vitkernels.swap.timm.beit import FusedBeitAttention, FusedBeitBlock
 from vitkernels.swap.timm.eva import FusedAttentionRope, FusedEvaAttention, FusedEvaBlock, FusedEvaBlockPostNorm
 from vitkernels.swap.timm.layers import (
     FusedAttention,
@@ -25,10 +29,17 @@ from vitkernels.swap.timm.layers import (
 )
 from vitkernels.swap.timm.naflexvit import FusedNaFlexVit
 from vitkernels.swap.timm.vision_transformer import FusedBlock, FusedGeGluMlp, FusedResPostBlock
+from vitkernels.swap.timm.vision_transformer_relpos import (
+    FusedRelPosAttention,
+    FusedRelPosBlock,
+    FusedResPostRelPosBlock,
+)
 
 __all__ = [
     "FusedAttention",
     "FusedAttentionRope",
+    "FusedBeitAttention",
+    "FusedBeitBlock",
     "FusedBlock",
     "FusedEvaAttention",
     "FusedEvaBlock",
@@ -39,7 +50,10 @@ __all__ = [
     "FusedMlp",
     "FusedNaFlexVit",
     "FusedPatchEmbed",
+    "FusedRelPosAttention",
+    "FusedRelPosBlock",
     "FusedResPostBlock",
+    "FusedResPostRelPosBlock",
     "FusedRmsNorm",
     "FusedSwiGLU",
 ]

@@ -28,16 +28,19 @@ from vitkernels.swap.estimate import image_size
 from vitkernels.tools.console import import_timm, track
 
 PAGE = Path(__file__).with_name("coverage.md")
-# What a whole block becomes, and what it was.
-WHOLE = {
-    "FusedBlock": "vision_transformer.Block",
-    "FusedResPostBlock": "vision_transformer.ResPostBlock",
-    "FusedEvaBlock": "eva.EvaBlock",
-    "FusedEvaBlockPostNorm": "eva.EvaBlockPostNorm",
-    "FusedBeitBlock": "beit.Block",
-    "FusedRelPosBlock": "vision_transformer_relpos.RelPosBlock",
-    "FusedResPostRelPosBlock": "vision_transformer_relpos.ResPostRelPosBlock",
-}
+# The kinds of blocks that run fused as a whole, by the module of timm and the class.
+WHOLE = (
+    "vision_transformer.Block",
+    "vision_transformer.ResPostBlock",
+    "eva.EvaBlock",
+    "eva.EvaBlockPostNorm",
+    "beit.Block",
+    "vision_transformer_relpos.RelPosBlock",
+    "vision_transformer_relpos.ResPostRelPosBlock",
+    "maxxvit.PartitionAttentionCl",
+    "maxxvit.ParallelPartitionAttention",
+    "maxxvit.TransformerBlock2d",
+)
 ATTENTION = re.compile("Attention|Attn|MHSA|GPSA|XCA")
 HEAD = """\
 # Coverage of timm
@@ -85,10 +88,11 @@ def look_at(timm, name: str) -> Found:
     attention = frozenset(c.__name__ for c in map(type, model.modules()) if ATTENTION.search(c.__name__))
     report = swap.explain(model)
     # A block's class counts as swapped only if no block of that class is kept.
-    kept = {entry.cls for entry in report.kept if entry.known}
-    counted = [entry for entry in report.swapped if entry.was not in kept or entry.now not in WHOLE]
+    kinds = {path: f"{type(m).__module__.rpartition('.')[2]}.{type(m).__name__}" for path, m in model.named_modules()}
+    kept = {kinds[entry.module] for entry in report.kept if entry.known}
+    counted = [e for e in report.swapped if kinds[e.module] not in kept or kinds[e.module] not in WHOLE]
     swapped = frozenset(entry.was for entry in counted)
-    whole = frozenset(WHOLE[entry.now] for entry in counted if entry.now in WHOLE)
+    whole = frozenset(kinds[entry.module] for entry in counted) & frozenset(WHOLE)
     share = None if report.estimate is None else report.estimate.fused_share
     if swap.accelerate(model) != report:
         raise RuntimeError(f"{name}: explain and accelerate disagree")
@@ -129,7 +133,7 @@ def lines(found: dict[str, Found], version: str) -> Iterator[str]:
         whole=sum(bool(f.whole) for f in found.values()),
         attention=sum(bool(f.attention) for f in found.values()),
         parts=sum(bool(f.swapped) and not f.whole for f in found.values()),
-        blocks=", ".join(f"`{kind}` {blocks[kind]}" for kind in WHOLE.values() if blocks[kind]),
+        blocks=", ".join(f"`{kind}` {blocks[kind]}" for kind in WHOLE if blocks[kind]),
     )
     families: dict[str, list[Found]] = {}
     for f in found.values():

@@ -10,16 +10,21 @@ timm = pytest.importorskip("timm")
 from timm.models import beit, vision_transformer_relpos  # noqa: E402
 
 SIZE = {"patch_size": 16, "embed_dim": 32, "num_heads": 2, "depth": 2, "num_classes": 10}
-CLASS_TOKEN = {"class_token": True, "global_pool": "token"}
+BIAS = {"rel_pos_type": "bias"}
 SHARED = {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}
 # By name: timm's name of the model, its options, and the class of its blocks.
 MODELS = {
     "beit": ("beit_base_patch16_224", {}, beit.Block),
     "beit, shared": ("beit_base_patch16_224", SHARED, beit.Block),
     "beit, gated": ("beit_base_patch16_224", {"swiglu_mlp": True, "scale_mlp": True, "depth": 1}, beit.Block),
-    "bias": ("vit_relpos_medium_patch16_224", {}, vision_transformer_relpos.RelPosBlock),
-    "bias, class token": ("vit_relpos_medium_patch16_cls_224", CLASS_TOKEN, vision_transformer_relpos.RelPosBlock),
-    "mlp, shared": ("vit_relpos_base_patch32_plus_rpn_256", {"shared_rel_pos": True}, None),
+    "bias": ("vit_relpos_medium_patch16_224", BIAS, vision_transformer_relpos.RelPosBlock),
+    "bias, class token": ("vit_relpos_medium_patch16_cls_224", BIAS, vision_transformer_relpos.RelPosBlock),
+    "mlp, class token": ("vit_relpos_medium_patch16_cls_224", {"depth": 1}, vision_transformer_relpos.RelPosBlock),
+    "mlp, shared": (
+        "vit_relpos_base_patch32_plus_rpn_256",
+        {"shared_rel_pos": True},
+        vision_transformer_relpos.ResPostRelPosBlock,
+    ),
     "mlp": ("vit_relpos_base_patch32_plus_rpn_256", {"depth": 1}, vision_transformer_relpos.ResPostRelPosBlock),
     "mlp, swin": (
         "vit_relpos_medium_patch16_224",
@@ -39,9 +44,12 @@ def build(name: str, image: tuple[int, int], **more) -> torch.nn.Module:
 def test_fp32(name, image, device):
     model = build(name, image).to(device)
     keys = list(model.state_dict())
-    report = assert_parity(model, torch.randn(2, 3, *image, device=device))
+    images = torch.randn(2, 3, *image, device=device)
+    report = assert_parity(model, images)
     assert list(model.state_dict()) == keys
     assert all(type(block).__qualname__.startswith("Fused") for block in model.blocks), report
+    with torch.no_grad(), no_call_of(MODELS[name][2].forward):
+        model(images)
     restore(model)
     assert {type(block).__module__.partition(".")[0] for block in model.blocks} == {"timm"}
 

@@ -1,11 +1,12 @@
 """Rules for timm, imported only if timm is imported.
 
-    layers.py               LayerNorm, RmsNorm, Attention, Mlp, GluMlp (SwiGLUPacked), SwiGLU, PatchEmbed
+    layers.py               LayerNorm, LayerNorm2d, RmsNorm, Attention, Mlp, GluMlp (SwiGLUPacked), SwiGLU, PatchEmbed
     vision_transformer.py   Block, ResPostBlock, ViTamin's GeGluMlp
     beit.py                 BEiT's Attention and Block
     eva.py                  EvaAttention, AttentionRope, EvaBlock, EvaBlockPostNorm
+    maxxvit.py              MaxViT's and CoAtNet's transformer blocks
     naflexvit.py            NaFlexVit: images of different sizes packed into one row of tokens
-    rel_pos.py              no rules: relative positions as tables
+    images.py, rel_pos.py   no rules: images as rows of tokens, relative positions as tables
     vision_transformer_relpos.py   RelPosAttention, RelPosBlock, ResPostRelPosBlock
 
 The subclasses take the same constructor arguments as timm's classes. So you can build a model from them instead of
@@ -16,16 +17,25 @@ accelerating one; its other parts are then timm's::
     timm.create_model(name, attn_layer=FusedAttention)                          # only the attention
 """
 
-from vitkernels.swap.timm.beit import FusedBeitAttention, FusedBeitBlock
+from vitkernels.swap.timm.beit import FusedAttention as FusedBeitAttention
+from vitkernels.swap.timm.beit import FusedBlock as FusedBeitBlock
 from vitkernels.swap.timm.eva import FusedAttentionRope, FusedEvaAttention, FusedEvaBlock, FusedEvaBlockPostNorm
 from vitkernels.swap.timm.layers import (
     FusedAttention,
     FusedGluMlp,
     FusedLayerNorm,
+    FusedLayerNorm2d,
     FusedMlp,
     FusedPatchEmbed,
     FusedRmsNorm,
     FusedSwiGLU,
+)
+from vitkernels.swap.timm.maxxvit import (
+    FusedAttentionCl,
+    FusedParallelPartitionAttention,
+    FusedPartitionAttention2d,
+    FusedPartitionAttentionCl,
+    FusedTransformerBlock2d,
 )
 from vitkernels.swap.timm.naflexvit import FusedNaFlexVit
 from vitkernels.swap.timm.vision_transformer import FusedBlock, FusedGeGluMlp, FusedResPostBlock
@@ -37,6 +47,7 @@ from vitkernels.swap.timm.vision_transformer_relpos import (
 
 __all__ = [
     "FusedAttention",
+    "FusedAttentionCl",
     "FusedAttentionRope",
     "FusedBeitAttention",
     "FusedBeitBlock",
@@ -47,8 +58,12 @@ __all__ = [
     "FusedGeGluMlp",
     "FusedGluMlp",
     "FusedLayerNorm",
+    "FusedLayerNorm2d",
     "FusedMlp",
     "FusedNaFlexVit",
+    "FusedParallelPartitionAttention",
+    "FusedPartitionAttention2d",
+    "FusedPartitionAttentionCl",
     "FusedPatchEmbed",
     "FusedRelPosAttention",
     "FusedRelPosBlock",
@@ -56,4 +71,5 @@ __all__ = [
     "FusedResPostRelPosBlock",
     "FusedRmsNorm",
     "FusedSwiGLU",
+    "FusedTransformerBlock2d",
 ]

@@ -12,7 +12,7 @@ from vitkernels.swap.timm.layers import takes_masks
 from vitkernels.swap.timm.vision_transformer import BRANCHES
 
 
-class FusedBeitAttention(Attention):
+class FusedAttention(Attention):
     """timm's BEiT Attention, with its relative position bias read from the table; a shared bias is a mask."""
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
@@ -22,7 +22,7 @@ class FusedBeitAttention(Attention):
         return super().forward(x, shared_rel_pos_bias)
 
 
-class FusedBeitBlock(Block):
+class FusedBlock(Block):
     """timm's BEiT Block, with both residual sums, γ and DropPath inside the kernels."""
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
@@ -53,7 +53,7 @@ def _attention_limit(attn: nn.Module) -> str | None:
 
 ATTENTION = Rule(
     Attention,
-    FusedBeitAttention,
+    FusedAttention,
     bypassed={
         "qkv": (nn.Linear,),
         "attn_drop": (nn.Dropout,),
@@ -69,7 +69,7 @@ ATTENTION = Rule(
 )
 BLOCK = Rule(
     Block,
-    FusedBeitBlock,
+    FusedBlock,
     bypassed=BRANCHES | {"attn": (Attention,)},
     optional_parameters=frozenset({"gamma_1", "gamma_2"}),
     attributes=frozenset({"init_values"}),

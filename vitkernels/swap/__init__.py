@@ -33,6 +33,7 @@ _FILES = {
     "torch": "torch_nn",
     "timm": "timm",
     "torchvision": "torchvision",
+    "torchvision.models.maxvit": "torchvision_maxvit",
     "open_clip": "open_clip",
     "dinov2": "dinov2",
     "dinov3": "dinov3",

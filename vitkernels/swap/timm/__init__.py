@@ -6,7 +6,7 @@
     eva.py                  EvaAttention, AttentionRope, EvaBlock, EvaBlockPostNorm
     maxxvit.py              MaxViT's and CoAtNet's transformer blocks
     naflexvit.py            NaFlexVit: images of different sizes packed into one row of tokens
-    images.py, rel_pos.py   no rules: images as rows of tokens, relative positions as tables
+    rel_pos.py              no rules: relative positions as tables
     vision_transformer_relpos.py   RelPosAttention, RelPosBlock, ResPostRelPosBlock
 
 The subclasses take the same constructor arguments as timm's classes. So you can build a model from them instead of

@@ -19,9 +19,7 @@ from torch import Tensor, nn
 
 from vitkernels.layers import fused, records
 from vitkernels.layers.records import Windows
-from vitkernels.swap._limits import head_dim_limit, layer_scales_limit
-from vitkernels.swap._rules import PARAMETERS, Rule, add, runs_fused
-from vitkernels.swap.timm.images import (
+from vitkernels.swap._images import (
     channels_first,
     pointwise,
     pointwise_limit,
@@ -29,6 +27,8 @@ from vitkernels.swap.timm.images import (
     tokens_of_channels_first,
     whole_windows,
 )
+from vitkernels.swap._limits import head_dim_limit, layer_scales_limit
+from vitkernels.swap._rules import PARAMETERS, Rule, add, runs_fused
 from vitkernels.swap.timm.layers import ACTIVATIONS, DROP_PATHS
 from vitkernels.swap.timm.rel_pos import REL_POS, bias_table, relative, takes_tokens
 from vitkernels.swap.timm.vision_transformer import BRANCHES

@@ -40,6 +40,12 @@ WHOLE = (
     "maxxvit.PartitionAttentionCl",
     "maxxvit.ParallelPartitionAttention",
     "maxxvit.TransformerBlock2d",
+    "nest.TransformerLayer",
+    "davit.SpatialBlock",
+    "twins.Block",
+    "gcvit.GlobalContextVitBlock",
+    "hieradet_sam2.MultiScaleBlock",
+    "volo.Transformer",
 )
 ATTENTION = re.compile("Attention|Attn|MHSA|GPSA|XCA")
 HEAD = """\
@@ -69,7 +75,7 @@ class Found:
 
     family: str
     attention: frozenset[str]  # classes of attention
-    swapped: frozenset[str]  # original classes of the swapped modules
+    swapped: frozenset[str]  # original classes of the swapped modules, and of the attentions that they read
     whole: frozenset[str]  # kinds of blocks, all of which are swapped
     share: float | None
 
@@ -91,7 +97,7 @@ def look_at(timm, name: str) -> Found:
     kinds = {path: f"{type(m).__module__.rpartition('.')[2]}.{type(m).__name__}" for path, m in model.named_modules()}
     kept = {kinds[entry.module] for entry in report.kept if entry.known}
     counted = [e for e in report.swapped if kinds[e.module] not in kept or kinds[e.module] not in WHOLE]
-    swapped = frozenset(entry.was for entry in counted)
+    swapped = frozenset(entry.was for entry in counted) | (attention & frozenset(read_by_swapped(model, counted)))
     whole = frozenset(kinds[entry.module] for entry in counted) & frozenset(WHOLE)
     share = None if report.estimate is None else report.estimate.fused_share
     if swap.accelerate(model) != report:
@@ -101,6 +107,14 @@ def look_at(timm, name: str) -> Found:
         if strayed:
             raise RuntimeError(f"{name}: reported as swapped, but run their own forward: {dict(strayed)}")
     return Found(family, attention, swapped, whole, share)
+
+
+def read_by_swapped(model: nn.Module, swapped: list[swap.Swapped]) -> Iterator[str]:
+    """Yield the classes of the modules that the ``swapped`` read instead of calling."""
+    for entry in swapped:
+        module = model.get_submodule(entry.module)
+        for path in _rules.RULES[type(module)].bypassed:
+            yield type(_rules.descendant(module, path)).__name__
 
 
 def original_forwards(model: nn.Module) -> Counter[str]:

@@ -35,6 +35,12 @@ WHOLE = {
     "coatnet_rmlp_nano_rw_224": "maxxvit.TransformerBlock2d",
     "maxvit_tiny_tf_224": "maxxvit.PartitionAttentionCl",
     "maxvit_tiny_pm_256": "maxxvit.ParallelPartitionAttention",
+    "nest_tiny": "nest.TransformerLayer",
+    "davit_tiny": "davit.SpatialBlock",
+    "twins_svt_small": "twins.Block",
+    "gcvit_xxtiny": "gcvit.GlobalContextVitBlock",
+    "sam2_hiera_tiny": "hieradet_sam2.MultiScaleBlock",
+    "volo_d1_224": "volo.Transformer",
 }
 PARTS = {
     "swin_tiny_patch4_window7_224": {"LayerNorm", "Mlp", "PatchEmbed"},
@@ -42,13 +48,16 @@ PARTS = {
     "mixer_s16_224": {"LayerNorm", "Mlp", "PatchEmbed"},
     "vit_dwee_patch16_reg1_gap_256": {"LayerNorm", "Mlp", "PatchEmbed"},  # differential attention
 }
-CONVOLUTIONAL = {"mobilevit_xxs", "coatnet_rmlp_nano_rw_224", "maxvit_tiny_tf_224", "maxvit_tiny_pm_256"}
+CONVOLUTIONAL = {
+    "mobilevit_xxs", "coatnet_rmlp_nano_rw_224", "maxvit_tiny_tf_224", "maxvit_tiny_pm_256", "gcvit_xxtiny",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_whole_blocks(name):
     found = make_coverage.look_at(timm, name)
     assert WHOLE[name] in found.whole
+    assert "WindowAttentionGlobal" not in found.attention - found.swapped, "the block reads it"
     assert found.share > (0.1 if name in CONVOLUTIONAL else 0.5)
 
 

@@ -117,7 +117,7 @@ def attention(
     if isinstance(attn.qkv, Linear):
         qkv = _heads(attn, _linear(x, attn.qkv, dtype).view(B, N, -1))
         if attn.positions is not None:
-            out = _attend_by_position(attn, qkv)
+            out = attend_by_position(attn, qkv)
         elif packed:
             out = ops.attention_varlen(*qkv[0].unbind(1), *attn_mask, **options)[None]
         else:
@@ -147,7 +147,7 @@ def _heads(attn: Attention, packed: Tensor) -> Tensor:
     return packed.unflatten(-1, (3, attn.num_heads, attn.head_dim))
 
 
-def _attend_by_position(attn: Attention, qkv: Tensor) -> Tensor:
+def attend_by_position(attn: Attention, qkv: Tensor) -> Tensor:
     """Attend as ``attn.positions`` says on qkv (B, N, 3, H, D)."""
     positions, options = attn.positions, {"dropout_p": attn.attn_drop}
     if isinstance(positions, Relative):

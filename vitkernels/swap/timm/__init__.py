@@ -4,8 +4,14 @@
     vision_transformer.py   Block, ResPostBlock, ViTamin's GeGluMlp
     beit.py                 BEiT's Attention and Block
     eva.py                  EvaAttention, AttentionRope, EvaBlock, EvaBlockPostNorm
+    davit.py                DaViT's SpatialBlock
+    gcvit.py                GlobalContextVitBlock
+    hieradet_sam2.py        SAM 2's MultiScaleAttention and MultiScaleBlock
     maxxvit.py              MaxViT's and CoAtNet's transformer blocks
     naflexvit.py            NaFlexVit: images of different sizes packed into one row of tokens
+    nest.py                 NesT's TransformerLayer
+    twins.py                Twins's attentions and Block
+    volo.py                 VOLO's Transformer
     rel_pos.py              no rules: relative positions as tables
     vision_transformer_relpos.py   RelPosAttention, RelPosBlock, ResPostRelPosBlock
 
@@ -19,7 +25,10 @@ accelerating one; its other parts are then timm's::
 
 from vitkernels.swap.timm.beit import FusedAttention as FusedBeitAttention
 from vitkernels.swap.timm.beit import FusedBlock as FusedBeitBlock
+from vitkernels.swap.timm.davit import FusedSpatialBlock
 from vitkernels.swap.timm.eva import FusedAttentionRope, FusedEvaAttention, FusedEvaBlock, FusedEvaBlockPostNorm
+from vitkernels.swap.timm.gcvit import FusedGlobalContextVitBlock
+from vitkernels.swap.timm.hieradet_sam2 import FusedMultiScaleAttention, FusedMultiScaleBlock
 from vitkernels.swap.timm.layers import (
     FusedAttention,
     FusedGluMlp,
@@ -38,12 +47,16 @@ from vitkernels.swap.timm.maxxvit import (
     FusedTransformerBlock2d,
 )
 from vitkernels.swap.timm.naflexvit import FusedNaFlexVit
+from vitkernels.swap.timm.nest import FusedTransformerLayer
+from vitkernels.swap.timm.twins import FusedBlock as FusedTwinsBlock
+from vitkernels.swap.timm.twins import FusedGlobalSubSampleAttn, FusedLocallyGroupedAttn
 from vitkernels.swap.timm.vision_transformer import FusedBlock, FusedGeGluMlp, FusedResPostBlock
 from vitkernels.swap.timm.vision_transformer_relpos import (
     FusedRelPosAttention,
     FusedRelPosBlock,
     FusedResPostRelPosBlock,
 )
+from vitkernels.swap.timm.volo import FusedTransformer
 
 __all__ = [
     "FusedAttention",
@@ -56,10 +69,15 @@ __all__ = [
     "FusedEvaBlock",
     "FusedEvaBlockPostNorm",
     "FusedGeGluMlp",
+    "FusedGlobalContextVitBlock",
+    "FusedGlobalSubSampleAttn",
     "FusedGluMlp",
     "FusedLayerNorm",
     "FusedLayerNorm2d",
+    "FusedLocallyGroupedAttn",
     "FusedMlp",
+    "FusedMultiScaleAttention",
+    "FusedMultiScaleBlock",
     "FusedNaFlexVit",
     "FusedParallelPartitionAttention",
     "FusedPartitionAttention2d",
@@ -70,6 +88,10 @@ __all__ = [
     "FusedResPostBlock",
     "FusedResPostRelPosBlock",
     "FusedRmsNorm",
+    "FusedSpatialBlock",
     "FusedSwiGLU",
+    "FusedTransformer",
     "FusedTransformerBlock2d",
+    "FusedTransformerLayer",
+    "FusedTwinsBlock",
 ]

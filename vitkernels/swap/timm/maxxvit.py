@@ -51,10 +51,9 @@ class FusedPartitionAttentionCl(PartitionAttentionCl):
 
     def forward(self, x: Tensor) -> Tensor:
         if runs_fused(PARTITION_ATTENTION_CL, self, x) and _partitions(self, self.attn, x.shape[1:3]):
-            block = records.Block(
-                records.norm(self.norm1), _partitioned(self, self.attn, x.shape[1:3], not self.partition_block),
-                *_behind(self, records.mlp(self.mlp)),
-            )  # fmt: skip
+            attn = _partitioned(self, self.attn, x.shape[1:3], not self.partition_block)
+            block = records.behind_attention(self, records.mlp(self.mlp))
+            block = block._replace(norm1=records.norm(self.norm1), attn=attn)
             return fused.block(block, tokens_of(x)).view(x.shape)
         return super().forward(x)
 
@@ -71,7 +70,7 @@ class FusedParallelPartitionAttention(ParallelPartitionAttention):
         normed = fused.norm(records.norm(self.norm1), tokens)
         windows = fused.attention(_partitioned(self, self.attn_block, x.shape[1:3], False), normed)
         grid = fused.attention(_partitioned(self, self.attn_grid, x.shape[1:3], True), normed)
-        block = records.Block(None, None, *_behind(self, records.mlp(self.mlp)))
+        block = records.behind_attention(self, records.mlp(self.mlp))
         return fused.behind_attention(block, torch.cat((windows, grid), -1), tokens).view(x.shape)
 
 
@@ -80,10 +79,9 @@ class FusedPartitionAttention2d(PartitionAttention2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if runs_fused(PARTITION_ATTENTION_2D, self, x) and _partitions(self, self.attn, x.shape[2:]):
-            block = records.Block(
-                records.norm(self.norm1), _partitioned(self, self.attn, x.shape[2:], not self.partition_block),
-                *_behind(self, _conv_mlp(self.mlp)),
-            )  # fmt: skip
+            attn = _partitioned(self, self.attn, x.shape[2:], not self.partition_block)
+            block = records.behind_attention(self, _conv_mlp(self.mlp))
+            block = block._replace(norm1=records.norm(self.norm1), attn=attn)
             return channels_first(fused.block(block, tokens_of_channels_first(x)), x.shape[2:])
         return super().forward(x)
 
@@ -101,7 +99,7 @@ class FusedTransformerBlock2d(TransformerBlock2d):
             return super().forward(x, shared_rel_pos)
         attn, mask = relative(_attention(self.attn), rel_pos, shared_rel_pos)
         branch = fused.attention(attn, tokens_of_channels_first(normed), attn_mask=mask)
-        block = records.Block(None, None, *_behind(self, _conv_mlp(self.mlp)))
+        block = records.behind_attention(self, _conv_mlp(self.mlp))
         out = fused.behind_attention(block, branch, tokens_of_channels_first(self.shortcut(laid_out)))
         return channels_first(out, size)
 
@@ -132,19 +130,6 @@ def _partitions(block: nn.Module, attn: nn.Module, image: tuple[int, int]) -> bo
     """Tell whether an image consists of whole windows, and the bias is one of them; else the original raises."""
     size, rel_pos = tuple(block.partition_size), attn.rel_pos
     return whole_windows(image, size) and (rel_pos is None or tuple(rel_pos.window_size) == size)
-
-
-def _behind(block: nn.Module, mlp: records.Mlp) -> tuple:
-    """Read what is behind a block's attention, as the fields of :class:`records.Block`."""
-    children = block._modules
-    return (
-        records.norm(children["norm2"]),
-        mlp,
-        records.layer_scale(children["ls1"]),
-        records.layer_scale(children["ls2"]),
-        records.drop_path(children["drop_path1"]),
-        records.drop_path(children["drop_path2"]),
-    )
 
 
 def _conv_mlp(mlp: nn.Module) -> records.Mlp:

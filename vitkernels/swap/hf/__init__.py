@@ -68,8 +68,15 @@ _CLIP = {
     "VisionEmbeddings": (new.ClassVisionEmbeddings,),
     "EncoderLayer": (new.CLIPLayer, old.CLIPLayer),
 }
+_BEIT = {
+    "Attention": (new.ViTAttention,),
+    "MLP": (new.Mlp,),
+    "PatchEmbeddings": (new.PatchEmbeddings,),
+    "Layer": (new.BeitLayer,),
+}
 
-# The folder in transformers.models, the prefix of the class names there, and the kinds of the classes.
+# The folder in transformers.models, the prefix of the class names there, the kinds of the classes, and a class that
+# the release must have.
 _FAMILIES = (
     ("vit", "ViT", _VIT),
     ("deit", "DeiT", _VIT),
@@ -80,17 +87,24 @@ _FAMILIES = (
     ("siglip", "Siglip", _SIGLIP),
     ("siglip2", "Siglip2", _SIGLIP),
     ("clip", "CLIP", _CLIP),
+    ("beit", "Beit", _BEIT, "BeitMLP"),
 )
 
 
-def _add_family(folder: str, prefix: str, kinds: dict[str, tuple[type[new.Kind], ...]]) -> None:
-    """Make a fused class for each class of a family that this release has, and register its rule."""
+def _add_family(
+    folder: str, prefix: str, kinds: dict[str, tuple[type[new.Kind], ...]], needed: str | None = None
+) -> None:
+    """Make a fused class for each class of a family that this release has, and register its rule.
+
+    A release that has no class ``needed`` cuts the family's layers into other parts.
+    """
     try:
         modeling = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
     except ImportError:  # an older release, without this model
         return
     own = {name: cls for name, cls in vars(modeling).items() if getattr(cls, "__module__", None) == modeling.__name__}
-    _add_classes(__name__, own, prefix, kinds)
+    if needed is None or needed in own:
+        _add_classes(__name__, own, prefix, kinds)
 
 
 def _add_classes(
@@ -108,7 +122,9 @@ def _add_classes(
             name: tuple(c for c, k in classes.items() if issubclass(k, part)) for name, part in kind._parts.items()
         }
         if issubclass(kind, new.Dinov2Layer):
-            parts |= {"layer_scale1": scales, "layer_scale2": scales, "drop_path": (nn.Identity, *paths)}
+            parts |= {"layer_scale1": scales, "layer_scale2": scales}
+        if issubclass(kind, (new.Dinov2Layer, new.BeitLayer)):
+            parts |= {"drop_path": (nn.Identity, *paths)}
         name = f"Fused{cls.__name__}"
         body = {"__module__": module, "__doc__": f"transformers' {cls.__name__} on the kernels."}
         fused_cls = type(name, (kind, cls), body)

@@ -120,6 +120,13 @@ def beit(**more) -> nn.Module:
     return transformers.BeitForImageClassification(transformers.BeitConfig(**options))
 
 
+def data2vec(**more) -> nn.Module:
+    """With a bias in each layer and a shared one."""
+    options = {"use_relative_position_bias": True, "use_shared_relative_position_bias": True}
+    options |= VISION | {"layer_scale_init_value": 0.5} | more
+    return transformers.Data2VecVisionForImageClassification(transformers.Data2VecVisionConfig(**options))
+
+
 # By name: what makes the model, its inputs, and the ends of the names of the classes that must be swapped.
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]], set[str]]] = {
     "vit": (lambda: vit(num_hidden_layers=2), images, PARTS),
@@ -164,6 +171,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]]
     "beit, shared": (
         lambda: beit(use_relative_position_bias=False, use_shared_relative_position_bias=True), images,
         {"Attention", "MLP", "Layer", "PatchEmbeddings"},
+    ),
+    "data2vec": (
+        data2vec, lambda: images(48), {"SdpaSelfAttention", "SelfOutput", "PatchEmbeddings", "VisionLayer"},
     ),
     "siglip": (
         lambda: transformers.SiglipVisionModel(

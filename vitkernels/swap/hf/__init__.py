@@ -2,8 +2,9 @@
 
 transformers repeats the code of each model: DeiT's classes are ViT's under other names. So each kind of module has one
 fused forward here, a mixin in front of the original class (``_mixins``; ``_mixins_4`` for kinds of releases 4.5x
-only). The tables below list the kinds that a class may be of. A class gets the first kind that accepts all arguments
-of its forward. If no kind does, as may happen in a later release, the class is not swapped.
+only, ``_mixins_data2vec`` for those of data2vec-vision). The tables below list the kinds that a class may be of. A class
+gets the first kind that accepts all arguments of its forward. If no kind does, as may happen in a later release, the
+class is not swapped.
 
 A fused layer still calls its attention module. So the layer runs fused even if the attention has adapters, or hooks
 that collect attention weights. Queries, keys and values stay three products, because packing the three weights would
@@ -23,6 +24,7 @@ from torch import nn
 from vitkernels.swap._rules import PARAMETERS, Rule, add
 from vitkernels.swap.hf import _mixins as new
 from vitkernels.swap.hf import _mixins_4 as old
+from vitkernels.swap.hf import _mixins_data2vec as data2vec
 from vitkernels.swap.hf._mixins import IMPLEMENTATIONS
 
 __all__ = ["IMPLEMENTATIONS"]
@@ -74,8 +76,16 @@ _BEIT = {
     "PatchEmbeddings": (new.PatchEmbeddings,),
     "Layer": (new.BeitLayer,),
 }
+_DATA2VEC = {
+    "SdpaSelfAttention": (data2vec.SelfAttention,),
+    "SelfOutput": (data2vec.SelfOutput,),
+    "Intermediate": (old.Intermediate,),
+    "Output": (data2vec.Output,),
+    "PatchEmbeddings": (data2vec.PatchEmbeddings,),
+    "Layer": (data2vec.Layer,),
+}
 
-# The folder in transformers.models, the prefix of the class names there, the kinds of the classes, and a class that
+# The file in transformers.models, the prefix of the class names there, the kinds of the classes, and a class that
 # the release must have.
 _FAMILIES = (
     ("vit", "ViT", _VIT),
@@ -88,18 +98,20 @@ _FAMILIES = (
     ("siglip2", "Siglip2", _SIGLIP),
     ("clip", "CLIP", _CLIP),
     ("beit", "Beit", _BEIT, "BeitMLP"),
+    ("data2vec_vision", "Data2VecVision", _DATA2VEC),
 )
 
 
 def _add_family(
-    folder: str, prefix: str, kinds: dict[str, tuple[type[new.Kind], ...]], needed: str | None = None
+    file: str, prefix: str, kinds: dict[str, tuple[type[new.Kind], ...]], needed: str | None = None
 ) -> None:
     """Make a fused class for each class of a family that this release has, and register its rule.
 
     A release that has no class ``needed`` cuts the family's layers into other parts.
     """
     try:
-        modeling = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+        folder = file.removesuffix("_vision")
+        modeling = importlib.import_module(f"transformers.models.{folder}.modeling_{file}")
     except ImportError:  # an older release, without this model
         return
     own = {name: cls for name, cls in vars(modeling).items() if getattr(cls, "__module__", None) == modeling.__name__}

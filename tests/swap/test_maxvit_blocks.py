@@ -93,3 +93,11 @@ def test_whole_model(device):
         torch.testing.assert_close(model(images), expected, rtol=1e-3, atol=1e-3)
         images = images.contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(model(images), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_attention_alone(device):
+    attn = shake(partition(maxxvit.PartitionAttentionCl).attn).to(device)
+    x = torch.randn(2, 4, 4, 32, device=device)
+    assert_parity(attn, x)
+    with torch.no_grad(), no_call_of(maxxvit.AttentionCl.forward):
+        attn(x)

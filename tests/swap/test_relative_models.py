@@ -93,3 +93,12 @@ def test_two_biases_run_in_timms_forward(device):
         expected = block(x, shared_rel_pos_bias=shared)
         accelerate(block)
         torch.testing.assert_close(block(x, shared_rel_pos_bias=shared), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["beit", "bias, class token", "mlp, swin"])
+def test_attention_alone(name, device):
+    attn, tokens = build(name, (32, 32)).blocks[0].attn.to(device), 5 if "swin" not in name else 4
+    x = torch.randn(2, tokens, 32, device=device)
+    assert_parity(attn, x)
+    with torch.no_grad(), no_call_of(type(attn).__mro__[1].forward):
+        attn(x)

@@ -2,9 +2,9 @@
 
 transformers repeats the code of each model: DeiT's classes are ViT's under other names. So each kind of module has one
 fused forward here, a mixin in front of the original class (``_mixins``; ``_mixins_4`` for kinds of releases 4.5x
-only, ``_mixins_data2vec`` for those of data2vec-vision). The tables below list the kinds that a class may be of. A class
-gets the first kind that accepts all arguments of its forward. If no kind does, as may happen in a later release, the
-class is not swapped.
+only, ``_mixins_data2vec`` for those of data2vec-vision). The tables below list the kinds that a class may be of. A
+class gets the first kind that accepts all arguments of its forward. If no kind does, as may happen in a later release,
+the class is not swapped.
 
 A fused layer still calls its attention module. So the layer runs fused even if the attention has adapters, or hooks
 that collect attention weights. Queries, keys and values stay three products, because packing the three weights would

@@ -84,7 +84,7 @@ def test_a_hook_on_a_child_is_called(name, device):
 def test_whole_model(device):
     """From contiguous and channels_last images."""
     size = {"embed_dim": (32, 32), "depths": (1, 1), "block_type": ("M", "T"), "num_classes": 10, "img_size": 64}
-    model = shake(timm.create_model("test_maxvit", **size).eval(), 0.02).to(device)
+    model = shake(timm.create_model("maxvit_pico_rw_256", **size).eval(), 0.02).to(device)
     images = torch.randn(1, 3, 64, 64, device=device)
     with torch.no_grad():
         expected = model(images)

@@ -64,6 +64,8 @@ def test_in_training(name, device):
 def test_another_size_after_the_swap(device):
     model = build("beit", (32, 32)).to(device)
     accelerate(model)
+    if not hasattr(model, "set_input_size"):
+        pytest.skip("this release of timm cannot change BEiT's size")
     model.set_input_size((48, 32))
     images = torch.randn(1, 3, 48, 32, device=device)
     with torch.no_grad():

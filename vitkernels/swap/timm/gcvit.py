@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerScale, Mlp, RelPosBias
-from timm.models.gcvit import GlobalContextVitBlock, WindowAttentionGlobal
+from timm.layers import Mlp, RelPosBias
+from timm.models.gcvit import GlobalContextVitBlock, LayerScale, WindowAttentionGlobal
 from torch import Tensor, nn
 
 from vitkernels import ops
 from vitkernels.layers import fused, records
 from vitkernels.swap._images import tokens_of, whole_windows
 from vitkernels.swap._limits import block_heads_limit, layer_scales_limit
-from vitkernels.swap._rules import Rule, add, runs_fused
+from vitkernels.swap._rules import PARAMETERS, Rule, add, runs_fused
 from vitkernels.swap.timm.rel_pos import bias_table
 from vitkernels.swap.timm.vision_transformer import BRANCHES, PACKED_ATTENTION
 
@@ -54,9 +54,12 @@ def _attend_with(q: Tensor, attn: records.Attention, normed: Tensor) -> Tensor:
 
 
 def _limit(block: nn.Module) -> str | None:
+    if block.attn.use_global and "repeat_interleave" not in WindowAttentionGlobal.forward.__code__.co_names:
+        return "this release of timm gives windows the queries of other images"
     return block_heads_limit(block) or layer_scales_limit(block)
 
 
+PARAMETERS[LayerScale] = frozenset({"gamma"})  # in older releases of timm a class of this file
 BLOCK = Rule(
     GlobalContextVitBlock,
     FusedGlobalContextVitBlock,
@@ -71,6 +74,6 @@ BLOCK = Rule(
     },
     attributes=frozenset({"window_size", "num_windows"}),
     limit=_limit,
-    limited_by=("attn.num_heads", "attn.qkv.in_features", "ls1.inplace", "ls2.inplace"),
+    limited_by=("attn.use_global", "attn.num_heads", "attn.qkv.in_features", "ls1.inplace", "ls2.inplace"),
 )
 add(BLOCK)

@@ -11,7 +11,7 @@ from vitkernels import ops
 from vitkernels.layers import fused, records
 from vitkernels.swap._images import tokens_of
 from vitkernels.swap._limits import head_dim_limit, layer_scales_limit
-from vitkernels.swap._rules import Rule, add, runs_fused
+from vitkernels.swap._rules import PARAMETERS, Rule, add, runs_fused
 from vitkernels.swap.timm.vision_transformer import BRANCHES
 
 
@@ -71,6 +71,7 @@ def _attention_limit(attn: nn.Module) -> str | None:
     return head_dim_limit(attn.dim_out // attn.num_heads)
 
 
+PARAMETERS[LayerScale] = frozenset({"gamma"})  # in older releases not vision_transformer's
 _LAYER_SCALES = dict.fromkeys(("ls1", "ls2"), (nn.Identity, LayerScale))
 
 ATTENTION = Rule(

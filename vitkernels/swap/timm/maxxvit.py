@@ -6,10 +6,12 @@ Convolutions stay. Blocks on (B, C, Y, X) take their tokens from channels_last m
 from __future__ import annotations
 
 import torch
-from timm.layers import ConvMlp, LayerNorm2d, LayerScale, LayerScale2d, Mlp
+from timm.layers import ConvMlp, LayerNorm2d, Mlp
 from timm.models.maxxvit import (
     Attention2d,
     AttentionCl,
+    LayerScale,
+    LayerScale2d,
     ParallelPartitionAttention,
     PartitionAttention2d,
     PartitionAttentionCl,
@@ -148,7 +150,8 @@ def _limit_2d(block: nn.Module) -> str | None:
     return _attention_limit(attn) or next(filter(None, reasons), None) or layer_scales_limit(block)
 
 
-PARAMETERS[LayerScale2d] = frozenset({"gamma"})
+# In older releases of timm these are classes of this file.
+PARAMETERS |= dict.fromkeys((LayerScale, LayerScale2d), frozenset({"gamma"}))
 _DROPOUTS = dict.fromkeys(("attn_drop", "proj_drop"), (nn.Dropout,))
 _BRANCHES = {
     **BRANCHES,

@@ -49,4 +49,6 @@ def takes_tokens(rel_pos: nn.Module | None, shared: Tensor | None, tokens: int) 
 
 
 def _prefix_tokens(rel_pos: nn.Module) -> int:
+    if isinstance(rel_pos, RelPosBias):  # in older releases it keeps their number in the shape alone
+        return rel_pos.bias_shape[0] - rel_pos.window_area
     return getattr(rel_pos, "prefix_tokens", 0)  # RelPosBiasTf has none

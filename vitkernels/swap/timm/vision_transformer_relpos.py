@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from timm.models.vision_transformer import LayerScale
-from timm.models.vision_transformer_relpos import RelPosAttention, RelPosBlock, ResPostRelPosBlock
+from timm.models.vision_transformer_relpos import LayerScale, RelPosAttention, RelPosBlock, ResPostRelPosBlock
 from torch import Tensor, nn
 
 from vitkernels.layers import fused, records
 from vitkernels.swap._limits import layer_scales_limit
-from vitkernels.swap._rules import Rule, add, runs_fused
+from vitkernels.swap._rules import PARAMETERS, Rule, add, runs_fused
 from vitkernels.swap.timm.layers import ATTENTION_CHILDREN, ATTENTION_LIMITED_BY, attention_limit
 from vitkernels.swap.timm.rel_pos import REL_POS, relative, takes_tokens
 from vitkernels.swap.timm.vision_transformer import BRANCHES
@@ -50,6 +49,7 @@ def _block(module: nn.Module, shared: Tensor | None) -> tuple[records.Block, Ten
     return block._replace(attn=attn), mask
 
 
+PARAMETERS[LayerScale] = frozenset({"gamma"})  # in older releases of timm a class of this file
 _BRANCHES = BRANCHES | {"attn": (RelPosAttention,)}
 
 ATTENTION = Rule(

@@ -28,8 +28,28 @@ from vitkernels.swap.estimate import image_size
 from vitkernels.tools.console import import_timm, track
 
 PAGE = Path(__file__).with_name("coverage.md")
-SWIN = ("SwinTransformerBlock", "SwinTransformerV2Block", "SwinTransformerV2CrBlock")
-WHOLE = ("Block", "EvaBlock", "EvaBlockPostNorm", "ResPostBlock", *SWIN)
+# The kinds of blocks that run fused as a whole, by the module of timm and the class.
+WHOLE = (
+    "vision_transformer.Block",
+    "vision_transformer.ResPostBlock",
+    "eva.EvaBlock",
+    "eva.EvaBlockPostNorm",
+    "swin_transformer.SwinTransformerBlock",
+    "swin_transformer_v2.SwinTransformerV2Block",
+    "swin_transformer_v2_cr.SwinTransformerV2CrBlock",
+    "beit.Block",
+    "vision_transformer_relpos.RelPosBlock",
+    "vision_transformer_relpos.ResPostRelPosBlock",
+    "maxxvit.PartitionAttentionCl",
+    "maxxvit.ParallelPartitionAttention",
+    "maxxvit.TransformerBlock2d",
+    "nest.TransformerLayer",
+    "davit.SpatialBlock",
+    "twins.Block",
+    "gcvit.GlobalContextVitBlock",
+    "hieradet_sam2.MultiScaleBlock",
+    "volo.Transformer",
+)
 ATTENTION = re.compile("Attention|Attn|MHSA|GPSA|XCA")
 HEAD = """\
 # Coverage of timm
@@ -38,11 +58,10 @@ What `vitkernels.accelerate(model)` makes of each of the {names} names of timm {
 `docs/make_coverage.py`, which builds every one on the meta device, runs it there accelerated, and stops where a module
 that the report calls swapped runs its original forward. `vitkernels explain NAME` says the same of one model.
 
-**Whole blocks** of {whole} names run fused: `vision_transformer.Block` {Block}, `eva.EvaBlock` {EvaBlock},
-`eva.EvaBlockPostNorm` {EvaBlockPostNorm}, `vision_transformer.ResPostBlock` {ResPostBlock}, Swin's blocks {swin} (a
-model may have two kinds). {attention} names hold a module whose class is called attention. Of another {parts} names
-some parts are swapped one by one: LayerNorm, RmsNorm, Mlp and its gated relatives, the patch embedding; where nothing
-is, the model runs as it did.
+**Whole blocks** of {whole} names run fused: {blocks} (a model may have two kinds).
+{attention} names hold a module whose class is called attention. Of another {parts} names some
+parts are swapped one by one: LayerNorm, RmsNorm, Mlp and its gated relatives, the patch embedding; where nothing is,
+the model runs as it did.
 
 *Time fused* is the part of a model's estimated time, before the swap, that lies in what is swapped: its median over
 the family, as `vitkernels/swap/estimate.py` tells it from FLOPs and bytes, for one image of the model's own size. It
@@ -59,12 +78,9 @@ class Found:
 
     family: str
     attention: frozenset[str]  # classes of attention
-    swapped: frozenset[str]  # original classes of the swapped modules
+    swapped: frozenset[str]  # original classes of the swapped modules, and of the attentions that they read
+    whole: frozenset[str]  # kinds of blocks, all of which are swapped
     share: float | None
-
-    @property
-    def whole(self) -> frozenset[str]:
-        return self.swapped & frozenset(WHOLE)
 
 
 def look_at(timm, name: str) -> Found:
@@ -81,8 +97,11 @@ def look_at(timm, name: str) -> Found:
     attention = frozenset(c.__name__ for c in map(type, model.modules()) if ATTENTION.search(c.__name__))
     report = swap.explain(model)
     # A block's class counts as swapped only if no block of that class is kept.
-    kept = {entry.cls for entry in report.kept if entry.known}
-    swapped = frozenset(entry.was for entry in report.swapped if entry.was not in kept or entry.was not in WHOLE)
+    kinds = {path: f"{type(m).__module__.rpartition('.')[2]}.{type(m).__name__}" for path, m in model.named_modules()}
+    kept = {kinds[entry.module] for entry in report.kept if entry.known}
+    counted = [e for e in report.swapped if kinds[e.module] not in kept or kinds[e.module] not in WHOLE]
+    swapped = frozenset(entry.was for entry in counted) | (attention & frozenset(read_by_swapped(model, counted)))
+    whole = frozenset(kinds[entry.module] for entry in counted) & frozenset(WHOLE)
     share = None if report.estimate is None else report.estimate.fused_share
     if swap.accelerate(model) != report:
         raise RuntimeError(f"{name}: explain and accelerate disagree")
@@ -90,7 +109,15 @@ def look_at(timm, name: str) -> Found:
         strayed = original_forwards(model)
         if strayed:
             raise RuntimeError(f"{name}: reported as swapped, but run their own forward: {dict(strayed)}")
-    return Found(family, attention, swapped, share)
+    return Found(family, attention, swapped, whole, share)
+
+
+def read_by_swapped(model: nn.Module, swapped: list[swap.Swapped]) -> Iterator[str]:
+    """Yield the classes of the modules that the ``swapped`` read instead of calling."""
+    for entry in swapped:
+        module = model.get_submodule(entry.module)
+        for path in _rules.RULES[type(module)].bypassed:
+            yield type(_rules.descendant(module, path)).__name__
 
 
 def original_forwards(model: nn.Module) -> Counter[str]:
@@ -116,15 +143,14 @@ def original_forwards(model: nn.Module) -> Counter[str]:
 
 def lines(found: dict[str, Found], version: str) -> Iterator[str]:
     """Yield the parts of the page."""
-    blocks = Counter(cls for f in found.values() for cls in f.whole)
+    blocks = Counter(kind for f in found.values() for kind in f.whole)
     yield HEAD.format(
         names=len(found),
         timm=version,
         whole=sum(bool(f.whole) for f in found.values()),
         attention=sum(bool(f.attention) for f in found.values()),
         parts=sum(bool(f.swapped) and not f.whole for f in found.values()),
-        swin=sum(blocks[cls] for cls in SWIN),
-        **{cls: blocks[cls] for cls in WHOLE},
+        blocks=", ".join(f"`{kind}` {blocks[kind]}" for kind in WHOLE if blocks[kind]),
     )
     families: dict[str, list[Found]] = {}
     for f in found.values():

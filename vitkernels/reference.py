@@ -434,6 +434,9 @@ def window_attention(
     if logit_scale is not None:
         q = F.normalize(q, dim=-1) * logit_scale.to(q.dtype)[:, None, None]
         k, scale = F.normalize(k, dim=-1), 1.0
+    padded = missing.repeat(B, 1)[:, None, :, None] if bool(missing.any()) else None
+    if padded is not None:  # what a padded query attends to is nobody's output: no NaN may come back from there
+        q = q.masked_fill(padded, 0.0)
     scores = (q * (D**-0.5 if scale is None else scale)) @ k.transpose(-1, -2)
     if bias_table is not None:
         scores = scores + bias_table[entry].permute(2, 0, 1)
@@ -444,8 +447,8 @@ def window_attention(
         of_windows = of_windows.masked_fill(missing[:, None, None, :], float("-inf"))
     if any(shift) or (padding is None and bool(missing.any())):
         scores = (scores.unflatten(0, (-1, windows)) + of_windows).flatten(0, 1)
-    if bool(missing.any()):  # what a padded query attends to is nobody's output, nor is a NaN in it
-        scores = scores.unflatten(0, (-1, windows)).masked_fill(missing[:, None, :, None], 0.0).flatten(0, 1)
+    if padded is not None:
+        scores = scores.masked_fill(padded, 0.0)
     weights = scores.softmax(-1)
     if dropout_scale is not None:
         weights = weights * dropout_scale.to(weights.dtype)

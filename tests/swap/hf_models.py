@@ -112,6 +112,21 @@ def dinov3(**more) -> nn.Module:
     return transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**options))
 
 
+def beit(**more) -> nn.Module:
+    """With a bias by relative position in each layer, unless told otherwise."""
+    if OLD:
+        pytest.skip(f"transformers {transformers.__version__} cuts BEiT's layers into other parts")
+    options = VISION | {"use_relative_position_bias": True, "layer_scale_init_value": 0.5} | more
+    return transformers.BeitForImageClassification(transformers.BeitConfig(**options))
+
+
+def data2vec(**more) -> nn.Module:
+    """With a bias in each layer and a shared one."""
+    options = {"use_relative_position_bias": True, "use_shared_relative_position_bias": True}
+    options |= VISION | {"layer_scale_init_value": 0.5} | more
+    return transformers.Data2VecVisionForImageClassification(transformers.Data2VecVisionConfig(**options))
+
+
 # By name: what makes the model, its inputs, and the ends of the names of the classes that must be swapped.
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]], set[str]]] = {
     "vit": (lambda: vit(num_hidden_layers=2), images, PARTS),
@@ -151,6 +166,14 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]]
         lambda: dinov3(use_gated_mlp=True, hidden_act="silu"),
         images,
         {"Attention", "GatedMLP", "Layer", "Embeddings"},
+    ),
+    "beit": (beit, lambda: images(48), {"Attention", "MLP", "Layer", "PatchEmbeddings"}),
+    "beit, shared": (
+        lambda: beit(use_relative_position_bias=False, use_shared_relative_position_bias=True), images,
+        {"Attention", "MLP", "Layer", "PatchEmbeddings"},
+    ),
+    "data2vec": (
+        data2vec, lambda: images(48), {"SdpaSelfAttention", "SelfOutput", "PatchEmbeddings", "VisionLayer"},
     ),
     "siglip": (
         lambda: transformers.SiglipVisionModel(

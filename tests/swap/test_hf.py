@@ -17,7 +17,9 @@ from hf_models import (  # noqa: E402
     MODELS,
     OLD,
     attention,
+    beit,
     build,
+    data2vec,
     dinov2,
     dinov3,
     images,
@@ -109,9 +111,11 @@ def test_bf16(name, device, computed_by_pytorch):
     [
         lambda: vit(hidden_dropout_prob=0.3),
         lambda: dinov2(drop_path_rate=0.6),
+        lambda: beit(num_hidden_layers=2, drop_path_rate=0.6, hidden_dropout_prob=0.3, layer_scale_init_value=0.0),
+        lambda: data2vec(num_hidden_layers=2, drop_path_rate=0.6, hidden_dropout_prob=0.3),
         lambda: dinov3(drop_path_rate=0.6, num_register_tokens=0, pos_embed_jitter=1.5, pos_embed_shift=0.2),
     ],
-    ids=["dropout", "drop path", "drop path and moved positions"],
+    ids=["dropout", "drop path", "dropout and drop path", "data2vec", "drop path and moved positions"],
 )
 def test_training(make, device, monkeypatch, computed_by_pytorch):
     """What is dropped is what transformers drops under the same seed."""

@@ -26,16 +26,18 @@ WHOLE = [
     "mobilevit_s",
     "swin_tiny_patch4_window7_224",
     "swinv2_tiny_window8_256",
+    "beit_base_patch16_224",
+    "maxvit_pico_rw_256",
 ]
 LEFT = {
     "vit_base_patch16_siglip_224": {"attn_pool": "attention"},
     "swinv2_cr_tiny_224": {"patch_embed": "a patch embedding"},
-    "beit_base_patch16_224": {"blocks.*.attn": "attention"},
-    "convnext_atto": {"stem.0": "a patch embedding", "stem.1": "a norm", "stages.*.blocks.*.norm": "a norm"},
+    "convnext_atto": {"stem.0": "a patch embedding"},
     "vitamin_small_224": {"patch_embed.backbone.stem.norm1": "a norm"},
+    "vit_relpos_small_patch16_224": {"blocks.*.attn.rel_pos.mlp": None},  # of a known class, with a ReLU
     "convit_tiny": {"blocks.*.attn": "attention"},
     "gemma4_vit_167m": {"encoder.blocks.*.mlp": "an MLP", "encoder.patch_embed": "a patch embedding"},
-    "samvit_base_patch16": {"neck.*": "a norm"},
+    "samvit_base_patch16": {"blocks.*.attn": "attention"},
 }
 
 

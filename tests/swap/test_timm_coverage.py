@@ -20,31 +20,47 @@ sys.modules[spec.name] = make_coverage  # dataclasses look there
 spec.loader.exec_module(make_coverage)
 
 WHOLE = {
-    "vit_small_patch14_reg4_dinov2": "Block",
-    "vitamin_small_224": "Block",
-    "pit_ti_224": "Block",
-    "mobilevit_xxs": "Block",
-    "naflexvit_base_patch16_gap": "Block",
-    "vit_base_patch16_rpn_224": "ResPostBlock",
-    "eva02_large_patch14_448": "EvaBlock",
-    "vit_huge_plus_patch16_dinov3": "EvaBlock",
-    "vit_small_patch16_rope_mixed_ape_224": "EvaBlock",
-    "swin_tiny_patch4_window7_224": "SwinTransformerBlock",
-    "swinv2_tiny_window8_256": "SwinTransformerV2Block",
-    "swinv2_cr_tiny_224": "SwinTransformerV2CrBlock",
+    "vit_small_patch14_reg4_dinov2": "vision_transformer.Block",
+    "vitamin_small_224": "vision_transformer.Block",
+    "pit_ti_224": "vision_transformer.Block",
+    "mobilevit_xxs": "vision_transformer.Block",
+    "naflexvit_base_patch16_gap": "vision_transformer.Block",
+    "vit_base_patch16_rpn_224": "vision_transformer.ResPostBlock",
+    "eva02_large_patch14_448": "eva.EvaBlock",
+    "vit_huge_plus_patch16_dinov3": "eva.EvaBlock",
+    "vit_small_patch16_rope_mixed_ape_224": "eva.EvaBlock",
+    "beitv2_base_patch16_224": "beit.Block",
+    "vit_relpos_small_patch16_224": "vision_transformer_relpos.RelPosBlock",
+    "vit_relpos_base_patch32_plus_rpn_256": "vision_transformer_relpos.ResPostRelPosBlock",
+    "coatnet_rmlp_nano_rw_224": "maxxvit.TransformerBlock2d",
+    "maxvit_tiny_tf_224": "maxxvit.PartitionAttentionCl",
+    "maxvit_tiny_pm_256": "maxxvit.ParallelPartitionAttention",
+    "nest_tiny": "nest.TransformerLayer",
+    "davit_tiny": "davit.SpatialBlock",
+    "twins_svt_small": "twins.Block",
+    "gcvit_xxtiny": "gcvit.GlobalContextVitBlock",
+    "sam2_hiera_tiny": "hieradet_sam2.MultiScaleBlock",
+    "volo_d1_224": "volo.Transformer",
+    "swin_tiny_patch4_window7_224": "swin_transformer.SwinTransformerBlock",
+    "swinv2_tiny_window8_256": "swin_transformer_v2.SwinTransformerV2Block",
+    "swinv2_cr_tiny_224": "swin_transformer_v2_cr.SwinTransformerV2CrBlock",
 }
 PARTS = {
-    "beitv2_base_patch16_224": {"LayerNorm", "Mlp", "PatchEmbed"},
+    "hiera_tiny_224": {"LayerNorm", "Mlp"},
     "mixer_s16_224": {"LayerNorm", "Mlp", "PatchEmbed"},
     "vit_dwee_patch16_reg1_gap_256": {"LayerNorm", "Mlp", "PatchEmbed"},  # differential attention
 }
+CONVOLUTIONAL = {
+    "mobilevit_xxs", "coatnet_rmlp_nano_rw_224", "maxvit_tiny_tf_224", "maxvit_tiny_pm_256", "gcvit_xxtiny",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_whole_blocks(name):
     found = make_coverage.look_at(timm, name)
     assert WHOLE[name] in found.whole
-    assert found.share > (0.1 if name == "mobilevit_xxs" else 0.5)
+    assert "WindowAttentionGlobal" not in found.attention - found.swapped, "the block reads it"
+    assert found.share > (0.1 if name in CONVOLUTIONAL else 0.5)
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -72,10 +88,14 @@ def test_a_report_that_lies_is_found(monkeypatch):
 def test_the_page_counts_what_was_found():
     found = {
         "a": make_coverage.Found(
-            "vision_transformer", frozenset({"Attention"}), frozenset({"Block", "Attention"}), 0.9
+            "vision_transformer",
+            frozenset({"Attention"}),
+            frozenset({"Block", "Attention"}),
+            frozenset({"vision_transformer.Block"}),
+            0.9,
         ),
-        "b": make_coverage.Found("swin", frozenset({"WindowAttention"}), frozenset({"Mlp"}), 0.4),
-        "c": make_coverage.Found("resnet", frozenset(), frozenset(), None),
+        "b": make_coverage.Found("swin", frozenset({"WindowAttention"}), frozenset({"Mlp"}), frozenset(), 0.4),
+        "c": make_coverage.Found("resnet", frozenset(), frozenset(), frozenset(), None),
     }
     page = "".join(make_coverage.lines(found, "1.0"))
     assert "of 1 names run fused" in page

@@ -115,9 +115,9 @@ def attention(
     if not packed:
         options |= {"attn_mask": attn_mask, "num_prefix_tokens": 0 if rope is None else attn.num_prefix_tokens}
     if isinstance(attn.qkv, Linear):
-        qkv = _linear(x, attn.qkv, dtype).view(B, N, 3, attn.num_heads, attn.head_dim)
+        qkv = _heads(attn, _linear(x, attn.qkv, dtype).view(B, N, -1))
         if attn.positions is not None:
-            out = _attend_by_position(attn, qkv)
+            out = attend_by_position(attn, qkv)
         elif packed:
             out = ops.attention_varlen(*qkv[0].unbind(1), *attn_mask, **options)[None]
         else:
@@ -140,7 +140,14 @@ def attention(
     return _dropout(_linear(ops.quantize_fp8(out) if in_fp8 else out, attn.proj, dtype), attn.proj_drop)
 
 
-def _attend_by_position(attn: Attention, qkv: Tensor) -> Tensor:
+def _heads(attn: Attention, packed: Tensor) -> Tensor:
+    """View packed queries, keys and values, or their bias, (..., 3 · H · D) as (..., 3, H, D)."""
+    if attn.head_first:
+        return packed.unflatten(-1, (attn.num_heads, 3, attn.head_dim)).transpose(-2, -3)
+    return packed.unflatten(-1, (3, attn.num_heads, attn.head_dim))
+
+
+def attend_by_position(attn: Attention, qkv: Tensor) -> Tensor:
     """Attend as ``attn.positions`` says on qkv (B, N, 3, H, D)."""
     positions, options = attn.positions, {"dropout_p": attn.attn_drop}
     if isinstance(positions, Relative):
@@ -152,7 +159,7 @@ def _attend_by_position(attn: Attention, qkv: Tensor) -> Tensor:
     padding = None
     if Y % rows or X % columns:
         bias = attn.qkv.bias
-        padding = qkv.new_zeros(qkv.shape[2:]) if bias is None else bias.view(qkv.shape[2:])
+        padding = qkv.new_zeros(qkv.shape[2:]) if bias is None else _heads(attn, bias)
     out = ops.window_attention(
         qkv.unflatten(1, (Y, X)), positions.size, shift=positions.shift, bias_table=positions.bias_table,
         padding=padding, logit_scale=positions.logit_scale, scale=attn.scale, grid=positions.grid,
@@ -256,17 +263,26 @@ def block(
             activation=mlp_.activation,
         )
     branch = attention(attn, norm(norm1, x), attn_mask=attn_mask, is_causal=is_causal, rope=rope)
-    images = attn_mask if isinstance(attn_mask, Packed) else None
-    if images is not None:
-        branch, x = branch.transpose(0, 1), x.transpose(0, 1)  # (T, 1, C): DropPath scales rows
-    scale = drop_path_scale(path1, branch, gamma1, images)
-    normed, x = add_norm(norm2, branch, x, layer_scale=gamma1, drop_path_scale=scale)
-    if path2 is None or _plain_mlp(mlp_):
-        scale = drop_path_scale(path2, normed, gamma2, images)
-        x = mlp(mlp_, normed, residual=x, layer_scale=gamma2, drop_path_scale=scale)
-    else:  # drawn after what the MLP draws
-        x = _add_dropped(path2, mlp(mlp_, normed, layer_scale=gamma2), x, images)
-    return x if images is None else x.transpose(0, 1)
+    if not isinstance(attn_mask, Packed):
+        return behind_attention(block, branch, x)
+    # (T, 1, C): DropPath scales rows.
+    return behind_attention(block, branch.transpose(0, 1), x.transpose(0, 1), attn_mask).transpose(0, 1)
+
+
+def behind_attention(block: Block, branch: Tensor, x: Tensor, images: Packed | None = None) -> Tensor:
+    """The rest of a pre-norm block, with ``branch`` in place of ``attn(norm1(x))``; reads no ``attn`` and ``norm1``."""
+    scale = drop_path_scale(block.drop_path1, branch, block.gamma1, images)
+    normed, x = add_norm(block.norm2, branch, x, layer_scale=block.gamma1, drop_path_scale=scale)
+    return add_mlp(block, normed, x, images)
+
+
+def add_mlp(block: Block, normed: Tensor, x: Tensor, images: Packed | None = None) -> Tensor:
+    """Return ``x + γ2 · mlp(normed)`` with the DropPath of ``block``'s second branch."""
+    path, gamma = block.drop_path2, block.gamma2
+    if path is None or _plain_mlp(block.mlp):
+        scale = drop_path_scale(path, normed, gamma, images)
+        return mlp(block.mlp, normed, residual=x, layer_scale=gamma, drop_path_scale=scale)
+    return add_dropped(path, mlp(block.mlp, normed, layer_scale=gamma), x, images)  # drawn after what the MLP draws
 
 
 def post_norm_block(
@@ -279,8 +295,8 @@ def post_norm_block(
 ) -> Tensor:
     """A post-norm block: ``x + norm1(attn(x))``, then ``x + norm2(mlp(x))``, with DropPath on both branches."""
     branch = attention(block.attn, x, attn_mask=attn_mask, is_causal=is_causal, rope=rope)
-    x = _add_dropped(block.drop_path1, norm(block.norm1, branch), x)
-    return _add_dropped(block.drop_path2, norm(block.norm2, mlp(block.mlp, x)), x)
+    x = add_dropped(block.drop_path1, norm(block.norm1, branch), x)
+    return add_dropped(block.drop_path2, norm(block.norm2, mlp(block.mlp, x)), x)
 
 
 def _attends(attn: Attention, x: Tensor) -> str:
@@ -301,13 +317,14 @@ def _is_plain(block: Block) -> bool:
         not (norm1 is None or norm1.rms or norm2 is None or norm2.rms)
         and isinstance(attn.qkv, Linear)
         and attn.q_norm is attn.k_norm is attn.norm is attn.gate is attn.positions is None
-        and not (attn.attn_drop or attn.proj_drop)
+        and not (attn.attn_drop or attn.proj_drop or attn.head_first)
         and mlp_.input_norm is None
         and _plain_mlp(mlp_)
     )
 
 
-def _add_dropped(drop_path: DropPath | None, branch: Tensor, x: Tensor, images: Packed | None = None) -> Tensor:
+def add_dropped(drop_path: DropPath | None, branch: Tensor, x: Tensor, images: Packed | None = None) -> Tensor:
+    """Return ``x + branch``, with the samples dropped that ``drop_path`` draws."""
     scale = drop_path_scale(drop_path, branch, images=images)
     return x + branch if scale is None else torch.addcmul(x, branch, scale.reshape(-1, 1, 1))
 

@@ -83,6 +83,7 @@ class Attention(NamedTuple):
         num_prefix_tokens: Tokens in front that RoPE does not rotate.
         fp8: Whether its products run in FP8.
         positions: Windows or relative positions; ``qkv`` is then packed, without norms of queries and keys.
+        head_first: Whether a packed ``qkv`` gives each head's query, key and value side by side.
     """
 
     qkv: Linear | tuple[Linear, Linear, Linear]
@@ -99,6 +100,7 @@ class Attention(NamedTuple):
     num_prefix_tokens: int = 0
     fp8: bool = False
     positions: Windows | Relative | None = None
+    head_first: bool = False
 
 
 class Mlp(NamedTuple):
@@ -136,11 +138,11 @@ class DropPath(NamedTuple):
 class Block(NamedTuple):
     """A Transformer block; ``gamma1`` and ``gamma2`` are its LayerScales (C,), or None.
 
-    With ``fp8`` all of its products run in FP8.
+    With ``fp8`` all of its products run in FP8. A record of what is behind the attention has no ``norm1`` and ``attn``.
     """
 
     norm1: Norm | None
-    attn: Attention
+    attn: Attention | None
     norm2: Norm | None
     mlp: Mlp
     gamma1: Tensor | None = None
@@ -237,7 +239,7 @@ def attention(module: nn.Module) -> Attention:
         norm(children.get("norm")),
         children.get("gate"),
         0.0 if drop is None or not (module if calls_torch else drop).training else drop.p,
-        dropout(children["proj_drop"]),
+        dropout(children.get("proj_drop")),
         own.get("num_prefix_tokens", 0),
     )
 
@@ -267,17 +269,27 @@ def mlp(module: nn.Module) -> Mlp:
 
 
 def block(module: nn.Module) -> Block:
-    """Read timm's blocks. LayerScales are ``ls1`` and ``ls2`` in its ViT, ``gamma_1`` and ``gamma_2`` in its EVA."""
+    """Read timm's blocks."""
+    children = module._modules
+    behind = behind_attention(module, mlp(children["mlp"]))
+    return behind._replace(norm1=norm(children["norm1"]), attn=attention(children["attn"]))
+
+
+def behind_attention(module: nn.Module, mlp: Mlp) -> Block:
+    """Read what is behind the attention of timm's blocks.
+
+    LayerScales are ``ls1`` and ``ls2`` in its ViT, ``gamma_1`` and ``gamma_2`` in its EVA.
+    """
     children = module._modules
     if "ls1" in children:
         gamma1, gamma2 = layer_scale(children["ls1"]), layer_scale(children["ls2"])
     else:
         gamma1, gamma2 = module._parameters.get("gamma_1"), module._parameters.get("gamma_2")
     return Block(
-        norm(children["norm1"]),
-        attention(children["attn"]),
+        None,
+        None,
         norm(children["norm2"]),
-        mlp(children["mlp"]),
+        mlp,
         gamma1,
         gamma2,
         drop_path(children["drop_path1"]),

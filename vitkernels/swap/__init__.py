@@ -33,6 +33,7 @@ _FILES = {
     "torch": "torch_nn",
     "timm": "timm",
     "torchvision": "torchvision",
+    "torchvision.models.maxvit": "torchvision_maxvit",
     "torchvision.models.swin_transformer": "torchvision_swin",
     "open_clip": "open_clip",
     "dinov2": "dinov2",

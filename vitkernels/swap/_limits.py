@@ -19,6 +19,11 @@ def packed_heads_limit(attn: nn.Module) -> str | None:
     return head_dim_limit(attn.qkv.in_features // attn.num_heads)
 
 
+def block_heads_limit(block: nn.Module) -> str | None:
+    """:func:`packed_heads_limit` of a block's attention."""
+    return packed_heads_limit(block.attn)
+
+
 def layer_scales_limit(block: nn.Module, names: tuple[str, str] = ("ls1", "ls2")) -> str | None:
     """A LayerScale works in place."""
     scales = (block._modules[name] for name in names)

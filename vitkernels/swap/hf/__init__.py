@@ -2,8 +2,9 @@
 
 transformers repeats the code of each model: DeiT's classes are ViT's under other names. So each kind of module has one
 fused forward here, a mixin in front of the original class (``_mixins``; ``_mixins_4`` for kinds of releases 4.5x
-only; ``_swin`` for Swin's). The tables below list the kinds that a class may be of. A class gets the first kind that
-accepts all arguments of its forward. If no kind does, as may happen in a later release, the class is not swapped.
+only, ``_mixins_data2vec`` for those of data2vec-vision, ``_swin`` for Swin's). The tables below list the kinds that a
+class may be of. A class gets the first kind that accepts all arguments of its forward. If no kind does, as may happen
+in a later release, the class is not swapped.
 
 A fused layer still calls its attention module, except Swin's. So the layer runs fused even if the attention has
 adapters, or hooks that collect attention weights. Queries, keys and values stay three products, because packing the
@@ -23,6 +24,7 @@ from torch import nn
 from vitkernels.swap._rules import PARAMETERS, Rule, add
 from vitkernels.swap.hf import _mixins as new
 from vitkernels.swap.hf import _mixins_4 as old
+from vitkernels.swap.hf import _mixins_data2vec as data2vec
 from vitkernels.swap.hf import _swin as swin
 from vitkernels.swap.hf._mixins import IMPLEMENTATIONS
 
@@ -77,8 +79,23 @@ _SWIN = {
 }
 _MASKFORMER = _SWIN | {"Layer": (swin.MaskFormerSwinLayer,)}
 _SWINV2 = _SWIN | {"Layer": (swin.Swinv2Layer,)}
+_BEIT = {
+    "Attention": (new.ViTAttention,),
+    "MLP": (new.Mlp,),
+    "PatchEmbeddings": (new.PatchEmbeddings,),
+    "Layer": (new.BeitLayer,),
+}
+_DATA2VEC = {
+    "SdpaSelfAttention": (data2vec.SelfAttention,),
+    "SelfOutput": (data2vec.SelfOutput,),
+    "Intermediate": (old.Intermediate,),
+    "Output": (data2vec.Output,),
+    "PatchEmbeddings": (data2vec.PatchEmbeddings,),
+    "Layer": (data2vec.Layer,),
+}
 
-# The folder in transformers.models (and the model in it), the prefix of the class names, the kinds of the classes.
+# The folder in transformers.models (and the model in it), the prefix of the class names, the kinds of the classes, and
+# a class that the release must have.
 _FAMILIES = (
     ("vit", "ViT", _VIT),
     ("deit", "DeiT", _VIT),
@@ -93,18 +110,26 @@ _FAMILIES = (
     ("swinv2", "Swinv2", _SWINV2),
     ("donut.donut_swin", "DonutSwin", _SWIN),
     ("maskformer.maskformer_swin", "MaskFormerSwin", _MASKFORMER),
+    ("beit", "Beit", _BEIT, "BeitMLP"),
+    ("data2vec.data2vec_vision", "Data2VecVision", _DATA2VEC),
 )
 
 
-def _add_family(folder: str, prefix: str, kinds: dict[str, tuple[type[new.Kind], ...]]) -> None:
-    """Make a fused class for each class of a family that this release has, and register its rule."""
+def _add_family(
+    folder: str, prefix: str, kinds: dict[str, tuple[type[new.Kind], ...]], needed: str | None = None
+) -> None:
+    """Make a fused class for each class of a family that this release has, and register its rule.
+
+    A release that has no class ``needed`` cuts the family's layers into other parts.
+    """
     package, _, model = folder.partition(".")
     try:
         modeling = importlib.import_module(f"transformers.models.{package}.modeling_{model or package}")
     except ImportError:  # an older release, without this model
         return
     own = {name: cls for name, cls in vars(modeling).items() if getattr(cls, "__module__", None) == modeling.__name__}
-    _add_classes(__name__, own, prefix, kinds)
+    if needed is None or needed in own:
+        _add_classes(__name__, own, prefix, kinds)
 
 
 def _add_classes(
@@ -122,7 +147,9 @@ def _add_classes(
             name: tuple(c for c, k in classes.items() if issubclass(k, part)) for name, part in kind._parts.items()
         }
         if issubclass(kind, new.Dinov2Layer):
-            parts |= {"layer_scale1": scales, "layer_scale2": scales, "drop_path": (nn.Identity, *paths)}
+            parts |= {"layer_scale1": scales, "layer_scale2": scales}
+        if issubclass(kind, (new.Dinov2Layer, new.BeitLayer)):
+            parts |= {"drop_path": (nn.Identity, *paths)}
         parts |= kind._children(own, prefix)
         name = f"Fused{cls.__name__}"
         body = {

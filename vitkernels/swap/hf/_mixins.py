@@ -115,6 +115,22 @@ def layer_options(norm: str, *called: str, **bypassed: tuple[type[nn.Module], ..
     }
 
 
+def _gammas_limit(layer: nn.Module) -> str | None:
+    """``lambda_1`` and ``lambda_2`` are parameters, or numbers that change nothing."""
+    numbers = (vars(layer).get(name) for name in ("lambda_1", "lambda_2"))
+    return next((f"its LayerScale is {n}" for n in numbers if n not in (None, 1.0)), None)
+
+
+def gamma_options(*called: str, **bypassed: tuple[type[nn.Module], ...]) -> dict[str, object]:
+    """Return :func:`layer_options` of a layer that holds its LayerScales itself, as BEiT's does."""
+    options = layer_options("layernorm_after", *called, **bypassed)
+    return options | {
+        "optional_parameters": frozenset({"lambda_1", "lambda_2"}),
+        "attributes": options["attributes"] | {"patch_size", "lambda_1", "lambda_2"},
+        "limit": _gammas_limit,
+    }
+
+
 class Kind:
     """A mixin in front of a class of transformers.
 
@@ -413,23 +429,64 @@ class Dinov2Layer(_Layer):
         return self._behind_attention(branch, hidden_states)
 
     def _behind_attention(self, branch: Tensor, x: Tensor) -> Tensor:
-        gamma1, gamma2 = self.layer_scale1.lambda1, self.layer_scale2.lambda1
-        norm2, mlp = records.norm(self.norm2), self._mlp()
-        keep = 1.0 - getattr(self.drop_path, "drop_prob", 0.0) if self.drop_path.training else 1.0
-        if keep == 1.0:
-            normed, x = fused.add_norm(norm2, branch, x, layer_scale=gamma1)
-            return fused.mlp(mlp, normed, residual=x, layer_scale=gamma2)
-        kept = _draw(keep, branch, gamma1)
-        # A drop_path_scale of 1 / keep, rounded to bf16, would scale every branch wrongly. So the scale is 0 or 1 here,
-        # and the branch is divided by keep.
-        normed, x = fused.add_norm(norm2, branch / keep, x, layer_scale=gamma1, drop_path_scale=kept)
-        branch = fused.mlp(mlp, normed, layer_scale=gamma2)
-        return torch.addcmul(x, branch, _draw(keep, branch, gamma2).reshape(-1, 1, 1), value=1 / keep)
+        gammas = self.layer_scale1.lambda1, self.layer_scale2.lambda1
+        return behind_attention(branch, x, records.norm(self.norm2), self._mlp(), gammas, self.drop_path)
 
 
-def _draw(keep: float, branch: Tensor, gamma: Tensor) -> Tensor:
+class BeitLayer(_Layer):
+    """BEiT's layer. Its bias by relative position is a mask for the attention that it calls."""
+
+    _takes = frozenset({"hidden_states", "attention_mask", "interpolate_pos_encoding", "resolution", "kwargs"})
+    # The dropout is bypassed for ViTLayer's reason.
+    _options = gamma_options("layernorm_before", "attention", "relative_position_bias", dropout=(nn.Dropout,))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        resolution: tuple[int, int] | None = None,
+        **kwargs,
+    ) -> Tensor:
+        if not runs_fused(self._rule, self, hidden_states):
+            return super().forward(hidden_states, attention_mask, interpolate_pos_encoding, resolution, **kwargs)
+        if self.relative_position_bias is not None:
+            window = tuple(size // self.patch_size for size in resolution)
+            bias = self.relative_position_bias(window, interpolate_pos_encoding, dim_size=hidden_states.shape[1])
+            attention_mask = bias if attention_mask is None else bias + attention_mask
+        branch, _ = self.attention(self.layernorm_before(hidden_states), attention_mask=attention_mask, **kwargs)
+        mlp = self._mlp()._replace(drop2=records.dropout(self.dropout))
+        gammas = self._parameters.get("lambda_1"), self._parameters.get("lambda_2")
+        return behind_attention(
+            self.dropout(branch), hidden_states, records.norm(self.layernorm_after), mlp, gammas, self.drop_path
+        )
+
+
+def behind_attention(
+    branch: Tensor,
+    x: Tensor,
+    norm: records.Norm,
+    mlp: records.Mlp,
+    gammas: tuple[Tensor | None, Tensor | None],
+    drop_path: nn.Module,
+) -> Tensor:
+    """What is behind the attention of a layer with LayerScales and transformers' DropPath."""
+    gamma1, gamma2 = gammas
+    keep = 1.0 - getattr(drop_path, "drop_prob", 0.0) if drop_path.training else 1.0
+    if keep == 1.0:
+        normed, x = fused.add_norm(norm, branch, x, layer_scale=gamma1)
+        return fused.mlp(mlp, normed, residual=x, layer_scale=gamma2)
+    kept = _draw(keep, branch, gamma1)
+    # A drop_path_scale of 1 / keep, rounded to bf16, would scale every branch wrongly. So the scale is 0 or 1 here,
+    # and the branch is divided by keep.
+    normed, x = fused.add_norm(norm, branch / keep, x, layer_scale=gamma1, drop_path_scale=kept)
+    branch = fused.mlp(mlp, normed, layer_scale=gamma2)
+    return torch.addcmul(x, branch, _draw(keep, branch, gamma2).reshape(-1, 1, 1), value=1 / keep)
+
+
+def _draw(keep: float, branch: Tensor, gamma: Tensor | None) -> Tensor:
     """Draw 1 for each sample (B,) whose branch is kept and 0 for the others, with transformers' own random draws."""
-    dtype = torch.promote_types(branch.dtype, gamma.dtype)
+    dtype = branch.dtype if gamma is None else torch.promote_types(branch.dtype, gamma.dtype)
     return torch.floor(torch.rand((branch.shape[0], 1, 1), dtype=dtype, device=branch.device) + keep).reshape(-1)
 
 

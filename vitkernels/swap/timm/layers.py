@@ -11,6 +11,7 @@ from timm.layers import (
     DropPath,
     GluMlp,
     LayerNorm,
+    LayerNorm2d,
     Mlp,
     PatchEmbed,
     RmsNorm,
@@ -31,6 +32,15 @@ class FusedLayerNorm(LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         if runs_fused(LAYER_NORM, self, x):
             return fused.norm(records.norm(self), x)
+        return super().forward(x)
+
+
+class FusedLayerNorm2d(LayerNorm2d):
+    """timm's LayerNorm2d, over the channels of (B, C, Y, X), on :func:`vitkernels.ops.layer_norm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if runs_fused(LAYER_NORM_2D, self, x) and x.ndim == 4:
+            return fused.norm(records.norm(self), x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return super().forward(x)
 
 
@@ -123,7 +133,7 @@ def given(attn_mask: Tensor | None, is_causal: bool) -> dict:
     return masks | ({"is_causal": True} if is_causal else {})
 
 
-def _norm_limit(norm: LayerNorm | RmsNorm) -> str | None:
+def _norm_limit(norm: LayerNorm | LayerNorm2d | RmsNorm) -> str | None:
     if norm._fast_norm:
         return "timm's fast norm is on, which rounds differently under autocast"
     return one_dim(norm)
@@ -182,6 +192,14 @@ LAYER_NORM = Rule(
     limit=_norm_limit,
     limited_by=("_fast_norm", "normalized_shape"),
 )
+LAYER_NORM_2D = Rule(
+    LayerNorm2d,
+    FusedLayerNorm2d,
+    parameters=frozenset({"weight", "bias"}),
+    attributes=NORM_ATTRIBUTES,
+    limit=_norm_limit,
+    limited_by=("_fast_norm", "normalized_shape"),
+)
 RMS_NORM = Rule(
     RmsNorm,
     FusedRmsNorm,
@@ -228,4 +246,4 @@ PATCH_EMBED = Rule(
     ),
     limit=_patch_embed_limit,
 )
-add(LAYER_NORM, RMS_NORM, ATTENTION, MLP, GLU_MLP, SWIGLU, PATCH_EMBED)
+add(LAYER_NORM, LAYER_NORM_2D, RMS_NORM, ATTENTION, MLP, GLU_MLP, SWIGLU, PATCH_EMBED)

@@ -65,6 +65,13 @@ BRANCHES = {
     "mlp": (Mlp, GluMlp, SwiGLU, GeGluMlp),
     "drop_path2": DROP_PATHS,
 }
+# The children of a block's attention that has no rule of its own.
+PACKED_ATTENTION = {
+    "attn.qkv": (nn.Linear,),
+    "attn.attn_drop": (nn.Dropout,),
+    "attn.proj": (nn.Linear,),
+    "attn.proj_drop": (nn.Dropout,),
+}
 BLOCK = Rule(
     Block,
     FusedBlock,

@@ -6,7 +6,7 @@ A window is read and written where the projection put it. Rolling, padding, cutt
 on indices, and the bias is read from its table: no tensor is rolled, padded, partitioned, masked or gathered.
 
 Shapes: batch B, image rows Y and columns X, prefix tokens R, N = R + Y · X tokens, heads H, head dim D.
-Saved for backward: qkv, o, lse (B, H, N) and the parameters. There are no atomics, and results are bit-for-bit
+Saved for backward: qkv, o, lse (B, H, N, 2) and the parameters. There are no atomics, and results are bit-for-bit
 reproducible.
 
     windows.py     the windows of an image, and the options     tiles.py      code shared by the kernels

@@ -226,7 +226,7 @@ def _window_attention_bwd_dq_kernel(
     qkv_ptr,  # (B, N, 3, H, D)
     do_ptr,  # (B, N, H, D)
     o_ptr,  # (B, N, H, D)
-    lse_ptr,  # (B, H, N)
+    lse_ptr,  # (B, H, N, 2)
     bias_ptr,  # (H, entries) of bias_of, with BIAS
     padding_ptr,  # (3, H, D), with PADDING "value"
     logit_ptr,  # (H,), with COSINE
@@ -292,7 +292,7 @@ def _window_attention_bwd_dq_kernel(
     q = load_head(q_head, rows, stride_qkv_n, in_image, D, PARTS, ALIGN)
     do = load_head(do_head, rows, stride_do_n, in_image, D, PARTS, ALIGN)
     statistics = (b * H + h) * N + rows
-    lse = tl.load(lse_ptr + statistics, mask=in_image, other=float("inf"))
+    lse = _load_statistics(lse_ptr + statistics * 2, in_image)
     delta = dot_rows(do, load_head(o_head, rows, stride_o_n, in_image, D, PARTS, ALIGN), ACC)
     tl.store(delta_ptr + statistics, delta, mask=in_image)
     norms_m = tl.zeros((BLOCK_M,), ACC)
@@ -318,7 +318,7 @@ def _window_attention_bwd_dq_kernel(
         s += load_bias(bias_ptr, h, m[:, None], n[None, :], SHAPE, BIAS, ENTRIES, ACC)
         exists = in_image_n if PADDING == "hidden" else in_window_n
         s = masked_scores(s, region[:, None], region_n[None, :], exists[None, :], place, size, SHAPE, HIDES)
-        p = _of_queries(_weights(s, lse[:, None]), in_image, PADDING)
+        p = _of_queries(_weights(s, lse), in_image, PADDING)
         dp = dot_heads(do, v, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION)
         if DROPOUT > 0:
             drawn = window.to(tl.int64) * H + h
@@ -347,16 +347,24 @@ def _of_queries(p, in_image, PADDING: tl.constexpr):
 
 
 @triton.jit
+def _load_statistics(ptrs, in_image):
+    """Load each row's maximum, +inf for padded queries, which makes their weights 0, and the logarithm of its sum."""
+    return tl.load(ptrs, mask=in_image, other=float("inf")), tl.load(ptrs + 1, mask=in_image, other=0.0)
+
+
+@triton.jit
 def _weights(s, lse):
-    """Return the weights of scores ``s``; at most 1, as the sums behind a score and its row's ``lse`` differ."""
-    return tl.exp2(tl.minimum(s - lse, 0.0, propagate_nan=tl.PropagateNan.ALL))
+    """Return the weights of scores ``s`` by :func:`_load_statistics`; at most 1, as sums of another order may put a
+    score above its row's maximum."""
+    below = tl.minimum(s - lse[0][:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.exp2(below - lse[1][:, None])
 
 
 @triton.jit(do_not_specialize=["Y", "X", "windows_y", "windows_x", "total"])
 def _window_attention_bwd_dkv_kernel(
     qkv_ptr,  # (B, N, 3, H, D)
     do_ptr,  # (B, N, H, D)
-    lse_ptr,  # (B, H, N)
+    lse_ptr,  # (B, H, N, 2)
     delta_ptr,  # (B, H, N)
     bias_ptr,  # (H, entries) of bias_of, with BIAS
     padding_ptr,  # (3, H, D), with PADDING "value"
@@ -435,7 +443,7 @@ def _window_attention_bwd_dkv_kernel(
         q = load_head(q_head, rows, stride_qkv_n, in_image, D, PARTS, ALIGN)
         do = load_head(do_head, rows, stride_o_n, in_image, D, PARTS, ALIGN)
         statistics = (b * H + h) * N + rows
-        lse = tl.load(lse_ptr + statistics, mask=in_image, other=float("inf"))
+        lse = _load_statistics(lse_ptr + statistics * 2, in_image)
         delta = tl.load(delta_ptr + statistics, mask=in_image, other=0.0)
         norms_m = tl.zeros((BLOCK_M,), ACC)
         if COSINE:
@@ -444,7 +452,7 @@ def _window_attention_bwd_dkv_kernel(
         s = scores_of(q, k, zero, score_scale, factor2, norms_m[:, None], norms_n[None, :], COSINE, PRECISION)
         s += load_bias(bias_ptr, h, m[:, None], n[None, :], SHAPE, BIAS, ENTRIES, ACC)
         s = masked_scores(s, region[:, None], region_n[None, :], exists[None, :], place, size, SHAPE, HIDES)
-        p = _of_queries(_weights(s, lse[:, None]), in_image, PADDING)
+        p = _of_queries(_weights(s, lse), in_image, PADDING)
         dp = dot_heads(do, v, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION)
         kept = p
         if DROPOUT > 0:
@@ -473,7 +481,7 @@ def _window_attention_bwd_dkv_kernel(
 def _window_attention_bwd_dbias_kernel(
     qkv_ptr,  # (B, N, 3, H, D)
     do_ptr,  # (B, N, H, D)
-    lse_ptr,  # (B, H, N)
+    lse_ptr,  # (B, H, N, 2)
     delta_ptr,  # (B, H, N)
     bias_ptr,  # (H, entries) of bias_of
     padding_ptr,  # (3, H, D), with PADDING "value"
@@ -551,7 +559,7 @@ def _window_attention_bwd_dbias_kernel(
         s += bias
         s = masked_scores(s, region[:, None], region_n[None, :], exists[None, :], place, size, SHAPE, HIDES)
         statistics = (b * H + h) * N + rows
-        lse = tl.load(lse_ptr + statistics, mask=in_image, other=float("inf"))
+        lse = _load_statistics(lse_ptr + statistics * 2, in_image)
         delta = tl.load(delta_ptr + statistics, mask=in_image, other=0.0)
         do = load_head(do_head, rows, stride_o_n, in_image, D, PARTS, ALIGN)
         v = load_tokens(
@@ -564,7 +572,7 @@ def _window_attention_bwd_dbias_kernel(
             dp *= dropout_scale(
                 tl.load(seed_ptr), drawn, m.to(tl.int32)[:, None], n.to(tl.int32)[None, :], DROPOUT, ACC
             )
-        dbias += _of_queries(_weights(s, lse[:, None]), in_image, PADDING) * (dp - delta[:, None])
+        dbias += _of_queries(_weights(s, lse), in_image, PADDING) * (dp - delta[:, None])
     ptrs = dbias_ptr + ((group.to(tl.int64) * H + h) * TOKENS + m[:, None]) * TOKENS + n[None, :]
     tl.store(ptrs, dbias, mask=(m < TOKENS)[:, None] & (n < TOKENS)[None, :])
 
@@ -648,7 +656,7 @@ def window_attention_backward(
     fused = config.whole is not None
     bias = bias_of(options, pairs=not fused, in_fp64=qkv.dtype == torch.float64)
     sums_table = needs_dtable and fused and config.whole_sums_table
-    delta = torch.empty_like(lse) if not fused or (needs_dtable and not sums_table) else lse
+    delta = lse.new_empty(lse.shape[:3]) if not fused or (needs_dtable and not sums_table) else lse
     if fused:
         tiling = config.whole
         arguments, total, _ = launch_arguments(qkv, options, tiling.block_m, bias, do, dqkv.flatten(2, 3))

@@ -105,3 +105,62 @@ def test_dropout(case, device):
         return ops.window_attention(**given, window_size=window, dropout_p=0.3, **options)
 
     check_op(dropped, lambda **given: plain(**given, window=window, dropout_scale=drawn, **options), tensors)
+
+
+def test_gradcheck(device):
+    tensors = make(5, 7, (4, 4), H=1, D=4, B=1, dtype=torch.float64, padding=True, cosine=True, device=device)
+    names, values = zip(*tensors.items(), strict=True)
+
+    def attend(*given):
+        return ops.window_attention(**dict(zip(names, given, strict=True)), window_size=4, shift=(2, 1))
+
+    torch.autograd.gradcheck(attend, values, fast_mode=True)
+
+
+def test_a_nan_stays_in_its_window(device):
+    tensors = make(8, 8, (4, 4), device=device)
+    qkv = tensors["qkv"].detach().clone()
+    qkv[0, 1, 1, 1] = float("nan")  # a key of the first window
+    out = ops.window_attention(qkv, 4, bias_table=tensors["bias_table"].detach())
+    assert out[0, :4, :4].isnan().all()
+    assert not out[1].isnan().any()
+    assert not out[0, 4:].isnan().any()
+    assert not out[0, :4, 4:].isnan().any()
+
+
+@pytest.mark.parametrize("sizes", [{"B": 0}, {"H": 0}])
+def test_nothing_to_attend_to(sizes, device):
+    tensors = make(5, 4, (3, 3), padding=True, device=device, **sizes)
+    out = ops.window_attention(**tensors, window_size=3, shift=1)
+    grads = torch.autograd.grad(out.sum(), list(tensors.values()))
+    assert out.shape == (sizes.get("B", 2), 5, 4, sizes.get("H", 2), 16)
+    assert all(g.shape == t.shape and not g.any() for g, t in zip(grads, tensors.values(), strict=True))
+
+
+QKV = torch.zeros(1, 4, 6, 3, 2, 8)
+WRONG = {
+    "no image": (lambda: ops.window_attention(QKV[:, 0], 2), ValueError, "expected \\(B, Y, X, 3, H, D\\)"),
+    "shift": (lambda: ops.window_attention(QKV, 2, shift=2), ValueError, "shift is \\(2, 2\\); expected less than"),
+    "window": (lambda: ops.window_attention(QKV, 0), ValueError, "window_size is 0; expected 1 at least"),
+    "grid": (lambda: ops.window_attention(QKV, 5, grid=True), ValueError, "expected a multiple of the window"),
+    "shifted grid": (lambda: ops.window_attention(QKV, 2, shift=1, grid=True), ValueError, "expected 0 with grid"),
+    "table": (
+        lambda: ops.window_attention(QKV, 2, bias_table=torch.zeros(8, 2)), ValueError,
+        "bias_table has shape \\(8, 2\\)"
+    ),
+    "two scales": (
+        lambda: ops.window_attention(QKV, 2, scale=1.0, logit_scale=torch.ones(2)), ValueError, "expected one of them"
+    ),
+    "tokens": (
+        lambda: ops.relative_attention(QKV[:, 0], (2, 2)), ValueError, "qkv has 6 tokens; expected num_prefix_tokens"
+    ),
+    "dtype": (lambda: ops.window_attention(QKV.long(), 2), TypeError, "qkv has dtype torch.int64"),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("no_launch")
+@pytest.mark.parametrize("what", WRONG)
+def test_errors(what):
+    call, error, message = WRONG[what]
+    with pytest.raises(error, match=message):
+        call()

@@ -26,6 +26,8 @@ OPS_OF_CASES = [
     ("vit_tiny_patch16_224", "block_fp8"),
     ("vit_base_patch16_224", "attention_biased"),
     ("vit_base_patch16_224", "attention_dropout"),
+    ("vit_base_patch16_224", "attention_swin"),
+    ("vit_base_patch16_224", "attention_swin_wide"),
     ("vit_large_patch14_reg4_dinov2_518", "attention"),
     ("eva02_large_patch14_448", "swiglu_mlp"),
     ("eva02_large_patch14_448", "attention_rope_interleaved"),

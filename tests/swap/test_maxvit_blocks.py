@@ -52,6 +52,9 @@ def test_fp32(name, device):
     make, shapes = BLOCKS[name]
     for shape in shapes:
         block = shake(make().eval()).to(device)
+        for parameter, tensor in block.named_parameters():
+            # It shifts all biases of a head alike, which no softmax sees: its gradient is rounding alone.
+            tensor.requires_grad_(not parameter.endswith("rel_pos.mlp.fc2.bias"))
         cls, keys = type(block), list(block.state_dict())
         x = torch.randn(shape, device=device)
         report = assert_parity(block, x)

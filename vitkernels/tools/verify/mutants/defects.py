@@ -203,7 +203,7 @@ _ATTENTION = (
            "zero + bh.to(tl.int32)", "zero", "attention", "dropout"),
     Mutant("attention backward: dropout mask of another seed", _WINDOWS_BACKWARD, "tl.load(seed_ptr)",
            "tl.load(seed_ptr) + 1", "attention", "dropout", dtype="bf16"),
-    Mutant("attention: dropout not seeded by torch.manual_seed", "ops._attention:_seed",
+    Mutant("attention: dropout not seeded by torch.manual_seed", "ops._attention.operands:draw_seed",
            "torch.randint(2**62, (1,), device=x.device)",
            "torch.tensor([torch.Generator().seed() >> 2], device=x.device)",
            "attention", "dropout", by="reruns", dtype="bf16"),

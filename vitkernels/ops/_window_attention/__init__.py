@@ -19,14 +19,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vitkernels import reference, runtime
+from vitkernels import runtime
 from vitkernels.ops._attention.checks import check_dropout, check_sizes
 from vitkernels.ops._attention.operands import cast_operands, draw_seed
 from vitkernels.ops._checks import check_integer, check_like, check_scale, check_shape, check_tensor
 from vitkernels.ops._once import once_differentiable
 from vitkernels.ops._registry import needs_grad, uses_kernels
-from vitkernels.ops._window_attention.registered import window_attention_bwd, window_attention_fwd
-from vitkernels.ops._window_attention.windows import Windows
+from vitkernels.ops._window_attention.registered import by_pytorch, window_attention_bwd, window_attention_fwd
+from vitkernels.ops._window_attention.windows import Options, Windows
 
 
 class WindowAttentionFunction(torch.autograd.Function):
@@ -108,7 +108,7 @@ def window_attention(
     shift_y, shift_x = _pair(op, "shift", shift, 0)
     if shift_y >= rows or shift_x >= columns:
         raise ValueError(f"{op}: shift is {(shift_y, shift_x)}; expected less than the window, {(rows, columns)}")
-    windows = Windows(Y, X, rows, columns, shift_y, shift_x, 0, bool(grid), bool(roll_padded))
+    windows = Windows(Y, X, rows, columns, shift_y, shift_x, 0, int(bool(grid)), int(bool(roll_padded)))
     if grid and not windows.whole:
         raise ValueError(f"{op}: the image is {(Y, X)}; with grid expected a multiple of the window, {(rows, columns)}")
     if grid and (shift_y or shift_x):
@@ -188,20 +188,10 @@ def _attend(op, qkv, windows, table, padding, logit_scale, scale, dropout_p):
             check_like(op, name, t, "qkv", qkv, dtype=False)
             check_shape(op, name, t, shape, why)
     if not uses_kernels(qkv):
-        return reference.window_attention(
-            qkv, (windows.Y, windows.X), (windows.rows, windows.columns), shift=(windows.shift_y, windows.shift_x),
-            num_prefix_tokens=windows.prefix, grid=windows.grid, roll_padded=windows.roll_padded, bias_table=table,
-            padding=padding, logit_scale=logit_scale, scale=scale, dropout_p=dropout_p,
-        ).contiguous()  # fmt: skip
-    seed = draw_seed(qkv, dropout_p)
-    window = [
-        windows.rows, windows.columns, windows.shift_y, windows.shift_x, windows.prefix, int(windows.grid),
-        int(windows.roll_padded),
-    ]  # fmt: skip
+        options = Options(windows, table, padding, logit_scale, None, scale, dropout_p)
+        return by_pytorch(qkv, options, dropout_p=dropout_p).contiguous()
+    seed, (Y, X, *window) = draw_seed(qkv, dropout_p), windows
     if needs_grad(qkv, table, padding, logit_scale):
-        return WindowAttentionFunction.apply(
-            qkv, table, padding, logit_scale, seed, windows.Y, windows.X, window, scale, dropout_p
-        )
-    return window_attention_fwd(qkv, windows.Y, windows.X, window, table, padding, logit_scale, seed, scale, dropout_p)[
-        0
-    ]
+        return WindowAttentionFunction.apply(qkv, table, padding, logit_scale, seed, Y, X, window, scale, dropout_p)
+    o, _ = window_attention_fwd(qkv, Y, X, window, table, padding, logit_scale, seed, scale, dropout_p)
+    return o

@@ -16,11 +16,9 @@ from torch import Tensor
 
 from vitkernels import runtime
 from vitkernels.ops._attention.tiles import (
-    LOG2_E,
     columns,
     dot_heads,
     dot_rows,
-    dropout_scale,
     head_ptr,
     load_head,
     scaled_head,
@@ -30,17 +28,21 @@ from vitkernels.ops._attention.tiles import (
     zeros,
 )
 from vitkernels.ops._sums import new_shares, sum_shares
+from vitkernels.ops._tile import accumulator
 from vitkernels.ops._triton import tl, triton
-from vitkernels.ops._window_attention.forward import bias_of, config_of, groups_of, keys_of, launch_arguments
+from vitkernels.ops._window_attention.forward import bias_of, config_of, groups_of, launch_arguments
 from vitkernels.ops._window_attention.tiles import (
+    image_and_place,
     inverse_norms,
     load_bias,
+    load_factor,
     load_tokens,
     masked_scores,
     scores_of,
+    window_dropout,
     window_tokens,
 )
-from vitkernels.ops._window_attention.windows import Options
+from vitkernels.ops._window_attention.windows import Options, Windows
 
 
 @triton.jit
@@ -130,18 +132,13 @@ def _window_attention_bwd_whole_kernel(
     n = tl.arange(0, BLOCK_N).to(INDEX)
     padding_head = padding_ptr + h * D
     bias = load_bias(bias_ptr, h, m[:, None], n[None, :], SHAPE, BIAS, ENTRIES, ACC)
-    factor = 0.0
-    factor2 = 0.0
-    if COSINE:
-        factor = tl.load(logit_ptr + h).to(ACC)
-        factor2 = factor * LOG2_E
+    factor = load_factor(logit_ptr, h, COSINE, ACC)
     dbias = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     dk_padding = zero_head(1, PARTS, ACC)
     dv_padding = zero_head(1, PARTS, ACC)
     dlogit = tl.zeros((BLOCK_M,), ACC)
     for window in range(first, tl.minimum(first + windows, total)):
-        b = (window // (windows_y * windows_x)).to(tl.int64)
-        place = window % (windows_y * windows_x)
+        b, place = image_and_place(window, size)
         rows, _, in_image, region = window_tokens(m, place, size, SHAPE)
         rows_n, in_window_n, in_image_n, region_n = window_tokens(n, place, size, SHAPE)
         q_head = head_ptr(qkv_ptr, b, h, 0, stride_qkv_b, stride_qkv_n, stride_qkv_h, ALIGN)
@@ -156,13 +153,10 @@ def _window_attention_bwd_whole_kernel(
             q_head + 2 * stride_qkv_part, rows_n, stride_qkv_n, in_image_n, in_window_n, padding_head + 2 * H * D,
             D, PARTS, ALIGN, PADDING,
         )  # fmt: skip
-        norms_m = tl.zeros((BLOCK_M,), ACC)
-        norms_n = tl.zeros((BLOCK_N,), ACC)
-        if COSINE:
-            norms_m = inverse_norms(q, ACC)
-            norms_n = inverse_norms(k, ACC)
+        norms_m = inverse_norms(q, COSINE, ACC)
+        norms_n = inverse_norms(k, COSINE, ACC)
         zero = zeros(BLOCK_M, BLOCK_N, ACC)
-        s = scores_of(q, k, zero, score_scale, factor2, norms_m[:, None], norms_n[None, :], COSINE, PRECISION)
+        s = scores_of(q, k, zero, score_scale, factor, norms_m[:, None], norms_n[None, :], COSINE, PRECISION)
         exists = in_image_n if PADDING == "hidden" else in_window_n
         s += bias
         s = masked_scores(s, region[:, None], region_n[None, :], exists[None, :], place, size, SHAPE, HIDES)
@@ -171,10 +165,7 @@ def _window_attention_bwd_whole_kernel(
         dp = dot_heads(do, v, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION)
         kept = p
         if DROPOUT > 0:
-            drawn = window.to(tl.int64) * H + h
-            keep = dropout_scale(
-                tl.load(seed_ptr), drawn, m.to(tl.int32)[:, None], n.to(tl.int32)[None, :], DROPOUT, ACC
-            )
+            keep = window_dropout(seed_ptr, window, h, H, m, n, DROPOUT, ACC)
             kept = p * keep
             dp *= keep
         # Turned in shared memory, from where the matrix unit reads them: rows of queries stay within a warp, so that
@@ -276,15 +267,10 @@ def _window_attention_bwd_dq_kernel(
     m = (pid % BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)).to(INDEX)
     h = (pid // BLOCKS % H).to(tl.int64)
     window = pid // BLOCKS // H
-    b = (window // (windows_y * windows_x)).to(tl.int64)
-    place = window % (windows_y * windows_x)
     size = (Y, X, windows_y, windows_x)
+    b, place = image_and_place(window, size)
     padding_head = padding_ptr + h * D
-    factor = 0.0
-    factor2 = 0.0
-    if COSINE:
-        factor = tl.load(logit_ptr + h).to(ACC)
-        factor2 = factor * LOG2_E
+    factor = load_factor(logit_ptr, h, COSINE, ACC)
     rows, _, in_image, region = window_tokens(m, place, size, SHAPE)
     q_head = head_ptr(qkv_ptr, b, h, 0, stride_qkv_b, stride_qkv_n, stride_qkv_h, ALIGN)
     do_head = head_ptr(do_ptr, b, h, 0, stride_do_b, stride_do_n, stride_do_h, ALIGN)
@@ -295,9 +281,7 @@ def _window_attention_bwd_dq_kernel(
     lse = _load_statistics(lse_ptr + statistics * 2, in_image)
     delta = dot_rows(do, load_head(o_head, rows, stride_o_n, in_image, D, PARTS, ALIGN), ACC)
     tl.store(delta_ptr + statistics, delta, mask=in_image)
-    norms_m = tl.zeros((BLOCK_M,), ACC)
-    if COSINE:
-        norms_m = inverse_norms(q, ACC)
+    norms_m = inverse_norms(q, COSINE, ACC)
     dq = zero_head(BLOCK_M, PARTS, ACC)
     for start in range(0, TOKENS, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N).to(INDEX)
@@ -310,21 +294,16 @@ def _window_attention_bwd_dq_kernel(
             q_head + 2 * stride_qkv_part, rows_n, stride_qkv_n, in_image_n, in_window_n, padding_head + 2 * H * D,
             D, PARTS, ALIGN, PADDING,
         )  # fmt: skip
-        norms_n = tl.zeros((BLOCK_N,), ACC)
-        if COSINE:
-            norms_n = inverse_norms(k, ACC)
+        norms_n = inverse_norms(k, COSINE, ACC)
         zero = zeros(BLOCK_M, BLOCK_N, ACC)
-        s = scores_of(q, k, zero, score_scale, factor2, norms_m[:, None], norms_n[None, :], COSINE, PRECISION)
+        s = scores_of(q, k, zero, score_scale, factor, norms_m[:, None], norms_n[None, :], COSINE, PRECISION)
         s += load_bias(bias_ptr, h, m[:, None], n[None, :], SHAPE, BIAS, ENTRIES, ACC)
         exists = in_image_n if PADDING == "hidden" else in_window_n
         s = masked_scores(s, region[:, None], region_n[None, :], exists[None, :], place, size, SHAPE, HIDES)
         p = _of_queries(_weights(s, lse), in_image, PADDING)
         dp = dot_heads(do, v, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION)
         if DROPOUT > 0:
-            drawn = window.to(tl.int64) * H + h
-            dp *= dropout_scale(
-                tl.load(seed_ptr), drawn, m.to(tl.int32)[:, None], n.to(tl.int32)[None, :], DROPOUT, ACC
-            )
+            dp *= window_dropout(seed_ptr, window, h, H, m, n, DROPOUT, ACC)
         ds = p * (dp - delta[:, None])
         if COSINE:
             ds *= norms_n[None, :]
@@ -411,15 +390,10 @@ def _window_attention_bwd_dkv_kernel(
     n = (pid % BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)).to(INDEX)
     h = (pid // BLOCKS % H).to(tl.int64)
     window = pid // BLOCKS // H
-    b = (window // (windows_y * windows_x)).to(tl.int64)
-    place = window % (windows_y * windows_x)
     size = (Y, X, windows_y, windows_x)
+    b, place = image_and_place(window, size)
     padding_head = padding_ptr + h * D
-    factor = 0.0
-    factor2 = 0.0
-    if COSINE:
-        factor = tl.load(logit_ptr + h).to(ACC)
-        factor2 = factor * LOG2_E
+    factor = load_factor(logit_ptr, h, COSINE, ACC)
     rows_n, in_window_n, in_image_n, region_n = window_tokens(n, place, size, SHAPE)
     exists = in_image_n if PADDING == "hidden" else in_window_n
     q_head = head_ptr(qkv_ptr, b, h, 0, stride_qkv_b, stride_qkv_n, stride_qkv_h, ALIGN)
@@ -432,9 +406,7 @@ def _window_attention_bwd_dkv_kernel(
         q_head + 2 * stride_qkv_part, rows_n, stride_qkv_n, in_image_n, in_window_n, padding_head + 2 * H * D,
         D, PARTS, ALIGN, PADDING,
     )  # fmt: skip
-    norms_n = tl.zeros((BLOCK_N,), ACC)
-    if COSINE:
-        norms_n = inverse_norms(k, ACC)
+    norms_n = inverse_norms(k, COSINE, ACC)
     dk = zero_head(BLOCK_N, PARTS, ACC)
     dv = zero_head(BLOCK_N, PARTS, ACC)
     for start in range(0, TOKENS, BLOCK_M):
@@ -445,21 +417,16 @@ def _window_attention_bwd_dkv_kernel(
         statistics = (b * H + h) * N + rows
         lse = _load_statistics(lse_ptr + statistics * 2, in_image)
         delta = tl.load(delta_ptr + statistics, mask=in_image, other=0.0)
-        norms_m = tl.zeros((BLOCK_M,), ACC)
-        if COSINE:
-            norms_m = inverse_norms(q, ACC)
+        norms_m = inverse_norms(q, COSINE, ACC)
         zero = zeros(BLOCK_M, BLOCK_N, ACC)
-        s = scores_of(q, k, zero, score_scale, factor2, norms_m[:, None], norms_n[None, :], COSINE, PRECISION)
+        s = scores_of(q, k, zero, score_scale, factor, norms_m[:, None], norms_n[None, :], COSINE, PRECISION)
         s += load_bias(bias_ptr, h, m[:, None], n[None, :], SHAPE, BIAS, ENTRIES, ACC)
         s = masked_scores(s, region[:, None], region_n[None, :], exists[None, :], place, size, SHAPE, HIDES)
         p = _of_queries(_weights(s, lse), in_image, PADDING)
         dp = dot_heads(do, v, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION)
         kept = p
         if DROPOUT > 0:
-            drawn = window.to(tl.int64) * H + h
-            keep = dropout_scale(
-                tl.load(seed_ptr), drawn, m.to(tl.int32)[:, None], n.to(tl.int32)[None, :], DROPOUT, ACC
-            )
+            keep = window_dropout(seed_ptr, window, h, H, m, n, DROPOUT, ACC)
             kept = p * keep
             dp *= keep
         dv = weighted_sum(tl.trans(kept.to(do[0].dtype)), do, dv, PRECISION)
@@ -532,13 +499,10 @@ def _window_attention_bwd_dbias_kernel(
     size = (Y, X, windows_y, windows_x)
     padding_head = padding_ptr + h * D
     bias = load_bias(bias_ptr, h, m[:, None], n[None, :], SHAPE, BIAS, ENTRIES, ACC)
-    factor2 = 0.0
-    if COSINE:
-        factor2 = tl.load(logit_ptr + h).to(ACC) * LOG2_E
+    factor = load_factor(logit_ptr, h, COSINE, ACC)
     dbias = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     for window in range(first, tl.minimum(first + windows, total)):
-        b = (window // (windows_y * windows_x)).to(tl.int64)
-        place = window % (windows_y * windows_x)
+        b, place = image_and_place(window, size)
         rows, _, in_image, region = window_tokens(m, place, size, SHAPE)
         rows_n, in_window_n, in_image_n, region_n = window_tokens(n, place, size, SHAPE)
         q_head = head_ptr(qkv_ptr, b, h, 0, stride_qkv_b, stride_qkv_n, stride_qkv_h, ALIGN)
@@ -548,13 +512,10 @@ def _window_attention_bwd_dbias_kernel(
             q_head + stride_qkv_part, rows_n, stride_qkv_n, in_image_n, in_window_n, padding_head + H * D,
             D, PARTS, ALIGN, PADDING,
         )  # fmt: skip
-        norms_m = tl.zeros((BLOCK_M,), ACC)
-        norms_n = tl.zeros((BLOCK_N,), ACC)
-        if COSINE:
-            norms_m = inverse_norms(q, ACC)
-            norms_n = inverse_norms(k, ACC)
+        norms_m = inverse_norms(q, COSINE, ACC)
+        norms_n = inverse_norms(k, COSINE, ACC)
         zero = zeros(BLOCK_M, BLOCK_N, ACC)
-        s = scores_of(q, k, zero, score_scale, factor2, norms_m[:, None], norms_n[None, :], COSINE, PRECISION)
+        s = scores_of(q, k, zero, score_scale, factor, norms_m[:, None], norms_n[None, :], COSINE, PRECISION)
         exists = in_image_n if PADDING == "hidden" else in_window_n
         s += bias
         s = masked_scores(s, region[:, None], region_n[None, :], exists[None, :], place, size, SHAPE, HIDES)
@@ -568,10 +529,7 @@ def _window_attention_bwd_dbias_kernel(
         )  # fmt: skip
         dp = dot_heads(do, v, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION)
         if DROPOUT > 0:
-            drawn = window.to(tl.int64) * H + h
-            dp *= dropout_scale(
-                tl.load(seed_ptr), drawn, m.to(tl.int32)[:, None], n.to(tl.int32)[None, :], DROPOUT, ACC
-            )
+            dp *= window_dropout(seed_ptr, window, h, H, m, n, DROPOUT, ACC)
         dbias += _of_queries(_weights(s, lse), in_image, PADDING) * (dp - delta[:, None])
     ptrs = dbias_ptr + ((group.to(tl.int64) * H + h) * TOKENS + m[:, None]) * TOKENS + n[None, :]
     tl.store(ptrs, dbias, mask=(m < TOKENS)[:, None] & (n < TOKENS)[None, :])
@@ -640,7 +598,8 @@ def window_attention_backward(
     dqkv, dtable, dpadding, dlogit = backward_outputs(qkv, options, needed)
     if qkv.numel() == 0:
         return dqkv, dtable.zero_(), dpadding.zero_(), dlogit.zero_()
-    do = runtime.unit_stride(do)
+    do, qkv = runtime.unit_stride(do), runtime.unit_stride(qkv)
+    gradients = dqkv.flatten(2, 3)  # its rows are those of one of the three
     windows = options.windows
     needs_dtable, needs_dpadding, needs_dlogit = needed
     pads = needs_dpadding and not windows.whole
@@ -658,13 +617,11 @@ def window_attention_backward(
     sums_table = needs_dtable and fused and config.whole_sums_table
     delta = lse.new_empty(lse.shape[:3]) if not fused or (needs_dtable and not sums_table) else lse
     if fused:
-        tiling = config.whole
-        arguments, total, _ = launch_arguments(qkv, options, tiling.block_m, bias, do, dqkv.flatten(2, 3))
+        arguments, total = launch_arguments(qkv, options, config.whole, bias, do, gradients)
         per_program, groups = groups_of(total, H, True, qkv)
         bias_shares, dbias = shares(sums_table, groups, pairs)
         padding_shares, padding_sums = shares(pads, groups, 3 * H * D)
         logit_shares, logit_sums = shares(needs_dlogit, groups, H)
-        del arguments["o_ptr"]
         _window_attention_bwd_whole_kernel[(groups * H,)](
             **arguments,
             do_ptr=do,
@@ -679,14 +636,15 @@ def window_attention_backward(
             NEEDS_DPADDING=pads,
             NEEDS_DLOGIT=needs_dlogit,
             NEEDS_DELTA=delta is not lse,
-            **keys_of(tiling, options, bias),
         )
     else:
-        arguments, total, blocks = launch_arguments(qkv, options, config.dq.block_m, bias, o, do, dqkv.flatten(2, 3))
+        arguments, total = launch_arguments(qkv, options, config.dq, bias, o, do, gradients)
+        blocks = runtime.cdiv(windows.tokens, config.dq.block_m)
         logit_shares, logit_sums = shares(needs_dlogit, total * blocks * config.dq.block_m, H)
         _window_attention_bwd_dq_kernel[(total * H * blocks,)](
             **arguments,
             do_ptr=do,
+            o_ptr=o,
             lse_ptr=lse,
             delta_ptr=delta,
             dqkv_ptr=dqkv,
@@ -696,10 +654,8 @@ def window_attention_backward(
             stride_do_h=do.stride(2),
             scale=options.scale,
             NEEDS_DLOGIT=needs_dlogit,
-            **keys_of(config.dq, options, bias),
         )
-        arguments, _, _ = launch_arguments(qkv, options, config.dkv.block_m, bias, do, dqkv.flatten(2, 3))
-        del arguments["o_ptr"]
+        arguments, _ = launch_arguments(qkv, options, config.dkv, bias, do, gradients)
         blocks = runtime.cdiv(windows.tokens, config.dkv.block_n)
         padding_shares, padding_sums = shares(pads, total * blocks, 3 * H * D)
         _window_attention_bwd_dkv_kernel[(total * H * blocks,)](
@@ -711,11 +667,10 @@ def window_attention_backward(
             dpadding_ptr=padding_sums,
             scale=options.scale,
             NEEDS_DPADDING=pads,
-            **keys_of(config.dkv, options, bias),
         )
     if needs_dtable and not sums_table:
         tiling = config.dtable
-        arguments["BLOCK_M"] = tiling.block_m
+        arguments, _ = launch_arguments(qkv, options, tiling, bias, do)
         tiles = runtime.cdiv(windows.tokens, tiling.block_m) * runtime.cdiv(windows.tokens, tiling.block_n)
         per_program, groups = _table_groups(total, tiles * H, qkv)
         bias_shares, dbias = shares(True, groups, pairs)
@@ -726,7 +681,6 @@ def window_attention_backward(
             delta_ptr=delta,
             dbias_ptr=dbias,
             windows=per_program,
-            **keys_of(tiling, options, bias),
         )
     if needs_dtable:
         _fold(sum_shares(bias_shares, [True], [wide])[0], dtable, windows, H)
@@ -745,7 +699,7 @@ def _table_groups(total: int, programs: int, qkv: Tensor) -> tuple[int, int]:
     return windows, runtime.cdiv(total, windows)
 
 
-def _fold(dbias: Tensor, dtable: Tensor, windows, H: int) -> None:
+def _fold(dbias: Tensor, dtable: Tensor, windows: Windows, H: int) -> None:
     """Sum dbias (H, tokens, tokens) into dtable (entries, H)."""
     block_e = 32
     _window_attention_table_kernel[(H * runtime.cdiv(windows.entries, block_e),)](
@@ -754,7 +708,7 @@ def _fold(dbias: Tensor, dtable: Tensor, windows, H: int) -> None:
         H=H,
         SHAPE=windows.constants,
         ENTRIES=windows.entries,
-        ACC=tl.float64 if dbias.dtype == torch.float64 else tl.float32,
+        ACC=accumulator(dbias.dtype),
         BLOCK_E=block_e,
         BLOCK_M=32,
         num_warps=4,

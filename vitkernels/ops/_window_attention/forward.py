@@ -10,7 +10,6 @@ from vitkernels.ops._attention import operands
 from vitkernels.ops._attention.config import head_parts
 from vitkernels.ops._attention.tiles import (
     LOG2_E,
-    dropout_scale,
     head_ptr,
     load_head,
     scaled_head,
@@ -23,12 +22,15 @@ from vitkernels.ops._tile import accumulator
 from vitkernels.ops._triton import tl, triton
 from vitkernels.ops._window_attention.config import Tiling, WindowConfig, choose_config
 from vitkernels.ops._window_attention.tiles import (
+    image_and_place,
     inverse_norms,
     load_bias,
+    load_factor,
     load_tokens,
     masked_scores,
     scores_of,
     table_entry,
+    window_dropout,
     window_tokens,
 )
 from vitkernels.ops._window_attention.windows import Options
@@ -118,20 +120,15 @@ def _window_attention_fwd_kernel(
     if WHOLE:  # loaded once for all windows
         keys = tl.arange(0, BLOCK_N).to(INDEX)
         bias = load_bias(bias_ptr, h, m[:, None], keys[None, :], SHAPE, BIAS, ENTRIES, ACC)
-    factor = 0.0
-    if COSINE:
-        factor = tl.load(logit_ptr + h).to(ACC) * LOG2_E
+    factor = load_factor(logit_ptr, h, COSINE, ACC)
     for window in range(first, tl.minimum(first + windows, total)):
-        b = (window // (windows_y * windows_x)).to(tl.int64)
-        place = window % (windows_y * windows_x)
+        b, place = image_and_place(window, size)
         rows_m, _, mask_m, region_m = window_tokens(m, place, size, SHAPE)
         q_head = head_ptr(qkv_ptr, b, h, 0, stride_qkv_b, stride_qkv_n, stride_qkv_h, ALIGN)
         k_head = q_head + stride_qkv_part
         v_head = k_head + stride_qkv_part
         q = load_head(q_head, rows_m, stride_qkv_n, mask_m, D, PARTS, ALIGN)
-        norms_m = 0.0
-        if COSINE:
-            norms_m = inverse_norms(q, ACC)[:, None]
+        norms_m = inverse_norms(q, COSINE, ACC)
         maximum = tl.full((BLOCK_M,), float("-inf"), ACC)
         sums = tl.zeros((BLOCK_M,), ACC)
         o = zero_head(BLOCK_M, PARTS, ACC)
@@ -144,11 +141,9 @@ def _window_attention_fwd_kernel(
             v = load_tokens(
                 v_head, rows_n, stride_qkv_n, in_image, in_window, padding_head + 2 * H * D, D, PARTS, ALIGN, PADDING
             )
-            norms_n = 0.0
-            if COSINE:
-                norms_n = inverse_norms(k, ACC)[None, :]
+            norms_n = inverse_norms(k, COSINE, ACC)
             zero = zeros(BLOCK_M, BLOCK_N, ACC)
-            s = scores_of(q, k, zero, score_scale, factor, norms_m, norms_n, COSINE, PRECISION)
+            s = scores_of(q, k, zero, score_scale, factor, norms_m[:, None], norms_n[None, :], COSINE, PRECISION)
             if WHOLE:
                 s += bias
             else:
@@ -162,10 +157,7 @@ def _window_attention_fwd_kernel(
             rescale = tl.exp2(maximum - shift)
             sums = sums * rescale + tl.sum(p, axis=1)
             if DROPOUT > 0:
-                drawn = window.to(tl.int64) * H + h
-                p *= dropout_scale(
-                    tl.load(seed_ptr), drawn, m.to(tl.int32)[:, None], n.to(tl.int32)[None, :], DROPOUT, ACC
-                )
+                p *= window_dropout(seed_ptr, window, h, H, m, n, DROPOUT, ACC)
             o = weighted_sum(p, v, scaled_head(o, rescale[:, None]), PRECISION)
             maximum = largest
         o_head = head_ptr(o_ptr, b, h, 0, stride_o_b, stride_o_n, stride_o_h, ALIGN)
@@ -187,13 +179,15 @@ def window_attention_forward(qkv: Tensor, options: Options) -> tuple[Tensor, Ten
     config = config_of(qkv, options)
     whole = config.forward.block_n >= options.windows.tokens
     bias = bias_of(options, pairs=not whole, in_fp64=qkv.dtype == torch.float64)
-    arguments, total, blocks = launch_arguments(qkv, options, config.forward.block_m, bias, o)
+    qkv = runtime.unit_stride(qkv)
+    arguments, total = launch_arguments(qkv, options, config.forward, bias, o)
+    blocks = runtime.cdiv(options.windows.tokens, config.forward.block_m)
     windows, groups = groups_of(total, blocks * qkv.shape[3], whole, qkv)
     _window_attention_fwd_kernel[(groups * qkv.shape[3] * blocks,)](
         **arguments,
+        o_ptr=o,
         lse_ptr=lse,
         windows=windows,
-        **keys_of(config.forward, options, bias),
     )
     return o, lse
 
@@ -219,24 +213,25 @@ def forward_outputs(qkv: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def launch_arguments(
-    qkv: Tensor, options: Options, block_m: int, bias: Tensor | None, o: Tensor, *others: Tensor
-) -> tuple[dict[str, object], int, int]:
-    """Return the arguments that the kernels share, the windows of all images, and the blocks of queries of a window.
+    qkv: Tensor, options: Options, tiling: Tiling, bias: Tensor | None, o: Tensor, *others: Tensor
+) -> tuple[dict[str, object], int]:
+    """Return the arguments that the kernels share, with the options of a launch, and the windows of all images.
 
-    ``bias`` is :func:`bias_of`'s. ``o`` is read or written; ``others`` are further tensors whose rows the kernel reads.
+    ``bias`` is :func:`bias_of`'s. The strides of o are those of ``o``; ``others`` are further tensors (B, N, H, D) that
+    the kernel reads or writes.
     """
-    qkv = runtime.unit_stride(qkv)
     B, N, _, H, D = qkv.shape
     windows = options.windows
     rows, columns = windows.counts
     total = B * rows * columns
+    kind = "" if bias is None else "table" if bias.shape[1] == windows.entries else "pairs"
+    padding = "" if windows.whole else "hidden" if options.padding is None else "value"
     arguments = {
         "qkv_ptr": qkv,
         "bias_ptr": qkv if bias is None else bias,
         "padding_ptr": qkv if options.padding is None else options.padding.contiguous(),
         "logit_ptr": qkv if options.logit_scale is None else options.logit_scale.contiguous(),
         "seed_ptr": qkv if options.seed is None else options.seed,
-        "o_ptr": o,
         "stride_qkv_b": qkv.stride(0),
         "stride_qkv_n": qkv.stride(1),
         "stride_qkv_part": qkv.stride(2),
@@ -255,18 +250,21 @@ def launch_arguments(
         "D": D,
         "SHAPE": windows.constants,
         "ENTRIES": 0 if bias is None else bias.shape[1],
-        "BIAS": "" if bias is None else "table" if bias.shape[1] == windows.entries else "pairs",
-        "PADDING": "" if windows.whole else "hidden" if options.padding is None else "value",
+        "BIAS": kind,
+        "PADDING": padding,
+        "HIDES": padding == "hidden" or (kind != "pairs" and windows.tokens % tiling.block_n != 0),
         "COSINE": options.logit_scale is not None,
         "DROPOUT": round(options.dropout_p * 2**31),
         "ACC": accumulator(qkv.dtype),
         "PRECISION": runtime.dot_precision(qkv.device),
         "PARTS": head_parts(D),
-        "BLOCK_M": block_m,
+        "BLOCK_M": tiling.block_m,
+        "BLOCK_N": tiling.block_n,
+        **tiling.options,
         "enable_fp_fusion": False,  # as in ops.attention: an fma would leave a remainder of the largest score
         **operands.addressing(qkv, o, *others),
     }
-    return arguments, total, runtime.cdiv(windows.tokens, block_m)
+    return arguments, total
 
 
 def bias_of(options: Options, *, pairs: bool, in_fp64: bool) -> Tensor | None:
@@ -295,14 +293,6 @@ def bias_of(options: Options, *, pairs: bool, in_fp64: bool) -> Tensor | None:
         num_warps=4,
     )
     return bias
-
-
-def keys_of(tiling: Tiling, options: Options, bias: Tensor | None) -> dict[str, object]:
-    """Return the arguments of a launch that follow from its tile of keys, and its options."""
-    windows = options.windows
-    spread = bias is not None and bias.shape[1] != windows.entries
-    hides = (options.padding is None and not windows.whole) or not (spread or windows.tokens % tiling.block_n == 0)
-    return {"BLOCK_N": tiling.block_n, "HIDES": hides, **tiling.options}
 
 
 def groups_of(total: int, programs: int, whole: bool, qkv: Tensor) -> tuple[int, int]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from vitkernels import reference, runtime
+from torch import Tensor
+
+from vitkernels import reference
 from vitkernels.ops._registry import reference_gradients, register
 from vitkernels.ops._window_attention.backward import backward_outputs, window_attention_backward
 from vitkernels.ops._window_attention.forward import forward_outputs, window_attention_forward
@@ -10,9 +12,7 @@ from vitkernels.ops._window_attention.windows import Options, Windows
 
 
 def _options(Y, X, window, table, padding, logit_scale, seed, scale, dropout_p):
-    rows, columns, shift_y, shift_x, prefix, grid, roll_padded = window
-    windows = Windows(Y, X, rows, columns, shift_y, shift_x, prefix, bool(grid), bool(roll_padded))
-    return Options(windows, table, padding, logit_scale, seed, scale, dropout_p)
+    return Options(Windows(Y, X, *window), table, padding, logit_scale, seed, scale, dropout_p)
 
 
 def _forward(qkv, *options):
@@ -25,9 +25,7 @@ def _fake_forward(qkv, *options):
 
 def _reference_forward(qkv, *options):
     o = _reference(qkv, *options[3:6], *options[:3], *options[6:])
-    return o.to(qkv.dtype).contiguous(), qkv.new_empty(
-        forward_outputs(qkv)[1].shape, dtype=runtime.wide_dtype(qkv.dtype)
-    )
+    return o.to(qkv.dtype).contiguous(), forward_outputs(qkv)[1]
 
 
 def _reference(qkv, table, padding, logit_scale, Y, X, window, seed, scale, dropout_p):
@@ -38,10 +36,17 @@ def _reference(qkv, table, padding, logit_scale, Y, X, window, seed, scale, drop
         count = windows.counts[0] * windows.counts[1] * qkv.shape[0]
         shape = (count, qkv.shape[3], windows.tokens, windows.tokens)
         drawn = reference.dropout_scale(int(seed), shape, dropout_p).to(qkv.device)
+    return by_pytorch(qkv, options, dropout_scale=drawn)
+
+
+def by_pytorch(qkv: Tensor, options: Options, **dropout: object) -> Tensor:
+    """Compute attention on qkv (B, N, 3, H, D) in plain PyTorch, with ``dropout`` in place of the options'."""
+    windows = options.windows
     return reference.window_attention(
-        qkv, (Y, X), (windows.rows, windows.columns), shift=(windows.shift_y, windows.shift_x),
-        num_prefix_tokens=windows.prefix, grid=windows.grid, roll_padded=windows.roll_padded, bias_table=table,
-        padding=padding, logit_scale=logit_scale, scale=scale, dropout_scale=drawn,
+        qkv, (windows.Y, windows.X), (windows.rows, windows.columns), shift=(windows.shift_y, windows.shift_x),
+        num_prefix_tokens=windows.prefix, grid=bool(windows.grid), roll_padded=bool(windows.roll_padded),
+        bias_table=options.table, padding=options.padding, logit_scale=options.logit_scale, scale=options.scale,
+        **dropout,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ columns of windows).
 
 from __future__ import annotations
 
-from vitkernels.ops._attention.tiles import LOG2_E, columns, dot_heads, dot_rows, load_head
+from vitkernels.ops._attention.tiles import LOG2_E, columns, dot_heads, dot_rows, dropout_scale, load_head
 from vitkernels.ops._triton import tl, triton
 
 OTHER_REGION = tl.constexpr(-144.26950408889634)  # Swin's −100 for tokens that the shift brought together, in base 2
@@ -31,6 +31,12 @@ def _along(t, window, size, count, WIDTH: tl.constexpr, SHIFT: tl.constexpr, GRI
             turned = tl.where(turned >= size, turned - size, turned)
             position = tl.where(position < size, turned, position)
     return position, region
+
+
+@triton.jit
+def image_and_place(window, size):
+    """Return the image of a window, and which of the image's windows it is."""
+    return (window // (size[2] * size[3])).to(tl.int64), window % (size[2] * size[3])
 
 
 @triton.jit
@@ -114,9 +120,28 @@ def load_tokens(
 
 
 @triton.jit
-def inverse_norms(head, ACC: tl.constexpr):
-    """Return 1/‖row‖ of each row of a head, as F.normalize takes it."""
-    return 1.0 / tl.maximum(tl.sqrt(dot_rows(head, head, ACC)), SMALLEST_NORM)
+def inverse_norms(head, COSINE: tl.constexpr, ACC: tl.constexpr):
+    """Return 1/‖row‖ of each row of a head, as F.normalize takes it; without COSINE zeros, which nothing reads."""
+    if COSINE:
+        return 1.0 / tl.maximum(tl.sqrt(dot_rows(head, head, ACC)), SMALLEST_NORM)
+    else:
+        return tl.zeros((head[0].shape[0],), ACC)
+
+
+@triton.jit
+def load_factor(logit_ptr, h, COSINE: tl.constexpr, ACC: tl.constexpr):
+    """Load a head's factor of cosine attention; without COSINE return 0, which nothing reads."""
+    if COSINE:
+        return tl.load(logit_ptr + h).to(ACC)
+    else:
+        return 0.0
+
+
+@triton.jit
+def window_dropout(seed_ptr, window, h, H, m, n, DROPOUT: tl.constexpr, ACC: tl.constexpr):
+    """Return the factors of a dropout on the weights of queries ``m`` and keys ``n`` of a window, (queries, keys)."""
+    drawn = window.to(tl.int64) * H + h
+    return dropout_scale(tl.load(seed_ptr), drawn, m.to(tl.int32)[:, None], n.to(tl.int32)[None, :], DROPOUT, ACC)
 
 
 @triton.jit
@@ -134,10 +159,11 @@ def masked_scores(s, region_a, region_b, exists, place, size, SHAPE: tl.constexp
 
 @triton.jit
 def scores_of(a, b, zero, scale: tl.constexpr, factor, norms_a, norms_b, COSINE: tl.constexpr, PRECISION: tl.constexpr):
-    """``scale · a bᵀ`` of two heads; with COSINE ``factor · a bᵀ`` of their rows divided by their norms, which are
-    given as (rows, 1) and (1, rows). As a variable the constant would be fp32, even for fp64 products."""
+    """``scale · a bᵀ`` of two heads for a softmax in base 2, whose log₂e ``scale`` has already; with COSINE
+    ``factor · a bᵀ`` of their rows by the inverse norms, (rows, 1) and (1, rows). As a variable the constant would be
+    fp32, even for fp64 products."""
     s = dot_heads(a, b, zero, PRECISION)
     if COSINE:
-        return s * factor * norms_a * norms_b
+        return s * (factor * LOG2_E) * norms_a * norms_b
     else:
         return s * scale

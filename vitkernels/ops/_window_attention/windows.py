@@ -8,15 +8,15 @@ from torch import Tensor
 
 
 class Windows(NamedTuple):
-    """How an image of Y rows and X columns is cut into windows.
+    """How an image of Y rows and X columns is cut into windows: integers all, as the registered ops take them.
 
     Attributes:
         Y, X: Rows and columns of the image.
         rows, columns: Of a window.
         shift_y, shift_x: How far the image is rolled back before it is cut.
         prefix: Tokens before those of the image, which belong to its only window.
-        grid: A window's tokens lie as far apart as there are windows (arXiv 2204.01697), not side by side.
-        roll_padded: The image is padded to whole windows before it is rolled, not after.
+        grid: 1 if a window's tokens lie as far apart as there are windows (arXiv 2204.01697), not side by side.
+        roll_padded: 1 if the image is padded to whole windows before it is rolled, not after.
     """
 
     Y: int
@@ -26,8 +26,8 @@ class Windows(NamedTuple):
     shift_y: int = 0
     shift_x: int = 0
     prefix: int = 0
-    grid: bool = False
-    roll_padded: bool = False
+    grid: int = 0
+    roll_padded: int = 0
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -57,10 +57,7 @@ class Windows(NamedTuple):
     @property
     def constants(self) -> tuple[int, ...]:
         """The kernels' constant ``SHAPE``."""
-        return (
-            self.rows, self.columns, self.shift_y, self.shift_x, self.prefix, int(self.grid), int(self.roll_padded),
-            self.tokens,
-        )  # fmt: skip
+        return (*self[2:], self.tokens)
 
 
 class Options(NamedTuple):

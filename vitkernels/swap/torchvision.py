@@ -1,7 +1,7 @@
 """Rules for torchvision's ViTs: the encoder's blocks, their MLPs, and the model's patch embedding.
 
 Imported only if torchvision is imported. Pickle needs the subclasses at module level. Its Swin Transformers are in
-``torchvision_swin``.
+``torchvision_swin``, its MaxViT in ``torchvision_maxvit``.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torchvision.models.vision_transformer import EncoderBlock, MLPBlock, VisionTransformer
+from torchvision.ops import StochasticDepth
 
 from vitkernels.layers import fused, records
 from vitkernels.swap._limits import patches_limit
@@ -66,6 +67,16 @@ def mlp(module: nn.Sequential) -> records.Mlp:
 def _block_limit(block: EncoderBlock) -> str | None:
     reason = multihead_limit(block.self_attention)
     return reason and f"self_attention: {reason}"
+
+
+def drop_path(depth: StochasticDepth) -> records.DropPath | None:
+    """Read a StochasticDepth in its present mode."""
+    return records.DropPath(depth.p) if depth.training and depth.p > 0.0 else None
+
+
+def drop_path_limit(depth: StochasticDepth) -> str | None:
+    """``depth`` drops a whole batch."""
+    return None if depth.mode == "row" else f"its StochasticDepth has the mode {depth.mode!r}, not 'row'"
 
 
 def _model_limit(model: VisionTransformer) -> str | None:

@@ -16,6 +16,7 @@ from vitkernels.layers import fused, records
 from vitkernels.swap._images import channels_first, tokens_of_channels_first
 from vitkernels.swap._limits import head_dim_limit
 from vitkernels.swap._rules import Rule, add, runs_fused
+from vitkernels.swap.torchvision import drop_path, drop_path_limit
 
 
 class FusedRelativePositionalMultiHeadAttention(RelativePositionalMultiHeadAttention):
@@ -63,9 +64,7 @@ def _block(layer: nn.Module, image: tuple[int, int]) -> records.Block:
     mlp = records.Mlp(
         records.linear(fc1), records.linear(fc2), records.activation_name(act), drop2=records.dropout(drop2)
     )
-    depth, path = children["stochastic_dropout"], None
-    if depth.training and depth.p > 0.0:
-        path = records.DropPath(depth.p)
+    path = drop_path(children["stochastic_dropout"])
     return records.Block(
         records.norm(norm1),
         _attention(attn)._replace(proj_drop=records.dropout(drop), positions=windows),
@@ -81,8 +80,7 @@ def _attention_limit(attn: nn.Module) -> str | None:
 
 
 def _layer_limit(layer: nn.Module) -> str | None:
-    mode = layer.stochastic_dropout.mode
-    return None if mode == "row" else f"its stochastic depth drops by {mode}"
+    return drop_path_limit(layer.stochastic_dropout)
 
 
 ATTENTION = Rule(

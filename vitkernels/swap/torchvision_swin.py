@@ -20,7 +20,7 @@ from vitkernels.layers import fused, records
 from vitkernels.swap._limits import packed_heads_limit
 from vitkernels.swap._rules import Rule, add, runs_fused
 from vitkernels.swap._windows import TABLE_MLP, continuous_bias, cosine_scale, is_shift
-from vitkernels.swap.torchvision import MLP_CHILDREN, mlp
+from vitkernels.swap.torchvision import MLP_CHILDREN, drop_path, drop_path_limit, mlp
 
 
 class FusedMLP(MLP):
@@ -74,8 +74,7 @@ def _fits(attn: ShiftedWindowAttention, x: Tensor) -> bool:
 
 def _block(block: SwinTransformerBlock, attn: records.Attention | None = None) -> records.Block:
     children = block._modules
-    depth = children["stochastic_depth"]
-    path = records.DropPath(depth.p) if depth.training and depth.p > 0.0 else None
+    path = drop_path(children["stochastic_depth"])
     return records.Block(
         records.norm(children["norm1"]),
         _attention(children["attn"]) if attn is None else attn,
@@ -120,8 +119,7 @@ def _attention_v2(attn: ShiftedWindowAttentionV2, x: Tensor) -> records.Attentio
 
 
 def _block_limit(block: SwinTransformerBlock) -> str | None:
-    mode = block.stochastic_depth.mode
-    return None if mode == "row" else f"its StochasticDepth has the mode {mode!r}, not 'row'"
+    return drop_path_limit(block.stochastic_depth)
 
 
 MLP_RULE = Rule(MLP, FusedMLP, bypassed=MLP_CHILDREN)

@@ -24,7 +24,15 @@ Pair = tuple[int, int]
 
 
 class _Layer(Kind):
-    """A layer within windows."""
+    """A layer within windows.
+
+    Attributes:
+        _resizes: Whether it fits its windows to each image, unless it is told to ``always_partition``.
+        _behind: What it returns behind its output.
+    """
+
+    _resizes: ClassVar = True
+    _behind: ClassVar = ()
 
     _options: ClassVar = {
         "bypassed": {"layernorm_before": (nn.LayerNorm,), "layernorm_after": (nn.LayerNorm,)},
@@ -34,8 +42,23 @@ class _Layer(Kind):
         ),
     }
 
-    def _fuses(self, x: Tensor, args: tuple, kwargs: dict[str, object]) -> bool:
-        given = dict(zip(self._arguments[2:], args, strict=False)) | kwargs
+    def forward(self, hidden_states: Tensor, input_dimensions: Pair, *args, **kwargs):
+        given, attn = dict(zip(self._arguments[2:], args, strict=False)) | kwargs, None
+        if self._fuses(hidden_states, given):
+            if self._resizes and not given.get("always_partition"):
+                self.set_shift_and_window_size(input_dimensions)
+            attn = self._attention(hidden_states, input_dimensions)
+        if attn is None:
+            return super().forward(hidden_states, input_dimensions, *args, **kwargs)
+        return self._run(hidden_states, attn), *self._behind
+
+    def _run(self, x: Tensor, attn: records.Attention) -> Tensor:
+        """Run a pre-norm layer, which drops paths of its attention alone."""
+        branch = fused.attention(attn, fused.norm(records.norm(self.layernorm_before), x))
+        normed, x = fused.add_norm(records.norm(self.layernorm_after), self.drop_path(branch), x)
+        return fused.mlp(self._mlp()._replace(fp8=records.runs_fp8(self)), normed, residual=x)
+
+    def _fuses(self, x: Tensor, given: dict[str, object]) -> bool:
         harmless = new._HARMLESS | {"always_partition"}
         if any(value is not None and value is not False for name, value in given.items() if name not in harmless):
             return False
@@ -62,6 +85,7 @@ class SwinLayer(_Layer):
         "limit": lambda layer: new._attention_limit(layer.attention),
     }
     _parts: ClassVar = {"mlp": new.Mlp}
+    _behind: ClassVar = (None,)
 
     @staticmethod
     def _children(own: dict[str, type[nn.Module]], prefix: str) -> dict[str, tuple[type[nn.Module], ...]]:
@@ -74,16 +98,8 @@ class SwinLayer(_Layer):
     def _products(layer: nn.Module) -> records.Mlp:
         return new._mlp(layer.mlp)
 
-    def forward(self, hidden_states: Tensor, input_dimensions: Pair, *args, **kwargs):
-        attn = None
-        if self._fuses(hidden_states, args, kwargs):
-            if not (args[0] if args else kwargs.get("always_partition")):
-                self.set_shift_and_window_size(input_dimensions)
-            attn = self._attention(hidden_states, input_dimensions)
-        if attn is None:
-            return super().forward(hidden_states, input_dimensions, *args, **kwargs)
-        mlp = new._mlp(self.mlp)._replace(drop2=records.dropout(self.dropout), fp8=records.runs_fp8(self))
-        return _pre_norm(self, hidden_states, attn, mlp), None
+    def _mlp(self) -> records.Mlp:
+        return new._mlp(self.mlp)._replace(drop2=records.dropout(self.dropout))
 
     def _attention(self, x: Tensor, image: Pair) -> records.Attention | None:
         attn, bias = self.attention, self.attention.relative_position_bias
@@ -136,16 +152,8 @@ class TupleSwinLayer(_Layer):
             drop2=records.dropout(layer.output.dropout),
         )
 
-    def forward(self, hidden_states: Tensor, input_dimensions: Pair, *args, **kwargs):
-        attn = None
-        if self._fuses(hidden_states, args, kwargs):
-            if not (args[-1] if len(args) == len(self._arguments) - 2 else kwargs.get("always_partition")):
-                self.set_shift_and_window_size(input_dimensions)
-            attn = self._attention(hidden_states, input_dimensions)
-        if attn is None:
-            return super().forward(hidden_states, input_dimensions, *args, **kwargs)
-        mlp = self._products(self)._replace(fp8=records.runs_fp8(self))
-        return (_pre_norm(self, hidden_states, attn, mlp),)
+    def _mlp(self) -> records.Mlp:
+        return TupleSwinLayer._products(self)
 
     def _attention(self, x: Tensor, image: Pair) -> records.Attention | None:
         attn = self.attention.self
@@ -168,21 +176,14 @@ class MaskFormerSwinLayer(TupleSwinLayer):
     """MaskFormer's layer, whose windows are as large as they were made."""
 
     _takes = frozenset({"hidden_states", "input_dimensions", "head_mask", "output_attentions"})
-
-    def forward(self, hidden_states: Tensor, input_dimensions: Pair, *args, **kwargs):
-        attn = None
-        if self._fuses(hidden_states, args, kwargs):
-            attn = self._attention(hidden_states, input_dimensions)
-        if attn is None:
-            return super(TupleSwinLayer, self).forward(hidden_states, input_dimensions, *args, **kwargs)
-        mlp = self._products(self)._replace(fp8=records.runs_fp8(self))
-        return (_pre_norm(self, hidden_states, attn, mlp),)
+    _resizes: ClassVar = False
 
 
 class Swinv2Layer(TupleSwinLayer):
     """Swin V2's layer, with norms after the branches, cosine attention, and a bias that an MLP makes."""
 
     _takes = MaskFormerSwinLayer._takes
+    _resizes: ClassVar = False
     _options: ClassVar = _Layer._options | {"limit": lambda layer: _v2_limit(layer)}
     _parameters_of_attention = frozenset({"logit_scale"})
     _products = None
@@ -192,16 +193,9 @@ class Swinv2Layer(TupleSwinLayer):
         # The MLP is called, but for the report it belongs to the attention.
         return super()._children(own, prefix) | {"attention.self.continuous_position_bias_mlp": (nn.Sequential,)}
 
-    def forward(self, hidden_states: Tensor, input_dimensions: Pair, *args, **kwargs):
-        attn = None
-        if self._fuses(hidden_states, args, kwargs):
-            attn = self._attention(hidden_states, input_dimensions)
-        if attn is None:
-            return super(TupleSwinLayer, self).forward(hidden_states, input_dimensions, *args, **kwargs)
-        branch = fused.norm(records.norm(self.layernorm_before), fused.attention(attn, hidden_states))
-        x = hidden_states + self.drop_path(branch)
-        branch = fused.norm(records.norm(self.layernorm_after), fused.mlp(TupleSwinLayer._products(self), x))
-        return (x + self.drop_path(branch),)
+    def _run(self, x: Tensor, attn: records.Attention) -> Tensor:
+        x = x + self.drop_path(fused.norm(records.norm(self.layernorm_before), fused.attention(attn, x)))
+        return x + self.drop_path(fused.norm(records.norm(self.layernorm_after), fused.mlp(self._mlp(), x)))
 
     def _attention(self, x: Tensor, image: Pair) -> records.Attention | None:
         attn = self.attention.self
@@ -224,13 +218,6 @@ class PatchEmbeddings(Kind):
         pixel_values = self.maybe_pad(pixel_values, *pixel_values.shape[2:])
         image = tuple(n // patch for n, patch in zip(pixel_values.shape[2:], conv.kernel_size, strict=True))
         return new.patches(conv, pixel_values), image
-
-
-def _pre_norm(layer: nn.Module, x: Tensor, attn: records.Attention, mlp: records.Mlp) -> Tensor:
-    """Run a pre-norm layer, which drops paths of its attention alone."""
-    branch = fused.attention(attn, fused.norm(records.norm(layer.layernorm_before), x))
-    normed, x = fused.add_norm(records.norm(layer.layernorm_after), layer.drop_path(branch), x)
-    return fused.mlp(mlp, normed, residual=x)
 
 
 def _packed(*layers: nn.Module) -> records.Linear:

@@ -173,7 +173,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]]
         {"Attention", "MLP", "Layer", "PatchEmbeddings"},
     ),
     "data2vec": (
-        data2vec, lambda: images(48), {"SdpaSelfAttention", "SelfOutput", "PatchEmbeddings", "VisionLayer"},
+        data2vec, lambda: images(48),
+        # Releases 4.5x pass head masks through its layers and attention, which stay as they are.
+        {"SelfOutput", "PatchEmbeddings"} | (set() if OLD else {"SdpaSelfAttention", "VisionLayer"}),
     ),
     "siglip": (
         lambda: transformers.SiglipVisionModel(

@@ -286,7 +286,8 @@ def test_opcheck(device):
         if name.startswith("vitkernels::")
     }
     elsewhere = {"rows_fp8", "product_fp8"}  # tests/ops/test_fp8.py
-    elsewhere |= {"window_attention_fwd", "window_attention_bwd"}  # verify's integration checks
+    windows = ("window_attention", "decomposed_attention")
+    elsewhere |= {f"{op}_{direction}" for op in windows for direction in ("fwd", "bwd")}  # verify's integration checks
     assert {f.name().split("::")[1] for f in calls} == registered - elsewhere, "an op is never called here"
     for op, argument_lists in calls.items():
         for args in argument_lists[:1] + argument_lists[1:][-1:]:  # the first and the last: each takes half a second

@@ -406,6 +406,7 @@ def window_attention(
     grid: bool = False,
     roll_padded: bool = False,
     bias_table: Tensor | None = None,
+    rel_pos: tuple[Tensor, Tensor] | None = None,
     padding: Tensor | None = None,
     logit_scale: Tensor | None = None,
     scale: float | None = None,
@@ -415,10 +416,11 @@ def window_attention(
     """Attention within the windows of :func:`window_index` (arXiv 2103.14030, 2111.09883); returns (B, N, H, D).
 
     ``qkv`` is (B, N, 3, H, D), the prefix tokens and then the image's Y · X. ``bias_table`` (entries, H) is added to
-    the scores; so is −100 between regions. Padded tokens have the queries, keys and values ``padding`` (3, H, D), or
-    no query attends to them. With ``logit_scale`` (H,) queries and keys are divided by their norms, and it replaces
-    ``scale``. ``dropout_scale`` (B · windows, H, tokens, tokens) replaces ``dropout_p``, as in :func:`attention`. Each
-    step rounds to the dtype, as in the published code of Swin.
+    the scores; so are −100 between regions, and with ``rel_pos``, tables (2 · rows − 1, D) and (2 · columns − 1, D),
+    each query's product with their rows for where the key lies (arXiv 2112.01526). Padded tokens have the queries,
+    keys and values ``padding`` (3, H, D), or no query attends to them. With ``logit_scale`` (H,) queries and keys are
+    divided by their norms, and it replaces ``scale``. ``dropout_scale`` (B · windows, H, tokens, tokens) replaces
+    ``dropout_p``, as in :func:`attention`. Each step rounds to the dtype, as in the published code of Swin.
     """
     row, region, entry = (
         t.to(qkv.device) for t in window_index(image, window, shift, num_prefix_tokens, grid, roll_padded)
@@ -440,6 +442,13 @@ def window_attention(
     scores = (q * (D**-0.5 if scale is None else scale)) @ k.transpose(-1, -2)
     if bias_table is not None:
         scores = scores + bias_table[entry].permute(2, 0, 1)
+    if rel_pos is not None:
+        apart = (torch.arange(n)[:, None] - torch.arange(n) + n - 1 for n in window)
+        along_y, along_x = (table.to(q.dtype)[a.to(q.device)] for table, a in zip(rel_pos, apart, strict=True))
+        placed = q.unflatten(2, window)
+        bias = torch.einsum("bhyxd,ykd->bhyxk", placed, along_y)[..., :, None]
+        bias = bias + torch.einsum("bhyxd,xkd->bhyxk", placed, along_x)[..., None, :]
+        scores = scores + bias.reshape(scores.shape)
     of_windows = torch.zeros(windows, 1, tokens, tokens, dtype=qkv.dtype, device=qkv.device)
     if any(shift):
         of_windows = of_windows - 100.0 * (region[:, None, :, None] != region[:, None, None, :])

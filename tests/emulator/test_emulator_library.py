@@ -28,6 +28,7 @@ OPS_OF_CASES = [
     ("vit_base_patch16_224", "attention_dropout"),
     ("vit_base_patch16_224", "attention_swin"),
     ("vit_base_patch16_224", "attention_swin_wide"),
+    ("vit_base_patch16_224", "attention_decomposed_windows"),
     ("vit_large_patch14_reg4_dinov2_518", "attention"),
     ("eva02_large_patch14_448", "swiglu_mlp"),
     ("eva02_large_patch14_448", "attention_rope_interleaved"),

@@ -138,8 +138,8 @@ def _with_eps(function: Callable, op: str, /, **arguments):
     return function(op, **arguments)
 
 
-# The sizes of a window belong together: tests/ops/test_window_attention.py.
-WINDOWS = ("window_attention", "relative_attention")
+# The sizes of a window belong together: tests/ops/test_window_attention.py, tests/ops/test_decomposed_attention.py.
+WINDOWS = ("window_attention", "relative_attention", "decomposed_attention")
 OPS = {name: _op(name) for name in dict.fromkeys(w.op for w in WORKLOADS) if name not in WINDOWS}
 ATTENTION = ("attention", "attention_qkvpacked", "attention_varlen")
 ROWS = ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm", "linear", "mlp", "swiglu_mlp")

@@ -10,6 +10,7 @@ from vitkernels.ops._attention import (
     attention_weights,
 )
 from vitkernels.ops._block import block
+from vitkernels.ops._decomposed_attention import decomposed_attention
 from vitkernels.ops._fp8 import Fp8, add_layer_norm_fp8, layer_norm_fp8, linear_fp8, quantize_fp8
 from vitkernels.ops._layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from vitkernels.ops._linear import linear
@@ -32,6 +33,7 @@ __all__ = [
     "attention_varlen",
     "attention_weights",
     "block",
+    "decomposed_attention",
     "layer_norm",
     "layer_norm_fp8",
     "linear",

@@ -53,6 +53,22 @@ def check_integer(op: str, name: str, value: int) -> int:
     raise TypeError(f"{op}: {name} is a {type(value).__name__}; expected an integer")
 
 
+def check_pair(op: str, name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
+    """Return two integers, of one number for both or a pair.
+
+    Raises:
+        TypeError: ``value`` is no integer or pair of them.
+        ValueError: There are not two, or one is less than ``least``.
+    """
+    pair = tuple(value) if isinstance(value, tuple | list | torch.Size) else (value, value)
+    if len(pair) != 2:
+        raise ValueError(f"{op}: {name} is {value!r}; expected an integer or a pair")
+    pair = tuple(check_integer(op, name, n) for n in pair)
+    if min(pair) < least:
+        raise ValueError(f"{op}: {name} is {value!r}; expected {least} at least")
+    return pair
+
+
 def check_number(op: str, name: str, value: float, wanted: str = "a number") -> float:
     """Return ``value`` as a float; ints and NumPy numbers are accepted, bools are not.
 

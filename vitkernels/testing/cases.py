@@ -90,6 +90,8 @@ CASES = {
                 "swin_cosine",
                 "swin_wide",
                 "relative",
+                "decomposed",
+                "decomposed_windows",
             ),
         ),
         Case("vit_large_patch16_224", 64, 224, 16, 1, 1024, 16, 4096),

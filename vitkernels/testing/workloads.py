@@ -30,7 +30,7 @@ def sizes(case: Case) -> dict[str, int]:
 
     B images, N tokens, C channels, H heads, D head dim, F hidden features; I image channels, P patch, Y and X sides of
     the image, R prefix tokens, G patches, S starts of packed images and T tokens of them all; V rows and U columns of
-    patches, E entries of their relative positions.
+    patches, E entries of their relative positions, L those along one axis.
     """
     side, lengths = case.image // case.patch * case.patch, packed_lengths(case)
     patches = case.image // case.patch
@@ -38,7 +38,7 @@ def sizes(case: Case) -> dict[str, int]:
         "B": case.batch, "N": case.tokens, "C": case.channels, "H": case.heads, "D": case.head_dim, "F": case.hidden,
         "I": 3, "P": case.patch, "Y": side, "X": side, "R": case.prefix, "G": case.tokens - case.prefix,
         "S": case.batch + 1, "T": sum(lengths), "V": patches, "U": patches,
-        "E": (2 * patches - 1) ** 2 + 3 * (case.prefix > 0),
+        "E": (2 * patches - 1) ** 2 + 3 * (case.prefix > 0), "L": 2 * patches - 1,
     }  # fmt: skip
 
 
@@ -304,6 +304,26 @@ def _windows(name: str, variant: str, window: int, inputs: Mapping[str, Input], 
     )  # fmt: skip
 
 
+def _plain_decomposed(
+    qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, window_size: int | None = None, **given: object
+) -> Tensor:
+    image = tuple(qkv.shape[1:3])
+    window = image if window_size is None else (window_size,) * 2
+    out = reference.window_attention(qkv.flatten(1, 2), image, window, rel_pos=(rel_pos_h, rel_pos_w), **given)
+    return out.unflatten(1, image)
+
+
+def _decomposed(name: str, variant: str, window: int | None = None) -> Workload:
+    """SAM's attention over the image, or in windows of ``window`` rows and columns."""
+    length, padding = ("L", {}) if window is None else (f"{2 * window - 1}", {"padding": Input("3 H D")})
+    tables = {f"rel_pos_{axis}": Input(f"{length} D", 0.3) for axis in "hw"}
+    return Workload(
+        f"attention_{name}", "decomposed_attention", {"qkv": Input("B V U 3 H D")} | tables | padding,
+        lambda case: {} if window is None else {"window_size": window}, variant, attention=name,
+        plain=_plain_decomposed,
+    )  # fmt: skip
+
+
 def _relative(case: Case) -> dict:
     return {"grid_size": (case.image // case.patch,) * 2, "num_prefix_tokens": case.prefix}
 
@@ -400,6 +420,8 @@ WORKLOADS = (
     _windows("swin_wide", "shifted windows of 12", 12, {}, shift=6, roll_padded=True),
     Workload("attention_relative", "relative_attention", _PACKED | {"bias_table": Input("E H")}, _relative,
              attention="relative", plain=_plain_relative),
+    _decomposed("decomposed", "decomposed positions"),
+    _decomposed("decomposed_windows", "decomposed positions in windows of 14", 14),
     Workload("block", "block", _BLOCK, lambda case: _activation(case) | {"num_heads": case.heads},
              only=_PLAIN_BLOCK),
     Workload("block_drop_path", "block", _BLOCK | {"drop_path1": _PATH, "drop_path2": _OTHER_PATH},

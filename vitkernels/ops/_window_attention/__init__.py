@@ -22,7 +22,7 @@ from torch import Tensor
 from vitkernels import runtime
 from vitkernels.ops._attention.checks import check_dropout, check_sizes
 from vitkernels.ops._attention.operands import cast_operands, draw_seed
-from vitkernels.ops._checks import check_integer, check_like, check_scale, check_shape, check_tensor
+from vitkernels.ops._checks import check_integer, check_like, check_pair, check_scale, check_shape, check_tensor
 from vitkernels.ops._once import once_differentiable
 from vitkernels.ops._registry import needs_grad, uses_kernels
 from vitkernels.ops._window_attention.registered import by_pytorch, window_attention_bwd, window_attention_fwd
@@ -104,8 +104,8 @@ def window_attention(
         raise ValueError(f"{op}: qkv has shape {tuple(qkv.shape)}; expected (B, Y, X, 3, H, D)")
     B, Y, X, _, H, D = qkv.shape
     check_sizes(op, "qkv", qkv, Y * X, D)
-    rows, columns = _pair(op, "window_size", window_size, 1)
-    shift_y, shift_x = _pair(op, "shift", shift, 0)
+    rows, columns = check_pair(op, "window_size", window_size, 1)
+    shift_y, shift_x = check_pair(op, "shift", shift, 0)
     if shift_y >= rows or shift_x >= columns:
         raise ValueError(f"{op}: shift is {(shift_y, shift_x)}; expected less than the window, {(rows, columns)}")
     windows = Windows(Y, X, rows, columns, shift_y, shift_x, 0, int(bool(grid)), int(bool(roll_padded)))
@@ -150,7 +150,7 @@ def relative_attention(
     (qkv,) = cast_operands(qkv)
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"{op}: qkv has shape {tuple(qkv.shape)}; expected (B, N, 3, H, D)")
-    Y, X = _pair(op, "grid_size", grid_size, 1)
+    Y, X = check_pair(op, "grid_size", grid_size, 1)
     prefix = check_integer(op, "num_prefix_tokens", num_prefix_tokens)
     if prefix < 0 or prefix + Y * X != qkv.shape[1]:
         raise ValueError(
@@ -159,16 +159,6 @@ def relative_attention(
     check_sizes(op, "qkv", qkv, qkv.shape[1], qkv.shape[-1])
     windows = Windows(Y, X, Y, X, prefix=prefix)
     return _attend(op, qkv, windows, bias_table, None, logit_scale, scale, dropout_p)
-
-
-def _pair(op: str, name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
-    pair = tuple(value) if isinstance(value, tuple | list | torch.Size) else (value, value)
-    if len(pair) != 2:
-        raise ValueError(f"{op}: {name} is {value!r}; expected an integer or a pair")
-    pair = tuple(check_integer(op, name, n) for n in pair)
-    if min(pair) < least:
-        raise ValueError(f"{op}: {name} is {value!r}; expected {least} at least")
-    return pair
 
 
 def _attend(op, qkv, windows, table, padding, logit_scale, scale, dropout_p):

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from vitkernels import runtime
 from vitkernels.ops._attention.tiles import (
-    columns,
     dot_heads,
     dot_rows,
     head_ptr,
@@ -36,9 +35,13 @@ from vitkernels.ops._window_attention.tiles import (
     inverse_norms,
     load_bias,
     load_factor,
+    load_statistics,
     load_tokens,
     masked_scores,
+    of_queries,
     scores_of,
+    store_padding_sums,
+    weights_of,
     window_dropout,
     window_tokens,
 )
@@ -58,18 +61,6 @@ def _through_norm(grad, head, norms, factor, scale: tl.constexpr, COSINE: tl.con
         return parts, along
     else:
         return scaled_head(grad, scale), norms
-
-
-@triton.jit
-def _store_padding_sums(ptr, dk, dv, padded, H, D: tl.constexpr, PARTS: tl.constexpr):
-    """Store the gradients of a head's padded query, key and value, (D,) each, H · D apart: zero, as the output has no
-    padded rows, and the sums of dk and dv over padded rows."""
-    for i in tl.static_range(len(PARTS)):
-        cols = columns(PARTS, i)
-        dk_sum = tl.sum(tl.where(padded[:, None], dk[i], 0.0), axis=0)
-        tl.store(ptr + cols, tl.zeros_like(dk_sum), mask=cols < D)
-        tl.store(ptr + H * D + cols, dk_sum, mask=cols < D)
-        tl.store(ptr + 2 * H * D + cols, tl.sum(tl.where(padded[:, None], dv[i], 0.0), axis=0), mask=cols < D)
 
 
 @triton.jit(do_not_specialize=["Y", "X", "windows_y", "windows_x", "total", "windows"])
@@ -161,7 +152,7 @@ def _window_attention_bwd_whole_kernel(
         s += bias
         s = masked_scores(s, region[:, None], region_n[None, :], exists[None, :], place, size, SHAPE, HIDES)
         p = tl.exp2(s - tl.max(s, axis=1)[:, None])
-        p = _of_queries(p * (1.0 / tl.sum(p, axis=1))[:, None], in_image, PADDING)
+        p = of_queries(p * (1.0 / tl.sum(p, axis=1))[:, None], in_image, PADDING)
         dp = dot_heads(do, v, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION)
         kept = p
         if DROPOUT > 0:
@@ -207,7 +198,7 @@ def _window_attention_bwd_whole_kernel(
         tl.store(ptrs, dbias, mask=(m < TOKENS)[:, None] & (n < TOKENS)[None, :])
     if NEEDS_DPADDING:
         sums = dpadding_ptr + (group * 3 * H + h) * D
-        _store_padding_sums(sums, dk_padding, dv_padding, tl.full((1,), 1, tl.int1), H, D, PARTS)
+        store_padding_sums(sums, dk_padding, dv_padding, tl.full((1,), 1, tl.int1), H, D, PARTS)
     if NEEDS_DLOGIT:
         tl.store(dlogit_ptr + group * H + h, tl.sum(dlogit, axis=0))
 
@@ -278,7 +269,7 @@ def _window_attention_bwd_dq_kernel(
     q = load_head(q_head, rows, stride_qkv_n, in_image, D, PARTS, ALIGN)
     do = load_head(do_head, rows, stride_do_n, in_image, D, PARTS, ALIGN)
     statistics = (b * H + h) * N + rows
-    lse = _load_statistics(lse_ptr + statistics * 2, in_image)
+    lse = load_statistics(lse_ptr + statistics * 2, in_image)
     delta = dot_rows(do, load_head(o_head, rows, stride_o_n, in_image, D, PARTS, ALIGN), ACC)
     tl.store(delta_ptr + statistics, delta, mask=in_image)
     norms_m = inverse_norms(q, COSINE, ACC)
@@ -300,7 +291,7 @@ def _window_attention_bwd_dq_kernel(
         s += load_bias(bias_ptr, h, m[:, None], n[None, :], SHAPE, BIAS, ENTRIES, ACC)
         exists = in_image_n if PADDING == "hidden" else in_window_n
         s = masked_scores(s, region[:, None], region_n[None, :], exists[None, :], place, size, SHAPE, HIDES)
-        p = _of_queries(_weights(s, lse), in_image, PADDING)
+        p = of_queries(weights_of(s, lse), in_image, PADDING)
         dp = dot_heads(do, v, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION)
         if DROPOUT > 0:
             dp *= window_dropout(seed_ptr, window, h, H, m, n, DROPOUT, ACC)
@@ -315,28 +306,6 @@ def _window_attention_bwd_dq_kernel(
         # Not their sum: for sm_100 Triton 3.7.1 cannot compile it ("parent layout must have at least rank >= 2").
         of_rows = program * BLOCK_M + tl.arange(0, BLOCK_M)
         tl.store(dlogit_ptr + of_rows * H + h, along)
-
-
-@triton.jit
-def _of_queries(p, in_image, PADDING: tl.constexpr):
-    """Return weights without those of padded queries, where a NaN in a key would reach the sums over queries."""
-    if PADDING != "":
-        p = tl.where(in_image[:, None], p, 0.0)
-    return p
-
-
-@triton.jit
-def _load_statistics(ptrs, in_image):
-    """Load each row's maximum, +inf for padded queries, which makes their weights 0, and the logarithm of its sum."""
-    return tl.load(ptrs, mask=in_image, other=float("inf")), tl.load(ptrs + 1, mask=in_image, other=0.0)
-
-
-@triton.jit
-def _weights(s, lse):
-    """Return the weights of scores ``s`` by :func:`_load_statistics`; at most 1, as sums of another order may put a
-    score above its row's maximum."""
-    below = tl.minimum(s - lse[0][:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
-    return tl.exp2(below - lse[1][:, None])
 
 
 @triton.jit(do_not_specialize=["Y", "X", "windows_y", "windows_x", "total"])
@@ -415,14 +384,14 @@ def _window_attention_bwd_dkv_kernel(
         q = load_head(q_head, rows, stride_qkv_n, in_image, D, PARTS, ALIGN)
         do = load_head(do_head, rows, stride_o_n, in_image, D, PARTS, ALIGN)
         statistics = (b * H + h) * N + rows
-        lse = _load_statistics(lse_ptr + statistics * 2, in_image)
+        lse = load_statistics(lse_ptr + statistics * 2, in_image)
         delta = tl.load(delta_ptr + statistics, mask=in_image, other=0.0)
         norms_m = inverse_norms(q, COSINE, ACC)
         zero = zeros(BLOCK_M, BLOCK_N, ACC)
         s = scores_of(q, k, zero, score_scale, factor, norms_m[:, None], norms_n[None, :], COSINE, PRECISION)
         s += load_bias(bias_ptr, h, m[:, None], n[None, :], SHAPE, BIAS, ENTRIES, ACC)
         s = masked_scores(s, region[:, None], region_n[None, :], exists[None, :], place, size, SHAPE, HIDES)
-        p = _of_queries(_weights(s, lse), in_image, PADDING)
+        p = of_queries(weights_of(s, lse), in_image, PADDING)
         dp = dot_heads(do, v, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION)
         kept = p
         if DROPOUT > 0:
@@ -441,7 +410,7 @@ def _window_attention_bwd_dkv_kernel(
     if NEEDS_DPADDING:
         program = window.to(tl.int64) * BLOCKS + pid % BLOCKS
         sums = dpadding_ptr + (program * 3 * H + h) * D
-        _store_padding_sums(sums, dk, dv, in_window_n & ~in_image_n, H, D, PARTS)
+        store_padding_sums(sums, dk, dv, in_window_n & ~in_image_n, H, D, PARTS)
 
 
 @triton.jit(do_not_specialize=["Y", "X", "windows_y", "windows_x", "total", "windows"])
@@ -520,7 +489,7 @@ def _window_attention_bwd_dbias_kernel(
         s += bias
         s = masked_scores(s, region[:, None], region_n[None, :], exists[None, :], place, size, SHAPE, HIDES)
         statistics = (b * H + h) * N + rows
-        lse = _load_statistics(lse_ptr + statistics * 2, in_image)
+        lse = load_statistics(lse_ptr + statistics * 2, in_image)
         delta = tl.load(delta_ptr + statistics, mask=in_image, other=0.0)
         do = load_head(do_head, rows, stride_o_n, in_image, D, PARTS, ALIGN)
         v = load_tokens(
@@ -530,7 +499,7 @@ def _window_attention_bwd_dbias_kernel(
         dp = dot_heads(do, v, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION)
         if DROPOUT > 0:
             dp *= window_dropout(seed_ptr, window, h, H, m, n, DROPOUT, ACC)
-        dbias += _of_queries(_weights(s, lse), in_image, PADDING) * (dp - delta[:, None])
+        dbias += of_queries(weights_of(s, lse), in_image, PADDING) * (dp - delta[:, None])
     ptrs = dbias_ptr + ((group.to(tl.int64) * H + h) * TOKENS + m[:, None]) * TOKENS + n[None, :]
     tl.store(ptrs, dbias, mask=(m < TOKENS)[:, None] & (n < TOKENS)[None, :])
 

@@ -167,3 +167,37 @@ def scores_of(a, b, zero, scale: tl.constexpr, factor, norms_a, norms_b, COSINE:
         return s * (factor * LOG2_E) * norms_a * norms_b
     else:
         return s * scale
+
+
+@triton.jit
+def of_queries(p, in_image, PADDING: tl.constexpr):
+    """Return weights without those of padded queries, where a NaN in a key would reach the sums over queries."""
+    if PADDING != "":
+        p = tl.where(in_image[:, None], p, 0.0)
+    return p
+
+
+@triton.jit
+def load_statistics(ptrs, in_image):
+    """Load each row's maximum, +inf for padded queries, which makes their weights 0, and the logarithm of its sum."""
+    return tl.load(ptrs, mask=in_image, other=float("inf")), tl.load(ptrs + 1, mask=in_image, other=0.0)
+
+
+@triton.jit
+def weights_of(s, lse):
+    """Return the weights of scores ``s`` by :func:`load_statistics`; at most 1, as sums of another order may put a
+    score above its row's maximum."""
+    below = tl.minimum(s - lse[0][:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.exp2(below - lse[1][:, None])
+
+
+@triton.jit
+def store_padding_sums(ptr, dk, dv, padded, H, D: tl.constexpr, PARTS: tl.constexpr):
+    """Store the gradients of a head's padded query, key and value, (D,) each, H · D apart: zero, as the output has no
+    padded rows, and the sums of dk and dv over padded rows."""
+    for i in tl.static_range(len(PARTS)):
+        cols = columns(PARTS, i)
+        dk_sum = tl.sum(tl.where(padded[:, None], dk[i], 0.0), axis=0)
+        tl.store(ptr + cols, tl.zeros_like(dk_sum), mask=cols < D)
+        tl.store(ptr + H * D + cols, dk_sum, mask=cols < D)
+        tl.store(ptr + 2 * H * D + cols, tl.sum(tl.where(padded[:, None], dv[i], 0.0), axis=0), mask=cols < D)

@@ -34,7 +34,8 @@ FP32_CASE = "vit_base_patch16_224"
 FP64_OPS = {
     "vit_base_patch16_224": {
         "layer_norm", "add_layer_norm", "linear_activation", "mlp", "attention_biased", "attention_key_mask",
-        "attention_pair_mask", "attention_dropout", "attention_swin_cosine", "attention_relative", "patch_embed",
+        "attention_pair_mask", "attention_dropout", "attention_swin_cosine", "attention_relative",
+        "attention_decomposed_windows", "patch_embed",
         "patch_embed_uint8",
     },
     "vit_so400m_patch14_siglip_378": {"attention_varlen"},

@@ -104,6 +104,8 @@ def launches(case: Case, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         "swin": traced("attention_swin", B=4 * B, V=56, U=56, H=3, D=32),  # Swin-T's first stage
         "swin_cosine": traced("attention_swin_cosine", B=2 * B, V=64, U=64, H=4, D=32),  # Swin V2-B's
         "swin_wide": traced("attention_swin_wide", B=B, V=96, U=96, H=4, D=32),  # Swin-B's at 384 pixels
+        "decomposed": traced("attention_decomposed", B=B // 16, V=64, U=64, L=127, H=12, D=64),  # SAM-B's
+        "decomposed_windows": traced("attention_decomposed_windows", B=B // 16, V=64, U=64, H=12, D=64),
         "frozen_queries": frozen_queries,
         "rope_half": functools.partial(rope, False),
         "rope_interleaved": functools.partial(rope, True),

@@ -24,7 +24,7 @@ WINDOW = Case(
     "10 tokens of 40 channels", 2, 24, 8, 1, 40, 2, 72, layer_scale=True,
     attention=(
         "biased", "key_bias", "key_mask", "pair_mask", "causal", "dropout", "varlen", "rope_half", "rope_interleaved",
-        "swin", "swin_cosine", "relative",
+        "swin", "swin_cosine", "relative", "decomposed", "decomposed_windows",
     ),
 )  # fmt: skip
 ROW = Case(
@@ -33,7 +33,7 @@ ROW = Case(
 )  # fmt: skip
 BLOCKS = Case(
     "122 tokens of 136 channels", 1, 44, 4, 1, 136, 1, 96, "quick_gelu",
-    attention=("biased", "key_mask", "causal", "swin_wide", "relative"),
+    attention=("biased", "key_mask", "causal", "swin_wide", "relative", "decomposed"),
 )  # fmt: skip
 # More than 256 channels: a row of LayerNorm's backward takes two warps.
 GATED = Case("12 tokens, packed gate", 3, 24, 8, 3, 300, 3, 60, "silu", layer_scale=True, mlp="packed")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vitkernels import ops, reference, runtime
 from vitkernels.layers import fp8, records
-from vitkernels.layers.records import Attention, Block, DropPath, Linear, Mlp, Norm, Relative
+from vitkernels.layers.records import Attention, Block, Decomposed, DropPath, Linear, Mlp, Norm, Relative
 
 
 class Packed(NamedTuple):
@@ -155,16 +155,20 @@ def attend_by_position(attn: Attention, qkv: Tensor) -> Tensor:
             qkv, positions.image, bias_table=positions.bias_table, num_prefix_tokens=positions.num_prefix_tokens,
             scale=attn.scale, **options,
         )  # fmt: skip
-    (Y, X), (rows, columns) = positions.image, positions.size
-    padding = None
-    if Y % rows or X % columns:
+    (Y, X), size = positions.image, positions.size or positions.image
+    if Y % size[0] or X % size[1]:
         bias = attn.qkv.bias
-        padding = qkv.new_zeros(qkv.shape[2:]) if bias is None else _heads(attn, bias)
-    out = ops.window_attention(
-        qkv.unflatten(1, (Y, X)), positions.size, shift=positions.shift, bias_table=positions.bias_table,
-        padding=padding, logit_scale=positions.logit_scale, scale=attn.scale, grid=positions.grid,
-        roll_padded=positions.roll_padded, **options,
-    )  # fmt: skip
+        options["padding"] = qkv.new_zeros(qkv.shape[2:]) if bias is None else _heads(attn, bias)
+    image = qkv.unflatten(1, (Y, X))
+    if isinstance(positions, Decomposed):
+        out = ops.decomposed_attention(
+            image, positions.rel_pos_h, positions.rel_pos_w, window_size=size, scale=attn.scale, **options
+        )
+    else:
+        out = ops.window_attention(
+            image, size, shift=positions.shift, bias_table=positions.bias_table, logit_scale=positions.logit_scale,
+            scale=attn.scale, grid=positions.grid, roll_padded=positions.roll_padded, **options,
+        )  # fmt: skip
     return out.flatten(1, 2)
 
 

@@ -70,6 +70,22 @@ class Relative(NamedTuple):
     num_prefix_tokens: int = 0
 
 
+class Decomposed(NamedTuple):
+    """Attention with decomposed relative positions over an image, or in its windows
+    (:func:`ops.decomposed_attention`); padded as :class:`Windows`.
+
+    Attributes:
+        image: Y and X.
+        rel_pos_h, rel_pos_w: The tables along both axes.
+        size: Rows and columns of a window; None is the whole image.
+    """
+
+    image: tuple[int, int]
+    rel_pos_h: Tensor
+    rel_pos_w: Tensor
+    size: tuple[int, int] | None = None
+
+
 class Attention(NamedTuple):
     """Self-attention.
 
@@ -99,7 +115,7 @@ class Attention(NamedTuple):
     proj_drop: float = 0.0
     num_prefix_tokens: int = 0
     fp8: bool = False
-    positions: Windows | Relative | None = None
+    positions: Windows | Relative | Decomposed | None = None
     head_first: bool = False
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkernels.layers import records
@@ -23,9 +24,23 @@ def continuous_bias(cpb_mlp: nn.Module, coordinates: Tensor, num_heads: int) -> 
     return 16 * torch.sigmoid(cpb_mlp(coordinates).view(-1, num_heads))
 
 
-def within(block: records.Block, windows: records.Windows) -> records.Block:
-    """Return ``block`` with its attention within ``windows``."""
-    return block._replace(attn=block.attn._replace(positions=windows))
+def decomposed(attn: nn.Module, image: tuple[int, int], window: tuple[int, int] | None) -> records.Decomposed:
+    """Read the decomposed positions of an attention in windows, or over the ``image``.
+
+    Tables of another size are resized by linear interpolation, as SAM's own code does at each call.
+    """
+    tables = []
+    for name, size in zip(("rel_pos_h", "rel_pos_w"), window or image, strict=True):
+        table = records.parameter(attn, name)
+        if table.shape[0] != 2 * size - 1:
+            table = F.interpolate(table.t()[None], size=2 * size - 1, mode="linear")[0].t()
+        tables.append(table)
+    return records.Decomposed(image, *tables, window)
+
+
+def within(block: records.Block, positions: records.Windows | records.Decomposed | None) -> records.Block:
+    """Return ``block`` with its attention at ``positions``."""
+    return block._replace(attn=block.attn._replace(positions=positions))
 
 
 def is_shift(shift: tuple[int, int], size: tuple[int, int]) -> bool:

@@ -22,6 +22,7 @@ from vitkernels.ops._attention.tiles import (
     zero_head,
     zeros,
 )
+from vitkernels.ops._decomposed_attention.config import tile_width
 from vitkernels.ops._decomposed_attention.forward import Options, config_of, launch_arguments, tables_of
 from vitkernels.ops._decomposed_attention.positions import add_dq, biases_of, new_biases, tables_gradient
 from vitkernels.ops._decomposed_attention.tiles import bias_along_x, bias_along_y, eight, window_keys
@@ -113,7 +114,7 @@ def _decomposed_attention_bwd_dq_kernel(
         of_columns = bias_along_x(along_x, column + tl.arange(0, BLOCK_N) % WIDTH, mask_m, SHAPE, WIDTH, ACC)
         total = zeros(BLOCK_M, BLOCK_N, ACC)
         for row in range(0, SHAPE[0], STEP):
-            y, _, n, rows_n, in_window, in_image = window_keys(row, column, place, size, SHAPE, WIDTH, BLOCK_N, INDEX)
+            y, _x, n, rows_n, in_window, in_image = window_keys(row, column, place, size, SHAPE, WIDTH, BLOCK_N, INDEX)
             k = load_tokens(
                 q_head + stride_qkv_part, rows_n, stride_qkv_n, in_image, in_window, padding_head + H * D,
                 D, PARTS, ALIGN, PADDING,
@@ -275,11 +276,11 @@ def decomposed_attention_backward(
     H, D = qkv.shape[3:]
     config = config_of(qkv, options)
     gradients = dqkv.flatten(2, 3)  # its rows are those of one of the three
-    shares = runtime.cdiv(windows.columns, config.width)
+    shares = runtime.cdiv(windows.columns, tile_width(windows.columns, config.dq.block_n))
     biases = biases_of(qkv, options.rel_pos, windows, config)
     gradients_of_biases = new_biases(qkv, windows, shares)
     delta = lse.new_empty(lse.shape[:3])
-    arguments, programs = launch_arguments(qkv, options, config, config.dq, biases, o, do, gradients)
+    arguments, programs = launch_arguments(qkv, options, config.dq, biases, o, do, gradients)
     _decomposed_attention_bwd_dq_kernel[(programs * runtime.cdiv(windows.tokens, config.dq.block_m),)](
         **arguments,
         do_ptr=do,
@@ -294,8 +295,9 @@ def decomposed_attention_backward(
         stride_do_h=do.stride(2),
         scale=options.scale,
     )
-    arguments, _ = launch_arguments(qkv, options, config, config.dkv, biases, do, gradients)
-    tiles = runtime.cdiv(windows.rows, config.dkv.block_n // config.width) * shares
+    arguments, _ = launch_arguments(qkv, options, config.dkv, biases, do, gradients)
+    width = tile_width(windows.columns, config.dkv.block_n)
+    tiles = runtime.cdiv(windows.rows, config.dkv.block_n // width) * runtime.cdiv(windows.columns, width)
     padding_shares, (padding_sums,) = new_shares([pads], programs // H * tiles, 3 * H * D, lse.dtype, qkv.device)
     _decomposed_attention_bwd_dkv_kernel[(programs * tiles,)](
         **arguments,

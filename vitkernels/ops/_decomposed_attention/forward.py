@@ -20,7 +20,7 @@ from vitkernels.ops._attention.tiles import (
     zero_head,
     zeros,
 )
-from vitkernels.ops._decomposed_attention.config import DecomposedConfig, choose_config
+from vitkernels.ops._decomposed_attention.config import DecomposedConfig, choose_config, tile_width
 from vitkernels.ops._decomposed_attention.positions import biases_of
 from vitkernels.ops._decomposed_attention.tiles import bias_along_x, bias_along_y, eight, window_keys
 from vitkernels.ops._tile import accumulator
@@ -110,7 +110,7 @@ def _decomposed_attention_fwd_kernel(
     for column in range(0, SHAPE[1], WIDTH):
         of_columns = bias_along_x(along_x, column + tl.arange(0, BLOCK_N) % WIDTH, mask_m, SHAPE, WIDTH, ACC)
         for row in range(0, SHAPE[0], STEP):
-            y, _, n, rows_n, in_window, in_image = window_keys(row, column, place, size, SHAPE, WIDTH, BLOCK_N, INDEX)
+            y, _x, n, rows_n, in_window, in_image = window_keys(row, column, place, size, SHAPE, WIDTH, BLOCK_N, INDEX)
             k = load_tokens(
                 k_head, rows_n, stride_qkv_n, in_image, in_window, padding_head + H * D, D, PARTS, ALIGN, PADDING
             )
@@ -146,7 +146,7 @@ def decomposed_attention_forward(qkv: Tensor, options: Options) -> tuple[Tensor,
     config, qkv = config_of(qkv, options), runtime.unit_stride(qkv)
     options = options._replace(rel_pos=tables_of(qkv, options))
     biases = biases_of(qkv, options.rel_pos, options.windows, config)
-    arguments, programs = launch_arguments(qkv, options, config, config.forward, biases, o)
+    arguments, programs = launch_arguments(qkv, options, config.forward, biases, o)
     blocks = runtime.cdiv(options.windows.tokens, config.forward.block_m)
     _decomposed_attention_fwd_kernel[(programs * blocks,)](**arguments, o_ptr=o, lse_ptr=lse)
     return o, lse
@@ -154,7 +154,8 @@ def decomposed_attention_forward(qkv: Tensor, options: Options) -> tuple[Tensor,
 
 def config_of(qkv: Tensor, options: Options) -> DecomposedConfig:
     """Return the tilings for a call."""
-    return choose_config(options.windows.columns, qkv.shape[-1], qkv.dtype, runtime.device_facts(qkv.device))
+    facts = runtime.device_facts(qkv.device)
+    return choose_config(qkv.shape[-1], qkv.dtype, facts, dropout=options.dropout_p > 0)
 
 
 def tables_of(qkv: Tensor, options: Options) -> tuple[Tensor, Tensor]:
@@ -166,8 +167,7 @@ def tables_of(qkv: Tensor, options: Options) -> tuple[Tensor, Tensor]:
 
 
 def launch_arguments(
-    qkv: Tensor, options: Options, config: DecomposedConfig, tiling: Tiling, biases: tuple[Tensor, Tensor],
-    o: Tensor, *others: Tensor,
+    qkv: Tensor, options: Options, tiling: Tiling, biases: tuple[Tensor, Tensor], o: Tensor, *others: Tensor
 ) -> tuple[dict[str, object], int]:  # fmt: skip
     """Return the arguments that the kernels of the attention share, with the options of a launch, and the windows of
     all heads of all images.
@@ -207,7 +207,7 @@ def launch_arguments(
         "PARTS": head_parts(D),
         "BLOCK_M": tiling.block_m,
         "BLOCK_N": tiling.block_n,
-        "WIDTH": config.width,
+        "WIDTH": tile_width(windows.columns, tiling.block_n),
         **tiling.options,
         "enable_fp_fusion": False,  # as in ops.attention: an fma would leave a remainder of the largest score
         **operands.addressing(qkv, o, *others),

@@ -15,6 +15,7 @@
     twins.py                Twins's attentions and Block
     volo.py                 VOLO's Transformer
     rel_pos.py              no rules: relative positions as tables
+    vision_transformer_sam.py      SAM's Attention and Block
     vision_transformer_relpos.py   RelPosAttention, RelPosBlock, ResPostRelPosBlock
 
 The subclasses take the same constructor arguments as timm's classes. So you can build a model from them instead of
@@ -65,6 +66,8 @@ from vitkernels.swap.timm.vision_transformer_relpos import (
     FusedRelPosBlock,
     FusedResPostRelPosBlock,
 )
+from vitkernels.swap.timm.vision_transformer_sam import FusedAttention as FusedSamAttention
+from vitkernels.swap.timm.vision_transformer_sam import FusedBlock as FusedSamBlock
 from vitkernels.swap.timm.volo import FusedTransformer
 
 __all__ = [
@@ -97,6 +100,8 @@ __all__ = [
     "FusedResPostBlock",
     "FusedResPostRelPosBlock",
     "FusedRmsNorm",
+    "FusedSamAttention",
+    "FusedSamBlock",
     "FusedSpatialBlock",
     "FusedSwiGLU",
     "FusedSwinTransformerBlock",

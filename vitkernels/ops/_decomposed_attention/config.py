@@ -39,7 +39,7 @@ def choose_config(D: int, dtype: torch.dtype, facts: DeviceFacts, *, dropout: bo
         dropout: Whether weights are dropped.
     """
     if dtype.itemsize > 2:
-        tile = Tiling(16, 16, 4)
+        tile = Tiling(16, 16, 8, 255 if facts.arch.startswith("sm_") else None)
         return DecomposedConfig(tile, tile, tile, tile)
     width = sum(head_parts(D))
     amd, wide = facts.arch.startswith("gfx"), width > 64

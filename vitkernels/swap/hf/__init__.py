@@ -2,12 +2,12 @@
 
 transformers repeats the code of each model: DeiT's classes are ViT's under other names. So each kind of module has one
 fused forward here, a mixin in front of the original class (``_mixins``; ``_mixins_4`` for kinds of releases 4.5x
-only, ``_mixins_data2vec`` for those of data2vec-vision, ``_swin`` for Swin's). The tables below list the kinds that a
-class may be of. A class gets the first kind that accepts all arguments of its forward. If no kind does, as may happen
-in a later release, the class is not swapped.
+only, ``_mixins_data2vec`` for those of data2vec-vision, ``_swin`` for Swin's, ``_sam`` for SAM's). The tables below
+list the kinds that a class may be of. A class gets the first kind that accepts all arguments of its forward. If no kind
+does, as may happen in a later release, the class is not swapped.
 
-A fused layer still calls its attention module, except Swin's. So the layer runs fused even if the attention has
-adapters, or hooks that collect attention weights. Queries, keys and values stay three products, because packing the
+A fused layer still calls its attention module, except Swin's and SAM's. So the layer runs fused even if the attention
+has adapters, or hooks that collect attention weights. Queries, keys and values stay three products, because packing the
 three weights would copy them at every step.
 
 Imported only if transformers' models are imported.
@@ -25,6 +25,7 @@ from vitkernels.swap._rules import PARAMETERS, Rule, add
 from vitkernels.swap.hf import _mixins as new
 from vitkernels.swap.hf import _mixins_4 as old
 from vitkernels.swap.hf import _mixins_data2vec as data2vec
+from vitkernels.swap.hf import _sam as sam
 from vitkernels.swap.hf import _swin as swin
 from vitkernels.swap.hf._mixins import IMPLEMENTATIONS
 
@@ -93,6 +94,11 @@ _DATA2VEC = {
     "PatchEmbeddings": (data2vec.PatchEmbeddings,),
     "Layer": (data2vec.Layer,),
 }
+_SAM = {
+    "VisionSdpaAttention": (sam.VisionAttention,),
+    "MLPBlock": (sam.MlpBlock,),
+    "VisionLayer": (sam.VisionLayer, sam.TupleVisionLayer),
+}
 
 # The folder in transformers.models (and the model in it), the prefix of the class names, the kinds of the classes, and
 # a class that the release must have.
@@ -111,6 +117,8 @@ _FAMILIES = (
     ("donut.donut_swin", "DonutSwin", _SWIN),
     ("maskformer.maskformer_swin", "MaskFormerSwin", _MASKFORMER),
     ("beit", "Beit", _BEIT, "BeitMLP"),
+    ("sam", "Sam", _SAM),
+    ("sam_hq", "SamHQ", _SAM),
     ("data2vec.data2vec_vision", "Data2VecVision", _DATA2VEC),
 )
 

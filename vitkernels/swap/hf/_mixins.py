@@ -506,6 +506,6 @@ def _mlp(mlp: nn.Module) -> records.Mlp:
 
 def activation(mlp: nn.Module) -> str | None:
     """Return the ops' name of the activation of ``mlp``, or None if they have none."""
-    names = ("activation_fn", "act_fn", "activation", "intermediate_act_fn")
+    names = ("activation_fn", "act_fn", "activation", "intermediate_act_fn", "act")
     act = next(mlp._modules[name] for name in names if name in mlp._modules)
     return _ACTIVATIONS.get(type(act)) or records.activation_name(act)

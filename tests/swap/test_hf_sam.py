@@ -1,0 +1,80 @@
+"""transformers' vision encoders of SAM and SAM-HQ, accelerated: whole layers, in windows and over the image."""
+
+import inspect
+
+import pytest
+import torch
+from parity import assert_parity, no_call_of, shake
+from torch import Tensor, nn
+
+from vitkernels import accelerate, restore
+
+transformers = pytest.importorskip("transformers", minversion="4.50")
+
+FAMILIES = {"sam": ("SamVisionModel", "SamVisionConfig"), "sam_hq": ("SamHQVisionModel", "SamHQVisionConfig")}
+SIZE = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_dim": 64, "patch_size": 8,
+    "window_size": 3, "global_attn_indexes": [1], "output_channels": 16,
+}  # fmt: skip
+
+
+class Features(nn.Module):
+    """A model that returns its features alone."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.inner(images)[0]
+
+
+def build(family: str, image: int, **more) -> nn.Module:
+    model, config = (getattr(transformers, name, None) for name in FAMILIES[family])
+    if model is None:
+        pytest.skip(f"this release of transformers has no {FAMILIES[family][0]}")
+    return shake(Features(model(config(**SIZE | {"image_size": image} | more)))).eval()
+
+
+def layers(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if type(m).__name__.endswith("VisionLayer")]
+
+
+# Windows of 3: 6 rows are whole windows, 4 are padded.
+@pytest.mark.parametrize("image", [48, 32], ids=["whole", "padded"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fp32(family, image, device):
+    model = build(family, image).to(device)
+    keys, original = list(model.state_dict()), type(layers(model)[0])
+    images = torch.randn(2, 3, image, image, device=device)
+    report = assert_parity(model, images)
+    assert list(model.state_dict()) == keys
+    assert original.__name__ in {entry.was for entry in report.swapped}
+    assert not [k for k in report.kept if k.known]
+    with torch.no_grad(), no_call_of(inspect.unwrap(original.forward)):
+        model(images)
+    restore(model)
+    assert {type(layer) for layer in layers(model)} == {original}
+
+
+def test_without_positions(device):
+    model = build("sam", 32, use_rel_pos=False).to(device)
+    assert_parity(model, torch.randn(1, 3, 32, 32, device=device))
+
+
+def test_eager_attention_stays(device):
+    model = build("sam", 32, attn_implementation="eager").to(device)
+    swapped = {entry.was for entry in accelerate(model).swapped}
+    assert "SamVisionLayer" not in swapped
+    assert "SamMLPBlock" in swapped
+
+
+def test_attention_weights_come_from_transformers(device):
+    model = build("sam", 32).to(device)
+    attn, x = layers(model)[0].attn, torch.randn(1, 3, 3, 32, device=device)
+    with torch.no_grad():
+        expected, forward = attn(x, output_attentions=True)[0], type(attn).forward
+        accelerate(model)
+        with no_call_of(inspect.unwrap(forward)):
+            torch.testing.assert_close(attn(x)[0], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(attn(x, output_attentions=True)[0], expected, rtol=1e-4, atol=1e-4)

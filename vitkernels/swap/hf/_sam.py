@@ -1,0 +1,105 @@
+"""Mixins for the vision layers of transformers' SAM and SAM-HQ; see the folder's ``__init__``.
+
+As Swin's, a layer reads its attention: only then need no window be padded or cut in memory.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from vitkernels.layers import fused, records
+from vitkernels.swap._images import tokens_of
+from vitkernels.swap._limits import head_dim_limit
+from vitkernels.swap._rules import runs_fused
+from vitkernels.swap._windows import decomposed
+from vitkernels.swap.hf import _mixins as new
+from vitkernels.swap.hf._mixins import Kind
+
+
+class VisionAttention(Kind):
+    """Attention over an image or a window (B, Y, X, C), by PyTorch's SDPA; it drops no weights."""
+
+    _takes = frozenset({"hidden_states", "output_attentions"})
+    _options: ClassVar = {
+        "bypassed": {"qkv": (nn.Linear,), "proj": (nn.Linear,)},
+        "optional_parameters": frozenset({"rel_pos_h", "rel_pos_w"}),
+        "attributes": frozenset({"num_attention_heads", "scale", "dropout", "use_rel_pos"}),
+        "limit": lambda attn: _limit(attn),
+    }
+
+    def forward(self, hidden_states: Tensor, output_attentions: bool | None = False):
+        if output_attentions or not runs_fused(self._rule, self, hidden_states) or hidden_states.ndim != 4:
+            return super().forward(hidden_states, output_attentions)
+        attn = _read(self, tuple(hidden_states.shape[1:3]), 0)
+        return fused.attention(attn, tokens_of(hidden_states)).view(hidden_states.shape), None
+
+
+class MlpBlock(Kind):
+    """``lin2(act(lin1(x)))``."""
+
+    _takes = frozenset({"hidden_states"})
+    _options: ClassVar = new.mlp_options("act", "lin1", "lin2")
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if not runs_fused(self._rule, self, hidden_states):
+            return super().forward(hidden_states)
+        return fused.mlp(_mlp(self), hidden_states)
+
+
+class VisionLayer(Kind):
+    """A pre-norm layer on (B, Y, X, C), in windows or over the whole image."""
+
+    _takes = frozenset({"hidden_states"})
+    _options: ClassVar = {
+        "bypassed": {"layer_norm1": (nn.LayerNorm,), "layer_norm2": (nn.LayerNorm,)},
+        "attributes": frozenset({"window_size", "gradient_checkpointing"}),
+    }
+    _parts: ClassVar = {"attn": VisionAttention, "mlp": MlpBlock}
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if not runs_fused(self._rule, self, hidden_states) or hidden_states.ndim != 4:
+            return super().forward(hidden_states)
+        return self._run(hidden_states)
+
+    def _run(self, x: Tensor) -> Tensor:
+        block = records.Block(
+            records.norm(self.layer_norm1),
+            _read(self.attn, tuple(x.shape[1:3]), self.window_size),
+            records.norm(self.layer_norm2),
+            _mlp(self.mlp),
+        )
+        return fused.block(block, tokens_of(x)).view(x.shape)
+
+
+class TupleVisionLayer(VisionLayer):
+    """:class:`VisionLayer` of early releases, which returns a tuple."""
+
+    _takes = VisionLayer._takes | {"output_attentions"}
+
+    def forward(self, hidden_states: Tensor, output_attentions: bool | None = False):
+        if output_attentions or not runs_fused(self._rule, self, hidden_states) or hidden_states.ndim != 4:
+            return super(VisionLayer, self).forward(hidden_states, output_attentions)
+        return (self._run(hidden_states),)
+
+
+def _read(attn: nn.Module, image: tuple[int, int], window_size: int) -> records.Attention:
+    """Read ``attn`` in windows, or over the ``image``, for which its tables are resized."""
+    window = (window_size,) * 2 if window_size else None
+    positions = None if window is None else records.Windows(image, window)
+    if attn.use_rel_pos:
+        positions = decomposed(attn, image, window)
+    qkv, heads = records.linear(attn.qkv), attn.num_attention_heads
+    # PyTorch's attention, which it calls, scales by 1/√D whatever ``scale`` is.
+    return records.Attention(
+        qkv, records.linear(attn.proj), heads, qkv.weight.shape[0] // (3 * heads), positions=positions
+    )
+
+
+def _mlp(mlp: nn.Module) -> records.Mlp:
+    return records.Mlp(records.linear(mlp.lin1), records.linear(mlp.lin2), new.activation(mlp))
+
+
+def _limit(attn: nn.Module) -> str | None:
+    return head_dim_limit(attn.qkv.out_features // (3 * attn.num_attention_heads))

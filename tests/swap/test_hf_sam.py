@@ -1,5 +1,6 @@
 """transformers' vision encoders of SAM and SAM-HQ, accelerated: whole layers, in windows and over the image."""
 
+import importlib
 import inspect
 
 import pytest
@@ -11,7 +12,7 @@ from vitkernels import accelerate, restore
 
 transformers = pytest.importorskip("transformers", minversion="4.50")
 
-FAMILIES = {"sam": ("SamVisionModel", "SamVisionConfig"), "sam_hq": ("SamHQVisionModel", "SamHQVisionConfig")}
+FAMILIES = {"sam": "Sam", "sam_hq": "SamHQ"}
 SIZE = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_dim": 64, "patch_size": 8,
     "window_size": 3, "global_attn_indexes": [1], "output_channels": 16,
@@ -30,10 +31,12 @@ class Features(nn.Module):
 
 
 def build(family: str, image: int, **more) -> nn.Module:
-    model, config = (getattr(transformers, name, None) for name in FAMILIES[family])
-    if model is None:
-        pytest.skip(f"this release of transformers has no {FAMILIES[family][0]}")
-    return shake(Features(model(config(**SIZE | {"image_size": image} | more)))).eval()
+    if not hasattr(transformers.models, family):
+        pytest.skip(f"transformers has no {family} until 4.52")
+    prefix, modeling = FAMILIES[family], f"transformers.models.{family}.modeling_{family}"
+    config = getattr(transformers, f"{prefix}VisionConfig")(**SIZE | {"image_size": image} | more)
+    config._attn_implementation = more.get("attn_implementation", "sdpa")  # which releases 4.5x do not choose here
+    return shake(Features(getattr(importlib.import_module(modeling), f"{prefix}VisionEncoder")(config))).eval()
 
 
 def layers(model: nn.Module) -> list[nn.Module]:

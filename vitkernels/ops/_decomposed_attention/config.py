@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 
@@ -29,36 +30,44 @@ class DecomposedConfig:
     positions: Tiling
 
 
-def choose_config(D: int, dtype: torch.dtype, facts: DeviceFacts, *, dropout: bool = False) -> DecomposedConfig:
+def choose_config(
+    columns: int, D: int, dtype: torch.dtype, facts: DeviceFacts, *, dropout: bool = False
+) -> DecomposedConfig:
     """Choose the tilings: of those tried, the largest without spills on any architecture.
 
     Args:
+        columns: Columns of a window.
         D: Head dim.
         dtype: Dtype of the operands.
         facts: Facts of the device.
         dropout: Whether weights are dropped.
     """
+    width, amd = sum(head_parts(D)), facts.arch.startswith("gfx")
+    # Else ptxas spills some bytes for one program more on a multiprocessor.
+    tiling = functools.partial(Tiling, maxnreg=None if amd else 255)
     if dtype.itemsize > 2:
-        tile = Tiling(16, 16, 8, 255 if facts.arch.startswith("sm_") else None)
+        tile = tiling(16, 16, 8)
         return DecomposedConfig(tile, tile, tile, tile)
-    width = sum(head_parts(D))
-    amd, wide = facts.arch.startswith("gfx"), width > 64
+    wide = width > 64
     warps = 8 if wide else 4
     # mma.sync keeps operands in registers, as do the numbers of a dropout.
     if facts.arch.startswith(("sm_8", "sm_12")) or dropout or width > 96:
-        limit = None if amd else 255
         return DecomposedConfig(
-            forward=Tiling(64, 32, warps, limit),
-            dq=Tiling(64, 32, warps if amd else 8),
-            dkv=Tiling(32, 32, warps, limit),
-            positions=Tiling(32, 32, warps),
+            forward=tiling(64, 32, warps),
+            dq=tiling(64, 32, warps if amd else 8),
+            dkv=tiling(32, 32, warps),
+            positions=tiling(32, 32, warps),
         )
     if amd and wide:
-        return DecomposedConfig(Tiling(64, 64, 8), Tiling(64, 32, 4), Tiling(32, 64, 4), Tiling(64, 32, 4))
-    tile = Tiling(64, 64, warps)
-    # Twice the queries read half as many keys and values.
-    forward = Tiling(128, 64, 8) if not (amd or wide) else tile
-    return DecomposedConfig(forward, Tiling(64, 32 if wide else 64, warps), tile, Tiling(64, 32, warps))
+        return DecomposedConfig(tiling(64, 64, 8), tiling(64, 32, 4), tiling(32, 64, 4), tiling(64, 32, 4))
+    tile = tiling(64, 64, warps)
+    apart = tile_width(columns, 64) < columns  # a row of a window takes several tiles, and so several sums
+    return DecomposedConfig(
+        forward=tile if amd or wide else tiling(128, 64, 8),  # twice the queries read half as many keys and values
+        dq=tiling(64, 32 if wide or apart else 64, warps),
+        dkv=tile,
+        positions=tiling(64, 32, 8 if apart else warps),
+    )
 
 
 def tile_width(columns: int, block_n: int) -> int:

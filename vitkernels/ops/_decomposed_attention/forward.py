@@ -155,7 +155,7 @@ def decomposed_attention_forward(qkv: Tensor, options: Options) -> tuple[Tensor,
 def config_of(qkv: Tensor, options: Options) -> DecomposedConfig:
     """Return the tilings for a call."""
     facts = runtime.device_facts(qkv.device)
-    return choose_config(qkv.shape[-1], qkv.dtype, facts, dropout=options.dropout_p > 0)
+    return choose_config(options.windows.columns, qkv.shape[-1], qkv.dtype, facts, dropout=options.dropout_p > 0)
 
 
 def tables_of(qkv: Tensor, options: Options) -> tuple[Tensor, Tensor]:

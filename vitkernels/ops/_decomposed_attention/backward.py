@@ -25,7 +25,7 @@ from vitkernels.ops._attention.tiles import (
 from vitkernels.ops._decomposed_attention.config import tile_width
 from vitkernels.ops._decomposed_attention.forward import Options, config_of, launch_arguments, tables_of
 from vitkernels.ops._decomposed_attention.positions import add_dq, biases_of, new_biases, tables_gradient
-from vitkernels.ops._decomposed_attention.tiles import bias_along_x, bias_along_y, eight, window_keys
+from vitkernels.ops._decomposed_attention.tiles import bias_along_x, bias_along_y, sixteen, window_keys
 from vitkernels.ops._sums import new_shares, sum_shares
 from vitkernels.ops._triton import tl, triton
 from vitkernels.ops._window_attention.tiles import (
@@ -105,10 +105,10 @@ def _decomposed_attention_bwd_dq_kernel(
     lse = load_statistics(lse_ptr + query * 2, mask_m)
     delta = dot_rows(do, load_head(o_head, rows_m, stride_o_n, mask_m, D, PARTS, ALIGN), ACC)
     tl.store(delta_ptr + query, delta, mask=mask_m)
-    along_y = along_y_ptr + query * eight(SHAPE[0])
-    along_x = along_x_ptr + query * eight(SHAPE[1])
-    dy = dy_ptr + query * (SHARES * eight(SHAPE[0]))
-    dx = dx_ptr + query * eight(SHAPE[1])
+    along_y = along_y_ptr + query * sixteen(SHAPE[0])
+    along_x = along_x_ptr + query * sixteen(SHAPE[1])
+    dy = dy_ptr + query * (SHARES * sixteen(SHAPE[0]))
+    dx = dx_ptr + query * sixteen(SHAPE[1])
     dq = zero_head(BLOCK_M, PARTS, ACC)
     for column in range(0, SHAPE[1], WIDTH):
         of_columns = bias_along_x(along_x, column + tl.arange(0, BLOCK_N) % WIDTH, mask_m, SHAPE, WIDTH, ACC)
@@ -133,7 +133,7 @@ def _decomposed_attention_bwd_dq_kernel(
                 dp *= window_dropout(seed_ptr, window, h, H, m, n, DROPOUT, ACC)
             ds = p * (dp - delta[:, None])
             total += ds
-            _store_along_y(dy + column // WIDTH * eight(SHAPE[0]), ds, row, mask_m, SHAPE, STEP, WIDTH)
+            _store_along_y(dy + column // WIDTH * sixteen(SHAPE[0]), ds, row, mask_m, SHAPE, STEP, WIDTH)
             dq = weighted_sum(ds, k, dq, PRECISION)
         _store_along_x(dx, total, column, mask_m, STEP, WIDTH)
     dq_head = dqkv_ptr + (b * N * 3 * H + h) * D
@@ -235,8 +235,8 @@ def _decomposed_attention_bwd_dkv_kernel(
         lse = load_statistics(lse_ptr + query * 2, mask_m)
         delta = tl.load(delta_ptr + query, mask=mask_m, other=0.0)
         s = dot_heads(q, k, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION) * score_scale
-        s += bias_along_x(along_x_ptr + query * eight(SHAPE[1]), x, mask_m, SHAPE, WIDTH, ACC)
-        s += bias_along_y(along_y_ptr + query * eight(SHAPE[0]), row, y, mask_m, SHAPE, STEP, ACC)
+        s += bias_along_x(along_x_ptr + query * sixteen(SHAPE[1]), x, mask_m, SHAPE, WIDTH, ACC)
+        s += bias_along_y(along_y_ptr + query * sixteen(SHAPE[0]), row, y, mask_m, SHAPE, STEP, ACC)
         if PADDING == "hidden":
             s = tl.where(in_image[None, :], s, float("-inf"))
         p = of_queries(weights_of(s, lse), mask_m, PADDING)

@@ -12,7 +12,7 @@ from vitkernels.ops._attention.config import head_parts
 from vitkernels.ops._window_attention.config import Tiling
 from vitkernels.runtime import DeviceFacts
 
-NARROWEST = 8  # columns of a window in a tile of keys
+NARROWEST = 16  # columns of a window in a tile of keys, if it has so many; ``tiles.sixteen`` relies on it
 
 
 @dataclasses.dataclass(frozen=True)

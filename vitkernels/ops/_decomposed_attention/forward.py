@@ -22,7 +22,7 @@ from vitkernels.ops._attention.tiles import (
 )
 from vitkernels.ops._decomposed_attention.config import DecomposedConfig, choose_config, tile_width
 from vitkernels.ops._decomposed_attention.positions import biases_of
-from vitkernels.ops._decomposed_attention.tiles import bias_along_x, bias_along_y, eight, window_keys
+from vitkernels.ops._decomposed_attention.tiles import bias_along_x, bias_along_y, sixteen, window_keys
 from vitkernels.ops._tile import accumulator
 from vitkernels.ops._triton import tl, triton
 from vitkernels.ops._window_attention.config import Tiling
@@ -89,6 +89,7 @@ def _decomposed_attention_fwd_kernel(
 ):
     STEP: tl.constexpr = BLOCK_N // WIDTH  # rows of a window in a tile of keys
     BLOCKS: tl.constexpr = tl.cdiv(SHAPE[7], BLOCK_M)
+    KEPT: tl.constexpr = 2147483648 / (2147483648 - DROPOUT) if DROPOUT < 2147483648 else 1.0  # of dropout
     pid = tl.program_id(0)
     m = (pid % BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)).to(INDEX)
     h = (pid // BLOCKS % H).to(tl.int64)
@@ -102,8 +103,8 @@ def _decomposed_attention_fwd_kernel(
     v_head = k_head + stride_qkv_part
     q = load_head(q_head, rows_m, stride_qkv_n, mask_m, D, PARTS, ALIGN)
     query = (b * H + h) * N + rows_m
-    along_y = along_y_ptr + query * eight(SHAPE[0])
-    along_x = along_x_ptr + query * eight(SHAPE[1])
+    along_y = along_y_ptr + query * sixteen(SHAPE[0])
+    along_x = along_x_ptr + query * sixteen(SHAPE[1])
     maximum = tl.full((BLOCK_M,), float("-inf"), ACC)
     sums = tl.zeros((BLOCK_M,), ACC)
     o = zero_head(BLOCK_M, PARTS, ACC)
@@ -128,11 +129,12 @@ def _decomposed_attention_fwd_kernel(
             rescale = tl.exp2(maximum - shift)
             sums = sums * rescale + tl.sum(p, axis=1)
             if DROPOUT > 0:
-                p *= window_dropout(seed_ptr, window, h, H, m, n, DROPOUT, ACC)
+                # The largest weight is 1 here, and 1/(1 − p) would be rounded with it: it is a factor of the output.
+                p = tl.where(window_dropout(seed_ptr, window, h, H, m, n, DROPOUT, ACC) > 0, p, 0.0)
             o = weighted_sum(p, v, scaled_head(o, rescale[:, None]), PRECISION)
             maximum = largest
     o_head = head_ptr(o_ptr, b, h, 0, stride_o_b, stride_o_n, stride_o_h, ALIGN)
-    store_head(o_head, scaled_head(o, (1.0 / sums)[:, None]), rows_m, stride_o_n, mask_m, D, PARTS, ALIGN)
+    store_head(o_head, scaled_head(o, (KEPT / sums)[:, None]), rows_m, stride_o_n, mask_m, D, PARTS, ALIGN)
     statistics = lse_ptr + query * 2
     tl.store(statistics, maximum, mask=mask_m)
     tl.store(statistics + 1, tl.log2(sums), mask=mask_m)

@@ -15,7 +15,7 @@ from vitkernels.ops._attention import operands
 from vitkernels.ops._attention.config import head_parts
 from vitkernels.ops._attention.tiles import LOG2_E, dot_heads, load_head, store_head, weighted_sum, zero_head, zeros
 from vitkernels.ops._decomposed_attention.config import DecomposedConfig
-from vitkernels.ops._decomposed_attention.tiles import eight, offsets
+from vitkernels.ops._decomposed_attention.tiles import offsets, sixteen
 from vitkernels.ops._sums import new_shares, sum_shares
 from vitkernels.ops._tile import accumulator
 from vitkernels.ops._triton import tl, triton
@@ -42,7 +42,7 @@ def _store_bias(
     ALIGN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Store the bias of queries along an axis in the rows ``query`` of bias."""
-    row = bias_ptr + query * eight(LENGTH)
+    row = bias_ptr + query * sixteen(LENGTH)
     for start in range(0, 2 * LENGTH - 1, BLOCK_E):
         e, key, inside = offsets(position, start, LENGTH, BLOCK_E)
         table = _cast_head(load_head(table_ptr, e, D, e < 2 * LENGTH - 1, D, PARTS, ALIGN), q)
@@ -55,8 +55,8 @@ def _positions_fwd_kernel(
     qkv_ptr,  # (B, N, 3, H, D)
     rel_pos_h_ptr,  # (2 · ROWS − 1, D)
     rel_pos_w_ptr,  # (2 · COLUMNS − 1, D)
-    along_y_ptr,  # (B, H, N, ROWS to the next multiple of 8)
-    along_x_ptr,  # (B, H, N, COLUMNS to the next multiple of 8)
+    along_y_ptr,  # (B, H, N, ROWS to the next multiple of 16)
+    along_x_ptr,  # (B, H, N, COLUMNS to the next multiple of 16)
     stride_qkv_b,
     stride_qkv_n,
     stride_qkv_h,
@@ -88,10 +88,10 @@ def _positions_fwd_kernel(
 @triton.jit
 def _load_gradient(grad_ptr, query, key, inside, SHARES: tl.constexpr, LENGTH: tl.constexpr, ACC: tl.constexpr):
     """Load the gradient of the bias at places ``key`` in the rows ``query``, the sum of SHARES."""
-    row = grad_ptr + query * (SHARES * eight(LENGTH))
+    row = grad_ptr + query * (SHARES * sixteen(LENGTH))
     total = tl.load(row[:, None] + key, mask=inside, other=0.0).to(ACC)
     for share in tl.static_range(1, SHARES):
-        total += tl.load(row[:, None] + share * eight(LENGTH) + key, mask=inside, other=0.0).to(ACC)
+        total += tl.load(row[:, None] + share * sixteen(LENGTH) + key, mask=inside, other=0.0).to(ACC)
     return total
 
 
@@ -114,8 +114,8 @@ def _add_through(
 def _positions_bwd_dq_kernel(
     rel_pos_h_ptr,  # (2 · ROWS − 1, D)
     rel_pos_w_ptr,  # (2 · COLUMNS − 1, D)
-    dy_ptr,  # (B, H, N, SHARES, ROWS to the next multiple of 8)
-    dx_ptr,  # (B, H, N, COLUMNS to the next multiple of 8)
+    dy_ptr,  # (B, H, N, SHARES, ROWS to the next multiple of 16)
+    dx_ptr,  # (B, H, N, COLUMNS to the next multiple of 16)
     dqkv_ptr,  # (B, N, 3, H, D), contiguous; dq is added to
     N,
     H,
@@ -154,8 +154,8 @@ def _positions_bwd_dq_kernel(
 @triton.jit(do_not_specialize=["N", "X", "tiles", "per_program"])
 def _positions_bwd_tables_kernel(
     qkv_ptr,  # (B, N, 3, H, D)
-    dy_ptr,  # (B, H, N, SHARES, ROWS to the next multiple of 8)
-    dx_ptr,  # (B, H, N, COLUMNS to the next multiple of 8)
+    dy_ptr,  # (B, H, N, SHARES, ROWS to the next multiple of 16)
+    dx_ptr,  # (B, H, N, COLUMNS to the next multiple of 16)
     sums_ptr,  # (programs of a table's rows, 2 · ROWS − 1 + 2 · COLUMNS − 1, D)
     stride_qkv_b,
     stride_qkv_n,
@@ -226,8 +226,8 @@ def _table_sums(
 def new_biases(qkv: Tensor, windows: Windows, shares: int = 1) -> tuple[Tensor, Tensor]:
     """Allocate the bias of each query along y, ``shares`` times, and along x, as ``tiles.py`` has them."""
     B, N, _, H, _ = qkv.shape
-    along_y = qkv.new_empty((B, H, N, shares * _eight(windows.rows)), dtype=runtime.wide_dtype(qkv.dtype))
-    return along_y, qkv.new_empty((B, H, N, _eight(windows.columns)))
+    along_y = qkv.new_empty((B, H, N, shares * _sixteen(windows.rows)), dtype=runtime.wide_dtype(qkv.dtype))
+    return along_y, qkv.new_empty((B, H, N, _sixteen(windows.columns)))
 
 
 def biases_of(
@@ -287,11 +287,11 @@ def tables_gradient(
 
 
 def _gradients(grads: tuple[Tensor, Tensor], windows: Windows) -> dict[str, object]:
-    return {"dy_ptr": grads[0], "dx_ptr": grads[1], "SHARES": grads[0].shape[-1] // _eight(windows.rows)}
+    return {"dy_ptr": grads[0], "dx_ptr": grads[1], "SHARES": grads[0].shape[-1] // _sixteen(windows.rows)}
 
 
-def _eight(n: int) -> int:
-    return runtime.cdiv(n, 8) * 8
+def _sixteen(n: int) -> int:
+    return runtime.cdiv(n, 16) * 16
 
 
 def _strides(qkv: Tensor) -> dict[str, int]:

@@ -1,8 +1,8 @@
 """Device functions of the decomposed attention kernels: tiles of keys, and the bias by relative position. No kernels.
 
 A tile of keys has WIDTH columns of a window and BLOCK_N / WIDTH of its rows. So the bias along x is one tile for all
-rows, and that along y is a column where a tile has one row. Both are (B, H, N, places) in base 2, with the places of an
-axis rounded up to whole vectors: along x in the operands' dtype, and along y, of which a thread reads one number at a
+rows, and that along y is a column where a tile has one row. Both biases are (B, H, N, places) in base 2, with places
+rounded up by :func:`sixteen`: along x in the operands' dtype, and along y, of which a thread reads one number at a
 time, in fp32 or wider.
 """
 
@@ -13,9 +13,9 @@ from vitkernels.ops._window_attention.tiles import window_tokens
 
 
 @triton.jit
-def eight(n):
-    """Return n rounded up to whole vectors of 8."""
-    return (n + 7) // 8 * 8
+def sixteen(n):
+    """Return n rounded up to a multiple of 16: whole tiles of columns, and whole vectors."""
+    return (n + 15) // 16 * 16
 
 
 @triton.jit

@@ -428,7 +428,7 @@ def window_attention(
     missing = row < 0
     x = qkv[:, row.clamp_min(0)]
     if bool(missing.any()):
-        filled = torch.zeros_like(qkv[0, 0]) if padding is None else padding.to(qkv.dtype)
+        filled = qkv.new_zeros(qkv.shape[2:]) if padding is None else padding.to(qkv.dtype)
         x = torch.where(missing[None, :, :, None, None, None], filled, x)
     q, k, v = x.flatten(0, 1).permute(2, 0, 3, 1, 4)
     if logit_scale is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from calls import LAYOUTS, Call, Input
@@ -289,9 +290,13 @@ def window_attentions(draw):
         shift = tuple(draw(st.one_of(st.just(0), st.just(side // 2), st.integers(0, side - 1))) for side in sides)
     d.add("qkv", B, *image, 3, H, D)
     options = _relative(d, H, D, (2 * sides[0] - 1) * (2 * sides[1] - 1))
-    if d.maybe():
+    filled = d.maybe()
+    if filled:
         padded = any(length % side for length, side in zip(image, sides, strict=True))
         d.add("padding", 3, H, D, grad=None if padded else False, dtypes=_wider(d.dtype))
+    keys = math.prod(_keys(*axis, filled) for axis in zip(image, sides, shift, strict=True))
+    if keys == 1:
+        d.inputs["qkv"] = dataclasses.replace(d.inputs["qkv"], grad=False)
     equal = sides[0] == sides[1] and shift[0] == shift[1] and d.maybe()
     call = d.done(
         "window_attention",
@@ -301,7 +306,14 @@ def window_attentions(draw):
         roll_padded=d.maybe(),
         **options,
     )
-    return _without_zero_gradients(call) if sides[0] * sides[1] <= 8 or options["scale"] == 0.0 else call
+    return _without_zero_gradients(call) if keys <= 8 or options["scale"] == 0.0 else call
+
+
+def _keys(length: int, side: int, shift: int, filled: bool) -> int:
+    """Return how many keys a query attends to along an axis of an image: of its window, or of its region of the only
+    one, and of the image unless padding is attended to."""
+    keys = max(shift, side - shift) if length <= side else side
+    return keys if filled else min(keys, length)
 
 
 @st.composite
@@ -311,6 +323,8 @@ def relative_attentions(draw):
     (Y, X), R = draw(st.tuples(window_sides, window_sides)), draw(st.sampled_from((0, 1, 2, 5)))
     d.add("qkv", B, R + Y * X, 3, H, D)
     options = _relative(d, H, D, (2 * Y - 1) * (2 * X - 1) + 3 * (R > 0))
+    if R + Y * X == 1:
+        d.inputs["qkv"] = dataclasses.replace(d.inputs["qkv"], grad=False)
     call = d.done("relative_attention", grid_size=(Y, X), num_prefix_tokens=R, **options)
     return _without_zero_gradients(call) if R + Y * X <= 8 or options["scale"] == 0.0 else call
 

@@ -304,7 +304,7 @@ def _key_bias() -> tuple[Workload, Workload]:
 
 def _windows(name: str, variant: str, window: int, inputs: Mapping[str, Input], **options: object) -> Workload:
     """Attention in windows of ``window`` rows and columns, or over a grid of them."""
-    table = {"bias_table": Input(f"{(2 * window - 1) ** 2} H")}
+    table = {"bias_table": _bias(f"{(2 * window - 1) ** 2} H")}
     return Workload(
         f"attention_{name}", "window_attention", {"qkv": Input("B V U 3 H D")} | table | inputs,
         lambda case: {"window_size": window} | options, variant, attention=name,
@@ -402,12 +402,12 @@ WORKLOADS = (
     Workload("attention_varlen", "attention_varlen",
              dict.fromkeys(("q", "k", "v"), Input("T H D")) | {"cu_seqlens": Input("S", draw=_starts)},
              lambda case: {"max_seqlen": max(packed_lengths(case))}, attention="varlen"),
-    _windows("swin", "shifted windows of 7", 7, {"padding": Input("3 H D")}, shift=3),
+    _windows("swin", "shifted windows of 7", 7, {"padding": _bias("3 H D")}, shift=3),
     _windows("swin_cosine", "cosine windows of 8", 8, {"logit_scale": Input("H", 1.0, 10.0)}, shift=4),
     _windows("swin_wide", "shifted windows of 12", 12, {}, shift=6, roll_padded=True),
     _windows("swin_dropout", "windows of 2, dropout", 2, {}, dropout_p=0.3),
     _windows("swin_grid", "grid of 4", 4, {}, grid=True),
-    Workload("attention_relative", "relative_attention", _PACKED | {"bias_table": Input("E H")}, _relative,
+    Workload("attention_relative", "relative_attention", _PACKED | {"bias_table": _bias("E H")}, _relative,
              attention="relative"),
     Workload("block", "block", _BLOCK, lambda case: _activation(case) | {"num_heads": case.heads},
              only=_PLAIN_BLOCK),

@@ -430,7 +430,8 @@ def window_attention(
     row, region, entry, missing, place = (t.to(qkv.device) for t in (row, region, entry, missing, place))
     x = qkv[:, row.clamp_min(0)]
     if pads:
-        filled = qkv.new_zeros(qkv.shape[2:]) if padding is None else padding.to(qkv.dtype)
+        # Hidden keys are ones: in fp16 F.normalize makes NaN of zeros.
+        filled = qkv.new_ones(qkv.shape[2:]) if padding is None else padding.to(qkv.dtype)
         x = torch.where(missing[None, :, :, None, None, None], filled, x)
     q, k, v = x.flatten(0, 1).permute(2, 0, 3, 1, 4)
     if logit_scale is not None:

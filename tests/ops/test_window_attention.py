@@ -110,6 +110,28 @@ def test_dropout(case, device):
     check_op(dropped, lambda **given: plain(**given, window=window, dropout_scale=drawn, **options), tensors)
 
 
+def test_dropout_adds_no_factor(device):
+    """The largest weight is 1 before it is divided by the sum: rounded there, 1/(1 − p) would be off for all rows."""
+    tensors = make(16, 16, (8, 8), H=4, table=False, B=4, device=device)
+    torch.manual_seed(5)
+    seed = int(torch.randint(2**62, (1,), device=device))
+    kept = reference.dropout_scale(seed, (16, 4, 64, 64), 0.3).to(device) > 0
+
+    def dropped(**given):
+        torch.manual_seed(5)
+        return ops.window_attention(**given, window_size=8, scale=1.0, dropout_p=0.3)
+
+    check_op(dropped, lambda **given: plain(**given, window=(8, 8), scale=1.0, dropout_scale=kept) / 0.7, tensors)
+
+
+def test_hidden_keys_of_cosine_attention_in_fp16_by_pytorch(device):
+    tensors = make(5, 5, (4, 4), cosine=True, dtype=torch.float16, device=device)
+    with use_backend("torch"):
+        out = ops.window_attention(**tensors, window_size=4)
+    grads = torch.autograd.grad(out.sum(), list(tensors.values()))
+    assert all(t.isfinite().all() for t in (out, *grads))
+
+
 def test_gradcheck(device):
     tensors = make(5, 7, (4, 4), H=1, D=4, B=1, dtype=torch.float64, padding=True, cosine=True, device=device)
     names, values = zip(*tensors.items(), strict=True)

@@ -30,7 +30,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from benchmarks.ops import Tensors, all_ops
+from benchmarks.ops import STAGES, Tensors, all_ops
 from benchmarks.ops.measure import leaves_of
 from benchmarks.run import sample_undisturbed, summary
 from benchmarks.schema import OURS
@@ -44,6 +44,7 @@ from vitkernels.tools.console import import_timm
 SMALL = (
     Case("small", 1, 32, 16, 1, 32, 2, 64),
     Case("small, RMSNorm and packed gate", 1, 32, 16, 1, 32, 2, 64, "silu", norm="rms_norm", mlp="packed"),
+    *(dataclasses.replace(stage, batch=1) for stage in STAGES.values()),
 )
 CPU = torch.device("cpu")
 MODES = ("no grad", "forward and backward")

@@ -15,7 +15,7 @@ from benchmarks import counts, host_costs
 from benchmarks.compete import Session
 from benchmarks.environment import clocks, make_timer, measure_ceilings, new_results
 from benchmarks.models.bench_vit import MODELS, Model, flops, measure_model
-from benchmarks.ops import MODES, OpBench, all_ops
+from benchmarks.ops import MODES, STAGES, OpBench, all_ops
 from benchmarks.ops.measure import measure_op, with_batch
 from benchmarks.run import Budget
 from benchmarks.schema import Results, Row, save
@@ -94,7 +94,7 @@ def _counts() -> list[Job]:
     ]
     compiler = functools.partial(counts.compiler_rows, "sm_90", CASES[VIT_B])
     jobs.append(Job("compiler's report for sm_90", lambda session: 15.0, lambda session: compiler()))
-    work = functools.partial(counts.work_rows, list(all_ops().values()), list(CASES.values()))
+    work = functools.partial(counts.work_rows, list(all_ops().values()), [*CASES.values(), *STAGES.values()])
     return [*jobs, Job("work of each op", lambda session: 1.0, lambda session: work())]
 
 
@@ -103,7 +103,7 @@ def _ops(device: torch.device) -> list[Job]:
     return [
         _op_job(bench, case if on_gpu else with_batch(case, 1), dtype, MODES)
         for dtype in (("bf16", "fp16", "fp32") if on_gpu else ("fp32", "bf16"))
-        for case in sorted(CASES.values(), key=lambda case: case.name != VIT_B)
+        for case in sorted([*CASES.values(), *STAGES.values()], key=lambda case: case.name != VIT_B)
         for bench in all_ops().values()
         if bench.applies(case)
     ]

@@ -422,21 +422,24 @@ def window_attention(
     divided by their norms, and it replaces ``scale``. ``dropout_scale`` (B · windows, H, tokens, tokens) replaces
     ``dropout_p``, as in :func:`attention`. Each step rounds to the dtype, as in the published code of Swin.
     """
-    row, region, entry = (
-        t.to(qkv.device) for t in window_index(image, window, shift, num_prefix_tokens, grid, roll_padded)
-    )
     B, N, _, H, D = qkv.shape
+    row, region, entry = window_index(image, window, shift, num_prefix_tokens, grid, roll_padded)
     windows, tokens = row.shape
     missing = row < 0
+    pads = bool(missing.any())  # on the CPU, as a tensor on meta has no values
+    place = torch.empty(N, dtype=torch.long)
+    place[row[~missing]] = torch.arange(windows * tokens).view_as(row)[~missing]
+    row, region, entry, missing, place = (t.to(qkv.device) for t in (row, region, entry, missing, place))
     x = qkv[:, row.clamp_min(0)]
-    if bool(missing.any()):
-        filled = torch.zeros_like(qkv[0, 0]) if padding is None else padding.to(qkv.dtype)
+    if pads:
+        # Hidden keys are ones: in fp16 F.normalize makes NaN of zeros.
+        filled = qkv.new_ones(qkv.shape[2:]) if padding is None else padding.to(qkv.dtype)
         x = torch.where(missing[None, :, :, None, None, None], filled, x)
     q, k, v = x.flatten(0, 1).permute(2, 0, 3, 1, 4)
     if logit_scale is not None:
         q = F.normalize(q, dim=-1) * logit_scale.to(q.dtype)[:, None, None]
         k, scale = F.normalize(k, dim=-1), 1.0
-    padded = missing.repeat(B, 1)[:, None, :, None] if bool(missing.any()) else None
+    padded = missing.repeat(B, 1)[:, None, :, None] if pads else None
     if padded is not None:  # what a padded query attends to is nobody's output: no NaN may come back from there
         q = q.masked_fill(padded, 0.0)
     scores = (q * (D**-0.5 if scale is None else scale)) @ k.transpose(-1, -2)
@@ -454,7 +457,7 @@ def window_attention(
         of_windows = of_windows - 100.0 * (region[:, None, :, None] != region[:, None, None, :])
     if padding is None:
         of_windows = of_windows.masked_fill(missing[:, None, None, :], float("-inf"))
-    if any(shift) or (padding is None and bool(missing.any())):
+    if any(shift) or (padding is None and pads):
         scores = (scores.unflatten(0, (-1, windows)) + of_windows).flatten(0, 1)
     if padded is not None:
         scores = scores.masked_fill(padded, 0.0)
@@ -465,8 +468,6 @@ def window_attention(
         weights = F.dropout(weights, dropout_p)
     o = weights.to(v.dtype) @ v
     o = o.transpose(1, 2).reshape(B, windows * tokens, H, D)
-    place = torch.empty(N, dtype=torch.long, device=qkv.device)
-    place[row[~missing]] = torch.arange(windows * tokens, device=qkv.device).view_as(row)[~missing]
     return o[:, place]
 
 

@@ -1,4 +1,4 @@
-"""timm's Vision Transformers: plain, compiled, under a CUDA graph, and accelerated.
+"""timm's Vision Transformers, those in windows too: plain, compiled, under a CUDA graph, and accelerated.
 
 ``inference`` is a forward without gradients; ``training`` is a forward, the backward of the cross-entropy and a step of
 AdamW. Every provider has the same weights. In ``amp`` the weights are fp32 and the forward runs under bf16 autocast; in
@@ -27,6 +27,7 @@ from benchmarks.schema import Row
 from vitkernels.runtime import wide_dtype
 from vitkernels.testing.cases import DTYPES
 from vitkernels.tools import names
+from vitkernels.tools.console import import_timm
 
 CHECKED_IMAGES = 8  # most images whose results are judged: fp64 takes memory
 GRAPH_BATCH = 8  # larger batches keep the device busy without a graph
@@ -65,6 +66,12 @@ MODELS = (
     Model("vit_large_patch14_clip_336"),
     Model("vit_giant_patch14_dinov2", 224),
     Model("vit_giant_patch14_dinov2", 518),
+    Model("swin_tiny_patch4_window7_224"),
+    Model("swin_base_patch4_window7_224"),
+    Model("swinv2_base_window8_256"),
+    Model("beit_base_patch16_224"),
+    Model("maxvit_tiny_tf_224"),
+    Model("samvit_base_patch16"),
 )
 
 
@@ -81,12 +88,14 @@ def forward_flops(model: Model) -> int:
     # The counter's hooks on tensors that require grad fail for a pooling query, which has no grad_fn: let none require.
     network = build(model, torch.float32, "meta").eval().requires_grad_(False)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(torch.empty(1, 3, *image_size(network), device="meta"))
+        network(torch.empty(1, 3, *image_size(model, network), device="meta"))
     return counter.get_total_flops()
 
 
-def image_size(network: nn.Module) -> tuple[int, int]:
-    return tuple(network.patch_embed.img_size)
+def image_size(model: Model, network: nn.Module) -> tuple[int, int]:
+    if model.image is not None:
+        return model.image, model.image
+    return tuple(import_timm().data.resolve_model_data_config(network)["input_size"][1:])
 
 
 def flops(model: Model, mode: str, batch: int) -> int:
@@ -113,7 +122,7 @@ def measure_model(
     torch.compiler.reset()
     weights_dtype = torch.float32 if dtype == "amp" else DTYPES[dtype]
     plain = build(model, weights_dtype, session.device).train(mode == "training")
-    images = torch.randn(batch, 3, *image_size(plain), device=session.device).to(weights_dtype)
+    images = torch.randn(batch, 3, *image_size(model, plain), device=session.device).to(weights_dtype)
     labels = torch.randint(1000, (batch,), device=session.device)
     task = Task(plain, images, labels, mode, torch.bfloat16 if dtype == "amp" else None)
     few = dataclasses.replace(task, images=images[:CHECKED_IMAGES], labels=labels[:CHECKED_IMAGES])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import ModuleType
 
 import torch
@@ -19,6 +19,30 @@ from vitkernels.testing.cases import Case
 from vitkernels.testing.workloads import WORKLOADS, find
 
 MODES = ("forward", "backward", "both")
+
+
+def _stage(model: str, number: int, image: int, channels: int) -> Case:
+    channels *= 2 ** (number - 1)
+    side = 4 * 2 ** (number - 1)
+    return Case(f"{model} stage {number}", 64, image, side, 0, channels, channels // 32, 4 * channels)
+
+
+# What attends with relative positions, at timm's sizes. In a stage a token is a patch; a fourth stage has one window.
+STAGES = {
+    case.name: case
+    for case in (
+        *(
+            _stage(model, number, image, channels)
+            for model, image, channels in (
+                ("swin_tiny_patch4_window7_224", 224, 96),
+                ("swin_base_patch4_window7_224", 224, 128),
+                ("swinv2_base_window8_256", 256, 128),
+            )
+            for number in (1, 2, 3)
+        ),
+        Case("beit_base_patch16_224", 64, 224, 16, 1, 768, 12, 3072),
+    )
+}
 Tensors = dict[str, Tensor]
 
 
@@ -55,6 +79,7 @@ def bench_of(
     workload: str = "",
     reference: Callable[..., Tensor] | None = None,
     change: Callable[[Tensors], Tensors] = lambda tensors: tensors,
+    stages: Collection[str] = (),
 ) -> OpBench:
     """Return the bench ``name`` of a workload.
 
@@ -63,6 +88,7 @@ def bench_of(
         workload: Its name in the table, if another than ``name``.
         reference: In place of the workload's, if that is a weaker rival.
         change: Makes the bench's tensors of the workload's.
+        stages: The cases of :data:`STAGES` that alone have it; none of them has what names none.
     """
     workload = workload or name
     rows = [row for row in WORKLOADS if row.name == workload]  # their inputs alone differ
@@ -71,7 +97,7 @@ def bench_of(
         return change(find(workload, case).draw(case, dtype, device, on=device))
 
     def applies(case: Case) -> bool:
-        return any(row.of(case) for row in rows)
+        return case.name in stages if stages else case.name not in STAGES and any(row.of(case) for row in rows)
 
     return OpBench(name, inputs, rows[0].function, reference or rows[0].reference, flops, bytes, rivals or {}, applies)
 
@@ -97,6 +123,6 @@ def require(module: str, device: torch.device) -> ModuleType:
 
 def all_ops() -> dict[str, OpBench]:
     """Return every op's bench by name, the most important first."""
-    files = ("attention", "mlp", "linear", "layer_norm", "patch_embed", "swiglu")
+    files = ("attention", "window_attention", "mlp", "linear", "layer_norm", "patch_embed", "swiglu")
     modules = [importlib.import_module(f"{__name__}.bench_{file}") for file in files]
     return {bench.name: bench for module in modules for bench in module.BENCHES}

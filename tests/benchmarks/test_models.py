@@ -87,7 +87,8 @@ def test_every_model_is_one_of_timms():
 
 
 @pytest.mark.parametrize(
-    "name", ["vit_large_patch16_dinov3", "vit_so400m_patch14_siglip_384", "vit_giant_patch14_dinov2"]
+    "name",
+    ["vit_large_patch16_dinov3", "vit_so400m_patch14_siglip_384", "vit_giant_patch14_dinov2", "maxvit_tiny_tf_224"],
 )
 def test_networks_that_are_built_another_way(name):
     model = next(model for model in MODELS if model.name == name)

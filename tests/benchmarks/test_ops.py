@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.judge import judge_op
-from benchmarks.ops import MODES, all_ops
+from benchmarks.ops import MODES, STAGES, all_ops
 from benchmarks.ops.measure import call_of, measure_op, results_of, truth_of, upstreams_of
 from benchmarks.run import CpuTimer
 from vitkernels import runtime
@@ -18,6 +18,10 @@ SMALL = {  # of the size whose kernels the tests of swapped models share
     "mlp": Case("mlp", 3, 35, 16, 1, 32, 2, 128, "gelu_tanh", layer_scale=True),
     "packed": Case("packed", 2, 32, 16, 1, 32, 2, 85, "silu", norm="rms_norm", mlp="packed"),
     "separate": Case("separate", 2, 32, 16, 0, 32, 2, 85, "silu", mlp="separate", mlp_norm=True),
+    # As in Swin's first stage, but of 2 × 2 windows.
+    "windows": dataclasses.replace(STAGES["swin_tiny_patch4_window7_224 stage 1"], batch=1, image=56),
+    "cosine": dataclasses.replace(STAGES["swinv2_base_window8_256 stage 1"], batch=1, image=64),
+    "relative": dataclasses.replace(STAGES["beit_base_patch16_224"], batch=1, image=64),
 }
 APPLY = [(name, case) for name, bench in OPS.items() for case, shape in SMALL.items() if bench.applies(shape)]
 ONCE = list({name: (name, case) for name, case in APPLY}.values())
@@ -80,9 +84,26 @@ def test_flops_of_attention_are_those_of_its_products(varlen):
     assert [bench.flops(shape, mode) for mode in MODES] == [4 * scores, 10 * scores, 14 * scores]
 
 
-@pytest.mark.parametrize("name", ["layer_norm", "add_layer_norm", "linear", "linear_residual", "attention", "mlp"])
+WINDOWS = ("window_attention", "window_attention_cosine", "relative_attention")
+
+
+@pytest.mark.parametrize(("name", "case"), [(n, c) for n, c in APPLY if n in WINDOWS])
+def test_flops_and_rivals_of_windows(name, case):
+    bench, shape, cpu = OPS[name], SMALL[case], torch.device("cpu")
+    keys = {"windows": 7 * 7, "cosine": 8 * 8, "relative": 1 + 4 * 4}[case]
+    scores = shape.batch * shape.tokens * keys * shape.channels
+    assert [bench.flops(shape, mode) for mode in MODES] == [4 * scores, 10 * scores, 14 * scores]
+    tensors = bench.inputs(shape, torch.float32, cpu)
+    plain = results_of(bench.reference, shape, tensors, None)["output 0"]
+    for make in bench.rivals.values():
+        torch.testing.assert_close(results_of(make(cpu), shape, tensors, None)["output 0"], plain)
+
+
+@pytest.mark.parametrize(
+    "name", ["layer_norm", "add_layer_norm", "linear", "linear_residual", "attention", "mlp", *WINDOWS]
+)
 def test_bytes_are_those_of_the_tensors_in_and_out(name):
-    bench, shape = OPS[name], dataclasses.replace(SMALL["mlp"], batch=64)
+    bench, shape = OPS[name], dataclasses.replace(SMALL[dict(reversed(APPLY))[name]], batch=64)
     tensors = bench.inputs(shape, torch.bfloat16, torch.device("cpu"))
     outputs = results_of(bench.reference, shape, tensors, None)
     size = sum(t.nbytes for t in [*tensors.values(), *outputs.values()])

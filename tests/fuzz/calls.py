@@ -100,6 +100,7 @@ KINDS = {
     "drop_path": lambda shape, g: (_uniform(shape, g) < 0.75).double() / 0.75,
     "unit": _uniform,
     "pixels": lambda shape, g: (_uniform(shape, g) * 256).floor(),
+    "factor": lambda shape, g: 10 * _uniform(shape, g),
 }
 KIND_DTYPES = {"keep": torch.bool, "pixels": torch.uint8}
 

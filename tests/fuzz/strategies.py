@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from calls import LAYOUTS, Call, Input
@@ -13,12 +14,15 @@ from vitkernels.reference import ACTIVATIONS
 SIZES = (1, 2, 3, 5, 7, 8, 13, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 97, 129)
 TOKENS = (1, 2, 3, 5, 7, 15, 16, 17, 31, 33, 49, 50, 63, 64, 65, 67, 129, 197, 260)
 HEAD_DIMS = (1, 2, 3, 8, 15, 16, 17, 24, 31, 32, 33, 36, 48, 63, 64, 65, 72, 80, 97)
+WINDOW_SIDES = (7, 4, 8, 1, 2, 3, 5, 12, 16)
 BATCHES = (1, 2, 3, 5, 0)
 HALVES = (torch.float16, torch.bfloat16)
 
 dtypes = st.sampled_from((torch.float32, torch.bfloat16, torch.float16, torch.float32, torch.bfloat16, torch.float64))
 fp8_dtypes = st.sampled_from((torch.float32, torch.bfloat16, torch.float16))
-sizes, tokens, head_dims, batches = map(st.sampled_from, (SIZES, TOKENS, HEAD_DIMS, BATCHES))
+sizes, tokens, head_dims, batches, window_sides = map(
+    st.sampled_from, (SIZES, TOKENS, HEAD_DIMS, BATCHES, WINDOW_SIDES)
+)
 layouts = st.one_of(st.just("contiguous"), st.sampled_from(sorted(LAYOUTS)))
 seeds = st.integers(0, 2**31)
 activations = st.sampled_from((*ACTIVATIONS, None))
@@ -58,7 +62,7 @@ class Draw:
         if options.get("is_causal") and (options.get("scale") or 0.0) < 0.0:
             options["scale"] = 0.3  # PyTorch's attention on a CPU multiplies its −∞ by the scale: NaN
         upstream = self.draw(layouts)
-        if any(name.endswith("eps") for name in options):
+        if any(name.endswith("eps") for name in options) or "logit_scale" in self.inputs:
             # A constant row, or gradient, is all noise behind a norm; tests/ops/test_layer_norm.py looks at it.
             upstream = _without(upstream, "expanded_last")
             self.inputs = {n: _relaid(x, "expanded_last") for n, x in self.inputs.items()}
@@ -208,7 +212,10 @@ def _scores(d: Draw, B: int, H: int, N_q: int, N_kv: int) -> dict[str, object]:
 def _without_zero_gradients(call: Call) -> Call:
     """Where a query sees one key, its weight is 1: what goes into the scores gets a gradient of exactly zero, and
     PyTorch's rounding of it, or ours, is no yardstick. tests/ops/test_attention.py looks at that case."""
-    frozen = ("q", "k", "attn_mask", "key_bias", "cos", "sin", "q_weight", "q_bias", "k_weight", "k_bias")
+    frozen = (
+        "q", "k", "attn_mask", "key_bias", "cos", "sin", "q_weight", "q_bias", "k_weight", "k_bias", "bias_table",
+        "logit_scale",
+    )  # fmt: skip
     inputs = {n: dataclasses.replace(x, grad=x.grad and n not in frozen) for n, x in call.inputs.items()}
     return dataclasses.replace(call, inputs=inputs)
 
@@ -257,6 +264,69 @@ def attentions_varlen(draw):
         d.inputs[name] = _relaid(d.inputs[name], "expanded")
     call = d.done("attention_varlen", **options, **_prepare(d, 1, H, T, D, rope=True, prefix=False))
     return _without_zero_gradients(call) if max(lengths) <= 8 else call
+
+
+def _relative(d: Draw, H: int, D: int, entries: int) -> dict[str, object]:
+    """Draw what the two ops of relative positions share."""
+    d.maybe_add("bias_table", entries, H, dtypes=_wider(d.dtype))
+    scale = d.draw(st.sampled_from((None, None, 0.3, 1.0, 0.0, -0.2)))
+    if D > 2 and d.maybe():  # the norm of one or two channels leaves signs
+        d.add("logit_scale", H, kind="factor", dtypes=_wider(d.dtype))
+        scale = None
+    return {"scale": scale, "dropout_p": d.draw(st.sampled_from((0.0, 0.0, 0.0, 0.3)))}
+
+
+@st.composite
+def window_attentions(draw):
+    d = Draw(draw, draw(dtypes))
+    B, H, D = draw(batches), draw(st.sampled_from((1, 2, 3))), draw(head_dims)
+    sides = draw(st.tuples(window_sides, window_sides))
+    grid = draw(st.sampled_from((False, False, False, True)))
+    if grid:
+        image = tuple(side * draw(st.sampled_from((1, 2, 3))) for side in sides)
+        shift = (0, 0)
+    else:
+        image = tuple(draw(st.integers(1, 2 * side + 3)) for side in sides)
+        shift = tuple(draw(st.one_of(st.just(0), st.just(side // 2), st.integers(0, side - 1))) for side in sides)
+    d.add("qkv", B, *image, 3, H, D)
+    options = _relative(d, H, D, (2 * sides[0] - 1) * (2 * sides[1] - 1))
+    filled = d.maybe()
+    if filled:
+        padded = any(length % side for length, side in zip(image, sides, strict=True))
+        d.add("padding", 3, H, D, grad=None if padded else False, dtypes=_wider(d.dtype))
+    keys = math.prod(_keys(*axis, filled) for axis in zip(image, sides, shift, strict=True))
+    if keys == 1:
+        d.inputs["qkv"] = dataclasses.replace(d.inputs["qkv"], grad=False)
+    equal = sides[0] == sides[1] and shift[0] == shift[1] and d.maybe()
+    call = d.done(
+        "window_attention",
+        window_size=sides[0] if equal else sides,
+        shift=shift[0] if equal else shift,
+        grid=grid,
+        roll_padded=d.maybe(),
+        **options,
+    )
+    return _without_zero_gradients(call) if keys <= 8 or options["scale"] == 0.0 else call
+
+
+def _keys(length: int, side: int, shift: int, filled: bool) -> int:
+    """Return how many keys a query attends to along an axis of an image: of its window, or of its region of the only
+    one, and of the image unless padding is attended to."""
+    keys = max(shift, side - shift) if length <= side else side
+    return keys if filled else min(keys, length)
+
+
+@st.composite
+def relative_attentions(draw):
+    d = Draw(draw, draw(dtypes))
+    B, H, D = draw(batches), draw(st.sampled_from((1, 2, 3))), draw(head_dims)
+    (Y, X), R = draw(st.tuples(window_sides, window_sides)), draw(st.sampled_from((0, 1, 2, 5)))
+    d.add("qkv", B, R + Y * X, 3, H, D)
+    options = _relative(d, H, D, (2 * Y - 1) * (2 * X - 1) + 3 * (R > 0))
+    if R + Y * X == 1:
+        d.inputs["qkv"] = dataclasses.replace(d.inputs["qkv"], grad=False)
+    call = d.done("relative_attention", grid_size=(Y, X), num_prefix_tokens=R, **options)
+    return _without_zero_gradients(call) if R + Y * X <= 8 or options["scale"] == 0.0 else call
 
 
 @st.composite
@@ -360,6 +430,8 @@ CALLS = {
     "attention": attentions(),
     "attention_qkvpacked": attentions_qkvpacked(),
     "attention_varlen": attentions_varlen(),
+    "window_attention": window_attentions(),
+    "relative_attention": relative_attentions(),
     "block": blocks(),
     "patch_embed": patch_embeds(),
 }

@@ -33,6 +33,9 @@ VALUES = {
     "num_prefix_tokens": (-1, 10**6, 1.5, "one"),
     "starts": ((0,), (5, 2), (0, 10**6), (-1, 2), ()),
     "starts_dtype": (torch.float32, torch.bool),
+    "window_size": (0, -1, 2.5, (7,), (7, 0), (1, 2, 3), "wide", None),
+    "shift": (-1, 100, 1.5, (0,), (0, -1), "far", None),
+    "grid_size": (0, (4, 0), (3,), (1, 2, 3), (10**6, 10**6), 2.5, "wide", None),
     "max_seqlen": (0, -1, 2.5, "long"),
     "normalize": (((0.5,), (0.2,)), 3, ((0.5,) * 3, (0.0,) * 3), ((math.nan,) * 3, (0.2,) * 3), ("a", "b"), None),
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable
 
 import pytest
@@ -80,7 +81,10 @@ def call(name: str, *, dtype=torch.float32, device="cpu", grad=True, **changed: 
     op, given = OPS[name], SIZES | changed
     B, N = given["B"], given["N"]
     activation = "silu" if name == "swiglu_mlp" else "gelu"
-    case = Case("tiny", B, 0, 1, N, given["C"], given["H"], given["F"], activation, layer_scale=True, mlp_norm=True)
+    side = math.isqrt(N)  # of the largest square of tokens; a prefix makes up the rest
+    case = Case(
+        "tiny", B, side, 1, N - side**2, given["C"], given["H"], given["F"], activation, layer_scale=True, mlp_norm=True
+    )
     letters = sizes(case) | given | {"T": B * N}
     if name == "patch_embed":
         letters["N"] = given["R"] + (given["Y"] // given["P"]) * (given["X"] // given["P"])
@@ -138,8 +142,7 @@ def _with_eps(function: Callable, op: str, /, **arguments):
     return function(op, **arguments)
 
 
-# The sizes of a window belong together: tests/ops/test_window_attention.py, tests/ops/test_decomposed_attention.py.
-WINDOWS = ("window_attention", "relative_attention", "decomposed_attention")
-OPS = {name: _op(name) for name in dict.fromkeys(w.op for w in WORKLOADS) if name not in WINDOWS}
+OPS = {name: _op(name) for name in dict.fromkeys(w.op for w in WORKLOADS)}
 ATTENTION = ("attention", "attention_qkvpacked", "attention_varlen")
+WINDOWS = ("window_attention", "relative_attention", "decomposed_attention")
 ROWS = ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm", "linear", "mlp", "swiglu_mlp")

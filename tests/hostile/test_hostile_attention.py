@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from op_calls import ATTENTION, call, each_op, tiny_model
+from op_calls import ATTENTION, WINDOWS, call, each_op, tiny_model
 
 from vitkernels.layers import Attention
 
@@ -84,7 +84,7 @@ def test_head_dims(op, D, dtype, device):
 
 
 @hostile(41, "dropout below 0, above 1 or NaN", "`ValueError`")
-@each_op(ATTENTION)
+@each_op([*ATTENTION, *WINDOWS])
 @pytest.mark.parametrize("p", [-0.1, 1.1, float("nan"), float("inf")])
 def test_dropout_that_is_no_probability(op, p, no_launch, device):
     with pytest.raises(ValueError, match=f"{op}: dropout_p is {p}; expected 0 to 1"):

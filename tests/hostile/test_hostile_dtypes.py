@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from op_calls import OPS, call, each_op, needs_two_gpus, parameters, tiny_model
+from op_calls import OPS, WINDOWS, call, each_op, needs_two_gpus, parameters, tiny_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vitkernels import ops, runtime, use_backend
@@ -62,7 +62,7 @@ def test_no_floating_point(op, dtype, no_launch, device):
 
 
 @hostile(22, "fp64", RIGHT)
-@each_op(["add_layer_norm", "add_rms_norm", "swiglu_mlp", "attention_varlen", "block", "patch_embed"])
+@each_op(["add_layer_norm", "add_rms_norm", "swiglu_mlp", "attention_varlen", *WINDOWS, "block", "patch_embed"])
 def test_fp64(op, device):
     made = call(op, dtype=torch.float64, device=device)
     expected = made.op.reference(**made.tensors, **made.options)
@@ -83,7 +83,8 @@ NORMS = {n for n in OPS if n.endswith("norm")}
 @hostile(
     24,
     "x and weight of different dtypes",
-    "PyTorch's rule: norms take fp32 weights beside half inputs, sums the widest dtype; else `TypeError`",
+    "PyTorch's rule: norms take fp32 weights beside half inputs, sums the widest dtype; windows take any table and "
+    "padding; else `TypeError`",
 )
 @pytest.mark.parametrize(
     ("op", "x_dtype", "weight_dtype"),
@@ -106,6 +107,8 @@ def test_mixed_dtypes(op, x_dtype, weight_dtype, device, request):
         beside_half = x_dtype.itemsize == 2 and weight_dtype == torch.float32
         if name.startswith(("drop_path", "layer_scale", "gamma")):
             assert mixed.outputs()[0].dtype == torch.promote_types(x_dtype, weight_dtype), name
+        elif op in WINDOWS:
+            assert mixed.outputs()[0].dtype == x_dtype, name
         elif of_a_norm and beside_half:
             for y, want in zip(mixed.outputs(), made.outputs(), strict=True):
                 assert torch.equal(y, want), f"{name} holds the same numbers in fp32"

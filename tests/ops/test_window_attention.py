@@ -1,9 +1,12 @@
 """Attention within windows: against PyTorch by the error rule, and the reference against timm's own windows."""
 
+import contextlib
+
 import pytest
 import torch
 
 from vitkernels import ops, reference
+from vitkernels.runtime import use_backend
 from vitkernels.testing import check_op
 
 
@@ -107,6 +110,28 @@ def test_dropout(case, device):
     check_op(dropped, lambda **given: plain(**given, window=window, dropout_scale=drawn, **options), tensors)
 
 
+def test_dropout_adds_no_factor(device):
+    """The largest weight is 1 before it is divided by the sum: rounded there, 1/(1 − p) would be off for all rows."""
+    tensors = make(16, 16, (8, 8), H=4, table=False, B=4, device=device)
+    torch.manual_seed(5)
+    seed = int(torch.randint(2**62, (1,), device=device))
+    kept = reference.dropout_scale(seed, (16, 4, 64, 64), 0.3).to(device) > 0
+
+    def dropped(**given):
+        torch.manual_seed(5)
+        return ops.window_attention(**given, window_size=8, scale=1.0, dropout_p=0.3)
+
+    check_op(dropped, lambda **given: plain(**given, window=(8, 8), scale=1.0, dropout_scale=kept) / 0.7, tensors)
+
+
+def test_hidden_keys_of_cosine_attention_in_fp16_by_pytorch(device):
+    tensors = make(5, 5, (4, 4), cosine=True, dtype=torch.float16, device=device)
+    with use_backend("torch"):
+        out = ops.window_attention(**tensors, window_size=4)
+    grads = torch.autograd.grad(out.sum(), list(tensors.values()))
+    assert all(t.isfinite().all() for t in (out, *grads))
+
+
 def test_gradcheck(device):
     tensors = make(5, 7, (4, 4), H=1, D=4, B=1, dtype=torch.float64, padding=True, cosine=True, device=device)
     names, values = zip(*tensors.items(), strict=True)
@@ -128,11 +153,43 @@ def test_a_nan_stays_in_its_window(device):
     assert not out[0, :4, 4:].isnan().any()
 
 
+def test_a_nan_reaches_no_gradient_by_padded_queries(device):
+    tensors = make(5, 5, (4, 4), padding=True, device=device)
+    with torch.no_grad():
+        tensors["qkv"][0, 4, 4, 1] = float("nan")  # a key of the last window, of which one token is in the image
+    ours = ops.window_attention(**tensors, window_size=4)
+    theirs = plain(**tensors, window=(4, 4))
+    for name, tensor in tensors.items():
+        got, want = (torch.autograd.grad(o.sum(), tensor, retain_graph=True)[0] for o in (ours, theirs))
+        assert torch.equal(got.isfinite(), want.isfinite()), name
+
+
+@pytest.mark.parametrize("layout", ["gapped", "transposed"])
+def test_layouts_of_inputs_and_upstream(layout, device):
+    tensors = make(5, 6, (4, 4), padding=True, device=device)
+    lay_out = {
+        "gapped": lambda t: torch.stack([t, t * 0 + 7], -1)[..., 0],
+        "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
+    }[layout]
+    strided = {name: lay_out(t.detach()).requires_grad_() for name, t in tensors.items()}
+    upstream = torch.randn(2, 5, 6, 2, 16, device=device).to(torch.bfloat16)
+
+    def run(tensors, do):
+        out = ops.window_attention(**tensors, window_size=4, shift=2)
+        return out, *torch.autograd.grad(out, list(tensors.values()), do)
+
+    for a, b in zip(run(tensors, upstream), run(strided, lay_out(upstream)), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", ["torch", None])
+@pytest.mark.parametrize("padding", [False, True])
 @pytest.mark.parametrize("sizes", [{"B": 0}, {"H": 0}])
-def test_nothing_to_attend_to(sizes, device):
-    tensors = make(5, 4, (3, 3), padding=True, device=device, **sizes)
-    out = ops.window_attention(**tensors, window_size=3, shift=1)
-    grads = torch.autograd.grad(out.sum(), list(tensors.values()))
+def test_nothing_to_attend_to(sizes, padding, backend, device):
+    tensors = make(5, 4, (3, 3), padding=padding, device=device, **sizes)
+    with use_backend(backend) if backend else contextlib.nullcontext():
+        out = ops.window_attention(**tensors, window_size=3, shift=1)
+        grads = torch.autograd.grad(out.sum(), list(tensors.values()))
     assert out.shape == (sizes.get("B", 2), 5, 4, sizes.get("H", 2), 16)
     assert all(g.shape == t.shape and not g.any() for g, t in zip(grads, tensors.values(), strict=True))
 

@@ -167,6 +167,8 @@ def call_reference(op: str, /, **arguments):
     """Compute in plain PyTorch what :func:`call_op` does, with the dropout that the op draws from the same seed."""
     arguments.pop("recompute", None)
     arguments = _nested(op, arguments)
+    if op in ("window_attention", "relative_attention", "decomposed_attention"):
+        return _call_windows(op, **arguments)
     if op == "attention_varlen":
         del arguments["max_seqlen"]
         rope, q_norm, k_norm = _take(arguments, "rope", "q_norm", "k_norm")
@@ -177,6 +179,24 @@ def call_reference(op: str, /, **arguments):
         seed = int(torch.randint(2**62, (1,), device=q.device))
         arguments["dropout_scale"] = reference.dropout_scale(seed, (*q.shape[:3], k.shape[2]), p).to(q.device)
     return getattr(reference, op)(**arguments)
+
+
+def _call_windows(
+    op: str, /, qkv: Tensor, window_size=None, grid_size=None, shift=0, dropout_p: float = 0.0, **given: object
+) -> Tensor:
+    """Compute attention in windows of images (B, Y, X, 3, H, D), or relative attention on tokens (B, N, 3, H, D)."""
+    image = grid_size if op == "relative_attention" else tuple(qkv.shape[1:3])
+    window = image if window_size is None else window_size
+    (rows, columns), shift = (x if isinstance(x, tuple) else (x, x) for x in (window, shift))
+    if op == "decomposed_attention":
+        given["rel_pos"] = given.pop("rel_pos_h"), given.pop("rel_pos_w")
+    tokens = qkv if qkv.ndim == 5 else qkv.flatten(1, 2)
+    if dropout_p:
+        seed, count = int(torch.randint(2**62, (1,), device=qkv.device)), -(-image[0] // rows) * -(-image[1] // columns)
+        shape = (len(qkv) * count, qkv.shape[-2], *[given.get("num_prefix_tokens", 0) + rows * columns] * 2)
+        given["dropout_scale"] = reference.dropout_scale(seed, shape, dropout_p).to(qkv.device)
+    out = reference.window_attention(tokens, image, (rows, columns), shift=shift, **given)
+    return out if qkv.ndim == 5 else out.unflatten(1, image)
 
 
 def _nested(op: str, arguments: dict) -> dict:
@@ -285,42 +305,22 @@ def _key_bias() -> tuple[Workload, Workload]:
     return made, dataclasses.replace(made.packed(), plain=_plain_packed)
 
 
-def _plain_windows(qkv: Tensor, window_size: int, shift: int, **given: object) -> Tensor:
-    sizes = qkv.shape[1:3], (window_size,) * 2
-    out = reference.window_attention(qkv.flatten(1, 2), *sizes, shift=(shift,) * 2, **given)
-    return out.unflatten(1, qkv.shape[1:3])
-
-
-def _plain_relative(qkv: Tensor, grid_size: tuple[int, int], **given: object) -> Tensor:
-    return reference.window_attention(qkv, grid_size, grid_size, **given)
-
-
 def _windows(name: str, variant: str, window: int, inputs: Mapping[str, Input], **options: object) -> Workload:
-    """Swin's attention in windows of ``window`` rows and columns."""
-    table = {"bias_table": Input(f"{(2 * window - 1) ** 2} H")}
+    """Attention in windows of ``window`` rows and columns, or over a grid of them."""
+    table = {"bias_table": _bias(f"{(2 * window - 1) ** 2} H")}
     return Workload(
         f"attention_{name}", "window_attention", {"qkv": Input("B V U 3 H D")} | table | inputs,
-        lambda case: {"window_size": window} | options, variant, attention=name, plain=_plain_windows,
+        lambda case: {"window_size": window} | options, variant, attention=name,
     )  # fmt: skip
-
-
-def _plain_decomposed(
-    qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, window_size: int | None = None, **given: object
-) -> Tensor:
-    image = tuple(qkv.shape[1:3])
-    window = image if window_size is None else (window_size,) * 2
-    out = reference.window_attention(qkv.flatten(1, 2), image, window, rel_pos=(rel_pos_h, rel_pos_w), **given)
-    return out.unflatten(1, image)
 
 
 def _decomposed(name: str, variant: str, window: int | None = None) -> Workload:
     """SAM's attention over the image, or in windows of ``window`` rows and columns."""
-    length, padding = ("L", {}) if window is None else (f"{2 * window - 1}", {"padding": Input("3 H D")})
+    length, padding = ("L", {}) if window is None else (f"{2 * window - 1}", {"padding": _bias("3 H D")})
     tables = {f"rel_pos_{axis}": Input(f"{length} D", 0.3) for axis in "hw"}
     return Workload(
         f"attention_{name}", "decomposed_attention", {"qkv": Input("B V U 3 H D")} | tables | padding,
         lambda case: {} if window is None else {"window_size": window}, variant, attention=name,
-        plain=_plain_decomposed,
     )  # fmt: skip
 
 
@@ -415,11 +415,13 @@ WORKLOADS = (
     Workload("attention_varlen", "attention_varlen",
              dict.fromkeys(("q", "k", "v"), Input("T H D")) | {"cu_seqlens": Input("S", draw=_starts)},
              lambda case: {"max_seqlen": max(packed_lengths(case))}, attention="varlen"),
-    _windows("swin", "shifted windows of 7", 7, {"padding": Input("3 H D")}, shift=3),
+    _windows("swin", "shifted windows of 7", 7, {"padding": _bias("3 H D")}, shift=3),
     _windows("swin_cosine", "cosine windows of 8", 8, {"logit_scale": Input("H", 1.0, 10.0)}, shift=4),
     _windows("swin_wide", "shifted windows of 12", 12, {}, shift=6, roll_padded=True),
-    Workload("attention_relative", "relative_attention", _PACKED | {"bias_table": Input("E H")}, _relative,
-             attention="relative", plain=_plain_relative),
+    _windows("swin_dropout", "windows of 2, dropout", 2, {}, dropout_p=0.3),
+    _windows("swin_grid", "grid of 4", 4, {}, grid=True),
+    Workload("attention_relative", "relative_attention", _PACKED | {"bias_table": _bias("E H")}, _relative,
+             attention="relative"),
     _decomposed("decomposed", "decomposed positions"),
     _decomposed("decomposed_windows", "decomposed positions in windows of 14", 14),
     Workload("block", "block", _BLOCK, lambda case: _activation(case) | {"num_heads": case.heads},

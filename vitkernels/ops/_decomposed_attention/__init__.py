@@ -59,8 +59,8 @@ class DecomposedAttentionFunction(torch.autograd.Function):
         rows = len(rel_pos_h)
         grads = (
             dqkv if needs_qkv else None,
-            dtables[:rows] if needs_h else None,
-            dtables[rows:] if needs_w else None,
+            dtables[:rows].to(rel_pos_h.dtype) if needs_h else None,
+            dtables[rows:].to(rel_pos_w.dtype) if needs_w else None,
             dpadding if needs_padding else None,
         )
         return *grads, *[None] * 6
@@ -83,7 +83,7 @@ def decomposed_attention(
             Y and X may not, D ≤ 256. Rows of the image that do not follow one another in memory are copied.
         rel_pos_h: (2 · rows − 1, D), any floating dtype: the row of the table that a query is multiplied by for keys
             so many rows before it (arXiv 2112.01526). May require grad.
-        rel_pos_w: (2 · columns − 1, D), the same along x, of ``rel_pos_h``'s dtype. May require grad.
+        rel_pos_w: (2 · columns − 1, D), any floating dtype: the same along x. May require grad.
         window_size: Rows and columns of a window, or one number for both; None is the whole image. An image that does
             not consist of whole windows is padded below and on the right.
         padding: (3, H, D), any floating dtype: queries, keys and values of padded tokens, which is the bias of the qkv
@@ -121,7 +121,6 @@ def decomposed_attention(
             check_tensor(op, name, t)
             check_like(op, name, t, "qkv", qkv, dtype=False)
             check_shape(op, name, t, shape, why)
-    check_like(op, "rel_pos_w", rel_pos_w, "rel_pos_h", rel_pos_h)
     packed, windows = qkv.flatten(1, 2), Windows(Y, X, rows, columns)
     if not uses_kernels(qkv):
         options = Options(windows, (rel_pos_h, rel_pos_w), padding, None, scale, dropout_p)

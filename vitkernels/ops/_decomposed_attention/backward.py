@@ -263,13 +263,13 @@ def decomposed_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward; return the gradients of qkv, of both tables, one below the other, and of the padding.
 
-    The last two are in their parameters' dtypes, and empty unless ``needed``.
+    The last two are in their parameters' dtypes, the wider of two, and empty unless ``needed``.
     """
     dqkv, dtables, dpadding = backward_outputs(qkv, options, needed)
     if qkv.numel() == 0:
         return dqkv, dtables.zero_(), dpadding.zero_()
     do, qkv = runtime.unit_stride(do), runtime.unit_stride(qkv)
-    windows, dtype = options.windows, options.rel_pos[0].dtype
+    windows, dtype = options.windows, dtables.dtype
     options = options._replace(rel_pos=tables_of(qkv, options))
     needs_dtables, needs_dpadding = needed
     pads = needs_dpadding and not windows.whole
@@ -323,7 +323,8 @@ def backward_outputs(qkv: Tensor, options: Options, needed: tuple[bool, bool]) -
     dtables, dpadding = qkv.new_empty(0), qkv.new_empty(0)
     if needed[0]:
         height, width = options.rel_pos
-        dtables = height.new_empty((len(height) + len(width), qkv.shape[-1]))
+        dtype = torch.promote_types(height.dtype, width.dtype)
+        dtables = height.new_empty((len(height) + len(width), qkv.shape[-1]), dtype=dtype)
     if needed[1]:  # of whole windows no kernel writes it
         new = torch.zeros if options.windows.whole else torch.empty
         dpadding = new(options.padding.shape, dtype=options.padding.dtype, device=qkv.device)

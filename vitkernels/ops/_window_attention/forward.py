@@ -110,6 +110,7 @@ def _window_attention_fwd_kernel(
     TOKENS: tl.constexpr = SHAPE[7]
     BLOCKS: tl.constexpr = tl.cdiv(TOKENS, BLOCK_M)
     WHOLE: tl.constexpr = BLOCK_N >= TOKENS  # one tile has all keys
+    KEPT: tl.constexpr = 2147483648 / (2147483648 - DROPOUT) if DROPOUT < 2147483648 else 1.0  # of dropout
     pid = tl.program_id(0)
     m = (pid % BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)).to(INDEX)
     h = (pid // BLOCKS % H).to(tl.int64)
@@ -157,11 +158,12 @@ def _window_attention_fwd_kernel(
             rescale = tl.exp2(maximum - shift)
             sums = sums * rescale + tl.sum(p, axis=1)
             if DROPOUT > 0:
-                p *= window_dropout(seed_ptr, window, h, H, m, n, DROPOUT, ACC)
+                # The largest weight is 1 here, and 1/(1 − p) would be rounded with it: it is a factor of the output.
+                p = tl.where(window_dropout(seed_ptr, window, h, H, m, n, DROPOUT, ACC) > 0, p, 0.0)
             o = weighted_sum(p, v, scaled_head(o, rescale[:, None]), PRECISION)
             maximum = largest
         o_head = head_ptr(o_ptr, b, h, 0, stride_o_b, stride_o_n, stride_o_h, ALIGN)
-        store_head(o_head, scaled_head(o, (1.0 / sums)[:, None]), rows_m, stride_o_n, mask_m, D, PARTS, ALIGN)
+        store_head(o_head, scaled_head(o, (KEPT / sums)[:, None]), rows_m, stride_o_n, mask_m, D, PARTS, ALIGN)
         statistics = lse_ptr + ((b * H + h) * N + rows_m) * 2
         tl.store(statistics, maximum, mask=mask_m)
         tl.store(statistics + 1, tl.log2(sums), mask=mask_m)

@@ -24,12 +24,12 @@ WINDOW = Case(
     "10 tokens of 40 channels", 2, 24, 8, 1, 40, 2, 72, layer_scale=True,
     attention=(
         "biased", "key_bias", "key_mask", "pair_mask", "causal", "dropout", "varlen", "rope_half", "rope_interleaved",
-        "swin", "swin_cosine", "relative", "decomposed", "decomposed_windows",
+        "swin", "swin_cosine", "swin_dropout", "relative", "decomposed", "decomposed_windows",
     ),
 )  # fmt: skip
 ROW = Case(
     "70 tokens of 72 channels", 1, 32, 4, 6, 72, 3, 100, "gelu_tanh",
-    attention=("key_mask", "biased", "causal", "swin", "swin_cosine"),
+    attention=("key_mask", "biased", "causal", "swin", "swin_cosine", "swin_grid"),
 )  # fmt: skip
 BLOCKS = Case(
     "122 tokens of 136 channels", 1, 44, 4, 1, 136, 1, 96, "quick_gelu",
@@ -124,7 +124,7 @@ def _problem(workload: Workload, case: Case) -> Problem:
 
 def _from_seed(function: Callable, **tensors: Tensor) -> Tensor:
     """Call ``function`` with the same random draws every time."""
-    q = tensors["q"]
-    with torch.random.fork_rng(devices=[q.device] if q.device.type == "cuda" else []):
+    device = next(iter(tensors.values())).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(SEED)
         return function(**tensors)

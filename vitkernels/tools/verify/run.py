@@ -141,7 +141,7 @@ def _quick_dtypes(problem: Problem) -> tuple[str, ...]:
         return ("fp32", "bf16", "fp16") if (problem.op, problem.variant) == ("linear", "residual") else ("fp32", "bf16")
     if problem.case is MANY:
         return ("bf16",) if (problem.op, problem.variant) == ("attention", "") else ()
-    if problem.op == "attention":
+    if problem.op in ("attention", "window_attention", "relative_attention", "decomposed_attention"):
         return ("bf16",) if problem.case in (ROW, BLOCKS) else ()
     if problem.op == "swiglu_mlp":
         return ("fp32", "bf16")
@@ -152,8 +152,8 @@ def _small_enough(case: Case) -> Iterator[Problem]:
     """Yield the problems of ``case`` for an emulated GPU: attention with one head, the row-wise ops with few rows."""
     one_head = dataclasses.replace(case, batch=1, heads=1, channels=case.head_dim)
     few_tokens = dataclasses.replace(case, batch=1, image=5 * case.patch)
-    yield from (p for p in problems(one_head) if p.op.startswith("attention"))
-    yield from (p for p in problems(few_tokens) if not p.op.startswith(("attention", "block")))
+    yield from (p for p in problems(one_head) if "attention" in p.op)
+    yield from (p for p in problems(few_tokens) if "attention" not in p.op and p.op != "block")
 
 
 def _property_checks(plan: Plan) -> Iterator[Check]:
@@ -200,7 +200,7 @@ def _property_dtypes(plan: Plan, problem: Problem) -> tuple[str, ...]:
     if plan.full:
         return ("fp32", "bf16") if plan.device.type == "cpu" else tuple(DTYPES)
     # Attention and gates have separate kernels for half precision.
-    return ("bf16",) if problem.op.startswith(("attention", "swiglu")) else ("fp32",)
+    return ("bf16",) if "attention" in problem.op or problem.op == "swiglu_mlp" else ("fp32",)
 
 
 def _check(group: str, problem: Problem, dtype: str, function, device: torch.device, seed: int, **options) -> Check:

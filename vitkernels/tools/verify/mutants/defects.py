@@ -19,6 +19,11 @@ _FP8_ROWS = "ops._fp8.rows:_rows_fp8_kernel"
 _FP8_PRODUCT = "ops._fp8.product:_product_fp8_kernel"
 _HALVES, _NEIGHBOURS = "RoPE of halves, QK-norm", "RoPE of neighbours, QK-norm"
 _NORMED_GATE = "separate weights, norm"
+_WINDOW_TILES = "ops._window_attention.tiles"
+_WINDOW_FORWARD = "ops._window_attention.forward:_window_attention_fwd_kernel"
+_WINDOW_BACKWARD = "ops._window_attention.backward"
+_SEVEN, _TWELVE = "shifted windows of 7", "shifted windows of 12"
+_COSINE, _DROPOUT = "cosine windows of 8", "windows of 2, dropout"
 
 # A name, the function, the edit, the op that shows it.
 # fmt: off
@@ -267,6 +272,71 @@ _ATTENTION = (
            "dweight += g * x_hat", "dweight = g * x_hat", "attention", _HALVES),
 )
 
+_WINDOW_ATTENTION = (
+    Mutant("window attention: a region of the shifted image one row late", f"{_WINDOW_TILES}:_along",
+           "position >= padded - SHIFT)", "position > padded - SHIFT)", "window_attention", _SEVEN, ROW, dtype="bf16"),
+    Mutant("window attention: image rolled down and to the right", f"{_WINDOW_TILES}:_along",
+           "turned = position + SHIFT % size", "turned = position + (size - SHIFT % size)",
+           "window_attention", _SEVEN, ROW, dtype="bf16"),
+    Mutant("window attention: rolled before it is padded, though asked after", f"{_WINDOW_TILES}:_along",
+           "if ROLL:", "if not ROLL:", "window_attention", _TWELVE, dtype="bf16"),
+    Mutant("window attention: windows in place of a grid", f"{_WINDOW_TILES}:_along",
+           "t * count + window if GRID", "window * WIDTH + t if GRID", "window_attention", "grid of 4", dtype="bf16"),
+    Mutant("window attention: table read by column and row", f"{_WINDOW_TILES}:_place",
+           "ty * (2 * SHAPE[1] - 1) + (place - ty * SHAPE[1])", "(place - ty * SHAPE[1]) * (2 * SHAPE[1] - 1) + ty",
+           "window_attention", _SEVEN),
+    Mutant("window attention: regions not told apart in the last column of windows", f"{_WINDOW_TILES}:masked_scores",
+           " | (place % size[3] == size[3] - 1)", "", "window_attention", _SEVEN, ROW, dtype="bf16"),
+    Mutant("window attention: padding of the keys for that of the values", _WINDOW_FORWARD,
+           "padding_head + 2 * H * D", "padding_head + H * D", "window_attention", _SEVEN),
+    Mutant("window attention: padded keys not hidden", _WINDOW_FORWARD,
+           'in_image if PADDING == "hidden" else in_window', "in_window", "window_attention", _COSINE, WINDOW),
+    Mutant("window attention: factor of cosine attention not converted to base 2", f"{_WINDOW_TILES}:scores_of",
+           "(factor * LOG2_E)", "factor", "window_attention", _COSINE),
+    Mutant("window attention: maximum of the last keys alone kept for the backward", _WINDOW_FORWARD,
+           "maximum = largest", "maximum = tl.max(s, axis=1)", "relative_attention", "", BLOCKS, dtype="bf16"),
+    Mutant("window attention: one dropout mask for all heads", f"{_WINDOW_TILES}:window_dropout",
+           "window.to(tl.int64) * H + h", "window.to(tl.int64) * H", "window_attention", _DROPOUT),
+    Mutant("window attention: a guard against -inf swallows NaN", _WINDOW_FORWARD, "p = tl.exp2(s - shift[:, None])",
+           "p = tl.where(s > float('-inf'), tl.exp2(s - shift[:, None]), 0.0)",
+           "window_attention", _SEVEN, by="nonfinite", dtype="bf16"),
+    Mutant("window attention: channels assumed to have unit stride",
+           "ops._window_attention.forward:window_attention_forward", "runtime.unit_stride(qkv)", "qkv",
+           "window_attention", _SEVEN, by="layouts", dtype="bf16"),
+    Mutant("window attention: padded queries written", _WINDOW_FORWARD, "rows_m, stride_o_n, mask_m",
+           "rows_m, stride_o_n, m < TOKENS", "window_attention", _COSINE, WINDOW, by="memory", dtype="bf16"),
+    Mutant("window attention backward: delta missing", f"{_WINDOW_BACKWARD}:_window_attention_bwd_whole_kernel",
+           "p * (dp - delta[:, None])", "p * dp", "window_attention", _SEVEN, dtype="bf16"),
+    Mutant("window attention backward: delta of the first queries alone stored",
+           f"{_WINDOW_BACKWARD}:_window_attention_bwd_dq_kernel", "delta, mask=in_image)",
+           "delta, mask=in_image & (m < BLOCK_M))", "relative_attention", "", BLOCKS, dtype="bf16"),
+    Mutant("window attention backward: dropout left out of the gradient of the values",
+           f"{_WINDOW_BACKWARD}:_window_attention_bwd_dkv_kernel", "kept = p * keep", "kept = p",
+           "window_attention", _DROPOUT, dtype="bf16"),
+    Mutant("window attention backward: gradient along a normalised row kept", f"{_WINDOW_BACKWARD}:_through_norm",
+           "grad[i] - head[i].to(ACC) * (along * norms)[:, None]", "grad[i]", "window_attention", _COSINE),
+    Mutant("window attention backward: gradient of the logit scale without the norm",
+           f"{_WINDOW_BACKWARD}:_through_norm", "return parts, along", "return parts, dot_rows(head, grad, ACC)",
+           "window_attention", _COSINE, dtype="bf16"),
+    Mutant("window attention backward: gradient of the padding from all tokens",
+           f"{_WINDOW_BACKWARD}:_window_attention_bwd_dkv_kernel", "dk, dv, in_window_n & ~in_image_n",
+           "dk, dv, in_window_n", "window_attention", _SEVEN),
+    Mutant("window attention backward: a window counted twice in the gradient of the table",
+           f"{_WINDOW_BACKWARD}:_window_attention_bwd_dbias_kernel", "tl.minimum(first + windows, total)",
+           "tl.minimum(first + windows + 1, total)", "window_attention", _SEVEN),
+    Mutant("window attention backward: gradient of the table from the first windows alone",
+           f"{_WINDOW_BACKWARD}:window_attention_backward", "sum_shares(bias_shares, [True], [wide])[0]",
+           "bias_shares[0, 0]", "window_attention", _SEVEN, dtype="bf16"),
+    Mutant("window attention backward: pairs beyond a row of the window counted for the next entry",
+           f"{_WINDOW_BACKWARD}:_window_attention_table_kernel", "(x >= 0) & (x < SHAPE[1])", "(x >= 0)",
+           "window_attention", _SEVEN),
+    Mutant("relative attention backward: entries of the prefix tokens from their rows alone",
+           f"{_WINDOW_BACKWARD}:_window_attention_table_kernel", "head + m * TOKENS + prefix",
+           "head + prefix * TOKENS + m", "relative_attention"),
+    Mutant("window attention backward: weights of padded queries not zeroed", f"{_WINDOW_BACKWARD}:_of_queries",
+           'if PADDING != "":', "if False:", "window_attention", _SEVEN, by="nonfinite", dtype="bf16"),
+)
+
 _EMBEDDING = (
     Mutant("patch_embed: patches in column-major order", "ops._patch_embed.pixels:patch_offsets",
            "row * PY * stride_y + column * PX * stride_x", "column * PY * stride_y + row * PX * stride_x",
@@ -333,4 +403,4 @@ _FP8 = (
 )
 # fmt: on
 
-MUTANTS: tuple[Mutant, ...] = _NORMS + _PRODUCTS + _SWIGLU + _ATTENTION + _EMBEDDING + _BLOCK + _FP8
+MUTANTS: tuple[Mutant, ...] = _NORMS + _PRODUCTS + _SWIGLU + _ATTENTION + _WINDOW_ATTENTION + _EMBEDDING + _BLOCK + _FP8

@@ -25,16 +25,21 @@ from vitkernels.ops._attention.tiles import (
 from vitkernels.ops._decomposed_attention.config import tile_width
 from vitkernels.ops._decomposed_attention.forward import Options, config_of, launch_arguments, tables_of
 from vitkernels.ops._decomposed_attention.positions import add_dq, biases_of, new_biases, tables_gradient
-from vitkernels.ops._decomposed_attention.tiles import bias_along_x, bias_along_y, sixteen, window_keys
+from vitkernels.ops._decomposed_attention.tiles import (
+    bias_along_x,
+    bias_along_y,
+    load_statistics,
+    sixteen,
+    weights_of,
+    window_keys,
+)
 from vitkernels.ops._sums import new_shares, sum_shares
 from vitkernels.ops._triton import tl, triton
 from vitkernels.ops._window_attention.tiles import (
     image_and_place,
-    load_statistics,
     load_tokens,
     of_queries,
     store_padding_sums,
-    weights_of,
     window_dropout,
     window_tokens,
 )
@@ -45,7 +50,7 @@ def _decomposed_attention_bwd_dq_kernel(
     qkv_ptr,  # (B, N, 3, H, D)
     do_ptr,  # (B, N, H, D)
     o_ptr,  # (B, N, H, D)
-    lse_ptr,  # (B, H, N, 2)
+    lse_ptr,  # (B, H, N, 2), of the forward
     along_y_ptr,  # (B, H, N, rows of a window)
     along_x_ptr,  # (B, H, N, columns of a window)
     padding_ptr,  # (3, H, D), with PADDING "value"
@@ -88,6 +93,7 @@ def _decomposed_attention_bwd_dq_kernel(
     STEP: tl.constexpr = BLOCK_N // WIDTH
     BLOCKS: tl.constexpr = tl.cdiv(SHAPE[7], BLOCK_M)
     SHARES: tl.constexpr = tl.cdiv(SHAPE[1], WIDTH)
+    EXACT_DELTA: tl.constexpr = qkv_ptr.dtype.element_ty.primitive_bitwidth > 16
     pid = tl.program_id(0)
     m = (pid % BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)).to(INDEX)
     h = (pid // BLOCKS % H).to(tl.int64)
@@ -102,40 +108,51 @@ def _decomposed_attention_bwd_dq_kernel(
     q = load_head(q_head, rows_m, stride_qkv_n, mask_m, D, PARTS, ALIGN)
     do = load_head(do_head, rows_m, stride_do_n, mask_m, D, PARTS, ALIGN)
     query = (b * H + h) * N + rows_m
-    lse = load_statistics(lse_ptr + query * 2, mask_m)
-    delta = dot_rows(do, load_head(o_head, rows_m, stride_o_n, mask_m, D, PARTS, ALIGN), ACC)
-    tl.store(delta_ptr + query, delta, mask=mask_m)
+    statistics = load_statistics(lse_ptr + query * 2, mask_m)
+    delta = tl.zeros((BLOCK_M,), ACC)
+    if not EXACT_DELTA:
+        delta = dot_rows(do, load_head(o_head, rows_m, stride_o_n, mask_m, D, PARTS, ALIGN), ACC)
     along_y = along_y_ptr + query * sixteen(SHAPE[0])
     along_x = along_x_ptr + query * sixteen(SHAPE[1])
     dy = dy_ptr + query * (SHARES * sixteen(SHAPE[0]))
     dx = dx_ptr + query * sixteen(SHAPE[1])
     dq = zero_head(BLOCK_M, PARTS, ACC)
-    for column in range(0, SHAPE[1], WIDTH):
-        of_columns = bias_along_x(along_x, column + tl.arange(0, BLOCK_N) % WIDTH, mask_m, SHAPE, WIDTH, ACC)
-        total = zeros(BLOCK_M, BLOCK_N, ACC)
-        for row in range(0, SHAPE[0], STEP):
-            y, _x, n, rows_n, in_window, in_image = window_keys(row, column, place, size, SHAPE, WIDTH, BLOCK_N, INDEX)
-            k = load_tokens(
-                q_head + stride_qkv_part, rows_n, stride_qkv_n, in_image, in_window, padding_head + H * D,
-                D, PARTS, ALIGN, PADDING,
-            )  # fmt: skip
-            v = load_tokens(
-                q_head + 2 * stride_qkv_part, rows_n, stride_qkv_n, in_image, in_window, padding_head + 2 * H * D,
-                D, PARTS, ALIGN, PADDING,
-            )  # fmt: skip
-            s = dot_heads(q, k, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION) * score_scale + of_columns
-            s += bias_along_y(along_y, row, y, mask_m, SHAPE, STEP, ACC)
-            if PADDING == "hidden":
-                s = tl.where(in_image[None, :], s, float("-inf"))
-            p = of_queries(weights_of(s, lse), mask_m, PADDING)
-            dp = dot_heads(do, v, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION)
-            if DROPOUT > 0:
-                dp *= window_dropout(seed_ptr, window, h, H, m, n, DROPOUT, ACC)
-            ds = p * (dp - delta[:, None])
-            total += ds
-            _store_along_y(dy + column // WIDTH * sixteen(SHAPE[0]), ds, row, mask_m, SHAPE, STEP, WIDTH)
-            dq = weighted_sum(ds, k, dq, PRECISION)
-        _store_along_x(dx, total, column, mask_m, STEP, WIDTH)
+    # Of many equal keys, as padded ones are, dS sums to what delta is wrong by. In fp32 and fp64 that is seen beside
+    # PyTorch, and delta is summed from the weights themselves; do · o will do for 16 bits.
+    for turn in tl.static_range(0 if EXACT_DELTA else 1, 2):
+        for column in range(0, SHAPE[1], WIDTH):
+            of_columns = bias_along_x(along_x, column + tl.arange(0, BLOCK_N) % WIDTH, mask_m, SHAPE, WIDTH, ACC)
+            total = zeros(BLOCK_M, BLOCK_N, ACC)
+            for row in range(0, SHAPE[0], STEP):
+                y, _x, n, rows_n, in_window, in_image = window_keys(
+                    row, column, place, size, SHAPE, WIDTH, BLOCK_N, INDEX
+                )
+                k = load_tokens(
+                    q_head + stride_qkv_part, rows_n, stride_qkv_n, in_image, in_window, padding_head + H * D,
+                    D, PARTS, ALIGN, PADDING,
+                )  # fmt: skip
+                v = load_tokens(
+                    q_head + 2 * stride_qkv_part, rows_n, stride_qkv_n, in_image, in_window, padding_head + 2 * H * D,
+                    D, PARTS, ALIGN, PADDING,
+                )  # fmt: skip
+                s = dot_heads(q, k, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION) * score_scale + of_columns
+                s += bias_along_y(along_y, row, y, mask_m, SHAPE, STEP, ACC)
+                if PADDING == "hidden":
+                    s = tl.where(in_image[None, :], s, float("-inf"))
+                p = of_queries(weights_of(s, statistics), mask_m, PADDING)
+                dp = dot_heads(do, v, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION)
+                if DROPOUT > 0:
+                    dp *= window_dropout(seed_ptr, window, h, H, m, n, DROPOUT, ACC)
+                if turn == 0:
+                    delta += tl.sum(p * dp, axis=1)
+                else:
+                    ds = p * (dp - delta[:, None])
+                    total += ds
+                    _store_along_y(dy + column // WIDTH * sixteen(SHAPE[0]), ds, row, mask_m, SHAPE, STEP, WIDTH)
+                    dq = weighted_sum(ds, k, dq, PRECISION)
+            if turn == 1:
+                _store_along_x(dx, total, column, mask_m, STEP, WIDTH)
+    tl.store(delta_ptr + query, delta, mask=mask_m)
     dq_head = dqkv_ptr + (b * N * 3 * H + h) * D
     store_head(dq_head, scaled_head(dq, scale), rows_m, 3 * H * D, mask_m, D, PARTS, ALIGN)
 
@@ -164,7 +181,7 @@ def _store_along_x(dx, total, column, mask_m, STEP: tl.constexpr, WIDTH: tl.cons
 def _decomposed_attention_bwd_dkv_kernel(
     qkv_ptr,  # (B, N, 3, H, D)
     do_ptr,  # (B, N, H, D)
-    lse_ptr,  # (B, H, N, 2)
+    lse_ptr,  # (B, H, N, 2), of the forward
     delta_ptr,  # (B, H, N)
     along_y_ptr,  # (B, H, N, rows of a window)
     along_x_ptr,  # (B, H, N, columns of a window)
@@ -232,14 +249,14 @@ def _decomposed_attention_bwd_dkv_kernel(
         q = load_head(q_head, rows_m, stride_qkv_n, mask_m, D, PARTS, ALIGN)
         do = load_head(do_head, rows_m, stride_o_n, mask_m, D, PARTS, ALIGN)
         query = (b * H + h) * N + rows_m
-        lse = load_statistics(lse_ptr + query * 2, mask_m)
+        statistics = load_statistics(lse_ptr + query * 2, mask_m)
         delta = tl.load(delta_ptr + query, mask=mask_m, other=0.0)
         s = dot_heads(q, k, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION) * score_scale
         s += bias_along_x(along_x_ptr + query * sixteen(SHAPE[1]), x, mask_m, SHAPE, WIDTH, ACC)
         s += bias_along_y(along_y_ptr + query * sixteen(SHAPE[0]), row, y, mask_m, SHAPE, STEP, ACC)
         if PADDING == "hidden":
             s = tl.where(in_image[None, :], s, float("-inf"))
-        p = of_queries(weights_of(s, lse), mask_m, PADDING)
+        p = of_queries(weights_of(s, statistics), mask_m, PADDING)
         dp = dot_heads(do, v, zeros(BLOCK_M, BLOCK_N, ACC), PRECISION)
         kept = p
         if DROPOUT > 0:
@@ -323,7 +340,9 @@ def backward_outputs(qkv: Tensor, options: Options, needed: tuple[bool, bool]) -
     dtables, dpadding = qkv.new_empty(0), qkv.new_empty(0)
     if needed[0]:
         height, width = options.rel_pos
-        dtype = torch.promote_types(height.dtype, width.dtype)
+        dtype = height.dtype
+        if width.dtype != dtype:
+            dtype = runtime.wide_dtype(max(dtype, width.dtype, key=lambda each: each.itemsize))
         dtables = height.new_empty((len(height) + len(width), qkv.shape[-1]), dtype=dtype)
     if needed[1]:  # of whole windows no kernel writes it
         new = torch.zeros if options.windows.whole else torch.empty

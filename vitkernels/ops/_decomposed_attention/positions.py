@@ -13,7 +13,7 @@ from torch import Tensor
 from vitkernels import runtime
 from vitkernels.ops._attention import operands
 from vitkernels.ops._attention.config import head_parts
-from vitkernels.ops._attention.tiles import LOG2_E, dot_heads, load_head, store_head, weighted_sum, zero_head, zeros
+from vitkernels.ops._attention.tiles import LOG2_E, dot_heads, load_head, store_head, zero_head, zeros
 from vitkernels.ops._decomposed_attention.config import DecomposedConfig
 from vitkernels.ops._decomposed_attention.tiles import offsets, sixteen
 from vitkernels.ops._sums import new_shares, sum_shares
@@ -106,8 +106,25 @@ def _add_through(
         e, key, inside = offsets(position, start, LENGTH, BLOCK_E)
         grad = _load_gradient(grad_ptr, query, key, inside & in_image[:, None], SHARES, LENGTH, ACC)
         table = _cast_head(load_head(table_ptr, e, D, e < 2 * LENGTH - 1, D, PARTS, ALIGN), like)
-        dq = weighted_sum(grad, table, dq, PRECISION)
+        dq = _finite_sum(grad, inside, table, dq, PRECISION)
     return dq
+
+
+@triton.jit
+def _finite_sum(weights, inside, head, acc, PRECISION: tl.constexpr):
+    """acc + weights · head, where weights outside ``inside`` are zero: a NaN or an infinity in a row of ``head``
+    reaches the sums alone that have the row inside, as if the others were not multiplied with it."""
+    sums = ()
+    for i in tl.static_range(len(head)):
+        wrong = head[i] * 0.0 != 0.0
+        wrong_rows = tl.sum(wrong.to(tl.int32), axis=1) > 0
+        part = tl.where(wrong, 0.0, head[i])
+        total = tl.dot(weights.to(part.dtype), part, acc[i], input_precision=PRECISION, out_dtype=acc[i].dtype)
+        if tl.sum(wrong_rows.to(tl.int32), axis=0) > 0:
+            hits = tl.dot(inside.to(part.dtype), wrong.to(part.dtype), input_precision=PRECISION)
+            total = tl.where(hits > 0, float("nan"), total)
+        sums = sums + (total,)
+    return sums
 
 
 @triton.jit(do_not_specialize=["N", "X"])
@@ -217,7 +234,7 @@ def _table_sums(
         q = load_head(q_head, t, stride_qkv_n, in_image, D, PARTS, ALIGN)
         _, key, inside = offsets(y if ALONG_Y else x, start, LENGTH, BLOCK_E)
         grad = _load_gradient(grad_ptr, head * N + t, key, inside & in_image[:, None], SHARES, LENGTH, ACC)
-        total = weighted_sum(tl.trans(grad.to(q[0].dtype)), q, total, PRECISION)
+        total = _finite_sum(tl.trans(grad.to(q[0].dtype)), tl.trans(inside), q, total, PRECISION)
     e = start + tl.arange(0, BLOCK_E)
     item_bytes: tl.constexpr = sums_ptr.dtype.element_ty.primitive_bitwidth // 8
     store_head(sums_ptr, total, e, D, e < 2 * LENGTH - 1, D, PARTS, item_bytes)

@@ -147,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument(
         "--traffic", metavar="MODEL",
-        help="count, instead, how often a block of MODEL, a ViT of timm, reads or writes its activations",
+        help="count, instead, how often a block of MODEL, a ViT or Swin of timm, reads or writes its activations",
     )  # fmt: skip
     inspect.add_argument(
         "--launches", metavar="MODEL",

@@ -462,8 +462,8 @@ def _window_attention_bwd_dbias_kernel(
     pid = tl.program_id(0)
     n = (pid % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N)).to(INDEX)
     m = (pid // BLOCKS_N % BLOCKS_M * BLOCK_M + tl.arange(0, BLOCK_M)).to(INDEX)
-    h = (pid // (BLOCKS_M * BLOCKS_N) % H).to(tl.int64)
-    group = pid // (BLOCKS_M * BLOCKS_N) // H
+    h = (pid // BLOCKS_N // BLOCKS_M % H).to(tl.int64)
+    group = pid // BLOCKS_N // BLOCKS_M // H
     first = group * windows
     size = (Y, X, windows_y, windows_x)
     padding_head = padding_ptr + h * D

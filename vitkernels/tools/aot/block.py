@@ -1,4 +1,4 @@
-"""One block of a Vision Transformer of timm, plain, compiled or accelerated: what it is called with, what it launches.
+"""One block of a Vision Transformer of timm, or all of Swin's first stage: what it is called with, what it launches.
 
 The block that runs is the model's own, after :func:`vitkernels.accelerate` where it is to be accelerated, so that the
 figures follow the code. Its tensors are fake ones of a CPU: they have no data, and unlike those of device meta they
@@ -51,13 +51,17 @@ class _Stop(Exception):
 def call_of_block(model: nn.Module, shape: Sequence[int]) -> tuple[nn.Module, Tensor, tuple, dict[str, object]]:
     """Return the first block of ``model``, and with what the model calls it at images of ``shape``, (B, 3, Y, X).
 
+    Of a model in stages, such as Swin, all blocks of the first stage count as one, as they differ by their shifts.
+
     Returns:
         The block, its input, and its further arguments by position and by name; the input is that of one image.
 
     Raises:
         ValueError: The model has no ``blocks``, or they convolve.
     """
-    blocks = getattr(model, "blocks", None)
+    stages = getattr(model, "layers", None)
+    staged = isinstance(stages, nn.Sequential) and len(stages) > 0
+    blocks = getattr(stages[0] if staged else model, "blocks", None)
     if not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or not len(blocks):
         raise ValueError(f"{type(model).__name__} has no blocks; expected a Vision Transformer of timm")
     if any(isinstance(module, nn.Conv2d) for module in blocks[0].modules()):
@@ -76,7 +80,7 @@ def call_of_block(model: nn.Module, shape: Sequence[int]) -> tuple[nn.Module, Te
     finally:
         hook.remove()
     ((x, *args), kwargs) = seen[0]
-    return blocks[0], x, tuple(args), kwargs
+    return nn.Sequential(*blocks) if staged else blocks[0], x, tuple(args), kwargs
 
 
 def events_of_block(model_name: str, provider: str, setting: Setting, target: str = "sm_90") -> dict[str, list[Event]]:

@@ -128,6 +128,8 @@ class Recorder(Intercept):
             spared = {t.untyped_storage()._cdata for t in summand}
             for access in found:
                 access.least = 0 if access.storage._cdata in spared else access.elements
+            if name == "bmm":
+                leave_out_scores(found)
         if "attention" in name:
             given = tensors((args, kwargs))
             backward = name.endswith("backward")
@@ -156,6 +158,17 @@ class Recorder(Intercept):
                     access.least = access.elements
             result = max((a for a in event.accesses if a.written), key=lambda a: a.elements)
             result.least = result.elements
+
+
+def leave_out_scores(found: list[Access]) -> None:
+    """Take the scores out of what a batched product needs: a fused attention writes none.
+
+    Of the three matrices of each product in an attention two have the size of q.
+    """
+    sizes = [access.elements for access in found]
+    for access in found:
+        if len(sizes) == 3 and sizes.count(access.elements) == 1:
+            access.least = 0
 
 
 def _attention_least(events: list[Event], inputs: list[Tensor], outputs: list[Tensor]) -> None:

@@ -92,7 +92,7 @@ def list_images(folder: Path) -> list[str]:
         raise UserError(f"{folder} holds no images; expected files that end in {', '.join(SUFFIXES)}")
     for file in found:
         if file.encode(errors="replace").decode() != file:  # Parquet could not hold it
-            raise UserError(f"{folder} holds {ascii(file)}, a name that is not in UTF-8: rename it")
+            raise UserError(f"{folder} holds {file!a}, a name that is not in UTF-8: rename it")
     return found
 
 

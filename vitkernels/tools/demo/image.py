@@ -134,5 +134,5 @@ def _turn(image: Image.Image, path: Path) -> Image.Transpose | None:
         why = f"cannot be read ({one_line(said[0].message)})"
     else:
         return None
-    warn(f"the orientation in the EXIF of {path} {why}: classify does not rotate the image")
+    warn(f"the orientation in the EXIF of {path} {why}: the image is not rotated")
     return None

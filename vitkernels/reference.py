@@ -405,6 +405,7 @@ def window_attention(
     num_prefix_tokens: int = 0,
     grid: bool = False,
     roll_padded: bool = False,
+    mask_value: float = -100.0,
     bias_table: Tensor | None = None,
     padding: Tensor | None = None,
     logit_scale: Tensor | None = None,
@@ -415,10 +416,10 @@ def window_attention(
     """Attention within the windows of :func:`window_index` (arXiv 2103.14030, 2111.09883); returns (B, N, H, D).
 
     ``qkv`` is (B, N, 3, H, D), the prefix tokens and then the image's Y · X. ``bias_table`` (entries, H) is added to
-    the scores; so is −100 between regions. Padded tokens have the queries, keys and values ``padding`` (3, H, D), or
-    no query attends to them. With ``logit_scale`` (H,) queries and keys are divided by their norms, and it replaces
-    ``scale``. ``dropout_scale`` (B · windows, H, tokens, tokens) replaces ``dropout_p``, as in :func:`attention`. Each
-    step rounds to the dtype, as in the published code of Swin.
+    the scores; so is ``mask_value`` between regions. Padded tokens have the queries, keys and values ``padding``
+    (3, H, D), or no query attends to them. With ``logit_scale`` (H,) queries and keys are divided by their norms, and
+    it replaces ``scale``. ``dropout_scale`` (B · windows, H, tokens, tokens) replaces ``dropout_p``, as in
+    :func:`attention`. Each step rounds to the dtype, as in the published code of Swin.
     """
     row, region, entry = (
         t.to(qkv.device) for t in window_index(image, window, shift, num_prefix_tokens, grid, roll_padded)
@@ -442,7 +443,7 @@ def window_attention(
         scores = scores + bias_table[entry].permute(2, 0, 1)
     of_windows = torch.zeros(windows, 1, tokens, tokens, dtype=qkv.dtype, device=qkv.device)
     if any(shift):
-        of_windows = of_windows - 100.0 * (region[:, None, :, None] != region[:, None, None, :])
+        of_windows = of_windows + mask_value * (region[:, None, :, None] != region[:, None, None, :])
     if padding is None:
         of_windows = of_windows.masked_fill(missing[:, None, None, :], float("-inf"))
     if any(shift) or (padding is None and bool(missing.any())):

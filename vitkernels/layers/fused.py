@@ -163,7 +163,7 @@ def attend_by_position(attn: Attention, qkv: Tensor) -> Tensor:
     out = ops.window_attention(
         qkv.unflatten(1, (Y, X)), positions.size, shift=positions.shift, bias_table=positions.bias_table,
         padding=padding, logit_scale=positions.logit_scale, scale=attn.scale, grid=positions.grid,
-        roll_padded=positions.roll_padded, **options,
+        roll_padded=positions.roll_padded, mask_value=positions.mask_value, **options,
     )  # fmt: skip
     return out.flatten(1, 2)
 

@@ -65,7 +65,7 @@ class _Layer(Kind):
         return x.ndim == 3 and runs_fused(self._rule, self, x)
 
     def _within(
-        self, attn: records.Attention, x: Tensor, image: Pair, window: Pair, **more: Tensor
+        self, attn: records.Attention, x: Tensor, image: Pair, window: Pair, **more: Tensor | int
     ) -> records.Attention:
         """Return ``attn`` within windows of ``image``; None for what transformers would refuse."""
         size, shift = (self.window_size,) * 2, (self.shift_size,) * 2
@@ -184,7 +184,6 @@ class Swinv2Layer(TupleSwinLayer):
 
     _takes = MaskFormerSwinLayer._takes
     _resizes: ClassVar = False
-    _options: ClassVar = _Layer._options | {"limit": lambda layer: _v2_limit(layer)}
     _parameters_of_attention = frozenset({"logit_scale"})
     _products = None
 
@@ -201,7 +200,8 @@ class Swinv2Layer(TupleSwinLayer):
         attn = self.attention.self
         table = continuous_bias(attn.continuous_position_bias_mlp, attn.relative_coords_table, attn.num_attention_heads)
         scale = cosine_scale(attn.logit_scale)
-        return self._within(self._read(), x, image, attn.window_size, bias_table=table, logit_scale=scale)
+        more = {"bias_table": table, "logit_scale": scale, "mask_value": -200}  # transformers adds its −100 twice
+        return self._within(self._read(), x, image, attn.window_size, **more)
 
 
 class PatchEmbeddings(Kind):
@@ -227,9 +227,3 @@ def _packed(*layers: nn.Module) -> records.Linear:
         return records.Linear(torch.cat(weights))
     filled = [w.new_zeros(len(w)) if bias is None else bias for w, bias in zip(weights, biases, strict=True)]
     return records.Linear(torch.cat(weights), torch.cat(filled))
-
-
-def _v2_limit(layer: nn.Module) -> str | None:
-    if layer.shift_size > 0:
-        return "it adds the mask of its shifted windows twice, which makes −200; the kernel adds −100"
-    return head_dim_limit(layer.attention.self.attention_head_size)

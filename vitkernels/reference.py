@@ -62,6 +62,30 @@ def add_layer_norm(
     return layer_norm(new_residual, weight, bias, eps), new_residual
 
 
+def merge_patches(x: Tensor) -> Tensor:
+    """Put 2 × 2 neighbours of x (B, Y, X, C) side by side, (B, ⌈Y/2⌉, ⌈X/2⌉, 4C); zeros lie beside an odd image."""
+    x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+    return torch.cat([x[:, down::2, right::2] for right in (0, 1) for down in (0, 1)], -1)
+
+
+def patch_merging(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    norm_last: bool = False,
+) -> Tensor:
+    """A linear layer on the LayerNorm of :func:`merge_patches` (arXiv 2103.14030); with ``norm_last`` the LayerNorm of
+    a linear layer on them (2111.09883)."""
+    x = merge_patches(x)
+    if norm_last:
+        return layer_norm(linear(x, weight, bias), norm_weight, norm_bias, eps)
+    return linear(layer_norm(x, norm_weight, norm_bias, eps), weight, bias)
+
+
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float | None = 1e-6) -> Tensor:
     """x / √(mean(x²) + eps) · weight over the last dim (arXiv 1910.07467)."""
     (weight,) = _beside(x, weight)

@@ -138,8 +138,8 @@ def _with_eps(function: Callable, op: str, /, **arguments):
     return function(op, **arguments)
 
 
-# The sizes of a window belong together: tests/ops/test_window_attention.py.
-WINDOWS = ("window_attention", "relative_attention")
+# The sizes of an image and its windows belong together: tests/ops/test_window_attention.py, test_patch_merging.py.
+WINDOWS = ("window_attention", "relative_attention", "patch_merging")
 OPS = {name: _op(name) for name in dict.fromkeys(w.op for w in WORKLOADS) if name not in WINDOWS}
 ATTENTION = ("attention", "attention_qkvpacked", "attention_varlen")
 ROWS = ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm", "linear", "mlp", "swiglu_mlp")

@@ -333,6 +333,13 @@ def _dropout(x: Tensor, p: float) -> Tensor:
     return F.dropout(x, p) if p else x
 
 
+def patch_merging(norm: Norm, reduction: Linear, x: Tensor, *, norm_last: bool = False) -> Tensor:
+    """Merge every 2 × 2 patches of images x (B, Y, X, C): a LayerNorm, then ``reduction``; or first that."""
+    return ops.patch_merging(
+        x, *reduction, norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps, norm_last=norm_last
+    )
+
+
 def patch_embed(
     proj: nn.Conv2d,
     images: Tensor,

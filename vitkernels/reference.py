@@ -62,6 +62,30 @@ def add_layer_norm(
     return layer_norm(new_residual, weight, bias, eps), new_residual
 
 
+def merge_patches(x: Tensor) -> Tensor:
+    """Put 2 × 2 neighbours of x (B, Y, X, C) side by side, (B, ⌈Y/2⌉, ⌈X/2⌉, 4C); zeros lie beside an odd image."""
+    x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+    return torch.cat([x[:, down::2, right::2] for right in (0, 1) for down in (0, 1)], -1)
+
+
+def patch_merging(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    norm_last: bool = False,
+) -> Tensor:
+    """A linear layer on the LayerNorm of :func:`merge_patches` (arXiv 2103.14030); with ``norm_last`` the LayerNorm of
+    a linear layer on them (2111.09883)."""
+    x = merge_patches(x)
+    if norm_last:
+        return layer_norm(linear(x, weight, bias), norm_weight, norm_bias, eps)
+    return linear(layer_norm(x, norm_weight, norm_bias, eps), weight, bias)
+
+
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float | None = 1e-6) -> Tensor:
     """x / √(mean(x²) + eps) · weight over the last dim (arXiv 1910.07467)."""
     (weight,) = _beside(x, weight)
@@ -405,6 +429,7 @@ def window_attention(
     num_prefix_tokens: int = 0,
     grid: bool = False,
     roll_padded: bool = False,
+    mask_value: float = -100.0,
     bias_table: Tensor | None = None,
     rel_pos: tuple[Tensor, Tensor] | None = None,
     padding: Tensor | None = None,
@@ -416,11 +441,12 @@ def window_attention(
     """Attention within the windows of :func:`window_index` (arXiv 2103.14030, 2111.09883); returns (B, N, H, D).
 
     ``qkv`` is (B, N, 3, H, D), the prefix tokens and then the image's Y · X. ``bias_table`` (entries, H) is added to
-    the scores; so are −100 between regions, and with ``rel_pos``, tables (2 · rows − 1, D) and (2 · columns − 1, D),
-    each query's product with their rows for where the key lies (arXiv 2112.01526). Padded tokens have the queries,
-    keys and values ``padding`` (3, H, D), or no query attends to them. With ``logit_scale`` (H,) queries and keys are
-    divided by their norms, and it replaces ``scale``. ``dropout_scale`` (B · windows, H, tokens, tokens) replaces
-    ``dropout_p``, as in :func:`attention`. Each step rounds to the dtype, as in the published code of Swin.
+    the scores; so are ``mask_value`` between regions, and with ``rel_pos``, tables (2 · rows − 1, D) and
+    (2 · columns − 1, D), each query's product with their rows for where the key lies (arXiv 2112.01526). Padded tokens
+    have the queries, keys and values ``padding`` (3, H, D), or no query attends to them. With ``logit_scale`` (H,)
+    queries and keys are divided by their norms, and it replaces ``scale``. ``dropout_scale``
+    (B · windows, H, tokens, tokens) replaces ``dropout_p``, as in :func:`attention`. Each step rounds to the dtype, as
+    in the published code of Swin.
     """
     B, N, _, H, D = qkv.shape
     row, region, entry = window_index(image, window, shift, num_prefix_tokens, grid, roll_padded)
@@ -454,7 +480,7 @@ def window_attention(
         scores = scores + bias.reshape(scores.shape)
     of_windows = torch.zeros(windows, 1, tokens, tokens, dtype=qkv.dtype, device=qkv.device)
     if any(shift):
-        of_windows = of_windows - 100.0 * (region[:, None, :, None] != region[:, None, None, :])
+        of_windows = of_windows + mask_value * (region[:, None, :, None] != region[:, None, None, :])
     if padding is None:
         of_windows = of_windows.masked_fill(missing[:, None, None, :], float("-inf"))
     if any(shift) or (padding is None and pads):

@@ -41,6 +41,7 @@ CASES = {
     "padded": ((9, 10), (4, 4), {}),
     "padded and shifted": ((9, 10), (4, 4), {"shift": (2, 1)}),
     "padded, then shifted": ((9, 10), (4, 4), {"shift": (2, 2), "roll_padded": True}),
+    "shifted, with another mask": ((8, 8), (4, 4), {"shift": (2, 2), "mask_value": -3}),
     "seven": ((14, 14), (7, 7), {"shift": (3, 3)}),
     "one window": ((7, 7), (7, 7), {}),
     "larger than the image": ((5, 3), (7, 7), {}),
@@ -211,6 +212,7 @@ WRONG = {
     "tokens": (
         lambda: ops.relative_attention(QKV[:, 0], (2, 2)), ValueError, "qkv has 6 tokens; expected num_prefix_tokens"
     ),
+    "mask": (lambda: ops.window_attention(QKV, 2, mask_value=-1.5), TypeError, "mask_value"),
     "dtype": (lambda: ops.window_attention(QKV.long(), 2), TypeError, "qkv has dtype torch.int64"),
 }  # fmt: skip
 

@@ -53,8 +53,7 @@ def close(actual, expected) -> None:
 @pytest.mark.parametrize("size", [(32, 32), (40, 28)], ids=["whole", "padded"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fp32(family, size, device):
-    more = {"depths": [1]} if family == "swinv2" else {}
-    model, x = build(family, **more).to(device), images(device, *size)
+    model, x = build(family).to(device), images(device, *size)
     original = type(layers(model)[0])
     report = assert_parity(model, x, inputs=4 if family == "swinv2" else 1)
     assert not [k for k in report.kept if k.known]
@@ -68,14 +67,19 @@ def test_fp32(family, size, device):
 class TestBehaviours:
     """What is around the kernels, computed by PyTorch where there is no GPU."""
 
-    def test_shifted_windows_of_version_2_are_transformers(self, device):
-        """They add their mask twice, and the report says so."""
-        plain = build("swinv2").to(device)
-        model = copy.deepcopy(plain)
-        kept = {k.module: k.reason for k in accelerate(model).kept}
-        assert "mask of its shifted windows twice" in kept["inner.encoder.layers.0.blocks.1"]
-        x = images(device, 40, 28)
-        close(model(x), plain(x))
+    def test_shifted_windows_of_version_2_add_their_mask_twice(self, device):
+        """Where keys are the reverse of queries, scores lie 200 below those of the other region: −100 shows."""
+        plain = layers(build("swinv2").to(device, torch.double))[1]
+        attn = plain.attention.self
+        with torch.no_grad():
+            attn.logit_scale.fill_(5.0)  # a factor of 100, the largest
+            attn.query.bias.zero_()
+            attn.key.weight.copy_(-attn.query.weight)
+        layer = copy.deepcopy(plain)
+        assert accelerate(layer).swapped
+        sign = torch.tensor([1.0] * 16 + [-1.0] * 48, device=device, dtype=torch.double)  # of two rows, and of six
+        x = torch.randn(2, 1, 32, device=device, dtype=torch.double) * sign[:, None]
+        close(layer(x, (8, 8))[0], plain(x, (8, 8))[0])
 
     @pytest.mark.parametrize("family", FAMILIES)
     def test_drops_what_transformers_drops(self, family, device):

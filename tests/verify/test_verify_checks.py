@@ -29,7 +29,7 @@ def test_problems_cover_every_public_op_and_have_distinct_names():
     assert {p.op for p in found} == {
         "layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm", "linear", "mlp", "swiglu_mlp", "attention",
         "attention_qkvpacked", "attention_varlen", "window_attention", "relative_attention", "decomposed_attention",
-        "block", "patch_embed",
+        "block", "patch_embed", "patch_merging",
         *fp8.NAMES,
     }  # fmt: skip
     assert len({p.id for p in found}) == len(found)

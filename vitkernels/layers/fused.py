@@ -167,7 +167,8 @@ def attend_by_position(attn: Attention, qkv: Tensor) -> Tensor:
     else:
         out = ops.window_attention(
             image, size, shift=positions.shift, bias_table=positions.bias_table, logit_scale=positions.logit_scale,
-            scale=attn.scale, grid=positions.grid, roll_padded=positions.roll_padded, **options,
+            scale=attn.scale, grid=positions.grid, roll_padded=positions.roll_padded,
+            mask_value=positions.mask_value, **options,
         )  # fmt: skip
     return out.flatten(1, 2)
 
@@ -335,6 +336,13 @@ def add_dropped(drop_path: DropPath | None, branch: Tensor, x: Tensor, images: P
 
 def _dropout(x: Tensor, p: float) -> Tensor:
     return F.dropout(x, p) if p else x
+
+
+def patch_merging(norm: Norm, reduction: Linear, x: Tensor, *, norm_last: bool = False) -> Tensor:
+    """Merge every 2 × 2 patches of images x (B, Y, X, C): a LayerNorm, then ``reduction``; or first that."""
+    return ops.patch_merging(
+        x, *reduction, norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps, norm_last=norm_last
+    )
 
 
 def patch_embed(

@@ -45,6 +45,7 @@ class Windows(NamedTuple):
         logit_scale: (H,), the factor of cosine attention, or None.
         grid: Whether a window's tokens lie as far apart as there are windows.
         roll_padded: Whether the image is padded before it is rolled.
+        mask_value: Added to the scores of tokens that the roll brought together.
     """
 
     image: tuple[int, int]
@@ -54,6 +55,7 @@ class Windows(NamedTuple):
     logit_scale: Tensor | None = None
     grid: bool = False
     roll_padded: bool = False
+    mask_value: int = -100
 
 
 class Relative(NamedTuple):

@@ -16,6 +16,7 @@ from vitkernels.ops._layer_norm import add_layer_norm, add_rms_norm, layer_norm,
 from vitkernels.ops._linear import linear
 from vitkernels.ops._mlp import mlp
 from vitkernels.ops._patch_embed import patch_embed
+from vitkernels.ops._patch_merging import patch_merging
 from vitkernels.ops._registry import uses_kernels
 from vitkernels.ops._swiglu import swiglu_mlp
 from vitkernels.ops._window_attention import relative_attention, window_attention
@@ -40,6 +41,7 @@ __all__ = [
     "linear_fp8",
     "mlp",
     "patch_embed",
+    "patch_merging",
     "quantize_fp8",
     "relative_attention",
     "rms_norm",

@@ -1,4 +1,4 @@
-"""Rules for torchvision's Swin Transformers: the blocks, their attentions and MLPs.
+"""Rules for torchvision's Swin Transformers: the blocks, their attentions and MLPs, patch merging.
 
 Imported only if torchvision's model is imported. Pickle needs the subclasses at module level.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torchvision.models.swin_transformer import (
+    PatchMerging,
+    PatchMergingV2,
     ShiftedWindowAttention,
     ShiftedWindowAttentionV2,
     SwinTransformerBlock,
@@ -17,6 +19,7 @@ from torchvision.ops.misc import MLP
 from torchvision.ops.stochastic_depth import StochasticDepth
 
 from vitkernels.layers import fused, records
+from vitkernels.swap import _patch_merging
 from vitkernels.swap._limits import packed_heads_limit
 from vitkernels.swap._rules import Rule, add, runs_fused
 from vitkernels.swap._windows import TABLE_MLP, continuous_bias, cosine_scale, is_shift
@@ -65,6 +68,24 @@ class FusedSwinTransformerBlockV2(SwinTransformerBlockV2):
     def forward(self, x: Tensor) -> Tensor:
         if runs_fused(BLOCK_V2, self, x) and _fits(self.attn, x):
             return fused.post_norm_block(_block(self, _attention_v2(self.attn, x)), x.flatten(1, 2)).view(x.shape)
+        return super().forward(x)
+
+
+class FusedPatchMerging(PatchMerging):
+    """torchvision's PatchMerging on :func:`vitkernels.ops.patch_merging`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if runs_fused(MERGING, self, x) and _patch_merging.has_patches(self, x):
+            return _patch_merging.merge(self, x)
+        return super().forward(x)
+
+
+class FusedPatchMergingV2(PatchMergingV2):
+    """torchvision's PatchMergingV2, with its norm behind the product, on :func:`vitkernels.ops.patch_merging`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if runs_fused(MERGING_V2, self, x) and _patch_merging.has_patches(self, x):
+            return _patch_merging.merge(self, x, norm_last=True)
         return super().forward(x)
 
 
@@ -162,4 +183,8 @@ BLOCK_V2 = Rule(
     limit=_block_limit,
     limited_by=("stochastic_depth.mode",),
 )
-add(MLP_RULE, ATTENTION, ATTENTION_V2, BLOCK, BLOCK_V2)
+MERGING, MERGING_V2 = (
+    Rule(original, swapped, bypassed=_patch_merging.CHILDREN, attributes=frozenset({"dim"}))
+    for original, swapped in ((PatchMerging, FusedPatchMerging), (PatchMergingV2, FusedPatchMergingV2))
+)
+add(MLP_RULE, ATTENTION, ATTENTION_V2, BLOCK, BLOCK_V2, MERGING, MERGING_V2)

@@ -374,6 +374,7 @@ _MLP = {"x": _X, "w1": _weight("F C"), "b1": _bias("F"), "w2": _weight("C F"), "
 _FC1 = {"x": _X, "weight": _weight("F C"), "bias": _bias("F")}
 _QKV = dict.fromkeys(("q", "k", "v"), Input("B H N D"))
 _PACKED = {"qkv": Input("B N 3 H D")}
+_MERGING = {"x": Input("B V U C"), "weight": _weight("2C 4C")}
 _PATCHES = {
     "images": Input("B I Y X"), "weight": _weight("C I P P"), "bias": _bias("C"), "pos_embed": _bias("1 N C"),
     "prefix_tokens": _bias("1 R C", needs="prefix"),
@@ -424,6 +425,10 @@ WORKLOADS = (
              attention="relative"),
     _decomposed("decomposed", "decomposed positions"),
     _decomposed("decomposed_windows", "decomposed positions in windows of 14", 14),
+    *(Workload(f"patch_merging{end}", "patch_merging", _MERGING | _affine("norm_", width), lambda case, last=last: last,
+               variant, attention=asked)
+      for end, width, last, variant, asked in (("", "4C", {}, "", "swin"),
+                                               ("_v2", "2C", {"norm_last": True}, "norm last", "swin_cosine"))),
     Workload("block", "block", _BLOCK, lambda case: _activation(case) | {"num_heads": case.heads},
              only=_PLAIN_BLOCK),
     Workload("block_drop_path", "block", _BLOCK | {"drop_path1": _PATH, "drop_path2": _OTHER_PATH},

@@ -10,16 +10,17 @@ from torch import Tensor
 from vitkernels import runtime
 from vitkernels.ops import _tile
 from vitkernels.ops._layer_norm.config import choose_backward_config
+from vitkernels.ops._layer_norm.forward import image_arguments, load_rows, merged_patches
 from vitkernels.ops._sums import new_shares, sum_shares
 from vitkernels.ops._triton import tl, triton
 from vitkernels.runtime import as_rows, dense_or
 
 
-@triton.jit(do_not_specialize=["M", "rows_per_sample"])
+@triton.jit(do_not_specialize=["M", "rows_per_sample", "Y", "X"])
 def _layer_norm_bwd_kernel(
     dy_ptr,  # (M, C)
     dr_ptr,  # (M, C), upstream gradient of the sum, with HAS_DR
-    r_ptr,  # (M, C), what was normalised
+    r_ptr,  # (M, C), what was normalised; with MERGES (B, Y, X, part), contiguous
     weight_ptr,  # (WIDTH,)
     mean_ptr,  # (M,), unless RMS
     rstd_ptr,  # (M,)
@@ -27,7 +28,7 @@ def _layer_norm_bwd_kernel(
     gamma_ptr,  # (C,)
     path_ptr,  # (B,)
     dr_path_ptr,  # (B,), scales dr in its sum, with HAS_DR_PATH
-    dresidual_ptr,  # (M, C), contiguous
+    dresidual_ptr,  # like r, contiguous
     dx_ptr,  # (M, C), contiguous, with NEEDS_DX
     dweight_ptr,  # (programs, C): like the next four, each program's partial sum
     dbias_ptr,  # (programs, C)
@@ -42,8 +43,12 @@ def _layer_norm_bwd_kernel(
     C,
     width,
     rows_per_sample,
+    part,  # C / 4, with MERGES, like the next two
+    Y,
+    X,
     RMS: tl.constexpr,
     PADDED: tl.constexpr,
+    MERGES: tl.constexpr,
     HAS_DR: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_GAMMA: tl.constexpr,
@@ -91,10 +96,10 @@ def _layer_norm_bwd_kernel(
                 mean = tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0)
             rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)
             dy_rows = dy_ptr + offs_m[:, None] * stride_dy_row
-            r_rows = r_ptr + offs_m[:, None] * stride_r_row
+            r_rows = (r_ptr, offs_m, part, Y, X) if MERGES else r_ptr + offs_m[:, None] * stride_r_row
 
             dy = tl.load(dy_rows + offs_c[None, :], mask=mask, other=0.0).to(ACC)
-            r = tl.load(r_rows + offs_c[None, :], mask=mask, other=0.0).to(ACC)
+            r = load_rows(r_rows, offs_c, mask, MERGES).to(ACC)
             if HAS_DR:  # loaded before the reductions, whose barriers no load passes
                 upstream = tl.load(dr_ptr + offs_m[:, None] * stride_dr_row + offs_c[None, :], mask=mask, other=0.0).to(
                     ACC
@@ -111,7 +116,19 @@ def _layer_norm_bwd_kernel(
                     gx_mean = tl.sum(g * x_hat, axis=1) / width
                 else:
                     g_mean, gx_mean = _row_means(
-                        dy_rows, r_rows, weight_ptr, mean, rstd, mask_m, C, width, HAS_WEIGHT, ACC, BLOCK_M, BLOCK_C
+                        dy_rows,
+                        r_rows,
+                        weight_ptr,
+                        mean,
+                        rstd,
+                        mask_m,
+                        C,
+                        width,
+                        MERGES,
+                        HAS_WEIGHT,
+                        ACC,
+                        BLOCK_M,
+                        BLOCK_C,
                     )
                 if RMS:
                     dr = rstd[:, None] * (g - x_hat * gx_mean[:, None])
@@ -129,7 +146,12 @@ def _layer_norm_bwd_kernel(
                         dr_sum += tl.sum(upstream, axis=0)
                 offs_out = offs_m[:, None] * C + offs_c[None, :]
                 if NEEDS_DRESIDUAL:
-                    tl.store(dresidual_ptr + offs_out, dr.to(dresidual_ptr.dtype.element_ty), mask=mask)
+                    dresidual_ptrs = dresidual_ptr + offs_out
+                    mask_dresidual = mask
+                    if MERGES:
+                        image = (dresidual_ptr, offs_m, part, Y, X)
+                        dresidual_ptrs, mask_dresidual = merged_patches(image, offs_c, mask)
+                    tl.store(dresidual_ptrs, dr.to(dresidual_ptr.dtype.element_ty), mask=mask_dresidual)
                 if HAS_PATH:
                     path = tl.load(path_ptr + offs_m // rows_per_sample, mask=mask_m, other=0.0).to(ACC)
                     dr *= path[:, None]
@@ -165,6 +187,7 @@ def _row_means(
     mask_m,
     C,
     width,
+    MERGES: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -180,7 +203,7 @@ def _row_means(
         g = tl.load(dy_rows + offs_c[None, :], mask=mask, other=0.0).to(ACC)
         if HAS_WEIGHT:
             g *= tl.load(weight_ptr + offs_c, mask=offs_c < width, other=0.0).to(ACC)[None, :]
-        r = tl.load(r_rows + offs_c[None, :], mask=mask, other=0.0).to(ACC)
+        r = load_rows(r_rows, offs_c, mask, MERGES).to(ACC)
         g_total += tl.sum(g, axis=1)
         gx_total += tl.sum(tl.where(mask, g * (r - mean[:, None]) * rstd[:, None], 0.0), axis=1)
     return g_total / width, gx_total / width
@@ -220,21 +243,22 @@ def layer_norm_backward(
     bias_dtype: torch.dtype | None = None,
     sum_dtype: torch.dtype | None = None,
     dr_path: Tensor | None = None,
+    merges: bool = False,
 ) -> tuple[Tensor, ...]:
     """Launch the backward; return the results named by :class:`NormWanted`, each empty unless ``needed``.
 
     The gradients of weight and γ have their dtypes. Those of the bias and the two sums have ``bias_dtype`` and
     ``sum_dtype``, or the dtype of the statistics. ``width`` is as in the forward: ``dy`` must be zero in the padding,
     where all gradients are zero. ``dr_path`` (B,) scales the rows of each sample of ``dr`` in its sum.
+    With ``merges`` r is the image (B, Y, X, C / 4), and so is the gradient ``dresidual``.
     """
     wanted = NormWanted(*needed)
     sums_wanted = wanted[2:]
     dtypes = sum_dtypes(weight, gamma, rstd.dtype, bias_dtype, sum_dtype)
-    C = r.shape[-1]
-    rows, dy_rows = as_rows(r), as_rows(dy)
+    rows, dy_rows = r.contiguous() if merges else as_rows(r), as_rows(dy)
     dr_rows = rows if dr is None else as_rows(dr)
     x_rows = rows if x is None else as_rows(x)
-    M = rows.shape[0]
+    M, C = dy_rows.shape
     dx = torch.empty(r.shape if wanted.dx else (0,), dtype=x_dtype, device=r.device)
     dresidual = torch.empty(r.shape if wanted.dresidual else (0,), dtype=r.dtype, device=r.device)
     config = choose_backward_config(M, C, runtime.device_facts(r.device), r.dtype, sum(sums_wanted))
@@ -266,6 +290,7 @@ def layer_norm_backward(
             C=C,
             width=width or C,
             rows_per_sample=1 if path is None and dr_path is None else M // r.shape[0],
+            **image_arguments(r, merges),
             RMS=rms,
             PADDED=width is not None,
             HAS_DR=dr is not None,

@@ -1,7 +1,7 @@
 """Attention within windows of an image, and over a whole image with a table of relative positions.
 
 Forward (arXiv 2103.14030, with cosine attention 2111.09883), for the tokens of one window:
-    S = scale · q kᵀ + table[position of q − position of k] − 100 · (q, k of other regions),  o = softmax(S) v
+    S = scale · q kᵀ + table[position of q − position of k] + mask value · (q, k of other regions),  o = softmax(S) v
 A window is read and written where the projection put it. Rolling, padding, cutting and the shift's mask are arithmetic
 on indices, and the bias is read from its table: no tensor is rolled, padded, partitioned, masked or gathered.
 
@@ -64,6 +64,7 @@ def window_attention(
     dropout_p: float = 0.0,
     grid: bool = False,
     roll_padded: bool = False,
+    mask_value: int = -100,
 ) -> Tensor:
     """Attend within the windows of images, on the output of a qkv projection: Swin's attention.
 
@@ -73,7 +74,8 @@ def window_attention(
         window_size: Rows and columns of a window, or one number for both. An image that does not consist of whole
             windows is padded below and on the right.
         shift: How far the image is rolled up and to the left before it is cut, less than the window; the output is
-            rolled back. Tokens that the roll brought together from different sides attend to each other with −100.
+            rolled back. ``mask_value`` is added to the scores of tokens that the roll brought together
+            from different sides.
         bias_table: ((2 · rows − 1) · (2 · columns − 1), H), any floating dtype: the bias of a query and a key by
             where they lie apart, as Swin, timm and torchvision number its entries. May require grad.
         padding: (3, H, D), any floating dtype: queries, keys and values of padded tokens, which is the bias of the qkv
@@ -85,6 +87,7 @@ def window_attention(
         grid: A window takes every (Y / rows)-th row and (X / columns)-th column (MaxViT's grid attention). The image
             must consist of whole windows, and there is no shift.
         roll_padded: Roll the image after it is padded, as torchvision and transformers do; timm rolls it before.
+        mask_value: −100 in Swin's code; transformers' Swin V2 adds it twice.
 
     Returns:
         (B, Y, X, H, D), contiguous, in ``qkv``'s dtype (autocast's under autocast).
@@ -108,7 +111,8 @@ def window_attention(
     shift_y, shift_x = check_pair(op, "shift", shift, 0)
     if shift_y >= rows or shift_x >= columns:
         raise ValueError(f"{op}: shift is {(shift_y, shift_x)}; expected less than the window, {(rows, columns)}")
-    windows = Windows(Y, X, rows, columns, shift_y, shift_x, 0, int(bool(grid)), int(bool(roll_padded)))
+    mask_value = check_integer(op, "mask_value", mask_value)
+    windows = Windows(Y, X, rows, columns, shift_y, shift_x, 0, int(bool(grid)), int(bool(roll_padded)), mask_value)
     if grid and not windows.whole:
         raise ValueError(f"{op}: the image is {(Y, X)}; with grid expected a multiple of the window, {(rows, columns)}")
     if grid and (shift_y or shift_x):

@@ -45,8 +45,8 @@ def by_pytorch(qkv: Tensor, options: Options, **dropout: object) -> Tensor:
     return reference.window_attention(
         qkv, (windows.Y, windows.X), (windows.rows, windows.columns), shift=(windows.shift_y, windows.shift_x),
         num_prefix_tokens=windows.prefix, grid=bool(windows.grid), roll_padded=bool(windows.roll_padded),
-        bias_table=options.table, padding=options.padding, logit_scale=options.logit_scale, scale=options.scale,
-        **dropout,
+        mask_value=windows.mask_value, bias_table=options.table, padding=options.padding,
+        logit_scale=options.logit_scale, scale=options.scale, **dropout,
     )  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def _reference_backward(do, qkv, o, lse, needed, Y, X, window, table, padding, l
     )  # fmt: skip
 
 
-# Image, window (rows, columns, shifts, prefix, grid, roll padded), and the options.
+# Image, window (the rest of Windows), and the options.
 _OPTIONS = (
     "SymInt Y, SymInt X, int[] window, Tensor? table, Tensor? padding, Tensor? logit_scale, Tensor? seed, float scale, "
     "float dropout_p"

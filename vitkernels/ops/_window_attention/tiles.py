@@ -1,8 +1,8 @@
 """Device functions of the window attention kernels: a window's tokens, its bias and its scores. No kernels.
 
-``SHAPE`` is (rows, columns, rows shifted, columns shifted, prefix tokens, grid, roll padded, tokens), the constants of
-:class:`~vitkernels.ops._window_attention.windows.Windows`; ``size`` is (image rows, image columns, rows of windows,
-columns of windows).
+``SHAPE`` is (rows, columns, rows shifted, columns shifted, prefix tokens, grid, roll padded, tokens, mask value), the
+constants of :class:`~vitkernels.ops._window_attention.windows.Windows`; ``size`` is (image rows, image columns, rows of
+windows, columns of windows).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from vitkernels.ops._attention.tiles import LOG2_E, columns, dot_heads, dot_rows, dropout_scale, load_head
 from vitkernels.ops._triton import tl, triton
 
-OTHER_REGION = tl.constexpr(-144.26950408889634)  # Swin's −100 for tokens that the shift brought together, in base 2
 SMALLEST_NORM = tl.constexpr(1e-12)  # F.normalize's
 
 
@@ -42,7 +41,7 @@ def image_and_place(window, size):
 @triton.jit
 def window_tokens(t, window, size, SHAPE: tl.constexpr):
     """Return for places ``t`` of a window their rows in memory, whether the window has them, whether the image has
-    them, and their regions, between which a shifted window attends with −100."""
+    them, and their regions, between which a shifted window attends with the mask value."""
     place = t - SHAPE[4]
     ty = place // SHAPE[1]
     tx = place - ty * SHAPE[1]
@@ -146,12 +145,12 @@ def window_dropout(seed_ptr, window, h, H, m, n, DROPOUT: tl.constexpr, ACC: tl.
 
 @triton.jit
 def masked_scores(s, region_a, region_b, exists, place, size, SHAPE: tl.constexpr, HIDES: tl.constexpr):
-    """Add −100 between regions of a shifted window; with HIDES set −inf at keys that do not exist. All broadcast to
-    ``s``."""
+    """Add the mask value between regions of a shifted window; with HIDES set −inf at keys that do not exist. All
+    broadcast to ``s``."""
     if SHAPE[2] > 0 or SHAPE[3] > 0:
         # Only the last windows of a row and of a column have several regions.
         if (place // size[3] == size[2] - 1) | (place % size[3] == size[3] - 1):
-            s = tl.where(region_a == region_b, s, s + OTHER_REGION)
+            s = tl.where(region_a == region_b, s, s + SHAPE[8] * LOG2_E)
     if HIDES:
         s = tl.where(exists, s, float("-inf"))
     return s

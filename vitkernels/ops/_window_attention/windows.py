@@ -17,6 +17,7 @@ class Windows(NamedTuple):
         prefix: Tokens before those of the image, which belong to its only window.
         grid: 1 if a window's tokens lie as far apart as there are windows (arXiv 2204.01697), not side by side.
         roll_padded: 1 if the image is padded to whole windows before it is rolled, not after.
+        mask_value: Added to the scores of tokens that the roll brought together from different sides.
     """
 
     Y: int
@@ -28,6 +29,7 @@ class Windows(NamedTuple):
     prefix: int = 0
     grid: int = 0
     roll_padded: int = 0
+    mask_value: int = -100
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -57,7 +59,7 @@ class Windows(NamedTuple):
     @property
     def constants(self) -> tuple[int, ...]:
         """The kernels' constant ``SHAPE``."""
-        return (*self[2:], self.tokens)
+        return (*self[2:-1], self.tokens, self.mask_value)
 
 
 class Options(NamedTuple):

@@ -77,9 +77,10 @@ _SWIN = {
     "Intermediate": (old.Intermediate,),
     "PatchEmbeddings": (swin.PatchEmbeddings,),
     "Layer": (swin.SwinLayer, swin.TupleSwinLayer),
+    "PatchMerging": (swin.PatchMerging,),
 }
 _MASKFORMER = _SWIN | {"Layer": (swin.MaskFormerSwinLayer,)}
-_SWINV2 = _SWIN | {"Layer": (swin.Swinv2Layer,)}
+_SWINV2 = _SWIN | {"Layer": (swin.Swinv2Layer,), "PatchMerging": (swin.PatchMergingV2,)}
 _BEIT = {
     "Attention": (new.ViTAttention,),
     "MLP": (new.Mlp,),

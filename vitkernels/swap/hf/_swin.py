@@ -1,4 +1,4 @@
-"""Mixins for the layers of transformers' Swin Transformers; see the folder's ``__init__``.
+"""Mixins for the layers and patch merging of transformers' Swin Transformers; see the folder's ``__init__``.
 
 Unlike the other layers, these read their attention, too: only then need no window be rolled, padded, cut or masked in
 memory. The weights of the three projections are packed at each call, because the windows are read from packed queries,
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vitkernels.layers import fused, records
+from vitkernels.swap import _patch_merging
 from vitkernels.swap._limits import head_dim_limit
 from vitkernels.swap._rules import PARAMETERS, runs_fused
 from vitkernels.swap._windows import continuous_bias, cosine_scale, is_shift
@@ -65,7 +66,7 @@ class _Layer(Kind):
         return x.ndim == 3 and runs_fused(self._rule, self, x)
 
     def _within(
-        self, attn: records.Attention, x: Tensor, image: Pair, window: Pair, **more: Tensor
+        self, attn: records.Attention, x: Tensor, image: Pair, window: Pair, **more: Tensor | int
     ) -> records.Attention:
         """Return ``attn`` within windows of ``image``; None for what transformers would refuse."""
         size, shift = (self.window_size,) * 2, (self.shift_size,) * 2
@@ -184,7 +185,6 @@ class Swinv2Layer(TupleSwinLayer):
 
     _takes = MaskFormerSwinLayer._takes
     _resizes: ClassVar = False
-    _options: ClassVar = _Layer._options | {"limit": lambda layer: _v2_limit(layer)}
     _parameters_of_attention = frozenset({"logit_scale"})
     _products = None
 
@@ -201,7 +201,33 @@ class Swinv2Layer(TupleSwinLayer):
         attn = self.attention.self
         table = continuous_bias(attn.continuous_position_bias_mlp, attn.relative_coords_table, attn.num_attention_heads)
         scale = cosine_scale(attn.logit_scale)
-        return self._within(self._read(), x, image, attn.window_size, bias_table=table, logit_scale=scale)
+        more = {"bias_table": table, "logit_scale": scale, "mask_value": -200}  # transformers adds its −100 twice
+        return self._within(self._read(), x, image, attn.window_size, **more)
+
+
+class PatchMerging(Kind):
+    """Swin's patch merging."""
+
+    _takes = frozenset({"input_feature", "input_dimensions"})
+    _options: ClassVar = {
+        "bypassed": _patch_merging.CHILDREN,
+        "attributes": frozenset({"input_resolution", "dim"}),
+    }
+    _norm_last: ClassVar = False
+
+    def forward(self, input_feature: Tensor, input_dimensions: Pair) -> Tensor:
+        x, (Y, X) = input_feature, input_dimensions
+        if runs_fused(self._rule, self, x) and x.ndim == 3 and x.shape[1] == Y * X:
+            image = x.unflatten(1, (Y, X))
+            if _patch_merging.has_patches(self, image):
+                return _patch_merging.merge(self, image, norm_last=self._norm_last).flatten(1, 2)
+        return super().forward(input_feature, input_dimensions)
+
+
+class PatchMergingV2(PatchMerging):
+    """Swin V2's patch merging, with its norm behind the product."""
+
+    _norm_last: ClassVar = True
 
 
 class PatchEmbeddings(Kind):
@@ -227,9 +253,3 @@ def _packed(*layers: nn.Module) -> records.Linear:
         return records.Linear(torch.cat(weights))
     filled = [w.new_zeros(len(w)) if bias is None else bias for w, bias in zip(weights, biases, strict=True)]
     return records.Linear(torch.cat(weights), torch.cat(filled))
-
-
-def _v2_limit(layer: nn.Module) -> str | None:
-    if layer.shift_size > 0:
-        return "it adds the mask of its shifted windows twice, which makes −200; the kernel adds −100"
-    return head_dim_limit(layer.attention.self.attention_head_size)

@@ -8,8 +8,8 @@
     gcvit.py                GlobalContextVitBlock
     hieradet_sam2.py        SAM 2's MultiScaleAttention and MultiScaleBlock
     maxxvit.py              MaxViT's and CoAtNet's transformer blocks
-    swin_transformer.py     Swin's SwinTransformerBlock, WindowAttention
-    swin_transformer_v2.py  SwinTransformerV2Block, SwinTransformerV2CrBlock, and their attentions
+    swin_transformer.py     Swin's SwinTransformerBlock, WindowAttention, PatchMerging
+    swin_transformer_v2.py  SwinTransformerV2Block, SwinTransformerV2CrBlock, their attentions and PatchMergings
     naflexvit.py            NaFlexVit: images of different sizes packed into one row of tokens
     nest.py                 NesT's TransformerLayer
     twins.py                Twins's attentions and Block
@@ -51,8 +51,10 @@ from vitkernels.swap.timm.maxxvit import (
 )
 from vitkernels.swap.timm.naflexvit import FusedNaFlexVit
 from vitkernels.swap.timm.nest import FusedTransformerLayer
-from vitkernels.swap.timm.swin_transformer import FusedSwinTransformerBlock, FusedWindowAttention
+from vitkernels.swap.timm.swin_transformer import FusedPatchMerging, FusedSwinTransformerBlock, FusedWindowAttention
+from vitkernels.swap.timm.swin_transformer_v2 import FusedPatchMerging as FusedPatchMergingV2
 from vitkernels.swap.timm.swin_transformer_v2 import (
+    FusedPatchMergingCr,
     FusedSwinTransformerV2Block,
     FusedSwinTransformerV2CrBlock,
     FusedWindowMultiHeadAttention,
@@ -95,6 +97,9 @@ __all__ = [
     "FusedPartitionAttention2d",
     "FusedPartitionAttentionCl",
     "FusedPatchEmbed",
+    "FusedPatchMerging",
+    "FusedPatchMergingCr",
+    "FusedPatchMergingV2",
     "FusedRelPosAttention",
     "FusedRelPosBlock",
     "FusedResPostBlock",

@@ -1,18 +1,16 @@
-"""The block and the window attention of timm's swin_transformer.py, and what its later versions share.
-
-Patch merging stays: its norm is swapped by itself, and the gather and the product around it are one pass each.
-"""
+"""The block, window attention and patch merging of timm's swin_transformer.py, and what its later versions share."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 
-from timm.layers import Mlp
-from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
+from timm.layers import LayerNorm, Mlp
+from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, WindowAttention
 from torch import Tensor, nn
 
 from vitkernels.layers import fused, records
+from vitkernels.swap import _patch_merging
 from vitkernels.swap._rules import Rule, add, runs_fused
 from vitkernels.swap._windows import is_shift, within
 from vitkernels.swap.timm.layers import ATTENTION_LIMITED_BY, DROP_PATHS, NORMS, attention_limit
@@ -36,6 +34,15 @@ class FusedSwinTransformerBlock(SwinTransformerBlock):
         if runs_fused(BLOCK, self, x) and fits(self, x, self.input_resolution):
             windows = _windows(self.attn, tuple(x.shape[1:3]), tuple(self.shift_size))
             return fused.block(within(records.block(self), windows), x.flatten(1, 2)).view(x.shape)
+        return super().forward(x)
+
+
+class FusedPatchMerging(PatchMerging):
+    """timm's PatchMerging on :func:`vitkernels.ops.patch_merging`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if runs_fused(MERGING, self, x) and _patch_merging.has_patches(self, x):
+            return _patch_merging.merge(self, x)
         return super().forward(x)
 
 
@@ -90,6 +97,7 @@ SWIN_BRANCHES = {
     "mlp": (Mlp,),
     "drop_path2": DROP_PATHS,
 }
+MERGING_CHILDREN = _patch_merging.CHILDREN | {"norm": (LayerNorm, nn.LayerNorm)}
 SWIN_ATTRIBUTES = frozenset(
     {"dim", "target_shift_size", "always_partition", "dynamic_mask", "window_size", "shift_size", "window_area"}
 )
@@ -110,4 +118,10 @@ BLOCK = Rule(
     attributes=SWIN_ATTRIBUTES | {"input_resolution", "mlp_ratio"},
     products=records.block,
 )
-add(ATTENTION, BLOCK)
+MERGING = Rule(
+    PatchMerging,
+    FusedPatchMerging,
+    bypassed=MERGING_CHILDREN,
+    attributes=frozenset({"dim", "out_dim"}),
+)
+add(ATTENTION, BLOCK, MERGING)

@@ -1,18 +1,21 @@
-"""The blocks and window attentions of timm's swin_transformer_v2.py and swin_transformer_v2_cr.py."""
+"""The blocks, window attentions and patch mergings of timm's swin_transformer_v2.py and swin_transformer_v2_cr.py."""
 
 from __future__ import annotations
 
 import torch
 from timm.layers import Mlp
-from timm.models.swin_transformer_v2 import SwinTransformerV2Block, WindowAttention
+from timm.models.swin_transformer_v2 import PatchMerging, SwinTransformerV2Block, WindowAttention
+from timm.models.swin_transformer_v2_cr import PatchMerging as PatchMergingCr
 from timm.models.swin_transformer_v2_cr import SwinTransformerV2CrBlock, WindowMultiHeadAttention
 from torch import Tensor, nn
 
 from vitkernels.layers import fused, records
+from vitkernels.swap import _patch_merging
 from vitkernels.swap._rules import Rule, add, runs_fused
 from vitkernels.swap._windows import TABLE_MLP, continuous_bias, cosine_scale, within
 from vitkernels.swap.timm.layers import ATTENTION_LIMITED_BY, NORMS, attention_limit
 from vitkernels.swap.timm.swin_transformer import (
+    MERGING_CHILDREN,
     SWIN_ATTRIBUTES,
     SWIN_BRANCHES,
     WINDOW_ATTENTION_CHILDREN,
@@ -62,6 +65,24 @@ class FusedSwinTransformerV2CrBlock(SwinTransformerV2CrBlock):
             windows = _windows_cr(self.attn, tuple(x.shape[1:3]), tuple(self.shift_size))
             out = fused.post_norm_block(within(records.block(self), windows), x.flatten(1, 2))
             return fused.norm(records.norm(self.norm3), out).view(x.shape)
+        return super().forward(x)
+
+
+class FusedPatchMerging(PatchMerging):
+    """timm's PatchMerging of Swin V2, with its norm behind the product, on :func:`vitkernels.ops.patch_merging`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if runs_fused(MERGING, self, x) and _patch_merging.has_patches(self, x):
+            return _patch_merging.merge(self, x, norm_last=True)
+        return super().forward(x)
+
+
+class FusedPatchMergingCr(PatchMergingCr):
+    """timm's PatchMerging of Swin V2 Cr, which is Swin's, on :func:`vitkernels.ops.patch_merging`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if runs_fused(MERGING_CR, self, x) and _patch_merging.has_patches(self, x):
+            return _patch_merging.merge(self, x)
         return super().forward(x)
 
 
@@ -123,4 +144,11 @@ BLOCK_CR = Rule(
     bypassed=SWIN_BRANCHES | {"attn": (WindowMultiHeadAttention,), "norm3": (nn.Identity, *NORMS)},
     attributes=SWIN_ATTRIBUTES | {"feat_size", "init_values"},
 )
-add(ATTENTION, ATTENTION_CR, BLOCK, BLOCK_CR)
+MERGING = Rule(
+    PatchMerging,
+    FusedPatchMerging,
+    bypassed=MERGING_CHILDREN,
+    attributes=frozenset({"dim", "out_dim"}),
+)
+MERGING_CR = Rule(PatchMergingCr, FusedPatchMergingCr, bypassed=MERGING_CHILDREN)
+add(ATTENTION, ATTENTION_CR, BLOCK, BLOCK_CR, MERGING, MERGING_CR)

@@ -27,10 +27,12 @@ LEFT_OUT = {
     "linear_scaled", "mlp_recompute", "mlp_drop_path", "swiglu_mlp_recompute", "attention_separate", "block",
     "block_drop_path",
 }  # fmt: skip
-# Where that is no training step: the workloads, whether in training, and the registered ops taken from them.
+# Where that is no whole training step: the workloads, whether in training, and the registered ops taken from them.
 STEPS = {
     "mlp": (("mlp", False, "mlp_fwd"), ("mlp", True, "mlp_fwd"), ("mlp_recompute", True, "mlp_bwd")),
     "swiglu_mlp": (("swiglu_mlp_recompute", True, ("glu_", "linear_fwd", "layer_norm")),),
+    "patch_merging": (("patch_merging", True, "merge_norm"),),
+    "patch_merging_v2": (("patch_merging_v2", True, "patch_embed"),),
 }
 # What the contract's kernels are compiled with, in place of the workloads' values.
 CONSTANTS = {"dropout_p": 0.1, "normalize": ((0.5,) * 3, (0.25,) * 3)}

@@ -2,30 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
-from torch import Tensor, nn
-
-from vitkernels.layers import records
+from torch import nn
 
 # Swin V2's MLP that makes the table of biases. It is called, but for the report it belongs to the attention.
 TABLE_MLP = {"cpb_mlp": (nn.Sequential,)}
-
-
-def cosine_scale(logit_scale: Tensor) -> Tensor:
-    """Return the factor (H,) of Swin V2's cosine attention from its parameter, a logarithm."""
-    return torch.clamp(logit_scale, max=math.log(100.0)).exp().view(-1)
-
-
-def continuous_bias(cpb_mlp: nn.Module, coordinates: Tensor, num_heads: int) -> Tensor:
-    """Return Swin V2's bias as a table (entries, H): its MLP on the ``coordinates`` of all relative positions."""
-    return 16 * torch.sigmoid(cpb_mlp(coordinates).view(-1, num_heads))
-
-
-def within(block: records.Block, windows: records.Windows) -> records.Block:
-    """Return ``block`` with its attention within ``windows``."""
-    return block._replace(attn=block.attn._replace(positions=windows))
 
 
 def is_shift(shift: tuple[int, int], size: tuple[int, int]) -> bool:

@@ -8,9 +8,9 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2Block, WindowAttent
 from timm.models.swin_transformer_v2_cr import SwinTransformerV2CrBlock, WindowMultiHeadAttention
 from torch import Tensor, nn
 
-from vitkernels.layers import fused, records
+from vitkernels.layers import fused, records, windows
 from vitkernels.swap._rules import Rule, add, runs_fused
-from vitkernels.swap._windows import TABLE_MLP, continuous_bias, cosine_scale, within
+from vitkernels.swap._windows import TABLE_MLP
 from vitkernels.swap.timm.layers import ATTENTION_LIMITED_BY, NORMS, attention_limit
 from vitkernels.swap.timm.swin_transformer import (
     SWIN_ATTRIBUTES,
@@ -28,7 +28,7 @@ class FusedWindowAttention(WindowAttention):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         if runs_fused(ATTENTION, self, x) and is_unmasked(self, x, mask):
-            return attend_in_windows(self, x, _windows)
+            return attend_in_windows(self, x, windows.swin_v2_windows)
         return super().forward(x, mask)
 
 
@@ -46,8 +46,7 @@ class FusedSwinTransformerV2Block(SwinTransformerV2Block):
 
     def forward(self, x: Tensor) -> Tensor:
         if runs_fused(BLOCK, self, x) and fits(self, x, self.input_resolution):
-            windows = _windows(self.attn, tuple(x.shape[1:3]), tuple(self.shift_size))
-            return fused.post_norm_block(within(records.block(self), windows), x.flatten(1, 2)).view(x.shape)
+            return windows.swin_v2_block(self, x)
         return super().forward(x)
 
 
@@ -59,15 +58,10 @@ class FusedSwinTransformerV2CrBlock(SwinTransformerV2CrBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         if runs_fused(BLOCK_CR, self, x) and fits(self, x, self.feat_size) and not _drops_biases(self.attn):
-            windows = _windows_cr(self.attn, tuple(x.shape[1:3]), tuple(self.shift_size))
-            out = fused.post_norm_block(within(records.block(self), windows), x.flatten(1, 2))
+            read = _windows_cr(self.attn, tuple(x.shape[1:3]), tuple(self.shift_size))
+            out = fused.post_norm_block(windows.within(records.block(self), read), x.flatten(1, 2))
             return fused.norm(records.norm(self.norm3), out).view(x.shape)
         return super().forward(x)
-
-
-def _windows(attn: WindowAttention, image: Pair, shift: Pair = (0, 0)) -> records.Windows:
-    table = continuous_bias(attn.cpb_mlp, attn.relative_coords_table, attn.num_heads)
-    return records.Windows(image, tuple(attn.window_size), shift, table, cosine_scale(attn.logit_scale))
 
 
 def _windows_cr(attn: WindowMultiHeadAttention, image: Pair, shift: Pair = (0, 0)) -> records.Windows:
@@ -77,7 +71,7 @@ def _windows_cr(attn: WindowMultiHeadAttention, image: Pair, shift: Pair = (0, 0
     y = torch.cat((pairs[0, 0, 1:, 0, 0].flip(0), pairs[:, 0, 0, 0, 0]))
     x = torch.cat((pairs[0, 0, 0, 1:, 1].flip(0), pairs[0, :, 0, 0, 1]))
     table = attn.meta_mlp(torch.cartesian_prod(y, x))
-    return records.Windows(image, size, shift, table, cosine_scale(attn.logit_scale))
+    return records.Windows(image, size, shift, table, windows.cosine_scale(attn.logit_scale))
 
 
 def _drops_biases(attn: WindowMultiHeadAttention) -> bool:

@@ -426,15 +426,16 @@ def window_attention(
     B, N, _, H, D = qkv.shape
     windows, tokens = row.shape
     missing = row < 0
+    incomplete = any(n % w for n, w in zip(image, window, strict=True))  # known to torch.compile, unlike missing
     x = qkv[:, row.clamp_min(0)]
-    if bool(missing.any()):
-        filled = torch.zeros_like(qkv[0, 0]) if padding is None else padding.to(qkv.dtype)
+    if incomplete:
+        filled = qkv.new_zeros(3, H, D) if padding is None else padding.to(qkv.dtype)
         x = torch.where(missing[None, :, :, None, None, None], filled, x)
     q, k, v = x.flatten(0, 1).permute(2, 0, 3, 1, 4)
     if logit_scale is not None:
         q = F.normalize(q, dim=-1) * logit_scale.to(q.dtype)[:, None, None]
         k, scale = F.normalize(k, dim=-1), 1.0
-    padded = missing.repeat(B, 1)[:, None, :, None] if bool(missing.any()) else None
+    padded = missing.repeat(B, 1)[:, None, :, None] if incomplete else None
     if padded is not None:  # what a padded query attends to is nobody's output: no NaN may come back from there
         q = q.masked_fill(padded, 0.0)
     scores = (q * (D**-0.5 if scale is None else scale)) @ k.transpose(-1, -2)
@@ -445,7 +446,7 @@ def window_attention(
         of_windows = of_windows - 100.0 * (region[:, None, :, None] != region[:, None, None, :])
     if padding is None:
         of_windows = of_windows.masked_fill(missing[:, None, None, :], float("-inf"))
-    if any(shift) or (padding is None and bool(missing.any())):
+    if any(shift) or (padding is None and incomplete):
         scores = (scores.unflatten(0, (-1, windows)) + of_windows).flatten(0, 1)
     if padded is not None:
         scores = scores.masked_fill(padded, 0.0)
@@ -456,8 +457,7 @@ def window_attention(
         weights = F.dropout(weights, dropout_p)
     o = weights.to(v.dtype) @ v
     o = o.transpose(1, 2).reshape(B, windows * tokens, H, D)
-    place = torch.empty(N, dtype=torch.long, device=qkv.device)
-    place[row[~missing]] = torch.arange(windows * tokens, device=qkv.device).view_as(row)[~missing]
+    place = row.masked_fill(missing, N).flatten().argsort()[:N]
     return o[:, place]
 
 

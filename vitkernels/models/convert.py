@@ -43,24 +43,50 @@ def check_state(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], sourc
         raise ValueError(f"the weights of {source} do not fit, by timm's names: {'; '.join(problems)}{hint}")
 
 
+def build(cls: type[nn.Module], config: Config, state: State, source: object) -> nn.Module:
+    """Make a model of ``cls`` with copies of the weights ``state``, which must fit."""
+    model = cls(**config, weight_init="skip", device="meta")
+    check_state(state, model.state_dict(), type(source).__name__ if isinstance(source, nn.Module) else str(source))
+    model.load_state_dict({name: tensor.detach().clone() for name, tensor in state.items()}, assign=True)
+    for module in model.modules():
+        if hasattr(module, "init_non_persistent_buffers"):  # no state dict holds them
+            module.init_non_persistent_buffers()
+    return model
+
+
+def to_timm(model: nn.Module, cls: type[nn.Module], **config: object) -> nn.Module:
+    """Make a model of timm's ``cls`` with copies of the weights of ``model``."""
+    like = next(model.parameters())
+    made = cls(**config).to(like.device, like.dtype)
+    made.load_state_dict(model.state_dict())
+    return made.train(model.training)
+
+
+def timm_model(
+    source: nn.Module | str | Path, architecture: str | None, pretrained: bool, args: Config
+) -> tuple[nn.Module, State]:
+    """Return a model of timm and weights for it; with the weights of a file, those of the model are never made."""
+    if isinstance(source, nn.Module):
+        _refuse_arguments(architecture, args)
+        return source, source.state_dict()
+    from timm import create_model
+
+    path = Path(source)
+    if path.exists():
+        architecture, args = _timm_architecture(path, architecture, args)
+        state = read_weights(path)
+        with torch.device("meta"):
+            return create_model(architecture, pretrained=False, **args), state
+    model = create_model(str(source), pretrained=pretrained, **args)
+    return model, model.state_dict()
+
+
 def timm_source(
     source: nn.Module | str | Path, architecture: str | None, pretrained: bool, features_only: bool, args: Config
 ) -> tuple[Config, State]:
     """Return arguments and weights for :meth:`VisionTransformer.from_timm`."""
-    state = None
-    if isinstance(source, nn.Module):
-        _refuse_arguments(architecture, args)
-    else:
-        from timm import create_model
-
-        path = Path(source)
-        if path.exists():
-            architecture, args = _timm_architecture(path, architecture, args)
-            state = read_weights(path)
-            source = create_model(architecture, pretrained=False, weight_init="skip", **args)
-        else:
-            source = create_model(str(source), pretrained=pretrained, **args)
-    config, state = timm_config(source), source.state_dict() if state is None else state
+    model, state = timm_model(source, architecture, pretrained, args)
+    config = timm_config(model)
     if features_only:
         return _without_head(config, state)
     if config["global_pool"] == "map":
@@ -217,6 +243,64 @@ def timm_config(model: nn.Module) -> Config:
         "norm_layer": functools.partial(nn.LayerNorm, eps=block.norm1.eps),
         "act_layer": _activation(block.mlp.act),
     }
+
+
+def swin_config(model: nn.Module, kind: str) -> Config:
+    """Return the arguments that make a model like ``model``, a ``kind`` of timm or of this package.
+
+    Args:
+        model: The model.
+        kind: ``"SwinTransformer"`` or ``"SwinTransformerV2"``.
+
+    Raises:
+        NotImplementedError: It has a part that this package does not support.
+    """
+    _expect(model, "the model", kind)
+    _expect(model.patch_embed, "patch_embed", "PatchEmbed")
+    stages = [(stage, stage.blocks[0]) for stage in model.layers]
+    norms = [module for module in model.modules() if "Norm" in type(module).__name__]
+    for norm in norms:
+        _expect(norm, "a norm", "LayerNorm")
+    if len({norm.eps for norm in norms}) > 1:
+        raise NotImplementedError(f"its norms have several eps: {sorted({norm.eps for norm in norms})}")
+    for name, block in model.named_modules():
+        if name.endswith(".mlp"):
+            _expect(block, name, "Mlp")
+    pool = getattr(model.head, "global_pool", None)
+    windows = [block.window_size for _, block in stages]
+    if getattr(model, "_ref_grid_size", None) == tuple(model.patch_embed.grid_size):
+        windows = model._ref_window_sizes  # not yet cut to the images of this size
+    config = {
+        "img_size": tuple(model.patch_embed.img_size),
+        "patch_size": tuple(model.patch_embed.patch_size),
+        "in_chans": model.patch_embed.proj.in_channels,
+        "num_classes": model.num_classes,
+        "global_pool": model.global_pool if pool is None else pool.pool_type,
+        "embed_dim": model.patch_embed.proj.out_channels,
+        "depths": tuple(len(stage.blocks) for stage, _ in stages),
+        "num_heads": tuple(block.attn.num_heads for _, block in stages),
+        "window_size": tuple(map(tuple, windows)),
+        "always_partition": stages[0][1].always_partition,
+        "strict_img_size": model.patch_embed.strict_img_size,
+        "drop_path_rate": 0.0,
+        "norm_layer": functools.partial(nn.LayerNorm, eps=model.norm.eps),
+    }
+    widths = [block.attn.proj.out_features for _, block in stages]
+    ratios = tuple(mlp_ratio(w, b.mlp.fc1.out_features) for w, (_, b) in zip(widths, stages, strict=True))
+    attn, act = stages[0][1].attn, _activation(stages[0][1].mlp.act)
+    if kind == "SwinTransformerV2":
+        if len({*ratios}) > 1:
+            raise NotImplementedError(f"its MLPs have several ratios: {ratios}")
+        return config | {
+            "mlp_ratio": ratios[0],
+            "qkv_bias": attn.q_bias is not None,
+            "act_layer": act,
+            "pretrained_window_sizes": tuple(tuple(block.attn.pretrained_window_size) for _, block in stages),
+        }
+    if act != "gelu":
+        raise NotImplementedError(f"its activation is {act}; expected gelu")
+    head_dims = tuple(block.attn.qkv.out_features // (3 * block.attn.num_heads) for _, block in stages)
+    return config | {"mlp_ratio": ratios, "qkv_bias": attn.qkv.bias is not None, "head_dim": head_dims}
 
 
 def torchvision_config(model: nn.Module) -> Config:

@@ -8,10 +8,8 @@ Shape letters: B batch, R prefix tokens (class and register tokens), N patches, 
 from __future__ import annotations
 
 import collections
-import functools
 import os
 from collections.abc import Callable, Sequence
-from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 from vitkernels.layers import (
     Block,
-    LayerNorm,
     Linear,
     PatchDropout,
     PatchEmbed,
@@ -28,6 +25,7 @@ from vitkernels.layers import (
     sincos2d,
 )
 from vitkernels.models import convert
+from vitkernels.models._arguments import check_weight_init, norm_factory, refuse, taken_indices
 
 POOLS = ("", "token", "avg", "avgmax", "max")
 POS_EMBEDS = ("learn", "none", "sincos1d", "sincos2d")
@@ -140,15 +138,14 @@ class VisionTransformer(nn.Module):
         **others,
     ) -> None:
         super().__init__()
-        _refuse(others)
+        refuse(type(self), others, _UNSUPPORTED)
         _check_pool(global_pool, class_token)
         pos_embed = pos_embed or "none"
         if pos_embed not in POS_EMBEDS:
             raise ValueError(f"unknown pos_embed {pos_embed!r}; expected one of {', '.join(POS_EMBEDS)}")
-        if weight_init not in ("", "skip"):
-            raise NotImplementedError(f"weight_init is {weight_init!r}; expected '' (timm's default) or 'skip'")
+        check_weight_init(weight_init)
         dd = {"device": device, "dtype": dtype}
-        norm = _norm_factory(norm_layer)
+        norm = norm_factory(norm_layer)
         use_fc_norm = global_pool in ("avg", "avgmax", "max") if fc_norm is None else fc_norm
 
         self.num_classes = num_classes
@@ -247,7 +244,7 @@ class VisionTransformer(nn.Module):
                 ``features_only``, SwiGLU, QK-norm, ….
         """
         config, state = convert.timm_source(source, architecture, pretrained, features_only, timm_args)
-        return cls._converted(config, state, source)
+        return convert.build(cls, config, state, source)
 
     @classmethod
     def from_torchvision(
@@ -272,7 +269,7 @@ class VisionTransformer(nn.Module):
             ValueError, NotImplementedError: As for :meth:`from_timm`.
         """
         config, state = convert.torchvision_source(source, architecture, weights, features_only, torchvision_args)
-        return cls._converted(config, state, source)
+        return convert.build(cls, config, state, source)
 
     @classmethod
     def from_hf(cls, source: nn.Module | str | os.PathLike, *, features_only: bool = False) -> VisionTransformer:
@@ -291,15 +288,7 @@ class VisionTransformer(nn.Module):
             ValueError, NotImplementedError: As for :meth:`from_timm`.
         """
         config, state = convert.hf_source(source, features_only)
-        return cls._converted(config, state, source)
-
-    @classmethod
-    def _converted(cls, config: dict, state: dict[str, Tensor], source: object) -> VisionTransformer:
-        model = cls(**config, weight_init="skip", device="meta")
-        name = type(source).__name__ if isinstance(source, nn.Module) else str(source)
-        convert.check_state(state, model.state_dict(), name)
-        model.load_state_dict({name: tensor.detach().clone() for name, tensor in state.items()}, assign=True)
-        return model
+        return convert.build(cls, config, state, source)
 
     def to_timm(self) -> nn.Module:
         """Return timm's ``VisionTransformer`` with copies of these weights, and with the same names in the state dict.
@@ -311,10 +300,7 @@ class VisionTransformer(nn.Module):
 
         if not isinstance(self.pre_logits, nn.Identity) or self.patch_embed.normalize is not None:
             raise NotImplementedError("timm's model has no representation_size and no normalize")
-        like = self.patch_embed.proj.weight
-        model = TimmVisionTransformer(**convert.timm_config(self), weight_init="skip").to(like.device, like.dtype)
-        model.load_state_dict(self.state_dict())
-        return model.train(self.training)
+        return convert.to_timm(self, TimmVisionTransformer, weight_init="skip", **convert.timm_config(self))
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -455,7 +441,7 @@ class VisionTransformer(nn.Module):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"unknown output_fmt {output_fmt!r}; expected 'NCHW' or 'NLC'")
-        wanted = self._block_indices(indices)
+        wanted = taken_indices("block", len(self.blocks), indices)
         size = tuple(x.shape[2:])
         x = self._embed(x)
         grid_size = self.patch_embed.grid_of(size)
@@ -481,19 +467,6 @@ class VisionTransformer(nn.Module):
         if return_prefix_tokens:
             intermediates = list(zip(intermediates, prefixes, strict=True))
         return intermediates if intermediates_only else (self.norm(x), intermediates)
-
-    def _block_indices(self, indices: int | Sequence[int] | None) -> set[int]:
-        depth = len(self.blocks)
-        if indices is None:
-            indices = depth
-        if isinstance(indices, Integral):
-            if not 0 < indices <= depth:
-                raise ValueError(f"the last {indices} blocks are asked for; expected 1 to {depth}")
-            return set(range(depth - indices, depth))
-        for i in indices:
-            if not -depth <= i < depth:
-                raise ValueError(f"block {i} is asked for; expected {-depth} to {depth - 1}")
-        return {i % depth for i in indices}
 
     def get_intermediate_layers(
         self,
@@ -552,14 +525,6 @@ class VisionTransformer(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _refuse(others: dict[str, object]) -> None:
-    for name, value in others.items():
-        if name not in _UNSUPPORTED:
-            raise TypeError(f"VisionTransformer has no argument {name!r}")
-        if value != _UNSUPPORTED[name]:
-            raise NotImplementedError(f"{name}={value!r} is not supported; expected {_UNSUPPORTED[name]!r}")
-
-
 def _check_pool(pool: str, class_token: bool) -> None:
     if pool in ("map", "prr"):
         raise NotImplementedError(f"attention pooling ({pool!r}) is not supported; expected one of {POOLS}")
@@ -567,15 +532,3 @@ def _check_pool(pool: str, class_token: bool) -> None:
         raise ValueError(f"unknown pool {pool!r}; expected one of {POOLS}")
     if pool == "token" and not class_token:
         raise ValueError("the 'token' pool needs a class token: class_token=True, or another pool")
-
-
-def _norm_factory(norm_layer: Callable[..., nn.Module] | str | None) -> Callable[..., LayerNorm]:
-    """Return a factory of the LayerNorms that ``norm_layer`` would make, but of this package's class."""
-    if norm_layer is None or norm_layer == "layernorm":
-        return LayerNorm
-    made = norm_layer(1, device="meta") if callable(norm_layer) else norm_layer
-    if not isinstance(made, nn.LayerNorm) or type(made).__name__ != "LayerNorm":
-        raise NotImplementedError(f"norm_layer is {norm_layer!r}; expected nn.LayerNorm or one with another eps")
-    return functools.partial(
-        LayerNorm, eps=made.eps, affine=made.weight is not None, bias=made.weight is None or made.bias is not None
-    )

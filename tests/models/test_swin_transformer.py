@@ -212,7 +212,11 @@ def test_timm_models_that_do_not_fit():
     for cls, model, reason in (
         (SwinTransformerV2, made("swin_tiny_patch4_window7_224"), "the model is a SwinTransformer; expected a"),
         (SwinTransformer, made("swinv2_tiny_window8_256"), "the model is a SwinTransformerV2; expected a"),
-        (SwinTransformer, made("swin_tiny_patch4_window7_224", norm_layer=timm.layers.RmsNorm), "a norm is a RmsNorm"),
+        (
+            SwinTransformer,
+            made("swin_tiny_patch4_window7_224", norm_layer=timm.layers.RmsNorm),
+            "patch_embed.norm is a RmsNorm",
+        ),
     ):
         with pytest.raises(NotImplementedError, match=reason):
             cls.from_timm(model)

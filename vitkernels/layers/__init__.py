@@ -5,6 +5,7 @@ from torch import nn
 from vitkernels.layers import _own
 from vitkernels.layers.activation import QuickGELU, create_activation
 from vitkernels.layers.attention import Attention
+from vitkernels.layers.beit_block import BeitAttention, BeitBlock, RelativePositionBias
 from vitkernels.layers.block import Block
 from vitkernels.layers.drop_path import DropPath
 from vitkernels.layers.layer_norm import LayerNorm
@@ -23,6 +24,8 @@ from vitkernels.layers.window_attention import WindowAttention, WindowAttentionV
 
 __all__ = [
     "Attention",
+    "BeitAttention",
+    "BeitBlock",
     "Block",
     "DropPath",
     "LayerNorm",
@@ -33,6 +36,7 @@ __all__ = [
     "PatchEmbed",
     "PatchMerging",
     "QuickGELU",
+    "RelativePositionBias",
     "RmsNorm",
     "SwiGLU",
     "SwiGLUPacked",
@@ -48,7 +52,9 @@ __all__ = [
 ]
 
 # Classes whose parameters a fused forward may read instead of calling the module.
-for _cls in (Attention, DropPath, LayerNorm, LayerScale, Mlp, QuickGELU, RmsNorm, WindowAttention, WindowAttentionV2):
+for _cls in (Attention, BeitAttention, DropPath, LayerNorm, LayerScale, Mlp, QuickGELU, RmsNorm, SwiGLU):
+    _own.note(_cls)
+for _cls in (WindowAttention, WindowAttentionV2):
     _own.note(_cls)
 for _cls in (nn.Dropout, nn.GELU, nn.Identity, nn.LayerNorm, nn.Linear, nn.SiLU):
     _own.note(_cls)

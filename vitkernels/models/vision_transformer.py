@@ -39,7 +39,6 @@ _UNSUPPORTED = {
     "fix_init": False,
     "embed_layer": None,
     "embed_norm_layer": None,
-    "block_fn": None,
     "mlp_layer": None,
     "attn_layer": None,
 }
@@ -88,6 +87,8 @@ class VisionTransformer(nn.Module):
         act_layer: As for :func:`vitkernels.layers.create_activation`; None for GELU.
         representation_size: Features of one tanh hidden layer before the head, ``pre_logits.fc``, as in the
             original's pre-training (arXiv 2010.11929 §3.1); None leaves it out.
+        block_fn: Callable that makes a block from the arguments of :class:`vitkernels.layers.Block`; None for that
+            class.
         normalize: ``(mean, std)``, one number per channel: images are uint8, 0..255, or floating point, 0..1, and the
             patch embedding normalises them. It is not in the state dict. None: the caller has normalised the images.
         device, dtype: Device and dtype of the parameters.
@@ -132,6 +133,7 @@ class VisionTransformer(nn.Module):
         norm_layer: Callable[..., nn.Module] | str | None = None,
         act_layer: Callable[[], nn.Module] | str | None = None,
         representation_size: int | None = None,
+        block_fn: Callable[..., nn.Module] | None = None,
         normalize: tuple[Sequence[float], Sequence[float]] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -186,9 +188,10 @@ class VisionTransformer(nn.Module):
         self.pos_drop = nn.Dropout(pos_drop_rate)
         self.patch_drop = PatchDropout(patch_drop_rate, self.num_prefix_tokens) if patch_drop_rate else nn.Identity()
         self.norm_pre = norm(embed_dim, **dd) if pre_norm else nn.Identity()
+        self.register_module("rel_pos_bias", None)  # BEiT's, which stands here in its state dict
         self.blocks = nn.Sequential(
             *(
-                Block(
+                (block_fn or Block)(
                     embed_dim,
                     num_heads,
                     mlp_ratio,
@@ -398,7 +401,12 @@ class VisionTransformer(nn.Module):
         return self.norm_pre(self.patch_drop(x))
 
     def _run_block(self, block: nn.Module, x: Tensor) -> Tensor:
-        return checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing else block(x)
+        beside = self._beside_tokens()
+        return checkpoint(block, x, *beside, use_reentrant=False) if self.grad_checkpointing else block(x, *beside)
+
+    def _beside_tokens(self) -> tuple[object, ...]:
+        """Return what each block takes beside its tokens."""
+        return ()
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images (B, I, Y, X) to tokens (B, R + N, C) after the blocks and ``norm``."""

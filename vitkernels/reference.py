@@ -452,12 +452,11 @@ def window_attention(
     row, region, entry = window_index(image, window, shift, num_prefix_tokens, grid, roll_padded)
     windows, tokens = row.shape
     missing = row < 0
-    pads = bool(missing.any())  # on the CPU, as a tensor on meta has no values
-    place = torch.empty(N, dtype=torch.long)
-    place[row[~missing]] = torch.arange(windows * tokens).view_as(row)[~missing]
+    incomplete = any(n % w for n, w in zip(image, window, strict=True))  # known to torch.compile, unlike missing
+    place = row.masked_fill(missing, N).flatten().argsort()[:N]  # on the CPU, as a tensor on meta has no values
     row, region, entry, missing, place = (t.to(qkv.device) for t in (row, region, entry, missing, place))
     x = qkv[:, row.clamp_min(0)]
-    if pads:
+    if incomplete:
         # Hidden keys are ones: in fp16 F.normalize makes NaN of zeros.
         filled = qkv.new_ones(qkv.shape[2:]) if padding is None else padding.to(qkv.dtype)
         x = torch.where(missing[None, :, :, None, None, None], filled, x)
@@ -465,7 +464,7 @@ def window_attention(
     if logit_scale is not None:
         q = F.normalize(q, dim=-1) * logit_scale.to(q.dtype)[:, None, None]
         k, scale = F.normalize(k, dim=-1), 1.0
-    padded = missing.repeat(B, 1)[:, None, :, None] if pads else None
+    padded = missing.repeat(B, 1)[:, None, :, None] if incomplete else None
     if padded is not None:  # what a padded query attends to is nobody's output: no NaN may come back from there
         q = q.masked_fill(padded, 0.0)
     scores = (q * (D**-0.5 if scale is None else scale)) @ k.transpose(-1, -2)
@@ -483,7 +482,7 @@ def window_attention(
         of_windows = of_windows + mask_value * (region[:, None, :, None] != region[:, None, None, :])
     if padding is None:
         of_windows = of_windows.masked_fill(missing[:, None, None, :], float("-inf"))
-    if any(shift) or (padding is None and pads):
+    if any(shift) or (padding is None and incomplete):
         scores = (scores.unflatten(0, (-1, windows)) + of_windows).flatten(0, 1)
     if padded is not None:
         scores = scores.masked_fill(padded, 0.0)

@@ -1,4 +1,4 @@
-"""examples/embed.py: embeddings of a folder, as it stands, interrupted, in two processes, and what stands in its way."""
+"""examples/embed.py: embeddings of a folder, as it stands, interrupted, in two processes, and what hinders it."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def folder(tmp_path_factory) -> Path:
 def options(folder: Path, out: Path, *more: str) -> list[str]:
     """Return the command line; of options given twice, the last counts."""
     given = [folder / "images", "--out", out, "--model", MODEL, "--checkpoint", folder / "weights.pth"]
-    return [*map(str, given), *"--batch-size 2 --shard-size 3 --workers 1".split(), *more]
+    return [*map(str, given), *["--batch-size", "2", "--shard-size", "3", "--workers", "1"], *more]
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def test_on_the_kernels(embed, folder, tmp_path):
     for name in ("00.png", "04.png"):
         shutil.copy(folder / "images" / name, small)
     with vitkernels.use_backend("emulated"):
-        embed.main(options(folder, tmp_path / "out")[1:] + [str(small)])
+        embed.main([*options(folder, tmp_path / "out")[1:], str(small)])
     agrees_with_timm(folder, tmp_path / "out")
 
 

@@ -6,12 +6,18 @@ import math
 
 import pytest
 import torch
+from agreement import (
+    KERNELS,
+    assert_agree,
+    assert_follows_the_seed,
+    assert_weights_start_alike,
+    images_for,
+    outputs_and_gradients,
+)
 from torch import nn
 
 import vitkernels
 from vitkernels.models import VisionTransformer
-from vitkernels.testing import check
-from vitkernels.testing.sums import summed_alike
 
 timm = pytest.importorskip("timm")
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer  # noqa: E402
@@ -37,7 +43,6 @@ CASES = {
 }
 # What the kernels run at: the size that the tests of swapped models share.
 FEW = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "num_heads": 2}
-KERNELS = "triton" if torch.cuda.is_available() else "emulated"
 FULL_SIZE = [
     "vit_tiny_patch16_224",
     "vit_small_patch16_224",
@@ -66,38 +71,11 @@ def _pair(device="cpu", **kwargs):
     return ours.to(device).eval(), theirs.to(device).eval()
 
 
-def _images(model, batch=2, size=None):
-    weight = model.patch_embed.proj.weight
-    return torch.randn(batch, weight.shape[1], *(size or model.patch_embed.img_size), device=weight.device)
-
-
-def _outputs_and_gradients(model, images, upstream=None, run=None):
-    images = images.detach().clone().requires_grad_()
-    output = (run or model)(images)
-    upstream = torch.randn_like(output) if upstream is None else upstream
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    # Under "token" pooling without a norm, say, a parameter may not matter at all.
-    grads = torch.autograd.grad(output, [images, *parameters], upstream, materialize_grads=True)
-    return {"output": output, "images": grads[0], **dict(zip(names, grads[1:], strict=True))}, upstream
-
-
-def _assert_agree(ours, theirs, images):
-    actual, upstream = _outputs_and_gradients(ours, images)
-    with summed_alike(images), vitkernels.use_backend("torch"):
-        yardstick, _ = _outputs_and_gradients(theirs, images, upstream)
-    with vitkernels.use_backend("torch"):
-        truth, _ = _outputs_and_gradients(copy.deepcopy(theirs).double(), images.double(), upstream.double())
-    assert actual.keys() == truth.keys()
-    verdicts = [check(name, actual[name], yardstick[name], truth[name]) for name in truth]
-    failed = [v for v in verdicts if not v.passed]
-    assert not failed, "\n".join(f"{v.name}: {v.detail}" for v in failed)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_logits_and_gradients_agree_with_timm(name):
     ours, theirs = _pair(**CASES[name])
     theirs.load_state_dict(ours.state_dict(), strict=True)
-    _assert_agree(ours, theirs, _images(theirs))
+    assert_agree(ours, theirs, images_for(theirs))
 
 
 @pytest.mark.parametrize("name", ["dinov2_reg", "clip"])
@@ -106,14 +84,14 @@ def test_logits_and_gradients_agree_with_timm_through_the_kernels(name, device):
     more = {"dinov2_reg": {"reg_tokens": 2}, "clip": {}}
     ours, theirs = _pair(device, **CASES[name] | FEW | more[name], depth=1)
     with vitkernels.use_backend(KERNELS):
-        _assert_agree(ours, theirs, _images(theirs))
+        assert_agree(ours, theirs, images_for(theirs))
 
 
 @pytest.mark.parametrize("size", [(48, 48), (32, 40), (24, 24), (32, 32)])
 @pytest.mark.parametrize("case", ["plain", "dinov2_reg", "siglip"])
 def test_other_image_sizes_agree_with_timm(case, size):
     ours, theirs = _pair(dynamic_img_size=True, **CASES[case])
-    _assert_agree(ours, theirs, _images(theirs, size=size))
+    assert_agree(ours, theirs, images_for(theirs, size=size))
 
 
 @pytest.mark.parametrize("case", ["plain", "dinov2_reg"])
@@ -122,11 +100,11 @@ def test_set_input_size_agrees_with_timm_and_trains(case):
     for model in (ours, theirs):
         model.set_input_size(img_size=(48, 40))
     torch.testing.assert_close(ours.pos_embed, theirs.pos_embed, rtol=0, atol=0)
-    _assert_agree(ours, theirs, _images(theirs))
+    assert_agree(ours, theirs, images_for(theirs))
     fresh = VisionTransformer(**SMALL | CASES[case] | {"img_size": (48, 40)})
     fresh.load_state_dict(ours.state_dict(), strict=True)
 
-    images, labels = _images(ours, batch=4), torch.arange(4)
+    images, labels = images_for(ours, batch=4), torch.arange(4)
     optimizer = torch.optim.SGD(ours.parameters(), lr=0.05)
     losses = []
     for _ in range(4):
@@ -148,22 +126,13 @@ def test_set_input_size_agrees_with_timm_and_trains(case):
 )
 def test_random_parts_follow_the_seed_as_in_timm(options):
     ours, theirs = _pair(reg_tokens=1, init_values=0.5, **options)
-    images, upstream = _images(theirs, batch=6), None
-    results = []
-    for model, training in ((ours, True), (theirs, True), (ours, False)):
-        model.train(training)
-        torch.manual_seed(5)
-        result, upstream = _outputs_and_gradients(model, images, upstream)
-        results.append(result)
-    for name in results[0]:
-        torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-4, atol=1e-5, msg=name)
-    assert not torch.allclose(results[0]["output"], results[2]["output"])
+    assert_follows_the_seed(ours, theirs, images_for(theirs, batch=6))
 
 
 @pytest.mark.parametrize("rate", ["proj_drop_rate", "attn_drop_rate"])
 def test_dropout_in_the_blocks_is_active_in_training_only(rate):
     model, _ = _pair(**{rate: 0.5})
-    images = _images(model)
+    images = images_for(model)
     assert torch.equal(model(images), model(images))
     model.train()
     assert not torch.equal(model(images), model(images))
@@ -198,15 +167,12 @@ def test_weights_start_as_in_timm():
     kwargs = {"img_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 192, "num_heads": 3, "reg_tokens": 64}
     kwargs["init_values"] = 0.01
     ours, theirs = VisionTransformer(**kwargs), TimmVisionTransformer(**kwargs)
-    for (name, mine), other in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
-        tolerance = 0.3 if mine.numel() < 1000 else 0.1
-        assert mine.std().item() == pytest.approx(other.std().item(), rel=tolerance, abs=1e-12), name
-        assert mine.mean().item() == pytest.approx(other.mean().item(), abs=max(0.2 * other.std().item(), 1e-12)), name
+    assert_weights_start_alike(ours, theirs)
 
 
 def test_intermediates_agree_with_timm_in_every_form():
     ours, theirs = _pair(depth=3, reg_tokens=1)
-    images = _images(theirs)
+    images = images_for(theirs)
     for options in (
         {},
         {"indices": 2},
@@ -229,7 +195,7 @@ def test_intermediates_agree_with_timm_in_every_form():
 
 def test_parts_of_forward_agree_with_timm():
     ours, theirs = _pair(global_pool="avg")
-    images = _images(theirs)
+    images = images_for(theirs)
     features = ours.forward_features(images)
     torch.testing.assert_close(features, theirs.forward_features(images), rtol=1e-5, atol=1e-5)
     for options in ({}, {"pre_logits": True}):
@@ -240,7 +206,7 @@ def test_parts_of_forward_agree_with_timm():
 
 def test_reset_classifier():
     model, _ = _pair()
-    images = _images(model)
+    images = images_for(model)
     assert model.get_classifier() is model.head
     model.reset_classifier(7, "avg")
     assert model(images).shape == (2, 7)
@@ -256,12 +222,12 @@ def test_gradient_checkpointing_gives_the_same_gradients(backend, device):
     norm = functools.partial(nn.LayerNorm, eps=1e-5)  # with the dropout, what test_layers.py compiles
     model, _ = _pair(device, drop_path_rate=0.3, init_values=0.5, attn_drop_rate=0.4, norm_layer=norm, **FEW)
     model.train()
-    images, upstream, results = _images(model, batch=3), None, []
+    images, upstream, results = images_for(model, batch=3), None, []
     with vitkernels.use_backend(backend):
         for enable in (False, True):
             model.set_grad_checkpointing(enable)
             torch.manual_seed(3)
-            result, upstream = _outputs_and_gradients(model, images, upstream)
+            result, upstream = outputs_and_gradients(model, images, upstream)
             results.append(result)
     for name in results[0]:
         assert torch.equal(results[0][name], results[1][name]), name
@@ -272,7 +238,7 @@ def test_gradient_checkpointing_runs_each_block_again():
     calls = []
     model.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
     model.set_grad_checkpointing()
-    model(_images(model)).sum().backward()
+    model(images_for(model)).sum().backward()
     assert len(calls) == 2
 
 
@@ -280,7 +246,7 @@ def test_representation_size_puts_a_tanh_layer_before_the_head():
     model = VisionTransformer(**SMALL, representation_size=20).eval()
     assert model.pre_logits.fc.weight.shape == (20, 48)
     assert model.head.weight.shape == (5, 20) and model.head_hidden_size == 20
-    images = _images(model)
+    images = images_for(model)
     hidden = torch.tanh(model.forward_features(images)[:, 0] @ model.pre_logits.fc.weight.T + model.pre_logits.fc.bias)
     torch.testing.assert_close(model.forward_head(model.forward_features(images), pre_logits=True), hidden)
     torch.testing.assert_close(model(images), hidden @ model.head.weight.T + model.head.bias)
@@ -318,7 +284,7 @@ def test_fixed_tables_are_saved_and_resampled_but_not_trained(kind):
     learned, theirs = VisionTransformer(**SMALL).eval(), TimmVisionTransformer(**SMALL).eval()
     for other in (learned, theirs):
         other.load_state_dict(model.state_dict(), strict=True)
-    images = _images(model)
+    images = images_for(model)
     torch.testing.assert_close(model(images), theirs(images), rtol=1e-5, atol=1e-5)
     assert "pos_embed" not in dict(model.named_parameters())
     for m in (model, theirs):
@@ -327,7 +293,7 @@ def test_fixed_tables_are_saved_and_resampled_but_not_trained(kind):
     torch.testing.assert_close(model.pos_embed, theirs.pos_embed.detach(), rtol=0, atol=0)
     again = VisionTransformer(**SMALL | {"img_size": 48}, pos_embed=kind).eval()
     again.load_state_dict(model.state_dict(), strict=True)
-    larger = _images(model)
+    larger = images_for(model)
     assert torch.equal(again(larger), model(larger))
 
 
@@ -335,7 +301,7 @@ def test_a_copy_a_pickle_and_another_dtype_work():
     import io
 
     model, _ = _pair(init_values=0.1, drop_path_rate=0.1)
-    images = _images(model)
+    images = images_for(model)
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)

@@ -5,6 +5,7 @@ from torch import nn
 from vitkernels.layers import _own
 from vitkernels.layers.activation import QuickGELU, create_activation
 from vitkernels.layers.attention import Attention
+from vitkernels.layers.beit_block import BeitAttention, BeitBlock, RelativePositionBias
 from vitkernels.layers.block import Block
 from vitkernels.layers.drop_path import DropPath
 from vitkernels.layers.layer_norm import LayerNorm
@@ -13,12 +14,18 @@ from vitkernels.layers.linear import Linear
 from vitkernels.layers.mlp import Mlp
 from vitkernels.layers.patch_dropout import PatchDropout
 from vitkernels.layers.patch_embed import PatchEmbed
+from vitkernels.layers.patch_merging import PatchMerging
 from vitkernels.layers.pos_embed import resample_pos_embed, sincos1d, sincos2d
+from vitkernels.layers.rel_pos import resize_rel_pos_bias_table
 from vitkernels.layers.rms_norm import RmsNorm
 from vitkernels.layers.swiglu import SwiGLU, SwiGLUPacked
+from vitkernels.layers.swin_block import SwinTransformerBlock, SwinTransformerV2Block
+from vitkernels.layers.window_attention import WindowAttention, WindowAttentionV2
 
 __all__ = [
     "Attention",
+    "BeitAttention",
+    "BeitBlock",
     "Block",
     "DropPath",
     "LayerNorm",
@@ -27,18 +34,27 @@ __all__ = [
     "Mlp",
     "PatchDropout",
     "PatchEmbed",
+    "PatchMerging",
     "QuickGELU",
+    "RelativePositionBias",
     "RmsNorm",
     "SwiGLU",
     "SwiGLUPacked",
+    "SwinTransformerBlock",
+    "SwinTransformerV2Block",
+    "WindowAttention",
+    "WindowAttentionV2",
     "create_activation",
     "resample_pos_embed",
+    "resize_rel_pos_bias_table",
     "sincos1d",
     "sincos2d",
 ]
 
 # Classes whose parameters a fused forward may read instead of calling the module.
-for _cls in (Attention, DropPath, LayerNorm, LayerScale, Mlp, QuickGELU, RmsNorm):
+for _cls in (Attention, BeitAttention, DropPath, LayerNorm, LayerScale, Mlp, QuickGELU, RmsNorm, SwiGLU):
+    _own.note(_cls)
+for _cls in (WindowAttention, WindowAttentionV2):
     _own.note(_cls)
 for _cls in (nn.Dropout, nn.GELU, nn.Identity, nn.LayerNorm, nn.Linear, nn.SiLU):
     _own.note(_cls)

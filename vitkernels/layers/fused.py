@@ -115,7 +115,7 @@ def attention(
     if not packed:
         options |= {"attn_mask": attn_mask, "num_prefix_tokens": 0 if rope is None else attn.num_prefix_tokens}
     if isinstance(attn.qkv, Linear):
-        qkv = _heads(attn, _linear(x, attn.qkv, dtype).view(B, N, -1))
+        qkv = _heads(attn, _linear(x, attn.qkv, dtype).view(B, N, attn.qkv.weight.shape[0]))
         if attn.positions is not None:
             out = attend_by_position(attn, qkv)
         elif packed:

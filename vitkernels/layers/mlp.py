@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from vitkernels.layers import fused, records
 from vitkernels.layers._plain import has_plain_children
 from vitkernels.layers.activation import QuickGELU, create_activation
+from vitkernels.layers.layer_norm import LayerNorm
 
 _CHILDREN = {
     "fc1": (nn.Linear,),
     "act": (nn.GELU, nn.SiLU, QuickGELU),
     "drop1": (nn.Dropout,),
+    "norm": (nn.Identity, nn.LayerNorm, LayerNorm),
     "fc2": (nn.Linear,),
     "drop2": (nn.Dropout,),
 }
@@ -29,6 +31,7 @@ class Mlp(nn.Module):
         act_layer: As for :func:`vitkernels.layers.create_activation`.
         bias: Whether ``fc1`` and ``fc2`` have biases.
         drop: Dropout rate after the activation and after ``fc2``.
+        norm_layer: Callable that makes a norm of the hidden features (LayerNorm in BEiT-3), or None.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class Mlp(nn.Module):
         bias: bool = True,
         drop: float = 0.0,
         *,
+        norm_layer: Callable[..., nn.Module] | None = None,
         device=None,
         dtype=None,
     ) -> None:
@@ -48,6 +52,7 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(in_features, hidden_features, bias=bias, device=device, dtype=dtype)
         self.act = create_activation(act_layer)
         self.drop1 = nn.Dropout(drop)
+        self.norm = nn.Identity() if norm_layer is None else norm_layer(hidden_features, device=device, dtype=dtype)
         self.fc2 = nn.Linear(hidden_features, out_features or in_features, bias=bias, device=device, dtype=dtype)
         self.drop2 = nn.Dropout(drop)
 
@@ -58,4 +63,4 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.fuses():
             return fused.mlp(records.mlp(self), x)
-        return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
+        return self.drop2(self.fc2(self.norm(self.drop1(self.act(self.fc1(x))))))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ class PatchEmbed(nn.Module):
         strict_img_size: Raise an error for images of another size than ``img_size``.
         normalize: ``(mean, std)`` as for :func:`vitkernels.ops.patch_embed`: images are uint8, 0..255, or floating
             point, 0..1, and the op normalises them. None: the caller has normalised them.
+        norm_layer: Callable that makes a norm of the tokens, as in Swin; there are then no position embedding and
+            prefix tokens. None: no norm.
 
     Raises:
         ValueError: The patch does not divide the image.
@@ -42,6 +44,7 @@ class PatchEmbed(nn.Module):
         strict_img_size: bool = True,
         *,
         normalize: tuple[Sequence[float], Sequence[float]] | None = None,
+        norm_layer: Callable[..., nn.Module] | None = None,
         device=None,
         dtype=None,
     ) -> None:
@@ -53,6 +56,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(
             in_chans, embed_dim, self.patch_size, stride=self.patch_size, bias=bias, device=device, dtype=dtype
         )
+        self.norm = norm_layer(embed_dim, device=device, dtype=dtype) if norm_layer else nn.Identity()
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Set the size of images in later calls."""
@@ -109,7 +113,9 @@ class PatchEmbed(nn.Module):
     ) -> Tensor:
         """Map images (B, I, Y, X) to tokens (B, R + N, C), with arguments as for :func:`vitkernels.ops.patch_embed`."""
         self.check_images(images)
-        return fused.patch_embed(
+        if not isinstance(self.norm, nn.Identity) and not (pos_embed is None and prefix_tokens is None):
+            raise ValueError("pos_embed or prefix_tokens beside a norm, which would see them; add them behind it")
+        tokens = fused.patch_embed(
             self.proj,
             images,
             pos_embed=pos_embed,
@@ -117,3 +123,4 @@ class PatchEmbed(nn.Module):
             pos_embed_prefix=pos_embed_prefix,
             normalize=self.normalize,
         )
+        return self.norm(tokens)

@@ -21,12 +21,16 @@ _CHILDREN = {
 
 
 class _GatedMlp(nn.Module):
-    """Shared part of both classes: all after the first layer, whose ``nn.Linear`` children are named in ``_FIRST``."""
+    """Shared part of both classes; the ``nn.Linear`` children of the first layer are named in ``_FIRST``."""
 
     _FIRST: tuple[str, ...]
 
-    def __init__(self, hidden, out_features, act_layer, norm_layer, bias, drop, **kwargs) -> None:
+    def __init__(
+        self, in_features, first_features, hidden, out_features, act_layer, norm_layer, bias, drop, **kwargs
+    ) -> None:
         super().__init__()
+        for name in self._FIRST:
+            self.add_module(name, nn.Linear(in_features, first_features, bias=bias, **kwargs))
         self.act = create_activation(act_layer)
         self.drop1 = nn.Dropout(drop)
         self.norm = nn.Identity() if norm_layer is None else norm_layer(hidden, **kwargs)
@@ -82,9 +86,8 @@ class SwiGLU(_GatedMlp):
         if align_to:
             hidden += -hidden % align_to
         dd = {"device": device, "dtype": dtype}
-        super().__init__(hidden, out_features or in_features, act_layer, norm_layer, bias, drop, **dd)
-        self.fc1_g = nn.Linear(in_features, hidden, bias=bias, **dd)
-        self.fc1_x = nn.Linear(in_features, hidden, bias=bias, **dd)
+        out_features = out_features or in_features
+        super().__init__(in_features, hidden, hidden, out_features, act_layer, norm_layer, bias, drop, **dd)
 
     def _gate_and_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.fc1_g(x), self.fc1_x(x)
@@ -123,9 +126,9 @@ class SwiGLUPacked(_GatedMlp):
         if hidden % 2:
             raise ValueError(f"hidden_features is {hidden}; expected an even number, gate and value")
         dd = {"device": device, "dtype": dtype}
-        super().__init__(hidden // 2, out_features or in_features, act_layer, norm_layer, bias, drop, **dd)
+        out_features = out_features or in_features
+        super().__init__(in_features, hidden, hidden // 2, out_features, act_layer, norm_layer, bias, drop, **dd)
         self.gate_last = gate_last
-        self.fc1 = nn.Linear(in_features, hidden, bias=bias, **dd)
 
     def _gate_and_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
         first, second = self.fc1(x).chunk(2, dim=-1)

@@ -1,5 +1,7 @@
 """Networks made of :mod:`vitkernels.layers`."""
 
+from vitkernels.models.beit import Beit
+from vitkernels.models.swin_transformer import SwinTransformer, SwinTransformerV2
 from vitkernels.models.vision_transformer import VisionTransformer
 
-__all__ = ["VisionTransformer"]
+__all__ = ["Beit", "SwinTransformer", "SwinTransformerV2", "VisionTransformer"]

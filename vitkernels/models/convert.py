@@ -43,26 +43,52 @@ def check_state(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], sourc
         raise ValueError(f"the weights of {source} do not fit, by timm's names: {'; '.join(problems)}{hint}")
 
 
+def build(cls: type[nn.Module], config: Config, state: State, source: object) -> nn.Module:
+    """Make a model of ``cls`` with copies of the weights ``state``, which must fit."""
+    model = cls(**config, weight_init="skip", device="meta")
+    check_state(state, model.state_dict(), type(source).__name__ if isinstance(source, nn.Module) else str(source))
+    model.load_state_dict({name: tensor.detach().clone() for name, tensor in state.items()}, assign=True)
+    for module in model.modules():
+        if hasattr(module, "init_non_persistent_buffers"):  # no state dict holds them
+            module.init_non_persistent_buffers()
+    return model
+
+
+def to_timm(model: nn.Module, cls: type[nn.Module], **config: object) -> nn.Module:
+    """Make a model of timm's ``cls`` with copies of the weights of ``model``."""
+    like = next(model.parameters())
+    made = cls(**config).to(like.device, like.dtype)
+    made.load_state_dict(model.state_dict())
+    return made.train(model.training)
+
+
+def timm_model(
+    source: nn.Module | str | Path, architecture: str | None, pretrained: bool, args: Config
+) -> tuple[nn.Module, State]:
+    """Return a model of timm and weights for it; with the weights of a file, those of the model are never made."""
+    if isinstance(source, nn.Module):
+        _refuse_arguments(architecture, args)
+        return source, source.state_dict()
+    from timm import create_model
+
+    path = Path(source)
+    if path.exists():
+        architecture, args = _timm_architecture(path, architecture, args)
+        state = read_weights(path)
+        with torch.device("meta"):
+            return create_model(architecture, pretrained=False, **args), state
+    model = create_model(str(source), pretrained=pretrained, **args)
+    return model, model.state_dict()
+
+
 def timm_source(
     source: nn.Module | str | Path, architecture: str | None, pretrained: bool, features_only: bool, args: Config
 ) -> tuple[Config, State]:
     """Return arguments and weights for :meth:`VisionTransformer.from_timm`."""
-    state = None
-    if isinstance(source, nn.Module):
-        _refuse_arguments(architecture, args)
-    else:
-        from timm import create_model
-
-        path = Path(source)
-        if path.exists():
-            architecture, args = _timm_architecture(path, architecture, args)
-            state = read_weights(path)
-            source = create_model(architecture, pretrained=False, weight_init="skip", **args)
-        else:
-            source = create_model(str(source), pretrained=pretrained, **args)
-    config, state = timm_config(source), source.state_dict() if state is None else state
+    model, state = timm_model(source, architecture, pretrained, args)
+    config = timm_config(model)
     if features_only:
-        return _without_head(config, state)
+        return without_head(config, state)
     if config["global_pool"] == "map":
         raise NotImplementedError(_ATTENTION_POOL)
     return config, state
@@ -88,7 +114,7 @@ def torchvision_source(
             source = get_model(str(source), weights=weights, **args)
     config = torchvision_config(source)
     state = _renamed(source.state_dict() if state is None else state, _TORCHVISION)
-    return _without_head(config, state) if features_only else (config, state)
+    return without_head(config, state) if features_only else (config, state)
 
 
 def hf_source(source: nn.Module | str | Path, features_only: bool) -> tuple[Config, State]:
@@ -107,7 +133,7 @@ def hf_source(source: nn.Module | str | Path, features_only: bool) -> tuple[Conf
     if made["no_embed_class"] and {"cls_token", "pos_embed"} <= renamed.keys():
         renamed = _merge_class_position(renamed)
     if features_only:
-        return _without_head(made, renamed)
+        return without_head(made, renamed)
     classifies = "classifier.weight" in state
     if "head_dist.weight" in renamed:
         raise NotImplementedError(f"its two heads are averaged (DeiT with a teacher); {_FEATURES_ONLY}")
@@ -162,13 +188,73 @@ def _downloaded(name: str) -> Path:
     return folder
 
 
-def _without_head(config: Config, state: State) -> tuple[Config, State]:
-    """Leave out everything after the last norm over tokens, so that the model returns all tokens."""
+def without_head(config: Config, state: State, fc_norm: str = "fc_norm") -> tuple[Config, State]:
+    """Leave out everything after the last norm over tokens, so that the model returns all tokens.
+
+    ``fc_norm`` names the argument that puts the norm behind the pool.
+    """
     kept = {name: tensor for name, tensor in state.items() if not name.startswith(_HEADS)}
-    more = {"num_classes": 0, "global_pool": "", "representation_size": None, "fc_norm": False}
-    if config.get("fc_norm"):  # its norm comes after the pool
+    more = {"num_classes": 0, "global_pool": "", fc_norm: False}
+    if config.get(fc_norm):  # its norm comes after the pool
         more["final_norm"] = False
-    return {**config, **more}, kept
+    return {name: value for name, value in config.items() if name != "representation_size"} | more, kept
+
+
+def beit_config(model: nn.Module) -> Config:
+    """Return the arguments that make a model like ``model``, a ``Beit`` of timm or of this package.
+
+    Raises:
+        NotImplementedError: It has a part that this package does not support.
+    """
+    _expect(model, "the model", "Beit")
+    _expect(model.patch_embed, "patch_embed", "PatchEmbed")
+    block = model.blocks[0]
+    for name, module in model.named_modules():
+        if name.endswith(".mlp"):
+            _expect(module, name, type(block.mlp).__name__)
+    _expect(block.mlp, "blocks.0.mlp", "Mlp", "SwiGLU")
+    eps = _norms_eps(model)
+    gated = type(block.mlp).__name__ == "SwiGLU"
+    if _activation(block.mlp.act) != ("silu" if gated else "gelu"):
+        raise NotImplementedError(f"its activation is {block.mlp.act}; expected a SiLU in SwiGLU, else a GELU")
+    has_norm, has_fc_norm = (isinstance(norm, nn.LayerNorm) for norm in (model.norm, model.fc_norm))
+    return {
+        "img_size": tuple(model.patch_embed.img_size),
+        "patch_size": tuple(model.patch_embed.patch_size),
+        "in_chans": model.patch_embed.proj.in_channels,
+        "num_classes": model.num_classes,
+        "global_pool": model.global_pool,
+        "embed_dim": model.embed_dim,
+        "depth": len(model.blocks),
+        "num_heads": block.attn.num_heads,
+        "qkv_bias": block.attn.q_bias is not None,
+        "mlp_ratio": mlp_ratio(model.embed_dim, block.mlp.fc2.in_features),
+        "swiglu_mlp": gated,
+        "scale_mlp": isinstance(block.mlp.norm, nn.LayerNorm),
+        "norm_layer": functools.partial(nn.LayerNorm, eps=eps),
+        "init_values": None if block.gamma_1 is None else 1e-5,
+        "use_abs_pos_emb": model.pos_embed is not None,
+        "use_rel_pos_bias": block.attn.relative_position_bias_table is not None,
+        "use_shared_rel_pos_bias": model.rel_pos_bias is not None,
+        "use_fc_norm": has_fc_norm,
+        "final_norm": has_norm or has_fc_norm,
+    }
+
+
+def _norms_eps(model: nn.Module) -> float:
+    """Return the eps of all norms of ``model`` outside of an attention pool.
+
+    Raises:
+        NotImplementedError: One is no LayerNorm, or they have several eps.
+    """
+    found = set()
+    for name, module in model.named_modules():
+        if "Norm" in type(module).__name__ and "attn_pool" not in name:
+            _expect(module, name, "LayerNorm")
+            found.add(module.eps)
+    if len(found) > 1:
+        raise NotImplementedError(f"its norms have several eps: {sorted(found)}")
+    return found.pop()
 
 
 def timm_config(model: nn.Module) -> Config:
@@ -186,11 +272,7 @@ def timm_config(model: nn.Module) -> Config:
         _expect(block, f"blocks.{i}", "Block")
         _expect(block.attn, f"blocks.{i}.attn", "Attention")
         _expect(block.mlp, f"blocks.{i}.mlp", "Mlp")
-        _expect(block.norm1, f"blocks.{i}.norm1", "LayerNorm")
     block, conv = model.blocks[0], model.patch_embed.proj
-    norms = [norm for name, norm in model.named_modules() if isinstance(norm, nn.LayerNorm) and "attn_pool" not in name]
-    if len({norm.eps for norm in norms}) > 1:
-        raise NotImplementedError(f"its norms have several eps: {sorted({norm.eps for norm in norms})}")
     has_norm, has_fc_norm = (isinstance(norm, nn.LayerNorm) for norm in (model.norm, model.fc_norm))
     return {
         "img_size": tuple(model.patch_embed.img_size or (224, 224)),
@@ -214,9 +296,62 @@ def timm_config(model: nn.Module) -> Config:
         "fc_norm": has_fc_norm,
         "pool_include_prefix": getattr(model, "pool_include_prefix", False),
         "dynamic_img_size": model.dynamic_img_size,
-        "norm_layer": functools.partial(nn.LayerNorm, eps=block.norm1.eps),
+        "norm_layer": functools.partial(nn.LayerNorm, eps=_norms_eps(model)),
         "act_layer": _activation(block.mlp.act),
     }
+
+
+def swin_config(model: nn.Module, kind: str) -> Config:
+    """Return the arguments that make a model like ``model``, a ``kind`` of timm or of this package.
+
+    Args:
+        model: The model.
+        kind: ``"SwinTransformer"`` or ``"SwinTransformerV2"``.
+
+    Raises:
+        NotImplementedError: It has a part that this package does not support.
+    """
+    _expect(model, "the model", kind)
+    _expect(model.patch_embed, "patch_embed", "PatchEmbed")
+    stages = [(stage, stage.blocks[0]) for stage in model.layers]
+    for name, block in model.named_modules():
+        if name.endswith(".mlp"):
+            _expect(block, name, "Mlp")
+    pool = getattr(model.head, "global_pool", None)
+    windows = [block.window_size for _, block in stages]
+    if getattr(model, "_ref_grid_size", None) == tuple(model.patch_embed.grid_size):
+        windows = model._ref_window_sizes  # not yet cut to the images of this size
+    config = {
+        "img_size": tuple(model.patch_embed.img_size),
+        "patch_size": tuple(model.patch_embed.patch_size),
+        "in_chans": model.patch_embed.proj.in_channels,
+        "num_classes": model.num_classes,
+        "global_pool": model.global_pool if pool is None else pool.pool_type,
+        "embed_dim": model.patch_embed.proj.out_channels,
+        "depths": tuple(len(stage.blocks) for stage, _ in stages),
+        "num_heads": tuple(block.attn.num_heads for _, block in stages),
+        "window_size": tuple(map(tuple, windows)),
+        "always_partition": stages[0][1].always_partition,
+        "strict_img_size": model.patch_embed.strict_img_size,
+        "drop_path_rate": 0.0,
+        "norm_layer": functools.partial(nn.LayerNorm, eps=_norms_eps(model)),
+    }
+    widths = [block.attn.proj.out_features for _, block in stages]
+    ratios = tuple(mlp_ratio(w, b.mlp.fc1.out_features) for w, (_, b) in zip(widths, stages, strict=True))
+    attn, act = stages[0][1].attn, _activation(stages[0][1].mlp.act)
+    if kind == "SwinTransformerV2":
+        if len({*ratios}) > 1:
+            raise NotImplementedError(f"its MLPs have several ratios: {ratios}")
+        return config | {
+            "mlp_ratio": ratios[0],
+            "qkv_bias": attn.q_bias is not None,
+            "act_layer": act,
+            "pretrained_window_sizes": tuple(tuple(block.attn.pretrained_window_size) for _, block in stages),
+        }
+    if act != "gelu":
+        raise NotImplementedError(f"its activation is {act}; expected gelu")
+    head_dims = tuple(block.attn.qkv.out_features // (3 * block.attn.num_heads) for _, block in stages)
+    return config | {"mlp_ratio": ratios, "qkv_bias": attn.qkv.bias is not None, "head_dim": head_dims}
 
 
 def torchvision_config(model: nn.Module) -> Config:

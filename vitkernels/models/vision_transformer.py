@@ -8,10 +8,8 @@ Shape letters: B batch, R prefix tokens (class and register tokens), N patches, 
 from __future__ import annotations
 
 import collections
-import functools
 import os
 from collections.abc import Callable, Sequence
-from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 from vitkernels.layers import (
     Block,
-    LayerNorm,
     Linear,
     PatchDropout,
     PatchEmbed,
@@ -28,6 +25,7 @@ from vitkernels.layers import (
     sincos2d,
 )
 from vitkernels.models import convert
+from vitkernels.models._arguments import check_weight_init, norm_factory, refuse, taken_indices
 
 POOLS = ("", "token", "avg", "avgmax", "max")
 POS_EMBEDS = ("learn", "none", "sincos1d", "sincos2d")
@@ -41,7 +39,6 @@ _UNSUPPORTED = {
     "fix_init": False,
     "embed_layer": None,
     "embed_norm_layer": None,
-    "block_fn": None,
     "mlp_layer": None,
     "attn_layer": None,
 }
@@ -90,6 +87,8 @@ class VisionTransformer(nn.Module):
         act_layer: As for :func:`vitkernels.layers.create_activation`; None for GELU.
         representation_size: Features of one tanh hidden layer before the head, ``pre_logits.fc``, as in the
             original's pre-training (arXiv 2010.11929 §3.1); None leaves it out.
+        block_fn: Callable that makes a block from the arguments of :class:`vitkernels.layers.Block`; None for that
+            class.
         normalize: ``(mean, std)``, one number per channel: images are uint8, 0..255, or floating point, 0..1, and the
             patch embedding normalises them. It is not in the state dict. None: the caller has normalised the images.
         device, dtype: Device and dtype of the parameters.
@@ -134,21 +133,21 @@ class VisionTransformer(nn.Module):
         norm_layer: Callable[..., nn.Module] | str | None = None,
         act_layer: Callable[[], nn.Module] | str | None = None,
         representation_size: int | None = None,
+        block_fn: Callable[..., nn.Module] | None = None,
         normalize: tuple[Sequence[float], Sequence[float]] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **others,
     ) -> None:
         super().__init__()
-        _refuse(others)
+        refuse(type(self), others, _UNSUPPORTED)
         _check_pool(global_pool, class_token)
         pos_embed = pos_embed or "none"
         if pos_embed not in POS_EMBEDS:
             raise ValueError(f"unknown pos_embed {pos_embed!r}; expected one of {', '.join(POS_EMBEDS)}")
-        if weight_init not in ("", "skip"):
-            raise NotImplementedError(f"weight_init is {weight_init!r}; expected '' (timm's default) or 'skip'")
+        check_weight_init(weight_init)
         dd = {"device": device, "dtype": dtype}
-        norm = _norm_factory(norm_layer)
+        norm = norm_factory(norm_layer)
         use_fc_norm = global_pool in ("avg", "avgmax", "max") if fc_norm is None else fc_norm
 
         self.num_classes = num_classes
@@ -189,9 +188,10 @@ class VisionTransformer(nn.Module):
         self.pos_drop = nn.Dropout(pos_drop_rate)
         self.patch_drop = PatchDropout(patch_drop_rate, self.num_prefix_tokens) if patch_drop_rate else nn.Identity()
         self.norm_pre = norm(embed_dim, **dd) if pre_norm else nn.Identity()
+        self.register_module("rel_pos_bias", None)  # BEiT's, which stands here in its state dict
         self.blocks = nn.Sequential(
             *(
-                Block(
+                (block_fn or Block)(
                     embed_dim,
                     num_heads,
                     mlp_ratio,
@@ -247,7 +247,7 @@ class VisionTransformer(nn.Module):
                 ``features_only``, SwiGLU, QK-norm, ….
         """
         config, state = convert.timm_source(source, architecture, pretrained, features_only, timm_args)
-        return cls._converted(config, state, source)
+        return convert.build(cls, config, state, source)
 
     @classmethod
     def from_torchvision(
@@ -272,7 +272,7 @@ class VisionTransformer(nn.Module):
             ValueError, NotImplementedError: As for :meth:`from_timm`.
         """
         config, state = convert.torchvision_source(source, architecture, weights, features_only, torchvision_args)
-        return cls._converted(config, state, source)
+        return convert.build(cls, config, state, source)
 
     @classmethod
     def from_hf(cls, source: nn.Module | str | os.PathLike, *, features_only: bool = False) -> VisionTransformer:
@@ -291,15 +291,7 @@ class VisionTransformer(nn.Module):
             ValueError, NotImplementedError: As for :meth:`from_timm`.
         """
         config, state = convert.hf_source(source, features_only)
-        return cls._converted(config, state, source)
-
-    @classmethod
-    def _converted(cls, config: dict, state: dict[str, Tensor], source: object) -> VisionTransformer:
-        model = cls(**config, weight_init="skip", device="meta")
-        name = type(source).__name__ if isinstance(source, nn.Module) else str(source)
-        convert.check_state(state, model.state_dict(), name)
-        model.load_state_dict({name: tensor.detach().clone() for name, tensor in state.items()}, assign=True)
-        return model
+        return convert.build(cls, config, state, source)
 
     def to_timm(self) -> nn.Module:
         """Return timm's ``VisionTransformer`` with copies of these weights, and with the same names in the state dict.
@@ -311,10 +303,7 @@ class VisionTransformer(nn.Module):
 
         if not isinstance(self.pre_logits, nn.Identity) or self.patch_embed.normalize is not None:
             raise NotImplementedError("timm's model has no representation_size and no normalize")
-        like = self.patch_embed.proj.weight
-        model = TimmVisionTransformer(**convert.timm_config(self), weight_init="skip").to(like.device, like.dtype)
-        model.load_state_dict(self.state_dict())
-        return model.train(self.training)
+        return convert.to_timm(self, TimmVisionTransformer, weight_init="skip", **convert.timm_config(self))
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -412,7 +401,12 @@ class VisionTransformer(nn.Module):
         return self.norm_pre(self.patch_drop(x))
 
     def _run_block(self, block: nn.Module, x: Tensor) -> Tensor:
-        return checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing else block(x)
+        beside = self._beside_tokens()
+        return checkpoint(block, x, *beside, use_reentrant=False) if self.grad_checkpointing else block(x, *beside)
+
+    def _beside_tokens(self) -> tuple[object, ...]:
+        """Return what each block takes beside its tokens."""
+        return ()
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images (B, I, Y, X) to tokens (B, R + N, C) after the blocks and ``norm``."""
@@ -455,7 +449,7 @@ class VisionTransformer(nn.Module):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"unknown output_fmt {output_fmt!r}; expected 'NCHW' or 'NLC'")
-        wanted = self._block_indices(indices)
+        wanted = taken_indices("block", len(self.blocks), indices)
         size = tuple(x.shape[2:])
         x = self._embed(x)
         grid_size = self.patch_embed.grid_of(size)
@@ -481,19 +475,6 @@ class VisionTransformer(nn.Module):
         if return_prefix_tokens:
             intermediates = list(zip(intermediates, prefixes, strict=True))
         return intermediates if intermediates_only else (self.norm(x), intermediates)
-
-    def _block_indices(self, indices: int | Sequence[int] | None) -> set[int]:
-        depth = len(self.blocks)
-        if indices is None:
-            indices = depth
-        if isinstance(indices, Integral):
-            if not 0 < indices <= depth:
-                raise ValueError(f"the last {indices} blocks are asked for; expected 1 to {depth}")
-            return set(range(depth - indices, depth))
-        for i in indices:
-            if not -depth <= i < depth:
-                raise ValueError(f"block {i} is asked for; expected {-depth} to {depth - 1}")
-        return {i % depth for i in indices}
 
     def get_intermediate_layers(
         self,
@@ -552,14 +533,6 @@ class VisionTransformer(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _refuse(others: dict[str, object]) -> None:
-    for name, value in others.items():
-        if name not in _UNSUPPORTED:
-            raise TypeError(f"VisionTransformer has no argument {name!r}")
-        if value != _UNSUPPORTED[name]:
-            raise NotImplementedError(f"{name}={value!r} is not supported; expected {_UNSUPPORTED[name]!r}")
-
-
 def _check_pool(pool: str, class_token: bool) -> None:
     if pool in ("map", "prr"):
         raise NotImplementedError(f"attention pooling ({pool!r}) is not supported; expected one of {POOLS}")
@@ -567,15 +540,3 @@ def _check_pool(pool: str, class_token: bool) -> None:
         raise ValueError(f"unknown pool {pool!r}; expected one of {POOLS}")
     if pool == "token" and not class_token:
         raise ValueError("the 'token' pool needs a class token: class_token=True, or another pool")
-
-
-def _norm_factory(norm_layer: Callable[..., nn.Module] | str | None) -> Callable[..., LayerNorm]:
-    """Return a factory of the LayerNorms that ``norm_layer`` would make, but of this package's class."""
-    if norm_layer is None or norm_layer == "layernorm":
-        return LayerNorm
-    made = norm_layer(1, device="meta") if callable(norm_layer) else norm_layer
-    if not isinstance(made, nn.LayerNorm) or type(made).__name__ != "LayerNorm":
-        raise NotImplementedError(f"norm_layer is {norm_layer!r}; expected nn.LayerNorm or one with another eps")
-    return functools.partial(
-        LayerNorm, eps=made.eps, affine=made.weight is not None, bias=made.weight is None or made.bias is not None
-    )

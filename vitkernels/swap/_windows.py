@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from vitkernels.layers import records
 
@@ -14,14 +11,9 @@ from vitkernels.layers import records
 TABLE_MLP = {"cpb_mlp": (nn.Sequential,)}
 
 
-def cosine_scale(logit_scale: Tensor) -> Tensor:
-    """Return the factor (H,) of Swin V2's cosine attention from its parameter, a logarithm."""
-    return torch.clamp(logit_scale, max=math.log(100.0)).exp().view(-1)
-
-
-def continuous_bias(cpb_mlp: nn.Module, coordinates: Tensor, num_heads: int) -> Tensor:
-    """Return Swin V2's bias as a table (entries, H): its MLP on the ``coordinates`` of all relative positions."""
-    return 16 * torch.sigmoid(cpb_mlp(coordinates).view(-1, num_heads))
+def is_shift(shift: tuple[int, int], size: tuple[int, int]) -> bool:
+    """Tell whether windows of ``size`` can be shifted so."""
+    return all(0 <= s < w for s, w in zip(shift, size, strict=True))
 
 
 def decomposed(attn: nn.Module, image: tuple[int, int], window: tuple[int, int] | None) -> records.Decomposed:
@@ -36,13 +28,3 @@ def decomposed(attn: nn.Module, image: tuple[int, int], window: tuple[int, int] 
             table = F.interpolate(table.t()[None], size=2 * size - 1, mode="linear")[0].t()
         tables.append(table)
     return records.Decomposed(image, *tables, window)
-
-
-def within(block: records.Block, positions: records.Windows | records.Decomposed | None) -> records.Block:
-    """Return ``block`` with its attention at ``positions``."""
-    return block._replace(attn=block.attn._replace(positions=positions))
-
-
-def is_shift(shift: tuple[int, int], size: tuple[int, int]) -> bool:
-    """Tell whether windows of ``size`` can be shifted so."""
-    return all(0 <= s < w for s, w in zip(shift, size, strict=True))

@@ -19,10 +19,11 @@ from torchvision.ops.misc import MLP
 from torchvision.ops.stochastic_depth import StochasticDepth
 
 from vitkernels.layers import fused, records
+from vitkernels.layers.windows import continuous_bias, cosine_scale
 from vitkernels.swap import _patch_merging
 from vitkernels.swap._limits import packed_heads_limit
 from vitkernels.swap._rules import Rule, add, runs_fused
-from vitkernels.swap._windows import TABLE_MLP, continuous_bias, cosine_scale, is_shift
+from vitkernels.swap._windows import TABLE_MLP, is_shift
 from vitkernels.swap.torchvision import MLP_CHILDREN, drop_path, drop_path_limit, mlp
 
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from vitkernels.layers import fused, records
+from vitkernels.layers.windows import continuous_bias, cosine_scale
 from vitkernels.swap import _patch_merging
 from vitkernels.swap._limits import head_dim_limit
 from vitkernels.swap._rules import PARAMETERS, runs_fused
-from vitkernels.swap._windows import continuous_bias, cosine_scale, is_shift
+from vitkernels.swap._windows import is_shift
 from vitkernels.swap.hf import _mixins as new
 from vitkernels.swap.hf import _mixins_4 as old
 from vitkernels.swap.hf._mixins import Kind

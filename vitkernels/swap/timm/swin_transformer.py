@@ -9,10 +9,10 @@ from timm.layers import LayerNorm, Mlp
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, WindowAttention
 from torch import Tensor, nn
 
-from vitkernels.layers import fused, records
+from vitkernels.layers import fused, records, windows
 from vitkernels.swap import _patch_merging
 from vitkernels.swap._rules import Rule, add, runs_fused
-from vitkernels.swap._windows import is_shift, within
+from vitkernels.swap._windows import is_shift
 from vitkernels.swap.timm.layers import ATTENTION_LIMITED_BY, DROP_PATHS, NORMS, attention_limit
 
 Pair = tuple[int, int]
@@ -23,7 +23,7 @@ class FusedWindowAttention(WindowAttention):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         if runs_fused(ATTENTION, self, x) and is_unmasked(self, x, mask):
-            return attend_in_windows(self, x, _windows)
+            return attend_in_windows(self, x, windows.swin_windows)
         return super().forward(x, mask)
 
 
@@ -32,8 +32,7 @@ class FusedSwinTransformerBlock(SwinTransformerBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         if runs_fused(BLOCK, self, x) and fits(self, x, self.input_resolution):
-            windows = _windows(self.attn, tuple(x.shape[1:3]), tuple(self.shift_size))
-            return fused.block(within(records.block(self), windows), x.flatten(1, 2)).view(x.shape)
+            return windows.swin_block(self, x)
         return super().forward(x)
 
 
@@ -73,15 +72,10 @@ def is_unmasked(attn: nn.Module, x: Tensor, mask: Tensor | None) -> bool:
     return mask is None and x.ndim == 3 and x.shape[1] == math.prod(attn.window_size)
 
 
-def attend_in_windows(attn: nn.Module, x: Tensor, windows: Callable[..., records.Windows]) -> Tensor:
+def attend_in_windows(attn: nn.Module, x: Tensor, read: Callable[..., records.Windows]) -> Tensor:
     """Attend on x (B · windows, tokens, C), each of whose windows is an image of one window."""
-    positions = windows(attn, tuple(attn.window_size))
+    positions = read(attn, tuple(attn.window_size))
     return fused.attention(records.attention(attn)._replace(positions=positions), x)
-
-
-def _windows(attn: WindowAttention, image: Pair, shift: Pair = (0, 0)) -> records.Windows:
-    table = records.parameter(attn, "relative_position_bias_table")
-    return records.Windows(image, tuple(attn.window_size), shift, table)
 
 
 WINDOW_ATTENTION_CHILDREN = {

@@ -9,10 +9,10 @@ from timm.models.swin_transformer_v2_cr import PatchMerging as PatchMergingCr
 from timm.models.swin_transformer_v2_cr import SwinTransformerV2CrBlock, WindowMultiHeadAttention
 from torch import Tensor, nn
 
-from vitkernels.layers import fused, records
+from vitkernels.layers import fused, records, windows
 from vitkernels.swap import _patch_merging
 from vitkernels.swap._rules import Rule, add, runs_fused
-from vitkernels.swap._windows import TABLE_MLP, continuous_bias, cosine_scale, within
+from vitkernels.swap._windows import TABLE_MLP
 from vitkernels.swap.timm.layers import ATTENTION_LIMITED_BY, NORMS, attention_limit
 from vitkernels.swap.timm.swin_transformer import (
     MERGING_CHILDREN,
@@ -31,7 +31,7 @@ class FusedWindowAttention(WindowAttention):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         if runs_fused(ATTENTION, self, x) and is_unmasked(self, x, mask):
-            return attend_in_windows(self, x, _windows)
+            return attend_in_windows(self, x, windows.swin_v2_windows)
         return super().forward(x, mask)
 
 
@@ -49,8 +49,7 @@ class FusedSwinTransformerV2Block(SwinTransformerV2Block):
 
     def forward(self, x: Tensor) -> Tensor:
         if runs_fused(BLOCK, self, x) and fits(self, x, self.input_resolution):
-            windows = _windows(self.attn, tuple(x.shape[1:3]), tuple(self.shift_size))
-            return fused.post_norm_block(within(records.block(self), windows), x.flatten(1, 2)).view(x.shape)
+            return windows.swin_v2_block(self, x)
         return super().forward(x)
 
 
@@ -62,8 +61,8 @@ class FusedSwinTransformerV2CrBlock(SwinTransformerV2CrBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         if runs_fused(BLOCK_CR, self, x) and fits(self, x, self.feat_size) and not _drops_biases(self.attn):
-            windows = _windows_cr(self.attn, tuple(x.shape[1:3]), tuple(self.shift_size))
-            out = fused.post_norm_block(within(records.block(self), windows), x.flatten(1, 2))
+            read = _windows_cr(self.attn, tuple(x.shape[1:3]), tuple(self.shift_size))
+            out = fused.post_norm_block(windows.within(records.block(self), read), x.flatten(1, 2))
             return fused.norm(records.norm(self.norm3), out).view(x.shape)
         return super().forward(x)
 
@@ -86,11 +85,6 @@ class FusedPatchMergingCr(PatchMergingCr):
         return super().forward(x)
 
 
-def _windows(attn: WindowAttention, image: Pair, shift: Pair = (0, 0)) -> records.Windows:
-    table = continuous_bias(attn.cpb_mlp, attn.relative_coords_table, attn.num_heads)
-    return records.Windows(image, tuple(attn.window_size), shift, table, cosine_scale(attn.logit_scale))
-
-
 def _windows_cr(attn: WindowMultiHeadAttention, image: Pair, shift: Pair = (0, 0)) -> records.Windows:
     rows, columns = size = tuple(attn.window_size)
     # A buffer has the coordinates of every pair of tokens; those of a row are the same for all columns.
@@ -98,7 +92,7 @@ def _windows_cr(attn: WindowMultiHeadAttention, image: Pair, shift: Pair = (0, 0
     y = torch.cat((pairs[0, 0, 1:, 0, 0].flip(0), pairs[:, 0, 0, 0, 0]))
     x = torch.cat((pairs[0, 0, 0, 1:, 1].flip(0), pairs[0, :, 0, 0, 1]))
     table = attn.meta_mlp(torch.cartesian_prod(y, x))
-    return records.Windows(image, size, shift, table, cosine_scale(attn.logit_scale))
+    return records.Windows(image, size, shift, table, windows.cosine_scale(attn.logit_scale))
 
 
 def _drops_biases(attn: WindowMultiHeadAttention) -> bool:

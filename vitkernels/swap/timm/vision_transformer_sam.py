@@ -7,10 +7,11 @@ from timm.models.vision_transformer_sam import Attention, Block
 from torch import Tensor, nn
 
 from vitkernels.layers import fused, records
+from vitkernels.layers.windows import within
 from vitkernels.swap._images import tokens_of
 from vitkernels.swap._limits import layer_scales_limit, packed_heads_limit
 from vitkernels.swap._rules import PARAMETERS, Rule, add, runs_fused
-from vitkernels.swap._windows import decomposed, within
+from vitkernels.swap._windows import decomposed
 from vitkernels.swap.timm.layers import NORMS
 from vitkernels.swap.timm.vision_transformer import BRANCHES
 

@@ -107,6 +107,19 @@ def patches(images: Tensor, PY: int, PX: int) -> int:
     return (images.shape[2] // PY) * (images.shape[3] // PX)
 
 
+def chosen(mask: Tensor | None, visible: Tensor | None, unused: Tensor) -> dict[str, object]:
+    """Return the arguments of the kernels that say which patches have pixels.
+
+    That is all, those that a mask (B, N) does not hide ("masked"), or those that indices (B, V) name ("visible"). Both
+    are passed in int64: Triton lays a product out by the narrowest dtype that its operands depend on.
+    """
+    if mask is not None:
+        return {"choice_ptr": mask.to(torch.int64).contiguous(), "CHOICE": "masked"}
+    if visible is not None:
+        return {"choice_ptr": visible.to(torch.int64).contiguous(), "CHOICE": "visible"}
+    return {"choice_ptr": unused, "CHOICE": "all"}
+
+
 def launch_options(
     config: PatchEmbedConfig, M: int, K: int, PY: int, PX: int, images: Tensor, weights: Tensor, other: Tensor
 ) -> dict[str, object]:

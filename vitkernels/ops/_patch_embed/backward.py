@@ -103,7 +103,7 @@ def _patch_embed_bwd_images_kernel(
 def _patch_embed_bwd_weight_kernel(
     dout_ptr,  # (B, T, C)
     images_ptr,  # (B, I, Y, X), floating point or uint8; strides b, i and y in UNITs
-    choice_ptr,  # (B, N), int64, contiguous: what CHOICE says
+    choice_ptr,  # (B, N), int32, or int64 beside fp64, contiguous: what CHOICE says
     dweight_ptr,  # (splits, C, K): the sum of each range of rows
     stride_dout_b,
     stride_dout_t,
@@ -275,7 +275,7 @@ def _launch_bwd_weight(
     _patch_embed_bwd_weight_kernel[(config.splits * cdiv(C, config.block_c) * cdiv(K, config.block_k),)](
         dout_ptr=dout,
         images_ptr=images,
-        **chosen(mask, visible, images),
+        **chosen(mask, visible, weight.dtype, images),
         dweight_ptr=shares,
         stride_dout_b=dout.stride(0),
         stride_dout_t=dout.stride(1),

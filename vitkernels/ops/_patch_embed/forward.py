@@ -33,7 +33,7 @@ def _patch_embed_fwd_kernel(
     bias_ptr,  # (C,)
     pos_ptr,  # (T - pos_start, C), contiguous
     prefix_ptr,  # (R, C), contiguous
-    choice_ptr,  # (B, T - R), int64, contiguous: what CHOICE says
+    choice_ptr,  # (B, T - R), int32, or int64 beside fp64, contiguous: what CHOICE says
     mask_token_ptr,  # (C,), contiguous
     out_ptr,  # (B, T, C), contiguous
     stride_images_b,
@@ -183,7 +183,7 @@ def patch_embed_forward(
         bias_ptr=dense_or(bias, weight),
         pos_ptr=dense_or(pos_embed, weight),
         prefix_ptr=dense_or(prefix_tokens, weight),
-        **chosen(mask, visible, weight),
+        **chosen(mask, visible, weight.dtype, weight),
         mask_token_ptr=dense_or(mask_token, weight),
         out_ptr=out,
         M=M,

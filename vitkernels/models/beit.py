@@ -27,8 +27,8 @@ class Beit(VisionTransformer):
 
     Args:
         img_size, patch_size, in_chans, num_classes, embed_dim, depth, num_heads, mlp_ratio, norm_layer, init_values,
-        final_norm, use_mask_token, weight_init, normalize, device, dtype: As for ``vitkernels.models.VisionTransformer``;
-            ``init_values`` is that of ``gamma_1`` and ``gamma_2``.
+        final_norm, use_mask_token, weight_init, normalize, device, dtype: As for ``VisionTransformer``; ``init_values``
+            is that of ``gamma_1`` and ``gamma_2``.
         global_pool: Input of the head: ``"avg"`` over the patches, ``"token"`` the class token, or ``""`` every token.
         qkv_bias: Whether queries and values have a bias.
         swiglu_mlp: Whether the MLPs are :class:`vitkernels.layers.SwiGLU`.

@@ -255,6 +255,12 @@ def opcheck_cases(device):
         outputs += [ops.patch_embed(randn(2, 3, 12, 8), randn(36, 3, 4, 4), randn(36), pos_embed=randn(1, 6, 36),
                                     pos_embed_prefix=False, prefix_tokens=randn(1, 1, 36))]  # fmt: skip
         outputs += [ops.patch_merging(randn(2, 5, 4, 6), randn(12, 24), norm_weight=randn(24), norm_bias=randn(24))]
+        patches = torch.arange(12, device=device).view(2, 6)
+        for more in (
+            {"mask": patches % 5 == 0, "mask_token": randn(36)},
+            {"visible": patches[:, :4] % 6},
+        ):
+            outputs += [ops.patch_embed(randn(2, 3, 12, 8), randn(36, 3, 4, 4), pos_embed=randn(6, 36), **more)]
         torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])
         with torch.no_grad():
             ops.mlp(x, randn(36, 20), None, randn(20, 36), None, drop_path_scale=randn(2).detach())

@@ -531,12 +531,17 @@ def patch_embed(
     prefix_tokens: Tensor | None = None,
     pos_embed_prefix: bool = True,
     normalize: tuple[Sequence[float], Sequence[float]] | None = None,
+    mask: Tensor | None = None,
+    mask_token: Tensor | None = None,
+    visible: Tensor | None = None,
 ) -> Tensor:
     """Map images (B, I, Y, X) to tokens (B, R + N, C): R prefix tokens, then one token per P×P patch.
 
     Patches are in row-major order; the weight is as in Conv2d, (C, I, P, P). ``pos_embed`` (1, R + N, C) is added to
     all tokens; with ``pos_embed_prefix=False`` it is (1, N, C) and added only to the patches (arXiv 2010.11929).
     ``normalize`` is (mean, std), one number per channel, for pixels of 0..255 in uint8 or 0..1 in floating point.
+    Where ``mask`` (B, N) is true, ``mask_token`` (C,) takes the place of a patch's projection (BEiT, arXiv 2106.08254).
+    With ``visible`` (B, V), indices of patches, these alone become tokens, in this order (MAE, arXiv 2111.06377).
     """
     if normalize is not None:
         wide = torch.promote_types(weight.dtype, torch.float32)
@@ -544,6 +549,8 @@ def patch_embed(
         pixels = images.to(wide) if images.is_floating_point() else images.to(wide) / 255
         images = ((pixels - mean) / std).to(weight.dtype)
     tokens = F.conv2d(images, weight, bias, stride=weight.shape[-2:]).flatten(2).transpose(1, 2)
+    if mask is not None:
+        tokens = torch.where(mask.unsqueeze(-1), mask_token.view(-1), tokens)
     if pos_embed is not None and not pos_embed_prefix:
         tokens = tokens + pos_embed
     if prefix_tokens is not None:
@@ -551,6 +558,10 @@ def patch_embed(
         tokens = torch.cat([prefix, tokens], dim=1)
     if pos_embed is not None and pos_embed_prefix:
         tokens = tokens + pos_embed
+    if visible is not None:
+        R = 0 if prefix_tokens is None else prefix_tokens.shape[-2]
+        kept = tokens[:, R:].gather(1, visible.long().unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+        tokens = torch.cat([tokens[:, :R], kept], dim=1)
     return tokens
 
 

@@ -11,6 +11,7 @@ from vitkernels.layers.drop_path import DropPath
 from vitkernels.layers.layer_norm import LayerNorm
 from vitkernels.layers.layer_scale import LayerScale
 from vitkernels.layers.linear import Linear
+from vitkernels.layers.masking import RandomMask, blockwise_mask, random_mask
 from vitkernels.layers.mlp import Mlp
 from vitkernels.layers.patch_dropout import PatchDropout
 from vitkernels.layers.patch_embed import PatchEmbed
@@ -36,6 +37,7 @@ __all__ = [
     "PatchEmbed",
     "PatchMerging",
     "QuickGELU",
+    "RandomMask",
     "RelativePositionBias",
     "RmsNorm",
     "SwiGLU",
@@ -44,7 +46,9 @@ __all__ = [
     "SwinTransformerV2Block",
     "WindowAttention",
     "WindowAttentionV2",
+    "blockwise_mask",
     "create_activation",
+    "random_mask",
     "resample_pos_embed",
     "resize_rel_pos_bias_table",
     "sincos1d",

@@ -6,7 +6,6 @@ that a module is supported; shapes are (B, N, C).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -345,21 +344,6 @@ def patch_merging(norm: Norm, reduction: Linear, x: Tensor, *, norm_last: bool =
     )
 
 
-def patch_embed(
-    proj: nn.Conv2d,
-    images: Tensor,
-    *,
-    pos_embed: Tensor | None = None,
-    prefix_tokens: Tensor | None = None,
-    pos_embed_prefix: bool = True,
-    normalize: tuple[Sequence[float], Sequence[float]] | None = None,
-) -> Tensor:
-    """Return the tokens of ``images``: the convolution ``proj``, position embeddings and prefix tokens."""
-    return ops.patch_embed(
-        images,
-        *records.linear(proj),
-        pos_embed=pos_embed,
-        prefix_tokens=prefix_tokens,
-        pos_embed_prefix=pos_embed_prefix,
-        normalize=normalize,
-    )
+def patch_embed(proj: nn.Conv2d, images: Tensor, **options: object) -> Tensor:
+    """Return the tokens of ``images``: the convolution ``proj``, with options of :func:`ops.patch_embed`."""
+    return ops.patch_embed(images, *records.linear(proj), **options)

@@ -110,11 +110,14 @@ class PatchEmbed(nn.Module):
         pos_embed: Tensor | None = None,
         prefix_tokens: Tensor | None = None,
         pos_embed_prefix: bool = True,
+        mask: Tensor | None = None,
+        mask_token: Tensor | None = None,
+        visible: Tensor | None = None,
     ) -> Tensor:
         """Map images (B, I, Y, X) to tokens (B, R + N, C), with arguments as for :func:`vitkernels.ops.patch_embed`."""
         self.check_images(images)
-        if not isinstance(self.norm, nn.Identity) and not (pos_embed is None and prefix_tokens is None):
-            raise ValueError("pos_embed or prefix_tokens beside a norm, which would see them; add them behind it")
+        if not isinstance(self.norm, nn.Identity) and not (pos_embed is prefix_tokens is mask is None):
+            raise ValueError("pos_embed, prefix_tokens or mask beside a norm, which would see them; add them behind it")
         tokens = fused.patch_embed(
             self.proj,
             images,
@@ -122,5 +125,8 @@ class PatchEmbed(nn.Module):
             prefix_tokens=prefix_tokens,
             pos_embed_prefix=pos_embed_prefix,
             normalize=self.normalize,
+            mask=mask,
+            mask_token=mask_token,
+            visible=visible,
         )
         return self.norm(tokens)

@@ -27,8 +27,8 @@ class Beit(VisionTransformer):
 
     Args:
         img_size, patch_size, in_chans, num_classes, embed_dim, depth, num_heads, mlp_ratio, norm_layer, init_values,
-        final_norm, weight_init, normalize, device, dtype: As for :class:`vitkernels.models.VisionTransformer`;
-            ``init_values`` is that of ``gamma_1`` and ``gamma_2``.
+        final_norm, use_mask_token, weight_init, normalize, device, dtype: As for ``VisionTransformer``; ``init_values``
+            is that of ``gamma_1`` and ``gamma_2``.
         global_pool: Input of the head: ``"avg"`` over the patches, ``"token"`` the class token, or ``""`` every token.
         qkv_bias: Whether queries and values have a bias.
         swiglu_mlp: Whether the MLPs are :class:`vitkernels.layers.SwiGLU`.
@@ -72,6 +72,7 @@ class Beit(VisionTransformer):
         use_fc_norm: bool | None = None,
         *,
         final_norm: bool = True,
+        use_mask_token: bool = False,
         weight_init: str = "",
         normalize: tuple[Sequence[float], Sequence[float]] | None = None,
         device: torch.device | str | None = None,
@@ -101,6 +102,7 @@ class Beit(VisionTransformer):
             proj_drop_rate=proj_drop_rate,
             attn_drop_rate=attn_drop_rate,
             drop_path_rate=drop_path_rate,
+            use_mask_token=use_mask_token,
             weight_init="skip",
             norm_layer=norm_layer,
             block_fn=functools.partial(
@@ -151,13 +153,13 @@ class Beit(VisionTransformer):
         """Return timm's ``Beit`` with copies of these weights, and with the same names in the state dict.
 
         Raises:
-            NotImplementedError: The model has ``normalize``, or no ``final_norm``.
+            NotImplementedError: The model has ``normalize``, a mask token, or no ``final_norm``.
         """
         from timm.models.beit import Beit as TimmBeit
 
         config = convert.beit_config(self)
-        if self.patch_embed.normalize is not None or not config.pop("final_norm"):
-            raise NotImplementedError("timm's model has no normalize and always a final_norm")
+        if not config.pop("final_norm") or self.patch_embed.normalize is not None or self.mask_token is not None:
+            raise NotImplementedError("timm's model has no normalize, no mask token, and always a final_norm")
         return convert.to_timm(self, TimmBeit, **config)
 
     @torch.no_grad()
@@ -173,10 +175,11 @@ class Beit(VisionTransformer):
 
     def no_weight_decay(self) -> set[str]:
         tables = {name for name, _ in self.named_parameters() if "relative_position_bias_table" in name}
-        return {"pos_embed", "cls_token"} | tables
+        return {"pos_embed", "cls_token"} | self._mask_token_name() | tables
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        return {**super().group_matcher(coarse), "stem": r"^cls_token|pos_embed|patch_embed|rel_pos_bias"}
+        stem = "|".join((r"^cls_token|pos_embed|patch_embed|rel_pos_bias", *self._mask_token_name()))
+        return {**super().group_matcher(coarse), "stem": stem}
 
     def set_input_size(
         self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
@@ -192,8 +195,8 @@ class Beit(VisionTransformer):
             _check_pool(global_pool)
         super().reset_classifier(num_classes, global_pool)
 
-    def _embed(self, images: Tensor) -> Tensor:
-        x = super()._embed(images)
+    def _embed(self, images: Tensor, mask: Tensor | None = None, visible: Tensor | None = None) -> Tensor:
+        x = super()._embed(images, mask, visible)
         return self.pos_drop(x) if self.pos_embed is None else x  # timm's ViT drops nothing without positions
 
     def _beside_tokens(self) -> tuple[records.Relative, ...]:

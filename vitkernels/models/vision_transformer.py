@@ -89,6 +89,7 @@ class VisionTransformer(nn.Module):
             original's pre-training (arXiv 2010.11929 §3.1); None leaves it out.
         block_fn: Callable that makes a block from the arguments of :class:`vitkernels.layers.Block`; None for that
             class.
+        use_mask_token: Whether there is a ``mask_token``, for :meth:`forward_features` with a mask.
         normalize: ``(mean, std)``, one number per channel: images are uint8, 0..255, or floating point, 0..1, and the
             patch embedding normalises them. It is not in the state dict. None: the caller has normalised the images.
         device, dtype: Device and dtype of the parameters.
@@ -134,6 +135,7 @@ class VisionTransformer(nn.Module):
         act_layer: Callable[[], nn.Module] | str | None = None,
         representation_size: int | None = None,
         block_fn: Callable[..., nn.Module] | None = None,
+        use_mask_token: bool = False,
         normalize: tuple[Sequence[float], Sequence[float]] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -174,6 +176,7 @@ class VisionTransformer(nn.Module):
         )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim, **dd)) if class_token else None
         self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim, **dd)) if reg_tokens else None
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim, **dd)) if use_mask_token else None
         embed_prefix = 0 if no_embed_class else self.num_prefix_tokens
         embed_len = embed_prefix + self.patch_embed.num_patches
         if pos_embed == "learn":
@@ -297,12 +300,13 @@ class VisionTransformer(nn.Module):
         """Return timm's ``VisionTransformer`` with copies of these weights, and with the same names in the state dict.
 
         Raises:
-            NotImplementedError: The model has ``representation_size`` or ``normalize``.
+            NotImplementedError: The model has ``representation_size``, ``normalize`` or a mask token.
         """
         from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 
-        if not isinstance(self.pre_logits, nn.Identity) or self.patch_embed.normalize is not None:
-            raise NotImplementedError("timm's model has no representation_size and no normalize")
+        ours_alone = self.patch_embed.normalize is not None or self.mask_token is not None
+        if ours_alone or not isinstance(self.pre_logits, nn.Identity):
+            raise NotImplementedError("timm's model has no representation_size, no normalize and no mask token")
         return convert.to_timm(self, TimmVisionTransformer, weight_init="skip", **convert.timm_config(self))
 
     @torch.no_grad()
@@ -313,6 +317,8 @@ class VisionTransformer(nn.Module):
         for token in (self.cls_token, self.reg_token):
             if token is not None:
                 nn.init.normal_(token, std=1e-6)
+        if self.mask_token is not None:  # as in BEiT
+            nn.init.trunc_normal_(self.mask_token, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -321,12 +327,15 @@ class VisionTransformer(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of parameters that optimizers should not decay."""
-        return {"pos_embed", "cls_token", "reg_token"}
+        return {"pos_embed", "cls_token", "reg_token"} | self._mask_token_name()
+
+    def _mask_token_name(self) -> set[str]:
+        return set() if self.mask_token is None else {"mask_token"}
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Return the patterns that group parameters for timm's layer-wise learning rates."""
         return {
-            "stem": r"^cls_token|reg_token|pos_embed|patch_embed|norm_pre",
+            "stem": "|".join((r"^cls_token|reg_token|pos_embed|patch_embed|norm_pre", *self._mask_token_name())),
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
@@ -382,8 +391,10 @@ class VisionTransformer(nn.Module):
         prefix = 0 if self.no_embed_class else self.num_prefix_tokens
         return resample_pos_embed(pos_embed, new_size, old_size, prefix)
 
-    def _embed(self, images: Tensor) -> Tensor:
+    def _embed(self, images: Tensor, mask: Tensor | None = None, visible: Tensor | None = None) -> Tensor:
         """Map images (B, I, Y, X) to the tokens (B, R + N, C) that enter the blocks."""
+        if mask is not None and self.mask_token is None:
+            raise ValueError("a mask is given, but the model has no mask token; make it with use_mask_token=True")
         pos_embed = self.pos_embed
         if pos_embed is not None and self.dynamic_img_size:
             self.patch_embed.check_images(images)  # before their shape is used
@@ -395,6 +406,9 @@ class VisionTransformer(nn.Module):
             pos_embed=pos_embed,
             prefix_tokens=torch.cat(prefix, dim=1) if prefix else None,
             pos_embed_prefix=not self.no_embed_class,
+            mask=mask,
+            mask_token=None if mask is None else self.mask_token,
+            visible=visible,
         )
         if pos_embed is not None:
             x = self.pos_drop(x)
@@ -408,9 +422,21 @@ class VisionTransformer(nn.Module):
         """Return what each block takes beside its tokens."""
         return ()
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Map images (B, I, Y, X) to tokens (B, R + N, C) after the blocks and ``norm``."""
-        x = self._embed(x)
+    def forward_features(self, x: Tensor, mask: Tensor | None = None, visible: Tensor | None = None) -> Tensor:
+        """Map images (B, I, Y, X) to tokens (B, R + N, C) after the blocks and ``norm``.
+
+        Args:
+            x: The images.
+            mask: (B, N), bool: where it is true, the mask token takes a patch's place, as BEiT trains
+                (:func:`vitkernels.layers.blockwise_mask`).
+            visible: (B, V), indices of patches: these alone are embedded, and the result is (B, R + V, C), as MAE
+                trains its encoder (:func:`vitkernels.layers.random_mask`).
+
+        Raises:
+            ValueError: The images do not fit, both are given, or the model has no mask token for a mask; or it has
+                biases by relative position, which need all patches.
+        """
+        x = self._embed(x, mask, visible)
         for block in self.blocks:
             x = self._run_block(block, x)
         return self.norm(x)

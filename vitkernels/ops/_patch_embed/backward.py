@@ -14,6 +14,7 @@ from vitkernels.ops._patch_embed.pixels import (
     VARYING,
     Constants,
     channel_constants,
+    chosen,
     exactly_multiplied,
     in_pixel_order,
     launch_options,
@@ -32,6 +33,7 @@ from vitkernels.runtime import cdiv, wide_dtype
 def _patch_embed_bwd_images_kernel(
     dout_ptr,  # (B, T, C)
     weight_ptr,  # (C, K), contiguous
+    source_ptr,  # (B, N), contiguous: the token of each patch behind the prefix, or -1
     dimages_ptr,  # (B, I, Y, X); strides b, i and y in UNITs
     stride_dout_b,
     stride_dout_t,
@@ -45,6 +47,7 @@ def _patch_embed_bwd_images_kernel(
     N,
     R,
     patches_x,
+    HAS_SOURCE: tl.constexpr,
     SCALE: tl.constexpr,  # None, or the factor of each channel
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -68,14 +71,20 @@ def _patch_embed_bwd_images_kernel(
     mask_k = offs_k < K
     b = offs_m // N
     n = offs_m - b * N
-    dout_rows = dout_ptr + (b * stride_dout_b + (R + n) * stride_dout_t)[:, None]
+    mask_dout = mask_m
+    if HAS_SOURCE:
+        token = tl.load(source_ptr + offs_m, mask=mask_m, other=-1).to(INDEX)
+        mask_dout = token >= 0  # other patches get a gradient of 0
+        dout_rows = dout_ptr + (b * stride_dout_b + (R + token) * stride_dout_t)[:, None]
+    else:
+        dout_rows = dout_ptr + (b * stride_dout_b + (R + n) * stride_dout_t)[:, None]
 
     acc = tl.zeros((BLOCK_M, BLOCK_K), ACC)
     for start_c in range(0, C, BLOCK_C):
         offs_c = start_c + tl.arange(0, BLOCK_C).to(INDEX)
         mask_c = offs_c < C
         dout_offs = offs_c[None, :] * stride_dout_c
-        dout = tl.load(dout_rows + dout_offs, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
+        dout = tl.load(dout_rows + dout_offs, mask=mask_dout[:, None] & mask_c[None, :], other=0.0)
         weight_offs = offs_c[:, None] * K + offs_k[None, :]
         weight = tl.load(weight_ptr + weight_offs, mask=mask_c[:, None] & mask_k[None, :], other=0.0)
         acc = _tile.dot(dout.to(weight.dtype), weight, acc, PRECISION)
@@ -90,10 +99,11 @@ def _patch_embed_bwd_images_kernel(
     tl.store(dimages_ptrs, acc.to(dimages_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_k[None, :])
 
 
-@triton.jit(do_not_specialize=[*VARYING, "N_factor", "N_shift", "x_factor", "x_shift"])
+@triton.jit(do_not_specialize=[*VARYING, "count", "N_factor", "N_shift", "x_factor", "x_shift"])
 def _patch_embed_bwd_weight_kernel(
     dout_ptr,  # (B, T, C)
     images_ptr,  # (B, I, Y, X), floating point or uint8; strides b, i and y in UNITs
+    choice_ptr,  # (B, N), int32, or int64 beside fp64, contiguous: what CHOICE says
     dweight_ptr,  # (splits, C, K): the sum of each range of rows
     stride_dout_b,
     stride_dout_t,
@@ -112,6 +122,8 @@ def _patch_embed_bwd_weight_kernel(
     x_factor,
     x_shift,
     rows_per_split,
+    count,
+    CHOICE: tl.constexpr,  # which patches have pixels: see chosen() in pixels.py
     DTYPE: tl.constexpr,
     SCALE: tl.constexpr,  # None, or the factor of each channel; SHIFT is then added
     SHIFT: tl.constexpr,
@@ -151,9 +163,15 @@ def _patch_embed_bwd_weight_kernel(
         mask_m = offs_m < last_m
         b = quotient(offs_m, N, N_factor, N_shift).to(INDEX)
         n = offs_m.to(INDEX) - b * N
+        dout_offs = b * stride_dout_b + (R + n) * stride_dout_t
+        if CHOICE == "masked":
+            mask_m = mask_m & (tl.load(choice_ptr + offs_m, mask=mask_m, other=0) == 0)
+        if CHOICE == "visible":
+            n = tl.load(choice_ptr + offs_m, mask=mask_m, other=0).to(INDEX)
+            mask_m = mask_m & (n >= 0) & (n < count)
+            n = tl.where(mask_m, n, 0)
         row = quotient(n.to(ROW), patches_x, x_factor, x_shift).to(INDEX)
         column = n - row * patches_x
-        dout_offs = b * stride_dout_b + (R + n) * stride_dout_t
         dout = tl.load(dout_rows + dout_offs[None, :], mask=mask_c[:, None] & mask_m[None, :], other=0.0)
         patch_offs = patch_offsets(b, row, column, stride_images_b, stride_images_y, stride_images_x, PY, PX)
         image_offs = patch_offs[:, None] + pixel_offs[None, :]
@@ -174,6 +192,8 @@ def patch_embed_backward(
     needs_dimages: bool,
     needs_dweight: bool,
     constants: Sequence[float] | None = None,
+    mask: Tensor | None = None,
+    visible: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch the backward; return the gradients of (images, weight), empty unless needed.
 
@@ -181,16 +201,30 @@ def patch_embed_backward(
     """
     dimages, dweight = empty_gradients(dout, images, weight, needs_dimages, needs_dweight)
     scale, shift = scale_and_shift(images.dtype, constants)
-    if images.shape[0] == 0:
-        return dimages, dweight.zero_()
+    if images.shape[0] == 0 or (visible is not None and visible.numel() == 0):
+        return dimages.zero_(), dweight.zero_()
     if needs_dimages:
-        _launch_bwd_images(dout, weight, dimages, scale)
+        N = patches(images, *weight.shape[2:])
+        R = dout.shape[1] - (N if visible is None else visible.shape[1])
+        _launch_bwd_images(dout, weight, dimages, scale, _source(mask, visible, N), R)
     if needs_dweight:
-        _launch_bwd_weight(dout, images, weight, dweight, scale, shift)
+        _launch_bwd_weight(dout, images, weight, dweight, scale, shift, mask, visible)
     return dimages, dweight
 
 
-def _launch_bwd_images(dout: Tensor, weight: Tensor, dimages: Tensor, scale: Constants | None) -> None:
+def _source(mask: Tensor | None, visible: Tensor | None, N: int) -> Tensor | None:
+    """Return the token of each patch (B, N), int32, or -1 for a patch whose pixels no token has."""
+    if mask is not None:
+        return torch.arange(N, dtype=torch.int32, device=mask.device).expand_as(mask).masked_fill(mask, -1)
+    if visible is not None:
+        token = torch.arange(visible.shape[1], dtype=torch.int32, device=visible.device).expand_as(visible)
+        return token.new_full((visible.shape[0], N), -1).scatter_(1, visible.long(), token)
+    return None
+
+
+def _launch_bwd_images(
+    dout: Tensor, weight: Tensor, dimages: Tensor, scale: Constants | None, source: Tensor | None, R: int
+) -> None:
     dimages, weight, PY, PX = in_pixel_order(dimages, weight)
     C = weight.shape[0]
     weight = weight.reshape(C, -1).contiguous()
@@ -202,6 +236,7 @@ def _launch_bwd_images(dout: Tensor, weight: Tensor, dimages: Tensor, scale: Con
     _patch_embed_bwd_images_kernel[(cdiv(M, config.block_m) * cdiv(K, config.block_k),)](
         dout_ptr=dout,
         weight_ptr=weight,
+        source_ptr=weight if source is None else source,
         dimages_ptr=dimages,
         stride_dout_b=dout.stride(0),
         stride_dout_t=dout.stride(1),
@@ -209,18 +244,27 @@ def _launch_bwd_images(dout: Tensor, weight: Tensor, dimages: Tensor, scale: Con
         M=M,
         C=C,
         N=N,
-        R=dout.shape[1] - N,
+        R=R,
+        HAS_SOURCE=source is not None,
         SCALE=scale,
         **launch_options(config, M, K, PY, PX, dimages, weight, dout),
     )
 
 
 def _launch_bwd_weight(
-    dout: Tensor, images: Tensor, weight: Tensor, dweight: Tensor, scale: Constants | None, shift: Constants | None
+    dout: Tensor,
+    images: Tensor,
+    weight: Tensor,
+    dweight: Tensor,
+    scale: Constants | None,
+    shift: Constants | None,
+    mask: Tensor | None,
+    visible: Tensor | None,
 ) -> None:
     images, dweight, PY, PX = in_pixel_order(exactly_multiplied(images, weight), dweight)
     C, K = dweight.shape[0], dweight.shape[1:].numel()
-    N = patches(images, PY, PX)
+    count = patches(images, PY, PX)
+    N = count if visible is None else visible.shape[1]
     M = images.shape[0] * N
     facts = runtime.device_facts(images.device)
     config = choose_config(
@@ -231,6 +275,7 @@ def _launch_bwd_weight(
     _patch_embed_bwd_weight_kernel[(config.splits * cdiv(C, config.block_c) * cdiv(K, config.block_k),)](
         dout_ptr=dout,
         images_ptr=images,
+        **chosen(mask, visible, weight.dtype, images),
         dweight_ptr=shares,
         stride_dout_b=dout.stride(0),
         stride_dout_t=dout.stride(1),
@@ -244,6 +289,7 @@ def _launch_bwd_weight(
         x_factor=x_factor,
         x_shift=x_shift,
         rows_per_split=cdiv(cdiv(M, config.block_m), config.splits) * config.block_m,
+        count=count,
         DTYPE=getattr(tl, str(weight.dtype).removeprefix("torch.")),
         SCALE=scale,
         SHIFT=shift,
@@ -253,7 +299,9 @@ def _launch_bwd_weight(
     torch.sum(shares, 0, out=dweight)
 
 
-def empty_gradients(dout, images, weight, needs_dimages, needs_dweight, constants=None) -> tuple[Tensor, Tensor]:
+def empty_gradients(
+    dout, images, weight, needs_dimages, needs_dweight, constants=None, mask=None, visible=None
+) -> tuple[Tensor, Tensor]:
     """Allocate the outputs of :func:`patch_embed_backward`."""
     dimages = torch.empty_like(images) if needs_dimages else images.new_empty(0)
     dweight = torch.empty(weight.shape if needs_dweight else (0,), dtype=wide_dtype(weight.dtype), device=images.device)

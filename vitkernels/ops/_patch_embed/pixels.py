@@ -107,6 +107,19 @@ def patches(images: Tensor, PY: int, PX: int) -> int:
     return (images.shape[2] // PY) * (images.shape[3] // PX)
 
 
+def chosen(mask: Tensor | None, visible: Tensor | None, dtype: torch.dtype, unused: Tensor) -> dict[str, object]:
+    """Return the arguments of the kernels that say which patches have pixels; ``dtype`` is that of the products.
+
+    That is all, those that a mask (B, N) does not hide ("masked"), or those that indices (B, V) name ("visible").
+    """
+    if mask is None and visible is None:
+        return {"choice_ptr": unused, "CHOICE": "all"}
+    # Triton lays a product out by the narrowest dtype that its operands depend on, and fp64's fails by a narrower one.
+    wide = torch.int64 if dtype == torch.float64 else torch.int32
+    choice = visible if mask is None else mask
+    return {"choice_ptr": choice.to(wide).contiguous(), "CHOICE": "visible" if mask is None else "masked"}
+
+
 def launch_options(
     config: PatchEmbedConfig, M: int, K: int, PY: int, PX: int, images: Tensor, weights: Tensor, other: Tensor
 ) -> dict[str, object]:

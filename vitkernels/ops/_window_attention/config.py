@@ -7,6 +7,7 @@ import dataclasses
 import torch
 
 from vitkernels import runtime
+from vitkernels.ops import _triton
 from vitkernels.ops._attention.config import head_parts
 from vitkernels.runtime import DeviceFacts
 
@@ -81,10 +82,14 @@ def choose_config(
         keys = min(keys, 32)
     whole = None
     if tokens <= WINDOW and width <= (32 if short or amd else 64) and not (dropout or (cosine and padded)):
-        whole = Tiling(block, block, 4 if width <= 32 else 8)
+        # Of cosine attention Triton 3.6 spills in four warps.
+        spills = _triton.BEFORE_3_7 and cosine and facts.arch.startswith("sm_9")
+        whole = Tiling(block, block, 8 if width > 32 or spills else 4)
     narrow = min(block, 32 if crowded else 64)
     eight = 8 if width > 64 else 4
     dkv = Tiling(block, block, 8) if width > 96 and not (short or amd) else Tiling(narrow, block, eight)
+    if _triton.BEFORE_3_7 and short and 32 < width <= 64:  # of 64 keys 3.6 spills
+        dkv = Tiling(narrow, min(block, 32), eight)
     limit = 255 if short else None
     return WindowConfig(
         Tiling(block, keys, eight, limit),

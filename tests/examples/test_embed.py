@@ -1,4 +1,4 @@
-"""examples/embed.py: embeddings of a folder, as it stands, interrupted, in two processes, and what stands in its way."""
+"""examples/embed.py: a folder's embeddings, interrupted, in two processes, and with what stands in their way."""
 
 import json
 import os
@@ -48,23 +48,33 @@ def folder(tmp_path_factory) -> Path:
 def options(folder: Path, out: Path, *more: str) -> list[str]:
     """Return the command line; of options given twice, the last counts."""
     given = [folder / "images", "--out", out, "--model", MODEL, "--checkpoint", folder / "weights.pth"]
-    return [*map(str, given), *"--batch-size 2 --shard-size 3 --workers 1".split(), *more]
+    return [*map(str, given), "--batch-size", "2", "--shard-size", "3", "--workers", "1", *more]
 
 
-@pytest.fixture
-def embed(monkeypatch):
-    """The example as a module. Its workers are processes of their own, as on the command line."""
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    import embed
-
-    return embed
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """How many threads share a sum changes its bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
-def embedded(folder) -> Path:
-    """Shards of one process on one thread: how many threads share a sum changes its bits."""
+def embed():
+    """The example as a module. Its workers are processes of their own, as on the command line."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPT.parent))
+        import embed
+
+        yield embed
+
+
+@pytest.fixture(scope="module")
+def embedded(embed, one_thread, folder) -> Path:
+    """Shards of one process that was not interrupted."""
     out = folder / "reference"
-    run(options(folder, out))
+    embed.main(options(folder, out))
     return out
 
 
@@ -164,7 +174,7 @@ def test_on_the_kernels(embed, folder, tmp_path):
     for name in ("00.png", "04.png"):
         shutil.copy(folder / "images" / name, small)
     with vitkernels.use_backend("emulated"):
-        embed.main(options(folder, tmp_path / "out")[1:] + [str(small)])
+        embed.main([str(small), *options(folder, tmp_path / "out")[1:]])
     agrees_with_timm(folder, tmp_path / "out")
 
 

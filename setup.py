@@ -26,6 +26,7 @@ TEST = [
     "hypothesis",
     "open_clip_torch",
     "peft",
+    "pyarrow",  # examples/embed.py
     "pytest",
     "pytest-benchmark",
     "pytest-timeout",

@@ -1,4 +1,4 @@
-"""examples/embed.py: embeddings of a folder, as it stands, interrupted, in two processes, and what hinders it."""
+"""examples/embed.py: a folder's embeddings, interrupted, in two processes, and with what stands in their way."""
 
 import json
 import os
@@ -48,29 +48,32 @@ def folder(tmp_path_factory) -> Path:
 def options(folder: Path, out: Path, *more: str) -> list[str]:
     """Return the command line; of options given twice, the last counts."""
     given = [folder / "images", "--out", out, "--model", MODEL, "--checkpoint", folder / "weights.pth"]
-    return [*map(str, given), *["--batch-size", "2", "--shard-size", "3", "--workers", "1"], *more]
-
-
-@pytest.fixture
-def embed(monkeypatch):
-    """The example as a module. Its workers are processes of their own, as on the command line."""
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    import embed
-
-    return embed
+    return [*map(str, given), "--batch-size", "2", "--shard-size", "3", "--workers", "1", *more]
 
 
 @pytest.fixture(scope="module")
-def embedded(folder) -> Path:
-    """Shards of one process on one thread: how many threads share a sum changes its bits."""
+def embed():
+    """The example as a module. Its workers are processes of their own, and the backend is the users'."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("VITKERNELS_BACKEND", raising=False)
+        patch.syspath_prepend(str(SCRIPT.parent))
+        import embed
+
+        yield embed
+
+
+@pytest.fixture(scope="module")
+def embedded(embed, folder) -> Path:
+    """Shards of one process that was not interrupted."""
     out = folder / "reference"
-    run(options(folder, out))
+    embed.main(options(folder, out))
     return out
 
 
 def start(arguments: list[str], processes: int = 1) -> subprocess.Popen:
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0"]
     command = [sys.executable, *(torchrun if processes > 1 else []), str(SCRIPT), *arguments]
+    # How many threads share a sum changes its bits, and these tests run on one.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
@@ -152,7 +155,10 @@ def test_killed_and_resumed_by_two_processes(folder, embedded, tmp_path):
     assert contents(tmp_path) == contents(embedded)
     assert (tmp_path / names[0]).stat().st_mtime_ns == first.st_mtime_ns, "what was there is not computed again"
     said = sorted(line for line in said.splitlines() if line.startswith("embed:"))
-    assert ["5 images embedded, 1 skipped; 1 of 3" in said[0], "5 images embedded, 0 skipped; 0 of 2" in said[1]]
+    assert [line.rpartition(";")[0] for line in said] == [
+        "embed: 5 images embedded, 0 skipped; 1 of 3 shards were there",
+        "embed: 5 images embedded, 1 skipped; 0 of 2 shards were there",
+    ]
     assert sum("embed: skipped: " in line and BROKEN in line for line in complaints.splitlines()) == 1
 
 
@@ -164,7 +170,7 @@ def test_on_the_kernels(embed, folder, tmp_path):
     for name in ("00.png", "04.png"):
         shutil.copy(folder / "images" / name, small)
     with vitkernels.use_backend("emulated"):
-        embed.main([*options(folder, tmp_path / "out")[1:], str(small)])
+        embed.main([str(small), *options(folder, tmp_path / "out")[1:]])
     agrees_with_timm(folder, tmp_path / "out")
 
 

@@ -4,6 +4,7 @@
     vision_transformer.py   Block, ResPostBlock, ViTamin's GeGluMlp
     beit.py                 BEiT's Attention and Block
     eva.py                  EvaAttention, AttentionRope, EvaBlock, EvaBlockPostNorm
+    class_attention.py      CaiT's ClassAttn and LayerScaleBlockClassAttn, VOLO's ClassAttention and ClassBlock
     davit.py                DaViT's SpatialBlock
     gcvit.py                GlobalContextVitBlock
     hieradet_sam2.py        SAM 2's MultiScaleAttention and MultiScaleBlock
@@ -27,6 +28,12 @@ accelerating one; its other parts are then timm's::
 
 from vitkernels.swap.timm.beit import FusedAttention as FusedBeitAttention
 from vitkernels.swap.timm.beit import FusedBlock as FusedBeitBlock
+from vitkernels.swap.timm.class_attention import (
+    FusedClassAttention,
+    FusedClassAttn,
+    FusedClassBlock,
+    FusedLayerScaleBlockClassAttn,
+)
 from vitkernels.swap.timm.davit import FusedSpatialBlock
 from vitkernels.swap.timm.eva import FusedAttentionRope, FusedEvaAttention, FusedEvaBlock, FusedEvaBlockPostNorm
 from vitkernels.swap.timm.gcvit import FusedGlobalContextVitBlock
@@ -76,6 +83,9 @@ __all__ = [
     "FusedBeitAttention",
     "FusedBeitBlock",
     "FusedBlock",
+    "FusedClassAttention",
+    "FusedClassAttn",
+    "FusedClassBlock",
     "FusedEvaAttention",
     "FusedEvaBlock",
     "FusedEvaBlockPostNorm",
@@ -85,6 +95,7 @@ __all__ = [
     "FusedGluMlp",
     "FusedLayerNorm",
     "FusedLayerNorm2d",
+    "FusedLayerScaleBlockClassAttn",
     "FusedLocallyGroupedAttn",
     "FusedMlp",
     "FusedMultiScaleAttention",

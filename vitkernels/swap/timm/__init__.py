@@ -9,6 +9,7 @@
     gcvit.py                GlobalContextVitBlock
     hieradet_sam2.py        SAM 2's MultiScaleAttention and MultiScaleBlock
     maxxvit.py              MaxViT's and CoAtNet's transformer blocks
+    mobilevit.py            MobileViT's MobileVitBlock
     swin_transformer.py     Swin's SwinTransformerBlock, WindowAttention, PatchMerging
     swin_transformer_v2.py  SwinTransformerV2Block, SwinTransformerV2CrBlock, their attentions and PatchMergings
     naflexvit.py            NaFlexVit: images of different sizes packed into one row of tokens
@@ -55,6 +56,7 @@ from vitkernels.swap.timm.maxxvit import (
     FusedPartitionAttentionCl,
     FusedTransformerBlock2d,
 )
+from vitkernels.swap.timm.mobilevit import FusedMobileVitBlock
 from vitkernels.swap.timm.naflexvit import FusedNaFlexVit
 from vitkernels.swap.timm.nest import FusedTransformerLayer
 from vitkernels.swap.timm.swin_transformer import FusedPatchMerging, FusedSwinTransformerBlock, FusedWindowAttention
@@ -98,6 +100,7 @@ __all__ = [
     "FusedLayerScaleBlockClassAttn",
     "FusedLocallyGroupedAttn",
     "FusedMlp",
+    "FusedMobileVitBlock",
     "FusedMultiScaleAttention",
     "FusedMultiScaleBlock",
     "FusedNaFlexVit",

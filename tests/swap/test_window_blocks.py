@@ -1,4 +1,4 @@
-"""Blocks of timm whose attention stays within windows without shifts, accelerated, against themselves as they were."""
+"""Blocks of timm that attend within windows without shifts, or from other queries, against themselves as they were."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch import nn
 from vitkernels import accelerate, restore
 
 timm = pytest.importorskip("timm")
-from timm.models import davit, gcvit, hieradet_sam2, nest, twins, volo  # noqa: E402
+from timm.models import cait, davit, gcvit, hieradet_sam2, nest, twins, volo  # noqa: E402
 
 
 class Given(nn.Module):
@@ -42,6 +42,13 @@ BLOCKS = {
     "gcvit, global": (lambda: global_context(True), [(2, 8, 8, 32), (2, 4, 8, 32)]),
     "twins": (lambda: Given(twins.Block(32, 2, ws=4), (6, 10)), [(2, 60, 32)]),
     "twins, global": (lambda: Given(twins.Block(32, 2, sr_ratio=2, ws=1), (6, 10)), [(2, 60, 32)]),
+    "cait": (
+        lambda: Given(cait.LayerScaleBlockClassAttn(32, 2, init_values=0.5), queries=torch.randn(3, 1, 32)),
+        [(3, 9, 32), (3, 16, 32)],
+    ),
+    "cait, attention": (lambda: Given(cait.ClassAttn(32, 2, qkv_bias=True)), [(2, 9, 32)]),
+    "volo, class": (lambda: Given(volo.ClassBlock(32, 2, head_dim=24)), [(2, 10, 32), (2, 17, 32)]),
+    "volo, class attention": (lambda: Given(volo.ClassAttention(32, 2, qkv_bias=True)), [(2, 9, 32)]),
     "sam2": (lambda: multi_scale(4, init_values=0.5), [(2, 8, 8, 32), (2, 6, 10, 32)]),
     "sam2, whole": (lambda: multi_scale(0), [(2, 4, 6, 32)]),
     "sam2, pooled": (lambda: multi_scale(4, 64, q_stride=(2, 2)), [(2, 8, 8, 32), (2, 6, 10, 32)]),
@@ -69,17 +76,19 @@ def test_fp32(name, device):
         assert type(model.block) is cls
 
 
-@pytest.mark.parametrize("name", ["nest", "davit", "twins", "sam2, pooled"])
+@pytest.mark.parametrize("name", ["nest", "davit", "twins", "cait", "volo, class", "sam2, pooled"])
 def test_in_training(name, device):
     """Paths are dropped as timm drops them under the same seed."""
     make, shapes = BLOCKS[name]
     model = shake(make()).to(device).train()
-    model.block.drop_path1, model.block.drop_path2 = (timm.layers.DropPath(0.5) for _ in range(2))
+    for path in ("drop_path", "drop_path1", "drop_path2"):
+        if hasattr(model.block, path):
+            setattr(model.block, path, timm.layers.DropPath(0.5))
     shape = (3, *shapes[-1][1:])
     assert_parity(model, torch.randn(shape, device=device))
 
 
-@pytest.mark.parametrize("name", ["nest", "davit", "gcvit", "twins", "sam2"])
+@pytest.mark.parametrize("name", ["nest", "davit", "gcvit", "twins", "cait", "volo, class", "sam2"])
 def test_a_hook_on_a_child_is_called(name, device):
     make, shapes = BLOCKS[name]
     model, x, called = shake(make().eval()).to(device), torch.randn(shapes[0], device=device), []

@@ -139,6 +139,16 @@ def attention(
     return _dropout(_linear(ops.quantize_fp8(out) if in_fp8 else out, attn.proj, dtype), attn.proj_drop)
 
 
+def cross_attention(attn: Attention, queries: Tensor, x: Tensor) -> Tensor:
+    """Attention from ``queries`` to x, each (B, tokens, C), from the projections to the output projection."""
+    heads = (attn.num_heads, attn.head_dim)
+    of_queries, *others = attn.qkv
+    q = ops.linear(queries, *of_queries).unflatten(-1, heads)
+    k, v = (t for layer in others for t in ops.linear(x, *layer).unflatten(-1, (-1, *heads)).unbind(2))
+    out = ops.attention(*(t.transpose(1, 2) for t in (q, k, v)), scale=attn.scale, dropout_p=attn.attn_drop)
+    return _dropout(ops.linear(out.transpose(1, 2).flatten(2), *attn.proj), attn.proj_drop)
+
+
 def _heads(attn: Attention, packed: Tensor) -> Tensor:
     """View packed queries, keys and values, or their bias, (..., 3 · H · D) as (..., 3, H, D)."""
     if attn.head_first:

@@ -92,7 +92,8 @@ class Attention(NamedTuple):
     """Self-attention.
 
     Attributes:
-        qkv: The packed projection, or three: queries, keys, values. Keys and values may have fewer heads.
+        qkv: The packed projection, or three: queries, keys, values. Keys and values may have fewer heads. For
+            :func:`fused.cross_attention` three, or two: queries, and keys and values packed.
         proj: The output projection; None if the caller has it.
         q_norm, k_norm: Norms of each head's queries and keys.
         norm: Norm in front of ``proj``.
@@ -104,7 +105,7 @@ class Attention(NamedTuple):
         head_first: Whether a packed ``qkv`` gives each head's query, key and value side by side.
     """
 
-    qkv: Linear | tuple[Linear, Linear, Linear]
+    qkv: Linear | tuple[Linear, ...]
     proj: Linear | None
     num_heads: int
     head_dim: int
@@ -229,8 +230,11 @@ def layer_scale(module: nn.Module) -> Tensor | None:
     return None if isinstance(module, nn.Identity) else parameter(module, "gamma")
 
 
+_SEPARATE = (("q_proj", "k_proj", "v_proj"), ("q", "k", "v"), ("q", "kv"))  # timm's names of several projections
+
+
 def attention(module: nn.Module) -> Attention:
-    """Read timm's attentions: ``qkv`` (or ``q_proj``, ``k_proj`` and ``v_proj``) and ``proj``, with what they may add.
+    """Read timm's attentions: ``qkv`` (or one of ``_SEPARATE``) and ``proj``, with what they may add.
 
     With ``fused_attn``, timm calls PyTorch's attention, which scales by 1/√D whatever ``scale`` is, and takes the mode
     of the attention, not of its dropout module.
@@ -238,7 +242,7 @@ def attention(module: nn.Module) -> Attention:
     children, own, heads = module._modules, module.__dict__, module.num_heads
     packed, drop = children.get("qkv"), children.get("attn_drop")
     if packed is None:
-        qkv = tuple(linear(children[name]) for name in ("q_proj", "k_proj", "v_proj"))
+        qkv = tuple(linear(children[name]) for name in next(n for n in _SEPARATE if children.keys() >= set(n)))
         head_dim = qkv[0].weight.shape[0] // heads
     else:
         qkv = linear(packed)

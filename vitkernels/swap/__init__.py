@@ -38,6 +38,8 @@ _FILES = {
     "open_clip": "open_clip",
     "dinov2": "dinov2",
     "dinov3": "dinov3",
+    "models.swin_transformer": "microsoft_swin",
+    "models.swin_transformer_v2": "microsoft_swin_v2",
     "transformers.modeling_utils": "hf",  # transformers itself imports lazily; any model of it imports this
 }
 

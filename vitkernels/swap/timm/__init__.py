@@ -4,10 +4,12 @@
     vision_transformer.py   Block, ResPostBlock, ViTamin's GeGluMlp
     beit.py                 BEiT's Attention and Block
     eva.py                  EvaAttention, AttentionRope, EvaBlock, EvaBlockPostNorm
+    class_attention.py      CaiT's ClassAttn and LayerScaleBlockClassAttn, VOLO's ClassAttention and ClassBlock
     davit.py                DaViT's SpatialBlock
     gcvit.py                GlobalContextVitBlock
     hieradet_sam2.py        SAM 2's MultiScaleAttention and MultiScaleBlock
     maxxvit.py              MaxViT's and CoAtNet's transformer blocks
+    mobilevit.py            MobileViT's MobileVitBlock
     swin_transformer.py     Swin's SwinTransformerBlock, WindowAttention, PatchMerging
     swin_transformer_v2.py  SwinTransformerV2Block, SwinTransformerV2CrBlock, their attentions and PatchMergings
     naflexvit.py            NaFlexVit: images of different sizes packed into one row of tokens
@@ -28,6 +30,12 @@ accelerating one; its other parts are then timm's::
 
 from vitkernels.swap.timm.beit import FusedAttention as FusedBeitAttention
 from vitkernels.swap.timm.beit import FusedBlock as FusedBeitBlock
+from vitkernels.swap.timm.class_attention import (
+    FusedClassAttention,
+    FusedClassAttn,
+    FusedClassBlock,
+    FusedLayerScaleBlockClassAttn,
+)
 from vitkernels.swap.timm.davit import FusedSpatialBlock
 from vitkernels.swap.timm.eva import FusedAttentionRope, FusedEvaAttention, FusedEvaBlock, FusedEvaBlockPostNorm
 from vitkernels.swap.timm.gcvit import FusedGlobalContextVitBlock
@@ -49,6 +57,7 @@ from vitkernels.swap.timm.maxxvit import (
     FusedPartitionAttentionCl,
     FusedTransformerBlock2d,
 )
+from vitkernels.swap.timm.mobilevit import FusedMobileVitBlock
 from vitkernels.swap.timm.naflexvit import FusedNaFlexVit
 from vitkernels.swap.timm.nest import FusedTransformerLayer
 from vitkernels.swap.timm.swin_transformer import FusedPatchMerging, FusedSwinTransformerBlock, FusedWindowAttention
@@ -79,6 +88,9 @@ __all__ = [
     "FusedBeitAttention",
     "FusedBeitBlock",
     "FusedBlock",
+    "FusedClassAttention",
+    "FusedClassAttn",
+    "FusedClassBlock",
     "FusedEvaAttention",
     "FusedEvaBlock",
     "FusedEvaBlockPostNorm",
@@ -88,8 +100,10 @@ __all__ = [
     "FusedGluMlp",
     "FusedLayerNorm",
     "FusedLayerNorm2d",
+    "FusedLayerScaleBlockClassAttn",
     "FusedLocallyGroupedAttn",
     "FusedMlp",
+    "FusedMobileVitBlock",
     "FusedMultiScaleAttention",
     "FusedMultiScaleBlock",
     "FusedNaFlexVit",

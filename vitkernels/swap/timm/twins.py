@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from timm.layers import Mlp
 from timm.models.twins import Block, GlobalSubSampleAttn, LocallyGroupedAttn
 from torch import Tensor, nn
 
-from vitkernels import ops
 from vitkernels.layers import fused, records
 from vitkernels.swap._images import channels_first, tokens_of_channels_first
 from vitkernels.swap._limits import head_dim_limit
@@ -31,21 +29,10 @@ class FusedGlobalSubSampleAttn(GlobalSubSampleAttn):
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         if not runs_fused(GLOBAL, self, x) or not _fits(x, size):
             return super().forward(x, size)
-        small, heads = x, self.num_heads
+        small = x
         if self.sr is not None:
             small = self.norm(tokens_of_channels_first(self.sr(channels_first(x, size))))
-        q = ops.linear(x, *records.linear(self.q)).unflatten(-1, (heads, -1)).transpose(1, 2)
-        k, v = ops.linear(small, *records.linear(self.kv)).unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)
-        drop = self.attn_drop
-        out = ops.attention(
-            q,
-            k,
-            v,
-            scale=None if self.fused_attn else self.scale,
-            dropout_p=drop.p if (self if self.fused_attn else drop).training else 0.0,
-        )
-        out = ops.linear(out.transpose(1, 2).flatten(2), *records.linear(self.proj))
-        return F.dropout(out, self.proj_drop.p, self.proj_drop.training)
+        return fused.cross_attention(records.attention(self), x, small)
 
 
 class FusedBlock(Block):

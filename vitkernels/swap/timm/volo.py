@@ -1,4 +1,4 @@
-"""The Transformer blocks of timm's volo.py; its outlook and class attentions stay."""
+"""The Transformer blocks of timm's volo.py; its outlook attention stays."""
 
 from __future__ import annotations
 

@@ -52,14 +52,14 @@ class UnderAutocast(nn.Module):
 @pytest.mark.parametrize("name", BLOCKS)
 def test_bf16_with_dropped_paths(name, device):
     block, x = make(name, device, drop_path=0.5)
-    report = assert_parity(block.bfloat16(), x.bfloat16(), gain_counts=False, inputs=4)
+    report = assert_parity(block.bfloat16(), x.bfloat16(), gain_counts=False, inputs=2)
     assert type(block).__qualname__.startswith("Fused"), report
 
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_autocast(name, device):
     block, x = make(name, device)
-    report = assert_parity(UnderAutocast(block), x, gain_counts=False, inputs=4)
+    report = assert_parity(UnderAutocast(block), x, gain_counts=False, inputs=2)
     assert type(block).__qualname__.startswith("Fused"), report
 
 

@@ -48,25 +48,25 @@ def choose_config(
     if dtype.itemsize > 2:
         tile = tiling(16, 16, 8)
         return DecomposedConfig(tile, tile, tile, tile)
-    wide = width > 64
-    warps = 8 if wide else 4
+    warps = 8 if width > 64 and not amd else 4
+    apart = tile_width(columns, 64) < columns  # a row of a window takes several tiles, and so several sums
     # mma.sync keeps operands in registers, as do the numbers of a dropout.
     if facts.arch.startswith(("sm_8", "sm_12")) or dropout or width > 96:
+        queries = 32 if width > 96 or (width > 64 and (amd or dropout)) else 64
         return DecomposedConfig(
-            forward=tiling(64, 32, warps),
-            dq=tiling(64, 32, warps if amd else 8),
+            forward=tiling(queries, 32, warps),
+            dq=tiling(queries, 32, warps if amd else 8),
             dkv=tiling(32, 32, warps),
             positions=tiling(32, 32, warps),
         )
-    if amd and wide:
+    if amd and width > 64:
         return DecomposedConfig(tiling(64, 64, 8), tiling(64, 32, 4), tiling(32, 64, 4), tiling(64, 32, 4))
     tile = tiling(64, 64, warps)
-    apart = tile_width(columns, 64) < columns  # a row of a window takes several tiles, and so several sums
     return DecomposedConfig(
-        forward=tile if amd or wide else tiling(128, 64, 8),  # twice the queries read half as many keys and values
-        dq=tiling(64, 32 if wide or apart else 64, warps),
+        forward=tile if amd or width > 64 else tiling(128, 64, 8),  # twice the queries read half as many keys, values
+        dq=tiling(64, 32 if width > 64 or apart else 64, warps),
         dkv=tile,
-        positions=tiling(64, 32, 8 if apart else warps),
+        positions=tiling(32, 32, warps) if apart else tiling(64, 32, warps),
     )
 
 

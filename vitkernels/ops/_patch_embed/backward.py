@@ -268,7 +268,15 @@ def _launch_bwd_weight(
     M = images.shape[0] * N
     facts = runtime.device_facts(images.device)
     config = choose_config(
-        "dweight", M, C, K, weight.dtype, facts, image_dtype=images.dtype, normalized=scale is not None
+        "dweight",
+        M,
+        C,
+        K,
+        weight.dtype,
+        facts,
+        image_dtype=images.dtype,
+        normalized=scale is not None,
+        masked=mask is not None,
     )
     (N_factor, N_shift), (x_factor, x_shift) = reciprocal(N), reciprocal(images.shape[3] // PX)
     shares = torch.empty((config.splits, *dweight.shape), dtype=dweight.dtype, device=images.device)

@@ -36,6 +36,7 @@ def choose_config(
     *,
     image_dtype: torch.dtype | None = None,
     normalized: bool = False,
+    masked: bool = False,
 ) -> PatchEmbedConfig:
     """Choose the configuration of ``"forward"``, ``"dimages"`` or ``"dweight"``: heuristic, then the tuning table.
 
@@ -77,6 +78,8 @@ def choose_config(
         wanted_stages = 2 if K % 16 == 0 else 1
     elif product == "dweight" and normalized and dtype == torch.float32 and facts.arch.startswith("sm_8"):
         wanted_stages = 2  # normalised pixels would spill with three
+    elif masked and product == "dweight" and dtype.itemsize == 2 and facts.arch.startswith("sm_8"):
+        wanted_stages = 2  # 16 bytes would spill with three, beside the mask
     config = {f"block_{a}": block for a, block in blocks.items()}
     config |= {
         # Splits fill the chip twice; each sums at least four steps, since it also stores a tile.

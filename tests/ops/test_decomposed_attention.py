@@ -81,10 +81,11 @@ def test_tables_of_another_dtype(names, device):
     compare(tensors, None)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("case", ["padded", "whole image"])
-def test_dropout(case, device):
+def test_dropout(case, dtype, device):
     image, window = CASES[case]
-    tensors = make(*image, window, padding=is_padded(case), device=device)
+    tensors = make(*image, window, padding=is_padded(case), dtype=dtype, device=device)
     rows, columns = window or image
     torch.manual_seed(5)
     seed = int(torch.randint(2**62, (1,), device=device))

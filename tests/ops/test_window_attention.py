@@ -94,10 +94,11 @@ def test_relative_attention(grid, prefix, dtype, device):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("case", ["padded and shifted", "blocks"])
-def test_dropout(case, device):
+def test_dropout(case, dtype, device):
     image, window, options = CASES[case]
-    tensors = make(*image, window, padding=True, device=device)
+    tensors = make(*image, window, padding=True, dtype=dtype, device=device)
     torch.manual_seed(5)
     seed = int(torch.randint(2**62, (1,), device=device))
     count = -(-image[0] // window[0]) * -(-image[1] // window[1])

@@ -268,4 +268,5 @@ def dropout_scale(seed, bh, m, n, DROPOUT: tl.constexpr, ACC: tl.constexpr):
         return zero.to(ACC)
     else:
         bits, _, _, _ = tl.philox(seed, zero + n, zero + m, zero + bh.to(tl.int32), zero)
-        return tl.where((bits >> 1).to(tl.int32) >= DROPOUT, 2147483648.0 / (2147483648 - DROPOUT), 0.0).to(ACC)
+        factor = tl.full((), 2147483648.0 / (2147483648 - DROPOUT), ACC)  # as a plain number it would be fp32
+        return tl.where((bits >> 1).to(tl.int32) >= DROPOUT, factor, 0.0)

@@ -39,6 +39,7 @@ CASES = {
     "no_final_norm": {"final_norm": False},
     "no_pos_embed": {"pos_embed": "none", "act_layer": "silu", "proj_bias": False},
     "oblong": {"img_size": (24, 40), "patch_size": (8, 4), "act_layer": "gelu_tanh", "mlp_ratio": 3.0},
+    "qk_norm": {"qk_norm": True, "qkv_bias": False},
     "grey_no_head": {"in_chans": 1, "num_classes": 0},
 }
 # What the kernels run at: the size that the tests of swapped models share.
@@ -353,7 +354,7 @@ def test_images_that_the_patch_does_not_divide_are_refused(size):
         ({"norm_layer": "rmsnorm"}, NotImplementedError, "rmsnorm"),
         ({"norm_layer": nn.RMSNorm}, NotImplementedError, "RMSNorm"),
         ({"attn_drop_rate": 1.1}, ValueError, "probability has to be between 0 and 1"),
-        ({"qk_norm": True}, NotImplementedError, "qk_norm=True is not supported"),
+        ({"scale_attn_norm": True}, NotImplementedError, "scale_attn_norm=True is not supported"),
         ({"weight_init": "jax"}, NotImplementedError, "weight_init is 'jax'"),
         ({"colour": 1}, TypeError, "no argument 'colour'"),
         ({"drop_path_rate": 1.5}, ValueError, "drop_prob is 1.5"),

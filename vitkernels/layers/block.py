@@ -41,6 +41,7 @@ class Block(nn.Module):
         drop_path: Probability of dropping a sample's branch in training.
         act_layer: As for :func:`vitkernels.layers.create_activation`.
         norm_layer: Callable that makes a LayerNorm from ``dim``, ``device`` and ``dtype``.
+        qk_norm: Whether each head's queries and keys are normalised.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Block(nn.Module):
         act_layer: str | Callable[[], nn.Module] | None = None,
         norm_layer: Callable[..., nn.LayerNorm] = LayerNorm,
         *,
+        qk_norm: bool = False,
         device=None,
         dtype=None,
     ) -> None:
@@ -71,7 +73,15 @@ class Block(nn.Module):
 
         self.norm1 = norm_layer(dim, **dd)
         self.attn = Attention(
-            dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias, attn_drop=attn_drop, proj_drop=proj_drop, **dd
+            dim,
+            num_heads,
+            qkv_bias=qkv_bias,
+            proj_bias=proj_bias,
+            attn_drop=attn_drop,
+            proj_drop=proj_drop,
+            qk_norm=qk_norm,
+            norm_layer=norm_layer,
+            **dd,
         )
         self.ls1 = layer_scale()
         self.drop_path1 = path()

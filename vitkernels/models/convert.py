@@ -285,6 +285,7 @@ def timm_config(model: nn.Module) -> Config:
         "num_heads": block.attn.num_heads,
         "mlp_ratio": mlp_ratio(model.embed_dim, block.mlp.fc1.out_features),
         "qkv_bias": block.attn.qkv.bias is not None,
+        "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
         "proj_bias": block.attn.proj.bias is not None,
         "init_values": None if isinstance(block.ls1, nn.Identity) else 1e-5,
         "class_token": model.cls_token is not None,

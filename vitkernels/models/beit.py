@@ -165,7 +165,7 @@ class Beit(VisionTransformer):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Initialize weights randomly as timm does: what ends a branch is smaller the deeper it is, the head tiny."""
-        super().init_weights()
+        self._init_linear_layers_and_tokens()
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         for i, block in enumerate(self.blocks):
             for layer in (block.attn.proj, block.mlp.fc2):

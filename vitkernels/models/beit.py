@@ -26,8 +26,8 @@ class Beit(VisionTransformer):
     The biases are read from their tables in the kernel. Nothing of the size of the attention weights is made of them.
 
     Args:
-        img_size, patch_size, in_chans, num_classes, embed_dim, depth, num_heads, mlp_ratio: As for ``VisionTransformer``.
-        norm_layer, final_norm, use_mask_token, weight_init, normalize, device, dtype: As for ``VisionTransformer``.
+        img_size, patch_size, in_chans, num_classes, embed_dim, depth, num_heads: As for ``VisionTransformer``.
+        mlp_ratio, norm_layer, final_norm, use_mask_token, weight_init, normalize, device, dtype: The same.
         init_values: Initial value of ``gamma_1`` and ``gamma_2``, the branches' factors; there are none if None or 0.
         global_pool: Input of the head: ``"avg"`` over the patches, ``"token"`` the class token, or ``""`` every token.
         qkv_bias: Whether queries and values have a bias.

@@ -48,6 +48,10 @@ PAIRS = {
         lambda: layers.Attention(C, num_heads=2, attn_head_dim=20, dim_out=30, proj_bias=False),
         lambda: timm.layers.Attention(C, num_heads=2, attn_head_dim=20, dim_out=30, proj_bias=False),
     ),
+    "Attention(qk_norm)": (
+        lambda: layers.Attention(C, num_heads=H, qk_norm=True),
+        lambda: timm.layers.Attention(C, num_heads=H, qk_norm=True, norm_layer=timm.layers.LayerNorm),
+    ),
     "Block": (
         lambda: layers.Block(C, H, qkv_bias=True, init_values=0.5),
         lambda: TimmBlock(C, H, qkv_bias=True, init_values=0.5),
@@ -248,6 +252,20 @@ def test_attention_dropout_drops_in_training_alone_and_what_it_keeps_makes_up_fo
         undropped, dropped = plain.attn(x)[:1], attn(x[:1].expand(64, -1, -1))
     deviation = dropped.std(0) / len(dropped) ** 0.5
     assert ((dropped.mean(0) - undropped) / deviation).square().mean() < 2.0
+
+
+def test_norms_of_queries_and_keys_count_beside_a_hook():
+    attn = layers.Attention(C, num_heads=H, qk_norm=True)
+    x = torch.randn(2, 5, C)
+    with torch.no_grad():
+        for parameter in (attn.q_norm.weight, attn.k_norm.bias):
+            parameter.add_(torch.randn_like(parameter))
+        expected = attn(x)
+        for path in ("qkv", "k_norm", "attn_drop"):
+            handle = attn.get_submodule(path).register_forward_hook(lambda *_: None)
+            assert not attn.fuses()
+            torch.testing.assert_close(attn(x), expected, rtol=1e-4, atol=1e-5)
+            handle.remove()
 
 
 def test_whoever_hooks_onto_attention_dropout_sees_the_weights():

@@ -46,6 +46,10 @@ TIMM = {
     "registers": ("vit_small_patch14_reg4_dinov2", {}),
     "clip": ("vit_base_patch32_clip_quickgelu_224", {}),
     "average": ("vit_tiny_patch16_224", {"global_pool": "avg"}),
+    "packed SwiGLU": ("vit_giant_patch14_reg4_dinov2", {}),
+    "gate last": ("vit_tiny_patch16_224", {"mlp_layer": timm.layers.GluMlp, "act_layer": nn.GELU}),
+    "SwiGLU": ("vit_tiny_patch16_224", {"mlp_layer": timm.layers.SwiGLU, "act_layer": nn.SiLU}),
+    "QK-norm": ("vit_tiny_patch16_224", {"qk_norm": True}),
     "no bias": ("vit_tiny_patch16_224", {"qkv_bias": False, "proj_bias": False, "class_token": False, "pos_embed": ""}),
     "no norm": ("vit_tiny_patch16_224", {"final_norm": False, "pool_include_prefix": True, "global_pool": "max"}),
 }
@@ -110,8 +114,8 @@ def test_siglip_of_timm_gives_tokens_alone():
 @pytest.mark.parametrize(
     ("name", "more", "reason"),
     [
-        ("vit_tiny_patch16_224", {"qk_norm": True}, "unexpected: blocks.0.attn.k_norm.bias"),
-        ("vit_giant_patch14_reg4_dinov2", {}, "blocks.0.mlp is a GluMlp; expected a Mlp"),
+        ("vit_tiny_patch16_224", {"scale_attn_norm": True}, "unexpected: blocks.0.attn.norm.bias"),
+        ("vit_tiny_patch16_224", {"mlp_layer": timm.layers.GatedMlp}, "blocks.0.mlp is a GatedMlp; expected a"),
         ("deit_tiny_distilled_patch16_224", {}, "the model is a VisionTransformerDistilled"),
         ("vit_tiny_patch16_224", {"act_layer": nn.ReLU}, "the activation is a ReLU"),
         ("vit_tiny_patch16_224", {"dynamic_img_pad": True}, "dynamic_img_pad"),

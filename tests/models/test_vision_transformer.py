@@ -17,6 +17,7 @@ from agreement import (
 from torch import nn
 
 import vitkernels
+from vitkernels import layers
 from vitkernels.models import VisionTransformer
 
 timm = pytest.importorskip("timm")
@@ -39,6 +40,7 @@ CASES = {
     "no_final_norm": {"final_norm": False},
     "no_pos_embed": {"pos_embed": "none", "act_layer": "silu", "proj_bias": False},
     "oblong": {"img_size": (24, 40), "patch_size": (8, 4), "act_layer": "gelu_tanh", "mlp_ratio": 3.0},
+    "qk_norm": {"qk_norm": True, "qkv_bias": False},
     "grey_no_head": {"in_chans": 1, "num_classes": 0},
 }
 # What the kernels run at: the size that the tests of swapped models share.
@@ -163,10 +165,14 @@ def test_full_size_state_dicts_have_timm_keys_and_shapes(name):
     assert list(shapes) == list(theirs.state_dict())
 
 
-def test_weights_start_as_in_timm():
+@pytest.mark.parametrize("name", [None, "SwiGLU", "SwiGLUPacked"])
+def test_weights_start_as_in_timm(name):
     kwargs = {"img_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 192, "num_heads": 3, "reg_tokens": 64}
     kwargs["init_values"] = 0.01
-    ours, theirs = VisionTransformer(**kwargs), TimmVisionTransformer(**kwargs)
+    mine = {} if name is None else {"act_layer": "silu", "mlp_layer": getattr(layers, name)}
+    of_timm = {} if name is None else {"act_layer": nn.SiLU, "mlp_layer": getattr(timm.layers, name)}
+    ours = VisionTransformer(**kwargs | mine)
+    theirs = TimmVisionTransformer(**kwargs | of_timm)
     assert_weights_start_alike(ours, theirs)
 
 
@@ -353,7 +359,12 @@ def test_images_that_the_patch_does_not_divide_are_refused(size):
         ({"norm_layer": "rmsnorm"}, NotImplementedError, "rmsnorm"),
         ({"norm_layer": nn.RMSNorm}, NotImplementedError, "RMSNorm"),
         ({"attn_drop_rate": 1.1}, ValueError, "probability has to be between 0 and 1"),
-        ({"qk_norm": True}, NotImplementedError, "qk_norm=True is not supported"),
+        ({"scale_attn_norm": True}, NotImplementedError, "scale_attn_norm=True is not supported"),
+        (
+            {"mlp_layer": timm.layers.Mlp, "act_layer": nn.GELU},
+            NotImplementedError,
+            "makes a Mlp; expected one of this",
+        ),
         ({"weight_init": "jax"}, NotImplementedError, "weight_init is 'jax'"),
         ({"colour": 1}, TypeError, "no argument 'colour'"),
         ({"drop_path_rate": 1.5}, ValueError, "drop_prob is 1.5"),

@@ -56,7 +56,7 @@ __all__ = [
 ]
 
 # Classes whose parameters a fused forward may read instead of calling the module.
-for _cls in (Attention, BeitAttention, DropPath, LayerNorm, LayerScale, Mlp, QuickGELU, RmsNorm, SwiGLU):
+for _cls in (Attention, BeitAttention, DropPath, LayerNorm, LayerScale, Mlp, QuickGELU, RmsNorm, SwiGLU, SwiGLUPacked):
     _own.note(_cls)
 for _cls in (WindowAttention, WindowAttentionV2):
     _own.note(_cls)

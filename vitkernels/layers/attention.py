@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from vitkernels import ops
 from vitkernels.layers import fused, records
 from vitkernels.layers._plain import has_plain_children
+from vitkernels.layers.layer_norm import LayerNorm
 
 _DROP = {"attn_drop": (nn.Dropout,)}
-_CHILDREN = {"qkv": (nn.Linear,), **_DROP, "proj": (nn.Linear,), "proj_drop": (nn.Dropout,)}
+_NORMS = dict.fromkeys(("q_norm", "k_norm"), (nn.Identity, LayerNorm))
+_CHILDREN = {"qkv": (nn.Linear,), **_NORMS, **_DROP, "proj": (nn.Linear,), "proj_drop": (nn.Dropout,)}
 
 
 class Attention(nn.Module):
@@ -24,6 +28,8 @@ class Attention(nn.Module):
         proj_bias: Whether the output projection has a bias.
         attn_drop: Dropout rate of the attention weights.
         proj_drop: Dropout rate of the output.
+        qk_norm: Whether each head's queries and keys are normalised (arXiv 2302.05442).
+        norm_layer: Callable that makes these LayerNorms from their channels, ``device`` and ``dtype``.
 
     Raises:
         ValueError: ``num_heads`` does not divide ``dim``, or a rate lies outside 0 to 1.
@@ -40,6 +46,8 @@ class Attention(nn.Module):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         *,
+        qk_norm: bool = False,
+        norm_layer: Callable[..., nn.Module] = LayerNorm,
         device=None,
         dtype=None,
     ) -> None:
@@ -51,6 +59,8 @@ class Attention(nn.Module):
         self.scale = self.head_dim**-0.5
         attn_dim = num_heads * self.head_dim
         self.qkv = nn.Linear(dim, 3 * attn_dim, bias=qkv_bias, device=device, dtype=dtype)
+        self.q_norm = norm_layer(self.head_dim, device=device, dtype=dtype) if qk_norm else nn.Identity()
+        self.k_norm = norm_layer(self.head_dim, device=device, dtype=dtype) if qk_norm else nn.Identity()
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(attn_dim, dim_out or dim, bias=proj_bias, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
@@ -62,11 +72,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.fuses():
             return fused.attention(records.attention(self), x)
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q), self.k_norm(k)
         if has_plain_children(self, _DROP):
-            out = ops.attention_qkvpacked(qkv, scale=self.scale, dropout_p=records.dropout(self.attn_drop))
+            out = ops.attention(q, k, v, scale=self.scale, dropout_p=records.dropout(self.attn_drop))
         else:  # another module in place of the dropout, or a hook on it, needs the weights
-            q, k, v = qkv.permute(2, 0, 3, 1, 4)
-            weights = self.attn_drop(ops.attention_weights(q, k, scale=self.scale).to(v.dtype))
-            out = (weights @ v).transpose(1, 2)
-        return self.proj_drop(self.proj(out.flatten(2)))
+            out = self.attn_drop(ops.attention_weights(q, k, scale=self.scale).to(v.dtype)) @ v
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))

@@ -13,14 +13,16 @@ from vitkernels.layers.drop_path import DropPath
 from vitkernels.layers.layer_norm import LayerNorm
 from vitkernels.layers.layer_scale import LayerScale
 from vitkernels.layers.mlp import Mlp
+from vitkernels.layers.swiglu import SwiGLU, SwiGLUPacked
 
+MLPS = (Mlp, SwiGLU, SwiGLUPacked)
 _CHILDREN = {
     "norm1": (LayerNorm,),
     "attn": (Attention,),
     "ls1": (nn.Identity, LayerScale),
     "drop_path1": (nn.Identity, DropPath),
     "norm2": (LayerNorm,),
-    "mlp": (Mlp,),
+    "mlp": MLPS,
     "ls2": (nn.Identity, LayerScale),
     "drop_path2": (nn.Identity, DropPath),
 }
@@ -41,6 +43,12 @@ class Block(nn.Module):
         drop_path: Probability of dropping a sample's branch in training.
         act_layer: As for :func:`vitkernels.layers.create_activation`.
         norm_layer: Callable that makes a LayerNorm from ``dim``, ``device`` and ``dtype``.
+        qk_norm: Whether each head's queries and keys are normalised.
+        mlp_layer: :class:`Mlp`, :class:`SwiGLU`, :class:`SwiGLUPacked`, or a callable that makes one from the same
+            arguments; the hidden features of a packed one are gate and value together, as in timm.
+
+    Raises:
+        NotImplementedError: ``mlp_layer`` makes something else.
     """
 
     def __init__(
@@ -57,6 +65,8 @@ class Block(nn.Module):
         act_layer: str | Callable[[], nn.Module] | None = None,
         norm_layer: Callable[..., nn.LayerNorm] = LayerNorm,
         *,
+        qk_norm: bool = False,
+        mlp_layer: Callable[..., nn.Module] = Mlp,
         device=None,
         dtype=None,
     ) -> None:
@@ -71,12 +81,25 @@ class Block(nn.Module):
 
         self.norm1 = norm_layer(dim, **dd)
         self.attn = Attention(
-            dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias, attn_drop=attn_drop, proj_drop=proj_drop, **dd
+            dim,
+            num_heads,
+            qkv_bias=qkv_bias,
+            proj_bias=proj_bias,
+            attn_drop=attn_drop,
+            proj_drop=proj_drop,
+            qk_norm=qk_norm,
+            norm_layer=norm_layer,
+            **dd,
         )
         self.ls1 = layer_scale()
         self.drop_path1 = path()
         self.norm2 = norm_layer(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, bias=proj_bias, drop=proj_drop, **dd)
+        self.mlp = mlp_layer(dim, int(dim * mlp_ratio), act_layer=act_layer, bias=proj_bias, drop=proj_drop, **dd)
+        if not isinstance(self.mlp, MLPS):
+            wanted = ", ".join(cls.__name__ for cls in MLPS)
+            raise NotImplementedError(
+                f"mlp_layer makes a {type(self.mlp).__name__}; expected one of this package: {wanted}"
+            )
         self.ls2 = layer_scale()
         self.drop_path2 = path()
 

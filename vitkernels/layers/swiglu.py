@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from vitkernels.layers import fused, records
@@ -89,6 +90,13 @@ class SwiGLU(_GatedMlp):
         out_features = out_features or in_features
         super().__init__(in_features, hidden, hidden, out_features, act_layer, norm_layer, bias, drop, **dd)
 
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Begin with a constant gate, as timm's ViT does."""
+        nn.init.normal_(self.fc1_g.weight, std=1e-6)
+        if self.fc1_g.bias is not None:
+            nn.init.ones_(self.fc1_g.bias)
+
     def _gate_and_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.fc1_g(x), self.fc1_x(x)
 
@@ -129,6 +137,14 @@ class SwiGLUPacked(_GatedMlp):
         out_features = out_features or in_features
         super().__init__(in_features, hidden, hidden // 2, out_features, act_layer, norm_layer, bias, drop, **dd)
         self.gate_last = gate_last
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Begin with a constant second half, as timm's ViT does."""
+        half = self.fc1.out_features // 2
+        nn.init.normal_(self.fc1.weight[half:], std=1e-6)
+        if self.fc1.bias is not None:
+            nn.init.ones_(self.fc1.bias[half:])
 
     def _gate_and_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
         first, second = self.fc1(x).chunk(2, dim=-1)

@@ -26,9 +26,9 @@ class Beit(VisionTransformer):
     The biases are read from their tables in the kernel. Nothing of the size of the attention weights is made of them.
 
     Args:
-        img_size, patch_size, in_chans, num_classes, embed_dim, depth, num_heads, mlp_ratio, norm_layer, init_values,
-        final_norm, use_mask_token, weight_init, normalize, device, dtype: As for ``VisionTransformer``; ``init_values``
-            is that of ``gamma_1`` and ``gamma_2``.
+        img_size, patch_size, in_chans, num_classes, embed_dim, depth, num_heads: As for ``VisionTransformer``.
+        mlp_ratio, norm_layer, final_norm, use_mask_token, weight_init, normalize, device, dtype: The same.
+        init_values: Initial value of ``gamma_1`` and ``gamma_2``, the branches' factors; there are none if None or 0.
         global_pool: Input of the head: ``"avg"`` over the patches, ``"token"`` the class token, or ``""`` every token.
         qkv_bias: Whether queries and values have a bias.
         swiglu_mlp: Whether the MLPs are :class:`vitkernels.layers.SwiGLU`.
@@ -165,7 +165,7 @@ class Beit(VisionTransformer):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Initialize weights randomly as timm does: what ends a branch is smaller the deeper it is, the head tiny."""
-        super().init_weights()
+        self._init_linear_layers_and_tokens()
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         for i, block in enumerate(self.blocks):
             for layer in (block.attn.proj, block.mlp.fc2):

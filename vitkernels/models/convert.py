@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from vitkernels.layers import SwiGLU, SwiGLUPacked
 from vitkernels.layers.records import activation_name
 from vitkernels.models.weights import FILES, State, read_config, read_weights
 
@@ -271,8 +272,10 @@ def timm_config(model: nn.Module) -> Config:
     for i, block in enumerate(model.blocks):
         _expect(block, f"blocks.{i}", "Block")
         _expect(block.attn, f"blocks.{i}.attn", "Attention")
-        _expect(block.mlp, f"blocks.{i}.mlp", "Mlp")
+        _expect(block.mlp, f"blocks.{i}.mlp", *({*_MLPS} if i == 0 else {type(model.blocks[0].mlp).__name__}))
     block, conv = model.blocks[0], model.patch_embed.proj
+    mlp, kind = block.mlp, _MLPS[type(block.mlp).__name__]
+    hidden = mlp.fc2.in_features if kind is SwiGLU else mlp.fc1.out_features
     has_norm, has_fc_norm = (isinstance(norm, nn.LayerNorm) for norm in (model.norm, model.fc_norm))
     return {
         "img_size": tuple(model.patch_embed.img_size or (224, 224)),
@@ -283,8 +286,10 @@ def timm_config(model: nn.Module) -> Config:
         "embed_dim": model.embed_dim,
         "depth": len(model.blocks),
         "num_heads": block.attn.num_heads,
-        "mlp_ratio": mlp_ratio(model.embed_dim, block.mlp.fc1.out_features),
+        "mlp_ratio": mlp_ratio(model.embed_dim, hidden),
+        "mlp_layer": functools.partial(SwiGLUPacked, gate_last=mlp.gate_last) if kind is SwiGLUPacked else kind,
         "qkv_bias": block.attn.qkv.bias is not None,
+        "qk_norm": not isinstance(block.attn.q_norm, nn.Identity),
         "proj_bias": block.attn.proj.bias is not None,
         "init_values": None if isinstance(block.ls1, nn.Identity) else 1e-5,
         "class_token": model.cls_token is not None,
@@ -297,8 +302,17 @@ def timm_config(model: nn.Module) -> Config:
         "pool_include_prefix": getattr(model, "pool_include_prefix", False),
         "dynamic_img_size": model.dynamic_img_size,
         "norm_layer": functools.partial(nn.LayerNorm, eps=_norms_eps(model)),
-        "act_layer": _activation(block.mlp.act),
+        "act_layer": _activation(mlp.act),
     }
+
+
+def timm_mlp_layer(mlp_layer: object) -> object:
+    """Return timm's layer of the same keys in place of the one that :func:`timm_config` names."""
+    from timm import layers
+
+    if mlp_layer is None:
+        return layers.Mlp
+    return layers.SwiGLU if mlp_layer is SwiGLU else functools.partial(layers.GluMlp, **mlp_layer.keywords)
 
 
 def swin_config(model: nn.Module, kind: str) -> Config:
@@ -476,6 +490,9 @@ def _renamed(state: Mapping[str, Tensor], rules: tuple[tuple[str, str], ...]) ->
         renamed[new] = tensor
     return renamed
 
+
+# By the names of timm's MLPs and of this package's: the mlp_layer that makes one.
+_MLPS = {"Mlp": None, "SwiGLU": SwiGLU, "GluMlp": SwiGLUPacked, "SwiGLUPacked": SwiGLUPacked}
 
 _TORCHVISION = (
     (r"^class_token$", "cls_token"),

@@ -8,6 +8,7 @@ Shape letters: B batch, R prefix tokens (class and register tokens), N patches, 
 from __future__ import annotations
 
 import collections
+import functools
 import os
 from collections.abc import Callable, Sequence
 
@@ -20,6 +21,8 @@ from vitkernels.layers import (
     Linear,
     PatchDropout,
     PatchEmbed,
+    SwiGLU,
+    SwiGLUPacked,
     resample_pos_embed,
     sincos1d,
     sincos2d,
@@ -32,14 +35,12 @@ POS_EMBEDS = ("learn", "none", "sincos1d", "sincos2d")
 
 # Arguments of timm that have no counterpart here, with the value that has no effect.
 _UNSUPPORTED = {
-    "qk_norm": False,
     "scale_attn_norm": False,
     "scale_mlp_norm": False,
     "dynamic_img_pad": False,
     "fix_init": False,
     "embed_layer": None,
     "embed_norm_layer": None,
-    "mlp_layer": None,
     "attn_layer": None,
 }
 
@@ -59,6 +60,7 @@ class VisionTransformer(nn.Module):
         num_heads: Heads of each attention; divides ``embed_dim``.
         mlp_ratio: Hidden features of an MLP divided by ``embed_dim``.
         qkv_bias: Whether the qkv projections have biases.
+        qk_norm: Whether each head's queries and keys are normalised (arXiv 2302.05442).
         proj_bias: Whether the blocks' other linear layers have biases.
         init_values: Initial value of LayerScale (arXiv 2103.17239); no LayerScale if None or 0.
         class_token: Whether there is a class token.
@@ -87,8 +89,10 @@ class VisionTransformer(nn.Module):
         act_layer: As for :func:`vitkernels.layers.create_activation`; None for GELU.
         representation_size: Features of one tanh hidden layer before the head, ``pre_logits.fc``, as in the
             original's pre-training (arXiv 2010.11929 §3.1); None leaves it out.
-        block_fn: Callable that makes a block from the arguments of :class:`vitkernels.layers.Block`; None for that
-            class.
+        block_fn: Callable that makes a block from the arguments of :class:`vitkernels.layers.Block`, ``qk_norm`` and
+            ``mlp_layer`` only if they are given; None for that class.
+        mlp_layer: As for :class:`vitkernels.layers.Block`, such as :class:`vitkernels.layers.SwiGLUPacked` in DINOv2's
+            giant, beside ``act_layer="silu"``; None for a plain MLP.
         use_mask_token: Whether there is a ``mask_token``, for :meth:`forward_features` with a mask.
         normalize: ``(mean, std)``, one number per channel: images are uint8, 0..255, or floating point, 0..1, and the
             patch embedding normalises them. It is not in the state dict. None: the caller has normalised the images.
@@ -113,6 +117,7 @@ class VisionTransformer(nn.Module):
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         *,
+        qk_norm: bool = False,
         proj_bias: bool = True,
         init_values: float | None = None,
         class_token: bool = True,
@@ -135,6 +140,7 @@ class VisionTransformer(nn.Module):
         act_layer: Callable[[], nn.Module] | str | None = None,
         representation_size: int | None = None,
         block_fn: Callable[..., nn.Module] | None = None,
+        mlp_layer: Callable[..., nn.Module] | None = None,
         use_mask_token: bool = False,
         normalize: tuple[Sequence[float], Sequence[float]] | None = None,
         device: torch.device | str | None = None,
@@ -191,10 +197,12 @@ class VisionTransformer(nn.Module):
         self.pos_drop = nn.Dropout(pos_drop_rate)
         self.patch_drop = PatchDropout(patch_drop_rate, self.num_prefix_tokens) if patch_drop_rate else nn.Identity()
         self.norm_pre = norm(embed_dim, **dd) if pre_norm else nn.Identity()
+        more = {name: value for name, value in (("qk_norm", qk_norm), ("mlp_layer", mlp_layer)) if value}
+        make_block = functools.partial(block_fn or Block, **more)
         self.register_module("rel_pos_bias", None)  # BEiT's, which stands here in its state dict
         self.blocks = nn.Sequential(
             *(
-                (block_fn or Block)(
+                make_block(
                     embed_dim,
                     num_heads,
                     mlp_ratio,
@@ -247,7 +255,7 @@ class VisionTransformer(nn.Module):
         Raises:
             ValueError: The weights do not fit (the error lists all differences), or the file does not contain tensors.
             NotImplementedError: The model has an unsupported part: attention pooling (SigLIP) without
-                ``features_only``, SwiGLU, QK-norm, ….
+                ``features_only``, norms inside the branches, ….
         """
         config, state = convert.timm_source(source, architecture, pretrained, features_only, timm_args)
         return convert.build(cls, config, state, source)
@@ -307,11 +315,19 @@ class VisionTransformer(nn.Module):
         ours_alone = self.patch_embed.normalize is not None or self.mask_token is not None
         if ours_alone or not isinstance(self.pre_logits, nn.Identity):
             raise NotImplementedError("timm's model has no representation_size, no normalize and no mask token")
-        return convert.to_timm(self, TimmVisionTransformer, weight_init="skip", **convert.timm_config(self))
+        config = convert.timm_config(self)
+        config["mlp_layer"] = convert.timm_mlp_layer(config["mlp_layer"])
+        return convert.to_timm(self, TimmVisionTransformer, weight_init="skip", **config)
 
-    @torch.no_grad()
     def init_weights(self) -> None:
         """Initialize linear layers, position embedding, class and register tokens randomly, as timm does."""
+        self._init_linear_layers_and_tokens()
+        for block in self.blocks:
+            if isinstance(block.mlp, SwiGLU | SwiGLUPacked):
+                block.mlp.init_weights()
+
+    @torch.no_grad()
+    def _init_linear_layers_and_tokens(self) -> None:
         if isinstance(self.pos_embed, nn.Parameter):
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for token in (self.cls_token, self.reg_token):

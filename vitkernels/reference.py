@@ -369,7 +369,9 @@ def dropout_scale(seed: int, shape: tuple[int, int, int, int], p: float) -> Tens
         k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
     threshold = round(p * 2**31)
     stays = (c0 >> 1) >= threshold
-    return stays.double() * (2**31 / (2**31 - threshold)) if threshold < 2**31 else torch.zeros(shape, dtype=torch.float64)
+    return (
+        stays.double() * (2**31 / (2**31 - threshold)) if threshold < 2**31 else torch.zeros(shape, dtype=torch.float64)
+    )
 
 
 def window_index(

@@ -134,7 +134,8 @@ def _decomposed_attention_fwd_kernel(
             o = weighted_sum(p, v, scaled_head(o, rescale[:, None]), PRECISION)
             maximum = largest
     o_head = head_ptr(o_ptr, b, h, 0, stride_o_b, stride_o_n, stride_o_h, ALIGN)
-    store_head(o_head, scaled_head(o, (tl.full((), KEPT, ACC) / sums)[:, None]), rows_m, stride_o_n, mask_m, D, PARTS, ALIGN)
+    o = scaled_head(o, (tl.full((), KEPT, ACC) / sums)[:, None])
+    store_head(o_head, o, rows_m, stride_o_n, mask_m, D, PARTS, ALIGN)
     statistics = lse_ptr + query * 2
     tl.store(statistics, maximum, mask=mask_m)
     tl.store(statistics + 1, 1.0 / sums, mask=mask_m)

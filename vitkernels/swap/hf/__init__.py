@@ -8,7 +8,7 @@ does, as may happen in a later release, the class is not swapped.
 
 A fused layer still calls its attention module, except Swin's and SAM's. So the layer runs fused even if the attention
 has adapters, or hooks that collect attention weights. Queries, keys and values stay three products, because packing the
-three weights would copy them at every step.
+three weights would copy them at every step; only a table of relative positions asks for that.
 
 Imported only if transformers' models are imported.
 """

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import activations
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -18,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from vitkernels import ops
 from vitkernels.layers import fused, records
 from vitkernels.swap._limits import head_dim_limit, patches_limit
-from vitkernels.swap._rules import Rule, runs_fused
+from vitkernels.swap._rules import PARAMETERS, Rule, runs_fused
 
 # The attention implementations that the kernels replace. Not eager: its callers rely on the weights that it returns.
 IMPLEMENTATIONS = ("sdpa", "vitkernels")
@@ -198,12 +199,13 @@ class _Attention(Kind):
         if any(value is not None and value is not False for name, value in kwargs.items() if name not in _HARMLESS):
             return False
         # The kernels need four dims: flash attention's masks have two, flex attention's are no tensors.
-        return (mask is None or (isinstance(mask, Tensor) and mask.ndim == 4)) and runs_fused(self._rule, self, x)
+        takes = mask is None or isinstance(mask, records.Relative) or (isinstance(mask, Tensor) and mask.ndim == 4)
+        return takes and runs_fused(self._rule, self, x)
 
     def _attend(
         self,
         x: Tensor,
-        mask: Tensor | None,
+        mask: Tensor | records.Relative | None,
         is_causal: bool | None = None,
         rope: ops.Rope | None = None,
         num_prefix_tokens: int = 0,
@@ -211,7 +213,50 @@ class _Attention(Kind):
         attn = self._record(self, num_prefix_tokens)
         is_causal = self.is_causal if is_causal is None else is_causal
         # As in transformers' sdpa: a mask includes the causal part.
-        return fused.attention(attn, x, attn_mask=mask, is_causal=bool(is_causal) and mask is None, rope=rope)
+        return attend(attn, x, mask, is_causal=bool(is_causal) and mask is None, rope=rope)
+
+
+def attend(attn: records.Attention, x: Tensor, mask: Tensor | records.Relative | None, **options: object) -> Tensor:
+    """Attend with three input projections and a mask, or a bias by relative position in its place."""
+    if isinstance(mask, records.Relative):
+        return fused.attention(attn._replace(qkv=packed(*attn.qkv), positions=mask), x)
+    return fused.attention(attn, x, attn_mask=mask, **options)
+
+
+def packed(*layers: records.Linear) -> records.Linear:
+    """Pack the projections of queries, keys and values, of which some may have no bias."""
+    weights, biases = zip(*layers, strict=True)
+    if all(bias is None for bias in biases):
+        return records.Linear(torch.cat(weights))
+    filled = [w.new_zeros(len(w)) if bias is None else bias for w, bias in zip(weights, biases, strict=True)]
+    return records.Linear(torch.cat(weights), torch.cat(filled))
+
+
+def relative_bias(
+    module: nn.Module, x: Tensor, mask: Tensor | None, window: tuple[int, int], interpolates: bool, *, reads: bool
+) -> Tensor | records.Relative:
+    """Return the bias of ``module.relative_position_bias``, which is BEiT's, and a mask for x (B, 1 + Y · X, C).
+
+    Args:
+        module: Who has the bias.
+        x: The tokens.
+        mask: A further bias, or None.
+        window: Rows and columns of the image's patches.
+        interpolates: Whether the bias of all pairs is to be resized.
+        reads: Whether the attention takes a table in place of a mask.
+    """
+    bias = module.relative_position_bias
+    if not reads or mask is not None or interpolates or x.shape[1] != 1 + window[0] * window[1]:
+        dense = bias(window, interpolates, dim_size=x.shape[1])
+        return dense if mask is None else dense + mask
+    table, own = records.parameter(bias, "relative_position_bias_table"), tuple(bias.window_size)
+    # Of a window with more rows than columns transformers resizes the columns as rows, even to their own number.
+    if own != window or own[0] != own[1]:
+        rows, columns = (2 * n - 1 for n in window)
+        positions = table[:-3].reshape(1, 2 * own[1] - 1, 2 * own[0] - 1, -1).permute(0, 3, 1, 2)
+        positions = F.interpolate(positions, size=(rows, columns), mode="bilinear")
+        table = torch.cat((positions.permute(0, 2, 3, 1).reshape(rows * columns, -1), table[-3:]))
+    return records.Relative(window, table, 1)
 
 
 class Attention(_Attention):
@@ -434,11 +479,20 @@ class Dinov2Layer(_Layer):
 
 
 class BeitLayer(_Layer):
-    """BEiT's layer. Its bias by relative position is a mask for the attention that it calls."""
+    """BEiT's layer. The attention that it calls gets the table of its bias by relative position, or the bias as a mask.
+
+    With a table the three projections are one, whose weights are packed at each call, as Swin's are.
+    """
 
     _takes = frozenset({"hidden_states", "attention_mask", "interpolate_pos_encoding", "resolution", "kwargs"})
     # The dropout is bypassed for ViTLayer's reason.
-    _options = gamma_options("layernorm_before", "attention", "relative_position_bias", dropout=(nn.Dropout,))
+    _options = gamma_options("layernorm_before", "attention", dropout=(nn.Dropout,))
+
+    @staticmethod
+    def _children(own: dict[str, type[nn.Module]], prefix: str) -> dict[str, tuple[type[nn.Module], ...]]:
+        bias = own[f"{prefix}RelativePositionBias"]
+        PARAMETERS[bias] = frozenset({"relative_position_bias_table"})
+        return {"relative_position_bias": (bias, type(None))}
 
     def forward(
         self,
@@ -451,9 +505,12 @@ class BeitLayer(_Layer):
         if not runs_fused(self._rule, self, hidden_states):
             return super().forward(hidden_states, attention_mask, interpolate_pos_encoding, resolution, **kwargs)
         if self.relative_position_bias is not None:
-            window = tuple(size // self.patch_size for size in resolution)
-            bias = self.relative_position_bias(window, interpolate_pos_encoding, dim_size=hidden_states.shape[1])
-            attention_mask = bias if attention_mask is None else bias + attention_mask
+            attn, window = self.attention, tuple(size // self.patch_size for size in resolution)
+            reads = isinstance(attn, _Attention) and attn._fuses(hidden_states, None, kwargs)
+            reads = reads and not (records.runs_fp8(attn) or kwargs.get("is_causal"))
+            attention_mask = relative_bias(
+                self, hidden_states, attention_mask, window, interpolate_pos_encoding, reads=reads
+            )
         branch, _ = self.attention(self.layernorm_before(hidden_states), attention_mask=attention_mask, **kwargs)
         mlp = self._mlp()._replace(drop2=records.dropout(self.dropout))
         gammas = self._parameters.get("lambda_1"), self._parameters.get("lambda_2")

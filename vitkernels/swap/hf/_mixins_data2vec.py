@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkernels import ops
-from vitkernels.layers import fused, records
+from vitkernels.layers import records
 from vitkernels.swap._rules import runs_fused
 from vitkernels.swap.hf import _mixins as new
 from vitkernels.swap.hf import _mixins_4 as old
 
 
 class SelfAttention(new._Attention):
-    """The attention without its output projection. Its own bias and a shared one are one mask."""
+    """The attention without its output projection, with its own bias read from the table, or one mask with a shared."""
 
     _takes = frozenset(
         {"hidden_states", "output_attentions", "relative_position_bias", "interpolate_pos_encoding", "resolution"}
@@ -23,10 +23,10 @@ class SelfAttention(new._Attention):
     _options = new.attention_options("query", "key", "value")
     _options = _options | {
         "bypassed": {**_options["bypassed"], "dropout": (nn.Dropout,)},
-        "called": frozenset({"relative_position_bias"}),
         "attributes": _options["attributes"] | {"has_relative_position_bias"},
     }
     _products = None  # its output projection is another module's
+    _children = staticmethod(new.BeitLayer._children)
 
     def forward(
         self,
@@ -41,8 +41,7 @@ class SelfAttention(new._Attention):
             return super().forward(hidden_states, output_attentions, mask, interpolate_pos_encoding, resolution)
         if self.has_relative_position_bias:
             window = tuple(size // self.config.patch_size for size in resolution)
-            bias = self.relative_position_bias(window, interpolate_pos_encoding, dim_size=hidden_states.shape[1])
-            mask = bias if mask is None else bias + mask
+            mask = new.relative_bias(self, hidden_states, mask, window, interpolate_pos_encoding, reads=True)
         children, drop = self._modules, self.config.attention_probs_dropout_prob
         attn = records.Attention(
             tuple(records.linear(children[name]) for name in ("query", "key", "value")),
@@ -51,7 +50,7 @@ class SelfAttention(new._Attention):
             self.attention_head_size,
             attn_drop=drop if self.training else 0.0,
         )
-        return fused.attention(attn, hidden_states, attn_mask=mask), None
+        return new.attend(attn, hidden_states, mask), None
 
 
 class Output(new.Kind):
@@ -99,6 +98,7 @@ class Layer(new.BeitLayer):
     _options = new.gamma_options("layernorm_before", "attention")
     _parts: ClassVar = {"intermediate": old.Intermediate, "output": Output}
     _products = None
+    _children = staticmethod(new.Kind._children)
 
     def forward(self, hidden_states: Tensor, *args, **kwargs):
         if not runs_fused(self._rule, self, hidden_states):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from vitkernels.layers import fused, records
@@ -106,7 +105,7 @@ class SwinLayer(_Layer):
     def _attention(self, x: Tensor, image: Pair) -> records.Attention | None:
         attn, bias = self.attention, self.attention.relative_position_bias
         read = records.Attention(
-            _packed(attn.q_proj, attn.k_proj, attn.v_proj),
+            new.packed(*map(records.linear, (attn.q_proj, attn.k_proj, attn.v_proj))),
             records.linear(attn.o_proj),
             attn.num_attention_heads,
             attn.head_dim,
@@ -165,7 +164,7 @@ class TupleSwinLayer(_Layer):
     def _read(self) -> records.Attention:
         attn, output = self.attention.self, self.attention.output
         return records.Attention(
-            _packed(attn.query, attn.key, attn.value),
+            new.packed(*map(records.linear, (attn.query, attn.key, attn.value))),
             records.linear(output.dense),
             attn.num_attention_heads,
             attn.attention_head_size,
@@ -245,12 +244,3 @@ class PatchEmbeddings(Kind):
         pixel_values = self.maybe_pad(pixel_values, *pixel_values.shape[2:])
         image = tuple(n // patch for n, patch in zip(pixel_values.shape[2:], conv.kernel_size, strict=True))
         return new.patches(conv, pixel_values), image
-
-
-def _packed(*layers: nn.Module) -> records.Linear:
-    """Pack the projections of queries, keys and values; Swin V2's keys have no bias."""
-    weights, biases = zip(*map(records.linear, layers), strict=True)
-    if all(bias is None for bias in biases):
-        return records.Linear(torch.cat(weights))
-    filled = [w.new_zeros(len(w)) if bias is None else bias for w, bias in zip(weights, biases, strict=True)]
-    return records.Linear(torch.cat(weights), torch.cat(filled))

@@ -11,7 +11,8 @@
     maxxvit.py              MaxViT's and CoAtNet's transformer blocks
     mobilevit.py            MobileViT's MobileVitBlock
     swin_transformer.py     Swin's SwinTransformerBlock, WindowAttention, PatchMerging
-    swin_transformer_v2.py  SwinTransformerV2Block, SwinTransformerV2CrBlock, their attentions and PatchMergings
+    swin_transformer_v2.py  SwinTransformerV2Block, SwinTransformerV2CrBlock, their attentions, V2's PatchMerging
+    swin_transformer_v2_cr.py      the other PatchMerging
     naflexvit.py            NaFlexVit: images of different sizes packed into one row of tokens
     nest.py                 NesT's TransformerLayer
     twins.py                Twins's attentions and Block
@@ -63,12 +64,12 @@ from vitkernels.swap.timm.nest import FusedTransformerLayer
 from vitkernels.swap.timm.swin_transformer import FusedPatchMerging, FusedSwinTransformerBlock, FusedWindowAttention
 from vitkernels.swap.timm.swin_transformer_v2 import FusedPatchMerging as FusedPatchMergingV2
 from vitkernels.swap.timm.swin_transformer_v2 import (
-    FusedPatchMergingCr,
     FusedSwinTransformerV2Block,
     FusedSwinTransformerV2CrBlock,
     FusedWindowMultiHeadAttention,
 )
 from vitkernels.swap.timm.swin_transformer_v2 import FusedWindowAttention as FusedWindowAttentionV2
+from vitkernels.swap.timm.swin_transformer_v2_cr import FusedPatchMerging as FusedPatchMergingCr
 from vitkernels.swap.timm.twins import FusedBlock as FusedTwinsBlock
 from vitkernels.swap.timm.twins import FusedGlobalSubSampleAttn, FusedLocallyGroupedAttn
 from vitkernels.swap.timm.vision_transformer import FusedBlock, FusedGeGluMlp, FusedResPostBlock

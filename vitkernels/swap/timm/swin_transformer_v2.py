@@ -1,11 +1,11 @@
-"""The blocks, window attentions and patch mergings of timm's swin_transformer_v2.py and swin_transformer_v2_cr.py."""
+"""The blocks and window attentions of timm's swin_transformer_v2.py and swin_transformer_v2_cr.py; the patch merging of
+the first."""
 
 from __future__ import annotations
 
 import torch
 from timm.layers import Mlp
 from timm.models.swin_transformer_v2 import PatchMerging, SwinTransformerV2Block, WindowAttention
-from timm.models.swin_transformer_v2_cr import PatchMerging as PatchMergingCr
 from timm.models.swin_transformer_v2_cr import SwinTransformerV2CrBlock, WindowMultiHeadAttention
 from torch import Tensor, nn
 
@@ -76,15 +76,6 @@ class FusedPatchMerging(PatchMerging):
         return super().forward(x)
 
 
-class FusedPatchMergingCr(PatchMergingCr):
-    """timm's PatchMerging of Swin V2 Cr, which is Swin's, on :func:`vitkernels.ops.patch_merging`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if runs_fused(MERGING_CR, self, x) and _patch_merging.has_patches(self, x):
-            return _patch_merging.merge(self, x)
-        return super().forward(x)
-
-
 def _windows_cr(attn: WindowMultiHeadAttention, image: Pair, shift: Pair = (0, 0)) -> records.Windows:
     rows, columns = size = tuple(attn.window_size)
     # A buffer has the coordinates of every pair of tokens; those of a row are the same for all columns.
@@ -144,5 +135,4 @@ MERGING = Rule(
     bypassed=MERGING_CHILDREN,
     attributes=frozenset({"dim", "out_dim"}),
 )
-MERGING_CR = Rule(PatchMergingCr, FusedPatchMergingCr, bypassed=MERGING_CHILDREN)
-add(ATTENTION, ATTENTION_CR, BLOCK, BLOCK_CR, MERGING, MERGING_CR)
+add(ATTENTION, ATTENTION_CR, BLOCK, BLOCK_CR, MERGING)

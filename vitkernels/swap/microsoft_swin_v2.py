@@ -9,10 +9,11 @@ import torch
 from models.swin_transformer_v2 import Mlp, PatchEmbed, PatchMerging, SwinTransformerBlock, WindowAttention
 
 from vitkernels.layers import fused, records
+from vitkernels.layers.windows import continuous_bias, cosine_scale
 from vitkernels.swap import _microsoft
 from vitkernels.swap._microsoft import Pair
 from vitkernels.swap._rules import add
-from vitkernels.swap._windows import TABLE_MLP, continuous_bias, cosine_scale
+from vitkernels.swap._windows import TABLE_MLP
 
 
 def _attention(attn: WindowAttention, image: Pair, shift: Pair) -> records.Attention:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from vitkernels.layers import fused, records
 from vitkernels.layers._plain import has_hooks
+from vitkernels.layers.windows import within
 from vitkernels.swap._images import channels_first, tokens_of_channels_first
 from vitkernels.swap._rules import RULES, Rule, add, runs_fused
-from vitkernels.swap._windows import within
 from vitkernels.swap.timm.vision_transformer import FusedBlock
 
 

@@ -333,7 +333,7 @@ _WINDOW_ATTENTION = (
     Mutant("relative attention backward: entries of the prefix tokens from their rows alone",
            f"{_WINDOW_BACKWARD}:_window_attention_table_kernel", "head + m * TOKENS + prefix",
            "head + prefix * TOKENS + m", "relative_attention"),
-    Mutant("window attention backward: weights of padded queries not zeroed", f"{_WINDOW_BACKWARD}:_of_queries",
+    Mutant("window attention backward: weights of padded queries not zeroed", f"{_WINDOW_TILES}:of_queries",
            'if PADDING != "":', "if False:", "window_attention", _SEVEN, by="nonfinite", dtype="bf16"),
 )
 

@@ -28,6 +28,7 @@ WHOLE = [
     "swinv2_tiny_window8_256",
     "beit_base_patch16_224",
     "maxvit_pico_rw_256",
+    "samvit_base_patch16",
 ]
 LEFT = {
     "vit_base_patch16_siglip_224": {"attn_pool": "attention"},
@@ -37,7 +38,6 @@ LEFT = {
     "vit_relpos_small_patch16_224": {"blocks.*.attn.rel_pos.mlp": None},  # of a known class, with a ReLU
     "convit_tiny": {"blocks.*.attn": "attention"},
     "gemma4_vit_167m": {"encoder.blocks.*.mlp": "an MLP", "encoder.patch_embed": "a patch embedding"},
-    "samvit_base_patch16": {"blocks.*.attn": "attention"},
 }
 
 

@@ -1,6 +1,7 @@
 """A model of this package against timm's: output and every gradient, by the error rule."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -54,10 +55,13 @@ def assert_follows_the_seed(ours: nn.Module, theirs: nn.Module, images: Tensor) 
     assert not torch.allclose(results[0]["output"], results[2]["output"])
 
 
-def assert_weights_start_alike(ours: nn.Module, theirs: nn.Module) -> None:
-    """Fail unless the weights' means are within four of their deviations, and their spreads within 0.1 or 0.3."""
+def assert_weights_start_alike(ours: nn.Module, theirs: nn.Module, means: float = math.inf) -> None:
+    """Fail unless the weights' means are within four of their deviations and ``means`` of the weights', and their
+    spreads within 0.1 or 0.3."""
     for (name, mine), other in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
         tolerance, spread = 0.3 if mine.numel() < 1000 else 0.1, other.std().item()
         assert mine.std().item() == pytest.approx(spread, rel=tolerance, abs=1e-12), name
         of_means = spread * (2 / mine.numel()) ** 0.5
-        assert mine.mean().item() == pytest.approx(other.mean().item(), abs=max(4 * of_means, 1e-12)), name
+        assert mine.mean().item() == pytest.approx(
+            other.mean().item(), abs=max(min(4 * of_means, means * spread), 1e-12)
+        ), name

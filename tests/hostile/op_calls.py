@@ -143,7 +143,8 @@ def _with_eps(function: Callable, op: str, /, **arguments):
 
 
 # The sides of patch merging's image are none of the letters' sizes: tests/ops/test_patch_merging.py.
-OPS = {name: _op(name) for name in dict.fromkeys(w.op for w in WORKLOADS) if name != "patch_merging"}
+NOT_SWEPT = {"patch_merging"}
+OPS = {name: _op(name) for name in dict.fromkeys(w.op for w in WORKLOADS) if name not in NOT_SWEPT}
 ATTENTION = ("attention", "attention_qkvpacked", "attention_varlen")
 WINDOWS = ("window_attention", "relative_attention", "decomposed_attention")
 ROWS = ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm", "linear", "mlp", "swiglu_mlp")

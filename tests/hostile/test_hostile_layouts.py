@@ -5,7 +5,7 @@ Each layout is a kernel of its own to Triton. An op of each kind has it: norms, 
 
 import pytest
 import torch
-from op_calls import ATTENTION, OPS, call, each_op, tiny_model
+from op_calls import ATTENTION, NOT_SWEPT, OPS, call, each_op, tiny_model
 
 hostile = pytest.mark.hostile
 RIGHT = "the right result"
@@ -146,7 +146,7 @@ def test_every_op_is_in_the_table():
 
     others = {"attention_weights", "attention_provider", "uses_kernels", "QKNorm", "Rope"}  # no kernels of their own
     others |= {"Fp8", "quantize_fp8", "layer_norm_fp8", "add_layer_norm_fp8", "linear_fp8"}  # test_fp8.py looks at them
-    assert {*OPS} == {*ops.__all__} - others - {"patch_merging"}
+    assert {*OPS} == {*ops.__all__} - others - NOT_SWEPT
 
 
 @each_op()

@@ -16,11 +16,16 @@ def is_shift(shift: tuple[int, int], size: tuple[int, int]) -> bool:
     return all(0 <= s < w for s, w in zip(shift, size, strict=True))
 
 
-def decomposed(attn: nn.Module, image: tuple[int, int], window: tuple[int, int] | None) -> records.Decomposed:
-    """Read the decomposed positions of an attention in windows, or over the ``image``.
+def sam_positions(
+    attn: nn.Module, image: tuple[int, int], window_size: int = 0
+) -> records.Decomposed | records.Windows | None:
+    """Read the positions of SAM's attention in windows, or over the ``image``, which may be decomposed ones.
 
     Tables of another size are resized by linear interpolation, as SAM's own code does at each call.
     """
+    window = (window_size,) * 2 if window_size else None
+    if not attn.use_rel_pos:
+        return None if window is None else records.Windows(image, window)
     tables = []
     for name, size in zip(("rel_pos_h", "rel_pos_w"), window or image, strict=True):
         table = records.parameter(attn, name)

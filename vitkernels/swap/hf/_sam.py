@@ -13,7 +13,7 @@ from vitkernels.layers import fused, records
 from vitkernels.swap._images import tokens_of
 from vitkernels.swap._limits import head_dim_limit
 from vitkernels.swap._rules import runs_fused
-from vitkernels.swap._windows import decomposed
+from vitkernels.swap._windows import sam_positions
 from vitkernels.swap.hf import _mixins as new
 from vitkernels.swap.hf._mixins import Kind
 
@@ -86,14 +86,14 @@ class TupleVisionLayer(VisionLayer):
 
 def _read(attn: nn.Module, image: tuple[int, int], window_size: int) -> records.Attention:
     """Read ``attn`` in windows, or over the ``image``, for which its tables are resized."""
-    window = (window_size,) * 2 if window_size else None
-    positions = None if window is None else records.Windows(image, window)
-    if attn.use_rel_pos:
-        positions = decomposed(attn, image, window)
     qkv, heads = records.linear(attn.qkv), attn.num_attention_heads
     # PyTorch's attention, which it calls, scales by 1/√D whatever ``scale`` is.
     return records.Attention(
-        qkv, records.linear(attn.proj), heads, qkv.weight.shape[0] // (3 * heads), positions=positions
+        qkv,
+        records.linear(attn.proj),
+        heads,
+        qkv.weight.shape[0] // (3 * heads),
+        positions=sam_positions(attn, image, window_size),
     )
 
 

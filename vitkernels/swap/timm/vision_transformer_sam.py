@@ -11,7 +11,7 @@ from vitkernels.layers.windows import within
 from vitkernels.swap._images import tokens_of
 from vitkernels.swap._limits import layer_scales_limit, packed_heads_limit
 from vitkernels.swap._rules import PARAMETERS, Rule, add, runs_fused
-from vitkernels.swap._windows import decomposed
+from vitkernels.swap._windows import sam_positions
 from vitkernels.swap.timm.layers import NORMS
 from vitkernels.swap.timm.vision_transformer import BRANCHES
 
@@ -22,7 +22,7 @@ class FusedAttention(Attention):
     def forward(self, x: Tensor) -> Tensor:
         if not runs_fused(ATTENTION, self, x) or x.ndim != 4:
             return super().forward(x)
-        positions = _positions(self, tuple(x.shape[1:3]))
+        positions = sam_positions(self, tuple(x.shape[1:3]))
         attn = records.attention(self)._replace(positions=positions)
         return fused.attention(attn, tokens_of(x)).view(x.shape)
 
@@ -37,19 +37,9 @@ class FusedBlock(Block):
         if runs_fused(BLOCK, self, x) and x.ndim == 4:
             block = records.block(self)
             if self.window_size == 0 or block.drop_path1 is None:
-                positions = _positions(self.attn, tuple(x.shape[1:3]), self.window_size)
+                positions = sam_positions(self.attn, tuple(x.shape[1:3]), self.window_size)
                 return fused.block(within(block, positions), tokens_of(x)).view(x.shape)
         return super().forward(x)
-
-
-def _positions(
-    attn: nn.Module, image: tuple[int, int], window_size: int = 0
-) -> records.Decomposed | records.Windows | None:
-    """Return the positions of an attention in windows, or over the ``image``, for which its tables are resized."""
-    window = (window_size,) * 2 if window_size else None
-    if attn.use_rel_pos:
-        return decomposed(attn, image, window)
-    return None if window is None else records.Windows(image, window)
 
 
 def _attention_limit(attn: nn.Module) -> str | None:

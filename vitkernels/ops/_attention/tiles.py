@@ -268,5 +268,11 @@ def dropout_scale(seed, bh, m, n, DROPOUT: tl.constexpr, ACC: tl.constexpr):
         return zero.to(ACC)
     else:
         bits, _, _, _ = tl.philox(seed, zero + n, zero + m, zero + bh.to(tl.int32), zero)
-        factor = tl.full((), 2147483648.0 / (2147483648 - DROPOUT), ACC)  # as a plain number it would be fp32
-        return tl.where((bits >> 1).to(tl.int32) >= DROPOUT, factor, 0.0)
+        return tl.where((bits >> 1).to(tl.int32) >= DROPOUT, kept_factor(DROPOUT, ACC), 0.0)
+
+
+@triton.jit
+def kept_factor(DROPOUT: tl.constexpr, ACC: tl.constexpr):
+    """Return 1/(1 − p), or 1 if nothing is kept; p is DROPOUT · 2⁻³¹."""
+    FACTOR: tl.constexpr = 2147483648 / (2147483648 - DROPOUT) if DROPOUT < 2147483648 else 1.0
+    return tl.full((), FACTOR, ACC)  # as a plain number it would be fp32, even for fp64 operands

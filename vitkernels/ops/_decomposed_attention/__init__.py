@@ -24,7 +24,6 @@ from vitkernels import runtime
 from vitkernels.ops._attention.checks import check_dropout, check_sizes
 from vitkernels.ops._attention.operands import cast_operands, draw_seed
 from vitkernels.ops._checks import check_like, check_pair, check_scale, check_shape, check_tensor
-from vitkernels.ops._decomposed_attention.forward import Options
 from vitkernels.ops._decomposed_attention.registered import (
     by_pytorch,
     decomposed_attention_bwd,
@@ -32,7 +31,7 @@ from vitkernels.ops._decomposed_attention.registered import (
 )
 from vitkernels.ops._once import once_differentiable
 from vitkernels.ops._registry import needs_grad, uses_kernels
-from vitkernels.ops._window_attention.windows import Windows
+from vitkernels.ops._window_attention.windows import DecomposedOptions, Windows
 
 
 class DecomposedAttentionFunction(torch.autograd.Function):
@@ -118,12 +117,11 @@ def decomposed_attention(
     )
     for name, t, shape, why in expected:
         if t is not None or name != "padding":
-            check_tensor(op, name, t)
             check_like(op, name, t, "qkv", qkv, dtype=False)
             check_shape(op, name, t, shape, why)
     packed, windows = qkv.flatten(1, 2), Windows(Y, X, rows, columns)
     if not uses_kernels(qkv):
-        options = Options(windows, (rel_pos_h, rel_pos_w), padding, None, scale, dropout_p)
+        options = DecomposedOptions(windows, (rel_pos_h, rel_pos_w), padding, None, scale, dropout_p)
         return by_pytorch(packed, options, dropout_p=dropout_p).reshape(B, Y, X, H, D)
     seed, tables = draw_seed(qkv, dropout_p), (rel_pos_h, rel_pos_w)
     if needs_grad(packed, *tables, padding):

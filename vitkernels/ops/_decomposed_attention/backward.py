@@ -23,26 +23,22 @@ from vitkernels.ops._attention.tiles import (
     zeros,
 )
 from vitkernels.ops._decomposed_attention.config import tile_width
-from vitkernels.ops._decomposed_attention.forward import Options, config_of, launch_arguments, tables_of
+from vitkernels.ops._decomposed_attention.forward import config_of, launch_arguments, tables_of
 from vitkernels.ops._decomposed_attention.positions import add_dq, biases_of, new_biases, tables_gradient
-from vitkernels.ops._decomposed_attention.tiles import (
-    bias_along_x,
-    bias_along_y,
-    load_statistics,
-    sixteen,
-    weights_of,
-    window_keys,
-)
+from vitkernels.ops._decomposed_attention.tiles import bias_along_x, bias_along_y, sixteen, window_keys
 from vitkernels.ops._sums import new_shares, sum_shares
 from vitkernels.ops._triton import tl, triton
 from vitkernels.ops._window_attention.tiles import (
     image_and_place,
+    load_statistics,
     load_tokens,
     of_queries,
     store_padding_sums,
+    weights_of,
     window_dropout,
     window_tokens,
 )
+from vitkernels.ops._window_attention.windows import DecomposedOptions
 
 
 @triton.jit(do_not_specialize=["Y", "X", "windows_y", "windows_x"])
@@ -276,7 +272,7 @@ def _decomposed_attention_bwd_dkv_kernel(
 
 
 def decomposed_attention_backward(
-    do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, options: Options, needed: tuple[bool, bool]
+    do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, options: DecomposedOptions, needed: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward; return the gradients of qkv, of both tables, one below the other, and of the padding.
 
@@ -334,7 +330,9 @@ def decomposed_attention_backward(
     return dqkv, dtables, dpadding
 
 
-def backward_outputs(qkv: Tensor, options: Options, needed: tuple[bool, bool]) -> tuple[Tensor, Tensor, Tensor]:
+def backward_outputs(
+    qkv: Tensor, options: DecomposedOptions, needed: tuple[bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Allocate the outputs of :func:`decomposed_attention_backward`."""
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     dtables, dpadding = qkv.new_empty(0), qkv.new_empty(0)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from vitkernels import runtime
-from vitkernels.ops._attention import operands
-from vitkernels.ops._attention.config import head_parts
 from vitkernels.ops._attention.tiles import (
     dot_heads,
     head_ptr,
+    kept_factor,
     load_head,
     scaled_head,
     store_head,
@@ -23,32 +20,11 @@ from vitkernels.ops._attention.tiles import (
 from vitkernels.ops._decomposed_attention.config import DecomposedConfig, choose_config, tile_width
 from vitkernels.ops._decomposed_attention.positions import biases_of
 from vitkernels.ops._decomposed_attention.tiles import bias_along_x, bias_along_y, sixteen, window_keys
-from vitkernels.ops._tile import accumulator
 from vitkernels.ops._triton import tl, triton
 from vitkernels.ops._window_attention.config import Tiling
-from vitkernels.ops._window_attention.forward import forward_outputs
+from vitkernels.ops._window_attention.forward import forward_outputs, shared_arguments
 from vitkernels.ops._window_attention.tiles import image_and_place, load_tokens, window_dropout, window_tokens
-from vitkernels.ops._window_attention.windows import Windows
-
-
-class Options(NamedTuple):
-    """A call's windows, and its options besides qkv (B, N, 3, H, D).
-
-    Attributes:
-        windows: The windows, without shift, prefix and grid.
-        rel_pos: The tables (2 · rows − 1, D) and (2 · columns − 1, D).
-        padding: (3, H, D), queries, keys and values of padded tokens; None hides them from all queries.
-        seed: (1,) int64, seed of the dropout.
-        scale: Factor of the scores.
-        dropout_p: Probability of dropping a weight.
-    """
-
-    windows: Windows
-    rel_pos: tuple[Tensor, Tensor]
-    padding: Tensor | None
-    seed: Tensor | None
-    scale: float
-    dropout_p: float
+from vitkernels.ops._window_attention.windows import DecomposedOptions
 
 
 @triton.jit(do_not_specialize=["Y", "X", "windows_y", "windows_x"])
@@ -59,7 +35,7 @@ def _decomposed_attention_fwd_kernel(
     padding_ptr,  # (3, H, D), with PADDING "value"
     seed_ptr,  # (1,), with DROPOUT
     o_ptr,  # (B, N, H, D)
-    lse_ptr,  # (B, H, N, 2), each row's maximum and 1 over its sum
+    lse_ptr,  # (B, H, N, 2), each row's maximum and the base-2 logarithm of its sum
     stride_qkv_b,
     stride_qkv_n,
     stride_qkv_part,
@@ -89,7 +65,6 @@ def _decomposed_attention_fwd_kernel(
 ):
     STEP: tl.constexpr = BLOCK_N // WIDTH  # rows of a window in a tile of keys
     BLOCKS: tl.constexpr = tl.cdiv(SHAPE[7], BLOCK_M)
-    KEPT: tl.constexpr = 2147483648 / (2147483648 - DROPOUT) if DROPOUT < 2147483648 else 1.0  # of dropout
     pid = tl.program_id(0)
     m = (pid % BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)).to(INDEX)
     h = (pid // BLOCKS % H).to(tl.int64)
@@ -134,19 +109,15 @@ def _decomposed_attention_fwd_kernel(
             o = weighted_sum(p, v, scaled_head(o, rescale[:, None]), PRECISION)
             maximum = largest
     o_head = head_ptr(o_ptr, b, h, 0, stride_o_b, stride_o_n, stride_o_h, ALIGN)
-    o = scaled_head(o, (tl.full((), KEPT, ACC) / sums)[:, None])
+    o = scaled_head(o, (kept_factor(DROPOUT, ACC) / sums)[:, None])
     store_head(o_head, o, rows_m, stride_o_n, mask_m, D, PARTS, ALIGN)
     statistics = lse_ptr + query * 2
     tl.store(statistics, maximum, mask=mask_m)
-    tl.store(statistics + 1, 1.0 / sums, mask=mask_m)
+    tl.store(statistics + 1, tl.log2(sums), mask=mask_m)
 
 
-def decomposed_attention_forward(qkv: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """Launch the forward on qkv (B, N, 3, H, D); return o (B, N, H, D) and lse (B, H, N, 2).
-
-    lse is each row's maximum and 1 over its sum. A logarithm of the sum would lose digits: weights of 196 padded keys
-    that differ alone in their place would all be wrong by 4e-7 in fp32, and their sum against delta with them.
-    """
+def decomposed_attention_forward(qkv: Tensor, options: DecomposedOptions) -> tuple[Tensor, Tensor]:
+    """Launch the forward on qkv (B, N, 3, H, D); return o (B, N, H, D) and lse (B, H, N, 2), as window attention's."""
     o, lse = forward_outputs(qkv)
     if o.numel() == 0:
         return o, lse
@@ -159,13 +130,13 @@ def decomposed_attention_forward(qkv: Tensor, options: Options) -> tuple[Tensor,
     return o, lse
 
 
-def config_of(qkv: Tensor, options: Options) -> DecomposedConfig:
+def config_of(qkv: Tensor, options: DecomposedOptions) -> DecomposedConfig:
     """Return the tilings for a call."""
     facts = runtime.device_facts(qkv.device)
     return choose_config(options.windows.columns, qkv.shape[-1], qkv.dtype, facts, dropout=options.dropout_p > 0)
 
 
-def tables_of(qkv: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+def tables_of(qkv: Tensor, options: DecomposedOptions) -> tuple[Tensor, Tensor]:
     """Return the tables as the kernels load them, contiguous."""
     tables = tuple(t.contiguous() for t in options.rel_pos)
     if qkv.dtype == torch.float64:  # Triton 3.7.1 compiles no fp64 product beside a load of 16 bits.
@@ -174,7 +145,7 @@ def tables_of(qkv: Tensor, options: Options) -> tuple[Tensor, Tensor]:
 
 
 def launch_arguments(
-    qkv: Tensor, options: Options, tiling: Tiling, biases: tuple[Tensor, Tensor], o: Tensor, *others: Tensor
+    qkv: Tensor, options: DecomposedOptions, tiling: Tiling, biases: tuple[Tensor, Tensor], o: Tensor, *others: Tensor
 ) -> tuple[dict[str, object], int]:  # fmt: skip
     """Return the arguments that the kernels of the attention share, with the options of a launch, and the windows of
     all heads of all images.
@@ -182,41 +153,10 @@ def launch_arguments(
     ``biases`` are :func:`biases_of`'s. The strides of o are those of ``o``; ``others`` are further tensors
     (B, N, H, D) that the kernel reads or writes.
     """
-    B, N, _, H, D = qkv.shape
-    windows = options.windows
-    rows, columns = windows.counts
-    arguments = {
-        "qkv_ptr": qkv,
+    arguments, total = shared_arguments(qkv, options, tiling, o, *others)
+    arguments |= {
         "along_y_ptr": biases[0],
         "along_x_ptr": biases[1],
-        "padding_ptr": qkv if options.padding is None else options.padding.contiguous(),
-        "seed_ptr": qkv if options.seed is None else options.seed,
-        "stride_qkv_b": qkv.stride(0),
-        "stride_qkv_n": qkv.stride(1),
-        "stride_qkv_part": qkv.stride(2),
-        "stride_qkv_h": qkv.stride(3),
-        "stride_o_b": o.stride(0),
-        "stride_o_n": o.stride(1),
-        "stride_o_h": o.stride(2),
-        "N": N,
-        "H": H,
-        "Y": windows.Y,
-        "X": windows.X,
-        "windows_y": rows,
-        "windows_x": columns,
-        "score_scale": options.scale * operands.LOG2_E,
-        "D": D,
-        "SHAPE": windows.constants,
-        "PADDING": "" if windows.whole else "hidden" if options.padding is None else "value",
-        "DROPOUT": round(options.dropout_p * 2**31),
-        "ACC": accumulator(qkv.dtype),
-        "PRECISION": runtime.dot_precision(qkv.device),
-        "PARTS": head_parts(D),
-        "BLOCK_M": tiling.block_m,
-        "BLOCK_N": tiling.block_n,
-        "WIDTH": tile_width(windows.columns, tiling.block_n),
-        **tiling.options,
-        "enable_fp_fusion": False,  # as in ops.attention: an fma would leave a remainder of the largest score
-        **operands.addressing(qkv, o, *others),
+        "WIDTH": tile_width(options.windows.columns, tiling.block_n),
     }
-    return arguments, B * rows * columns * H
+    return arguments, total * qkv.shape[3]

@@ -17,7 +17,7 @@ from vitkernels.ops._attention.tiles import LOG2_E, dot_heads, load_head, store_
 from vitkernels.ops._decomposed_attention.config import DecomposedConfig
 from vitkernels.ops._decomposed_attention.tiles import offsets, sixteen
 from vitkernels.ops._sums import new_shares, sum_shares
-from vitkernels.ops._tile import accumulator
+from vitkernels.ops._tile import accumulator, dot
 from vitkernels.ops._triton import tl, triton
 from vitkernels.ops._window_attention.windows import Windows
 
@@ -117,11 +117,10 @@ def _finite_sum(weights, inside, head, acc, PRECISION: tl.constexpr):
     sums = ()
     for i in tl.static_range(len(head)):
         wrong = head[i] * 0.0 != 0.0
-        wrong_rows = tl.sum(wrong.to(tl.int32), axis=1) > 0
         part = tl.where(wrong, 0.0, head[i])
-        total = tl.dot(weights.to(part.dtype), part, acc[i], input_precision=PRECISION, out_dtype=acc[i].dtype)
-        if tl.sum(wrong_rows.to(tl.int32), axis=0) > 0:
-            hits = tl.dot(inside.to(part.dtype), wrong.to(part.dtype), input_precision=PRECISION)
+        total = dot(weights.to(part.dtype), part, acc[i], PRECISION)
+        if tl.sum(tl.sum(wrong.to(tl.int32), axis=1), axis=0) > 0:
+            hits = dot(inside.to(part.dtype), wrong.to(part.dtype), tl.zeros_like(total), PRECISION)
             total = tl.where(hits > 0, float("nan"), total)
         sums = sums + (total,)
     return sums

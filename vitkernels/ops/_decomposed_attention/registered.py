@@ -7,14 +7,15 @@ from torch import Tensor
 
 from vitkernels import reference
 from vitkernels.ops._decomposed_attention.backward import backward_outputs, decomposed_attention_backward
-from vitkernels.ops._decomposed_attention.forward import Options, decomposed_attention_forward
+from vitkernels.ops._decomposed_attention.forward import decomposed_attention_forward
 from vitkernels.ops._registry import reference_gradients, register
 from vitkernels.ops._window_attention.forward import forward_outputs
-from vitkernels.ops._window_attention.windows import Windows
+from vitkernels.ops._window_attention.registered import drawn_dropout
+from vitkernels.ops._window_attention.windows import DecomposedOptions, Windows
 
 
 def _options(Y, X, window, height, width, padding, seed, scale, dropout_p):
-    return Options(Windows(Y, X, *window), (height, width), padding, seed, scale, dropout_p)
+    return DecomposedOptions(Windows(Y, X, *window), (height, width), padding, seed, scale, dropout_p)
 
 
 def _forward(qkv, *options):
@@ -32,16 +33,10 @@ def _reference_forward(qkv, *options):
 
 def _reference(qkv, height, width, padding, Y, X, window, seed, scale, dropout_p):
     options = _options(Y, X, window, height, width, padding, seed, scale, dropout_p)
-    windows = options.windows
-    drawn = None
-    if dropout_p:
-        count = windows.counts[0] * windows.counts[1] * qkv.shape[0]
-        shape = (count, qkv.shape[3], windows.tokens, windows.tokens)
-        drawn = reference.dropout_scale(int(seed), shape, dropout_p).to(qkv.device)
-    return by_pytorch(qkv, options, dropout_scale=drawn)
+    return by_pytorch(qkv, options, dropout_scale=drawn_dropout(qkv, options))
 
 
-def by_pytorch(qkv: Tensor, options: Options, **dropout: object) -> Tensor:
+def by_pytorch(qkv: Tensor, options: DecomposedOptions, **dropout: object) -> Tensor:
     """Compute attention on qkv (B, N, 3, H, D) in plain PyTorch, with ``dropout`` in place of the options'."""
     windows = options.windows
     return reference.window_attention(

@@ -56,20 +56,6 @@ def bias_along_y(along_y, row, y, mask_m, SHAPE: tl.constexpr, STEP: tl.constexp
 
 
 @triton.jit
-def load_statistics(ptrs, mask_m):
-    """Load each row's maximum, and 1 over its sum, which is 0 for padded queries: so are their weights."""
-    return tl.load(ptrs, mask=mask_m, other=float("inf")), tl.load(ptrs + 1, mask=mask_m, other=0.0)
-
-
-@triton.jit
-def weights_of(s, statistics):
-    """Return the weights of scores ``s`` by :func:`load_statistics`; at most 1 times that, as sums of another order may
-    put a score above its row's maximum."""
-    below = tl.minimum(s - statistics[0][:, None], 0.0, propagate_nan=tl.PropagateNan.ALL)
-    return tl.exp2(below) * statistics[1][:, None]
-
-
-@triton.jit
 def offsets(position, start, LENGTH: tl.constexpr, BLOCK_E: tl.constexpr):
     """Return for queries at ``position`` along an axis of LENGTH places, and table rows from ``start``, the rows, and
     for each query and row the place of the key, and whether there is one."""

@@ -11,6 +11,7 @@ from vitkernels.ops._attention.config import head_parts
 from vitkernels.ops._attention.tiles import (
     LOG2_E,
     head_ptr,
+    kept_factor,
     load_head,
     scaled_head,
     store_head,
@@ -33,7 +34,7 @@ from vitkernels.ops._window_attention.tiles import (
     window_dropout,
     window_tokens,
 )
-from vitkernels.ops._window_attention.windows import Options
+from vitkernels.ops._window_attention.windows import DecomposedOptions, Options
 
 
 @triton.jit
@@ -110,7 +111,6 @@ def _window_attention_fwd_kernel(
     TOKENS: tl.constexpr = SHAPE[7]
     BLOCKS: tl.constexpr = tl.cdiv(TOKENS, BLOCK_M)
     WHOLE: tl.constexpr = BLOCK_N >= TOKENS  # one tile has all keys
-    KEPT: tl.constexpr = 2147483648 / (2147483648 - DROPOUT) if DROPOUT < 2147483648 else 1.0  # of dropout
     pid = tl.program_id(0)
     m = (pid % BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)).to(INDEX)
     h = (pid // BLOCKS % H).to(tl.int64)
@@ -163,7 +163,7 @@ def _window_attention_fwd_kernel(
             o = weighted_sum(p, v, scaled_head(o, rescale[:, None]), PRECISION)
             maximum = largest
         o_head = head_ptr(o_ptr, b, h, 0, stride_o_b, stride_o_n, stride_o_h, ALIGN)
-        o = scaled_head(o, (tl.full((), KEPT, ACC) / sums)[:, None])
+        o = scaled_head(o, (kept_factor(DROPOUT, ACC) / sums)[:, None])
         store_head(o_head, o, rows_m, stride_o_n, mask_m, D, PARTS, ALIGN)
         statistics = lse_ptr + ((b * H + h) * N + rows_m) * 2
         tl.store(statistics, maximum, mask=mask_m)
@@ -223,17 +223,31 @@ def launch_arguments(
     ``bias`` is :func:`bias_of`'s. The strides of o are those of ``o``; ``others`` are further tensors (B, N, H, D) that
     the kernel reads or writes.
     """
+    windows = options.windows
+    kind = "" if bias is None else "table" if bias.shape[1] == windows.entries else "pairs"
+    arguments, total = shared_arguments(qkv, options, tiling, o, *others)
+    arguments |= {
+        "bias_ptr": qkv if bias is None else bias,
+        "logit_ptr": qkv if options.logit_scale is None else options.logit_scale.contiguous(),
+        "total": total,
+        "ENTRIES": 0 if bias is None else bias.shape[1],
+        "BIAS": kind,
+        "HIDES": arguments["PADDING"] == "hidden" or (kind != "pairs" and windows.tokens % tiling.block_n != 0),
+        "COSINE": options.logit_scale is not None,
+    }
+    return arguments, total
+
+
+def shared_arguments(
+    qkv: Tensor, options: Options | DecomposedOptions, tiling: Tiling, o: Tensor, *others: Tensor
+) -> tuple[dict[str, object], int]:
+    """Return what :func:`launch_arguments` has of every kind of positions, and the windows of all images."""
     B, N, _, H, D = qkv.shape
     windows = options.windows
     rows, columns = windows.counts
-    total = B * rows * columns
-    kind = "" if bias is None else "table" if bias.shape[1] == windows.entries else "pairs"
-    padding = "" if windows.whole else "hidden" if options.padding is None else "value"
     arguments = {
         "qkv_ptr": qkv,
-        "bias_ptr": qkv if bias is None else bias,
         "padding_ptr": qkv if options.padding is None else options.padding.contiguous(),
-        "logit_ptr": qkv if options.logit_scale is None else options.logit_scale.contiguous(),
         "seed_ptr": qkv if options.seed is None else options.seed,
         "stride_qkv_b": qkv.stride(0),
         "stride_qkv_n": qkv.stride(1),
@@ -248,15 +262,10 @@ def launch_arguments(
         "X": windows.X,
         "windows_y": rows,
         "windows_x": columns,
-        "total": total,
         "score_scale": options.scale * operands.LOG2_E,
         "D": D,
         "SHAPE": windows.constants,
-        "ENTRIES": 0 if bias is None else bias.shape[1],
-        "BIAS": kind,
-        "PADDING": padding,
-        "HIDES": padding == "hidden" or (kind != "pairs" and windows.tokens % tiling.block_n != 0),
-        "COSINE": options.logit_scale is not None,
+        "PADDING": "" if windows.whole else "hidden" if options.padding is None else "value",
         "DROPOUT": round(options.dropout_p * 2**31),
         "ACC": accumulator(qkv.dtype),
         "PRECISION": runtime.dot_precision(qkv.device),
@@ -267,7 +276,7 @@ def launch_arguments(
         "enable_fp_fusion": False,  # as in ops.attention: an fma would leave a remainder of the largest score
         **operands.addressing(qkv, o, *others),
     }
-    return arguments, total
+    return arguments, B * rows * columns
 
 
 def bias_of(options: Options, *, pairs: bool, in_fp64: bool) -> Tensor | None:

@@ -8,7 +8,7 @@ from vitkernels import reference
 from vitkernels.ops._registry import reference_gradients, register
 from vitkernels.ops._window_attention.backward import backward_outputs, window_attention_backward
 from vitkernels.ops._window_attention.forward import forward_outputs, window_attention_forward
-from vitkernels.ops._window_attention.windows import Options, Windows
+from vitkernels.ops._window_attention.windows import DecomposedOptions, Options, Windows
 
 
 def _options(Y, X, window, table, padding, logit_scale, seed, scale, dropout_p):
@@ -30,13 +30,17 @@ def _reference_forward(qkv, *options):
 
 def _reference(qkv, table, padding, logit_scale, Y, X, window, seed, scale, dropout_p):
     options = _options(Y, X, window, table, padding, logit_scale, seed, scale, dropout_p)
+    return by_pytorch(qkv, options, dropout_scale=drawn_dropout(qkv, options))
+
+
+def drawn_dropout(qkv: Tensor, options: Options | DecomposedOptions) -> Tensor | None:
+    """Return the factors that the kernels draw for the weights of all windows; None without dropout."""
+    if not options.dropout_p:
+        return None
     windows = options.windows
-    drawn = None
-    if dropout_p:
-        count = windows.counts[0] * windows.counts[1] * qkv.shape[0]
-        shape = (count, qkv.shape[3], windows.tokens, windows.tokens)
-        drawn = reference.dropout_scale(int(seed), shape, dropout_p).to(qkv.device)
-    return by_pytorch(qkv, options, dropout_scale=drawn)
+    count = windows.counts[0] * windows.counts[1] * qkv.shape[0]
+    shape = (count, qkv.shape[3], windows.tokens, windows.tokens)
+    return reference.dropout_scale(int(options.seed), shape, options.dropout_p).to(qkv.device)
 
 
 def by_pytorch(qkv: Tensor, options: Options, **dropout: object) -> Tensor:

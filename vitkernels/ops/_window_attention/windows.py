@@ -82,3 +82,23 @@ class Options(NamedTuple):
     seed: Tensor | None
     scale: float
     dropout_p: float
+
+
+class DecomposedOptions(NamedTuple):
+    """The same of a call with decomposed positions.
+
+    Attributes:
+        windows: The windows, without shift, prefix and grid.
+        rel_pos: The tables (2 · rows − 1, D) and (2 · columns − 1, D).
+        padding: (3, H, D), queries, keys and values of padded tokens; None hides them from all queries.
+        seed: (1,) int64, seed of the dropout.
+        scale: Factor of the scores.
+        dropout_p: Probability of dropping a weight.
+    """
+
+    windows: Windows
+    rel_pos: tuple[Tensor, Tensor]
+    padding: Tensor | None
+    seed: Tensor | None
+    scale: float
+    dropout_p: float

@@ -117,10 +117,11 @@ def _finite_sum(weights, inside, head, acc, PRECISION: tl.constexpr):
     sums = ()
     for i in tl.static_range(len(head)):
         wrong = head[i] * 0.0 != 0.0
+        wrong_rows = tl.sum(wrong.to(tl.int32), axis=1) > 0
         part = tl.where(wrong, 0.0, head[i])
         total = dot(weights.to(part.dtype), part, acc[i], PRECISION)
-        if tl.sum(tl.sum(wrong.to(tl.int32), axis=1), axis=0) > 0:
-            hits = dot(inside.to(part.dtype), wrong.to(part.dtype), tl.zeros_like(total), PRECISION)
+        if tl.sum(wrong_rows.to(tl.int32), axis=0) > 0:
+            hits = tl.dot(inside.to(part.dtype), wrong.to(part.dtype), input_precision=PRECISION)
             total = tl.where(hits > 0, float("nan"), total)
         sums = sums + (total,)
     return sums

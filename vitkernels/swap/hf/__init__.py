@@ -2,13 +2,13 @@
 
 transformers repeats the code of each model: DeiT's classes are ViT's under other names. So each kind of module has one
 fused forward here, a mixin in front of the original class (``_mixins``; ``_mixins_4`` for kinds of releases 4.5x
-only, ``_mixins_data2vec`` for those of data2vec-vision, ``_swin`` for Swin's, ``_sam`` for SAM's). The tables below
-list the kinds that a class may be of. A class gets the first kind that accepts all arguments of its forward. If no kind
-does, as may happen in a later release, the class is not swapped.
+only, ``_mixins_data2vec`` for those of data2vec-vision, ``_swin`` for Swin's, ``_sam`` for SAM's and ViTDet's). The
+tables below list the kinds that a class may be of. A class gets the first kind that accepts all arguments of its
+forward. If no kind does, as may happen in a later release, the class is not swapped.
 
-A fused layer still calls its attention module, except Swin's and SAM's. So the layer runs fused even if the attention
-has adapters, or hooks that collect attention weights. Queries, keys and values stay three products, because packing the
-three weights would copy them at every step; only a table of relative positions asks for that.
+A fused layer still calls its attention module, except Swin's, SAM's and ViTDet's. So the layer runs fused even if the
+attention has adapters, or hooks that collect attention weights. Queries, keys and values stay three products, because
+packing the three weights would copy them at every step; only a table of relative positions asks for that.
 
 Imported only if transformers' models are imported.
 """
@@ -100,6 +100,11 @@ _SAM = {
     "MLPBlock": (sam.MlpBlock,),
     "VisionLayer": (sam.VisionLayer, sam.TupleVisionLayer),
 }
+_VITDET = {
+    "Attention": (sam.VitDetAttention,),
+    "Mlp": (sam.VitDetMlp,),
+    "Layer": (sam.VitDetLayer,),
+}
 
 # The folder in transformers.models (and the model in it), the prefix of the class names, the kinds of the classes, and
 # a class that the release must have.
@@ -120,6 +125,7 @@ _FAMILIES = (
     ("beit", "Beit", _BEIT, "BeitMLP"),
     ("sam", "Sam", _SAM),
     ("sam_hq", "SamHQ", _SAM),
+    ("vitdet", "VitDet", _VITDET),
     ("data2vec.data2vec_vision", "Data2VecVision", _DATA2VEC),
 )
 

@@ -118,7 +118,7 @@ class VitDetMlp(new.Mlp):
 class VitDetLayer(Kind):
     """ViTDet's pre-norm layer on (B, C, Y, X), in windows or over the whole image; its convolutions stay."""
 
-    _takes = frozenset({"hidden_states", "output_attentions"})
+    _takes = frozenset({"hidden_states", "head_mask", "output_attentions"})
     _options: ClassVar = {
         "bypassed": {"norm1": (nn.LayerNorm,), "norm2": (nn.LayerNorm,)},
         "called": frozenset({"residual"}),
@@ -130,9 +130,10 @@ class VitDetLayer(Kind):
     def _children(own: dict[str, type[nn.Module]], prefix: str) -> dict[str, tuple[type[nn.Module], ...]]:
         return {"drop_path": (own[f"{prefix}DropPath"], nn.Identity)}
 
-    def forward(self, hidden_states: Tensor, output_attentions: bool = False):
-        if output_attentions or not runs_fused(self._rule, self, hidden_states) or hidden_states.ndim != 4:
-            return super().forward(hidden_states, output_attentions)
+    def forward(self, hidden_states: Tensor, *args, **kwargs):
+        asked = any(value is not None and value is not False for value in (*args, *kwargs.values()))
+        if asked or not runs_fused(self._rule, self, hidden_states) or hidden_states.ndim != 4:
+            return super().forward(hidden_states, *args, **kwargs)
         image, x = tuple(hidden_states.shape[2:]), tokens_of_channels_first(hidden_states)
         attn = _read_vitdet(self.attention, image, self.window_size)
         branch = fused.attention(attn, fused.norm(records.norm(self.norm1), x))

@@ -25,6 +25,7 @@ WINDOW = Case(
     attention=(
         "biased", "key_bias", "key_mask", "pair_mask", "causal", "dropout", "varlen", "rope_half", "rope_interleaved",
         "swin", "swin_cosine", "swin_dropout", "relative", "decomposed", "decomposed_windows",
+        "visible",
     ),
 )  # fmt: skip
 ROW = Case(

@@ -374,7 +374,7 @@ _DECOMPOSED_ATTENTION = (
            "decomposed_attention", _SAM_WINDOWS),
     Mutant("decomposed attention backward: table along y for both axes", f"{_POSITIONS}:_positions_bwd_dq_kernel",
            "x, in_image, rel_pos_w_ptr", "x, in_image, rel_pos_h_ptr", "decomposed_attention", _SAM),
-    Mutant("decomposed attention backward: gradient of a table from the first image's queries",
+    Mutant("decomposed attention backward: gradient of a table from queries of the first image",
            f"{_POSITIONS}:_table_sums", "(head // H * stride_qkv_b + head % H * stride_qkv_h)",
            "head % H * stride_qkv_h", "decomposed_attention", _SAM),
 )
@@ -385,7 +385,7 @@ _PATCHES = (
            "patch_merging", ""),
     Mutant("patch_merging: weight read by rows, not by columns", "ops._patch_merging:patch_merging",
            ".permute(0, 3, 2, 1)", ".permute(0, 3, 1, 2)", "patch_merging", "norm last"),
-    Mutant("patch_merging backward: gradient of the image without the norm's mean",
+    Mutant("patch_merging backward: another standard deviation than the forward had",
            "ops._patch_merging:_backward", "rstd, eps, x.dtype", "rstd + 0.1, eps, x.dtype", "patch_merging", ""),
     Mutant("patch_embed: no position for a masked patch", _EMBED_FORWARD,
            'mask_pixels if CHOICE == "visible" else mask_patch', "mask_pixels", "patch_embed", "masked"),

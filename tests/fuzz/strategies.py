@@ -362,6 +362,8 @@ def patch_mergings(draw):
     C, F, norm_last = draw(sizes), draw(sizes), d.maybe()
     d.add("x", B, Y, X, C)
     d.add("weight", F, 4 * C, kind="weight")
+    if norm_last:  # of equal rows, behind a norm, all is noise
+        d.inputs["weight"] = _relaid(d.inputs["weight"], "expanded")
     d.maybe_add("bias", F)
     for name in ("norm_weight", "norm_bias"):
         d.maybe_add(name, F if norm_last else 4 * C, dtypes=_wider(d.dtype))

@@ -1,14 +1,15 @@
 """Matrix products with a fused epilogue, used by linear.py and mlp.py.
 
-    product         y = residual + γ · s · act(z),  z = alpha · a b + t · bias
-    product_dact    dz = s · alpha · a b · act'(z),  with s · act(z) and Σ dz on the side
+    product         y = residual + γ · s · act(z),  z = alpha · a b + u v + t · bias
+    product_dact    dz = s · (alpha · a b + u v) · act'(z),  with s · act(z) and Σ dz on the side
 
-s and t are DropPath's scales of the rows of a sample.
+s and t are DropPath's scales of the rows of a sample. u v, of a low rank R, is the update of a layer by LoRA: R more
+columns of a and rows of b, which lie elsewhere.
 
-Shapes, as in a GEMM: a (M, K), b (K, N), any strides. Sums are fp32 (fp64 for fp64). On a GPU a product without
-an epilogue goes to torch.mm (cuBLAS): the Triton kernel reaches 0.80 to 0.97 of its speed (H100, bf16), and is worth
-it only if the epilogue saves a pass over memory. On sm_90 the kernels of _product_hopper.py compute large products in
-16 bits whose layouts suit TMA.
+Shapes, as in a GEMM: a (M, K), b (K, N), u (M, R), v (R, N), any strides. Sums are fp32 (fp64 for fp64). On a GPU a
+product without an epilogue goes to torch.mm (cuBLAS): the Triton kernel reaches 0.80 to 0.97 of its speed (H100, bf16),
+and is worth it only if the epilogue saves a pass over memory. On sm_90 the kernels of _product_hopper.py compute large
+products in 16 bits whose layouts suit TMA.
 
 If possible, the epilogue processes its tile in parts of 32 columns: z, act(z) and the gradients of a whole tile would
 take so many registers that an SM could hold only one program, and nothing would overlap with the epilogue.
@@ -25,7 +26,7 @@ from vitkernels.ops._product_config import choose_config
 from vitkernels.ops._product_hopper import product_dact_hopper, product_hopper, suits
 from vitkernels.ops._sums import new_shares, sum_shares
 from vitkernels.ops._triton import tl, triton
-from vitkernels.runtime import cdiv, dense_or, wide_dtype
+from vitkernels.runtime import cdiv, dense_or, next_power_of_2, wide_dtype
 
 MAX_ROW = 1 << 22  # elements from one row to the next
 
@@ -34,22 +35,29 @@ MAX_ROW = 1 << 22  # elements from one row to the next
 def _product_kernel(
     a_ptr,  # (M, K)
     b_ptr,  # (K, N)
+    u_ptr,  # (M, R), with LOW_RANK
+    v_ptr,  # (R, N), with LOW_RANK
     alpha_ptr,  # (1,), with HAS_ALPHA
     bias_ptr,  # (N,)
     gamma_ptr,  # (N,), LayerScale
     residual_ptr,  # (M, N)
     path_ptr,  # (samples,), with a PATH: scales act(z), or the bias
-    z_ptr,  # (M, N), contiguous: alpha · a b + bias, with SAVE_Z
+    z_ptr,  # (M, N), contiguous: alpha · a b + u v + bias, with SAVE_Z
     y_ptr,  # (M, N), contiguous: residual + gamma · act(z)
     stride_a_row,
     stride_a_col,
     stride_b_row,
     stride_b_col,
+    stride_u_row,
+    stride_u_col,
+    stride_v_row,
+    stride_v_col,
     stride_residual_row,
     rows_per_sample,
     M,
     N,
     K,
+    R,
     HAS_ALPHA: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_GAMMA: tl.constexpr,
@@ -58,6 +66,7 @@ def _product_kernel(
     PATH: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ALIGNED_M: tl.constexpr,
+    LOW_RANK: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
@@ -65,6 +74,7 @@ def _product_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
     if ALIGNED_M:
         M = M // 16 * 16  # which tells the compiler
@@ -73,12 +83,18 @@ def _product_kernel(
     offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < M - first_m, offs_n < N - first_n
     acc = _accumulate(
-        a_ptr + first_m * stride_a_row, b_ptr + first_n * stride_b_col,
+        tl.zeros((BLOCK_M, BLOCK_N), ACC), a_ptr + first_m * stride_a_row, b_ptr + first_n * stride_b_col,
         stride_a_row, stride_a_col, stride_b_row, stride_b_col,
-        offs_m, offs_n, mask_m, mask_n, K, EVEN_K, PRECISION, ACC, BLOCK_M, BLOCK_N, BLOCK_K,
+        offs_m, offs_n, mask_m, mask_n, K, EVEN_K, PRECISION, BLOCK_K,
     )  # fmt: skip
     if HAS_ALPHA:
         acc *= tl.load(alpha_ptr).to(ACC)
+    if LOW_RANK:
+        acc = _accumulate(
+            acc, u_ptr + first_m * stride_u_row, v_ptr + first_n * stride_v_col,
+            stride_u_row, stride_u_col, stride_v_row, stride_v_col,
+            offs_m, offs_n, mask_m, mask_n, R, False, PRECISION, BLOCK_R,
+        )  # fmt: skip
     if PATH != "none":
         path = tl.load(path_ptr + (first_m + offs_m) // rows_per_sample, mask=mask_m, other=0.0).to(ACC)[:, None]
     first_out = first_m * N + first_n
@@ -112,25 +128,33 @@ def _product_kernel(
 def _product_dact_kernel(
     a_ptr,  # (M, K), upstream gradient of the layer after the activation
     b_ptr,  # (K, N), that layer's weight
+    u_ptr,  # (M, R), with LOW_RANK
+    v_ptr,  # (R, N), with LOW_RANK
     alpha_ptr,  # (1,), with HAS_ALPHA
     path_ptr,  # (samples,), with HAS_PATH
     z_ptr,  # (M, N), contiguous: pre-activations
-    dz_ptr,  # (M, N), contiguous: path · alpha · a b · act'(z)
+    dz_ptr,  # (M, N), contiguous: path · (alpha · a b + u v) · act'(z)
     act_ptr,  # (M, N), contiguous: path · act(z), with SAVE_ACT
     dbias_ptr,  # (blocks of M, N): each block's column sums of dz, with SUM_DZ
     stride_a_row,
     stride_a_col,
     stride_b_row,
     stride_b_col,
+    stride_u_row,
+    stride_u_col,
+    stride_v_row,
+    stride_v_col,
     rows_per_sample,
     M,
     N,
     K,
+    R,
     HAS_ALPHA: tl.constexpr,
     HAS_PATH: tl.constexpr,
     SAVE_ACT: tl.constexpr,
     SUM_DZ: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    LOW_RANK: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
@@ -138,18 +162,25 @@ def _product_dact_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
     pid_m, pid_n = _tile_of_program(M, N, BLOCK_M, BLOCK_N)
     first_m, first_n = pid_m * BLOCK_M, pid_n * BLOCK_N
     offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < M - first_m, offs_n < N - first_n
     acc = _accumulate(
-        a_ptr + first_m * stride_a_row, b_ptr + first_n * stride_b_col,
+        tl.zeros((BLOCK_M, BLOCK_N), ACC), a_ptr + first_m * stride_a_row, b_ptr + first_n * stride_b_col,
         stride_a_row, stride_a_col, stride_b_row, stride_b_col,
-        offs_m, offs_n, mask_m, mask_n, K, EVEN_K, PRECISION, ACC, BLOCK_M, BLOCK_N, BLOCK_K,
+        offs_m, offs_n, mask_m, mask_n, K, EVEN_K, PRECISION, BLOCK_K,
     )  # fmt: skip
     if HAS_ALPHA:
         acc *= tl.load(alpha_ptr).to(ACC)
+    if LOW_RANK:
+        acc = _accumulate(
+            acc, u_ptr + first_m * stride_u_row, v_ptr + first_n * stride_v_col,
+            stride_u_row, stride_u_col, stride_v_row, stride_v_col,
+            offs_m, offs_n, mask_m, mask_n, R, False, PRECISION, BLOCK_R,
+        )  # fmt: skip
     if HAS_PATH:
         path = tl.load(path_ptr + (first_m + offs_m) // rows_per_sample, mask=mask_m, other=0.0).to(ACC)[:, None]
         acc *= path
@@ -192,6 +223,7 @@ def _tile_of_program(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _accumulate(
+    acc,
     a_ptr,
     b_ptr,
     stride_a_row,
@@ -205,19 +237,15 @@ def _accumulate(
     K,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Return one (BLOCK_M, BLOCK_N) tile of a b; the pointers are at its first row and its first column.
+    """Add one tile of a b to ``acc``; the pointers are at its first row and its first column.
 
     Offsets within a tile are 32 bits wide; 64 bits would take twice the registers.
     """
     offs_k = tl.arange(0, BLOCK_K)
     a_ptrs = a_ptr + offs_m[:, None] * stride_a_row + offs_k[None, :] * stride_a_col
     b_ptrs = b_ptr + offs_k[:, None] * stride_b_row + offs_n[None, :] * stride_b_col
-    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     for start in range(0, K, BLOCK_K):
         if EVEN_K:
             a = tl.load(a_ptrs, mask=mask_m[:, None], other=0.0)
@@ -258,9 +286,10 @@ def product(
     residual: Tensor | None = None,
     act_path: Tensor | None = None,
     bias_path: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     save_z: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``(residual + γ · s · act(z), z)`` with ``z = alpha · a b + t · bias``; z is empty unless ``save_z``.
+    """Return ``(residual + γ · s · act(z), z)`` with ``z = alpha · a b + u v + t · bias``, z empty unless ``save_z``.
 
     Args:
         a, b: (M, K) and (K, N), any strides, one dtype.
@@ -269,6 +298,7 @@ def product(
         bias, gamma: (N,).
         residual: (M, N), unit stride along N.
         act_path, bias_path: s or t, (samples,), with M / samples rows each; only one of the two.
+        low_rank: u (M, R) and v (R, N), any strides, of the dtype of a and b.
     """
     (M, K), N = a.shape, b.shape[1]
     a, b = within_reach(a), within_reach(b)
@@ -276,8 +306,8 @@ def product(
     facts = runtime.device_facts(a.device)
     path = bias_path if act_path is None else act_path
     path_scales = "none" if path is None else "bias" if act_path is None else "act"
-    fused = any(t is not None for t in (alpha, activation, gamma, residual, path))
-    tma = suits(a, b, out_dtype, residual, save_z)
+    fused = any(t is not None for t in (alpha, activation, gamma, residual, path, low_rank))
+    tma = suits(a, b, out_dtype, residual, save_z) and low_rank is None
     config = choose_config(M, N, K, a.dtype, kind="epilogue" if fused else "plain", facts=facts, tma=tma)
     # torch.mm supports out_dtype on NVIDIA GPUs only, in fp32, and without a bias.
     widened = out_dtype != a.dtype
@@ -301,6 +331,7 @@ def product(
     _product_kernel[(cdiv(M, config.block_m) * cdiv(N, config.block_n),)](
         a_ptr=a,
         b_ptr=b,
+        **_low_rank(low_rank, a, config.block_k),
         alpha_ptr=a if alpha is None else alpha,
         bias_ptr=dense_or(bias, a),
         gamma_ptr=dense_or(gamma, a),
@@ -346,23 +377,25 @@ def product_dact(
     *,
     alpha: Tensor | None,
     path: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     save_act: bool,
     sum_dz: bool,
     sum_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``(dz, s · act(z), Σ dz)`` with ``dz = s · alpha · a b · act'(z)``, the gradient through an activation.
+    """Return ``(dz, s · act(z), Σ dz)`` with ``dz = s · (alpha · a b + u v) · act'(z)``: through an activation.
 
     Args:
         a, b: (M, K) and (K, N), any strides.
         z: (M, N), contiguous.
         alpha: (1,).
         path: s, (samples,): DropPath's scale of M / samples rows each.
+        low_rank: u (M, R) and v (R, N), any strides.
         save_act, sum_dz: Whether to compute the second and the third result; they are empty otherwise.
         sum_dtype: Dtype of the third result; fp32 (fp64) if None.
     """
     (M, K), N = a.shape, b.shape[1]
     a, b = within_reach(a), within_reach(b)
-    tma = suits(a, b, z.dtype, None, save_act)
+    tma = suits(a, b, z.dtype, None, save_act) and low_rank is None
     config = choose_config(M, N, K, a.dtype, kind="dact", facts=runtime.device_facts(a.device), tma=tma)
     blocks_m = cdiv(M, config.block_m)
     dz = torch.empty_like(z)
@@ -377,6 +410,7 @@ def product_dact(
         _product_dact_kernel[(blocks_m * cdiv(N, config.block_n),)](
             a_ptr=a,
             b_ptr=b,
+            **_low_rank(low_rank, a, config.block_k),
             alpha_ptr=a if alpha is None else alpha,
             path_ptr=dense_or(path, a),
             z_ptr=z,
@@ -407,6 +441,18 @@ def product_dact(
             num_stages=config.num_stages,
         )
     return dz, act, *sum_shares(shares, [sum_dz], [sum_dtype or shares.dtype])
+
+
+def _low_rank(operands: tuple[Tensor, Tensor] | None, other: Tensor, block_k: int) -> dict[str, object]:
+    """Return the arguments of a kernel that say what u and v are; ``other`` is any tensor, where there are none."""
+    u, v = (other, other) if operands is None else map(within_reach, operands)
+    rank = 0 if operands is None else u.shape[1]
+    return {
+        "u_ptr": u, "v_ptr": v, "R": rank, "LOW_RANK": operands is not None,
+        **{f"stride_{name}": stride for name, stride in zip(("u_row", "u_col"), u.stride(), strict=True)},
+        **{f"stride_{name}": stride for name, stride in zip(("v_row", "v_col"), v.stride(), strict=True)},
+        "BLOCK_R": max(16, min(block_k, next_power_of_2(rank))) if rank else 16,
+    }  # fmt: skip
 
 
 def within_reach(matrix: Tensor) -> Tensor:

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from torch import nn
+from torch._subclasses import FakeTensor
 
 from vitkernels.layers import _own
+
+# torch.export replaces parameters with fake tensors.
+PLAIN = (nn.Parameter, FakeTensor)
 
 
 def has_plain_children(module: nn.Module, classes: Mapping[str, tuple[type[nn.Module], ...]]) -> bool:

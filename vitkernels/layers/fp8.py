@@ -87,6 +87,8 @@ def limit(record: Block | Attention | Mlp) -> str | None:
     elif record.norm is not None or record.input_norm is not None:
         return "its MLP has a norm"
     for layer in linears(record):
+        if layer.lora is not None:
+            return "an adapter of a layer does not run in FP8"
         width, dtype = layer.weight.shape[1], layer.weight.dtype
         if width % 16 or width > MAX_ROW:
             return f"a layer takes {width} features; FP8 takes a multiple of 16, at most {MAX_ROW}"

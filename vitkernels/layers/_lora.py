@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from vitkernels.layers import _own, records
-from vitkernels.layers._plain import PLAIN, has_hooks
 
 # The attributes of PEFT's Linear that are known: another one may change what it computes.
 _ATTRIBUTES = frozenset({
@@ -26,17 +25,12 @@ _CHILDREN = frozenset({
 
 def is_lora(module: nn.Module) -> bool:
     """Tell whether ``module`` is exactly PEFT's ``lora.Linear``, and record the methods of that class."""
-    if not is_class(type(module)):
+    layer, cls = sys.modules.get("peft.tuners.lora.layer"), type(module)
+    if layer is None or cls is not layer.Linear:
         return False
-    if not _own.noted(type(module)):
-        _own.note(type(module))
+    if not _own.noted(cls):
+        _own.note(cls)
     return True
-
-
-def is_class(cls: type) -> bool:
-    """Tell whether ``cls`` is PEFT's ``lora.Linear``."""
-    layer = sys.modules.get("peft.tuners.lora.layer")
-    return layer is not None and cls is layer.Linear
 
 
 def why_not(module: nn.Module) -> str | None:
@@ -45,49 +39,47 @@ def why_not(module: nn.Module) -> str | None:
     The base layer is the caller's to check, as it would be without an adapter.
     """
     own, children = module.__dict__, module._modules
-    strange = [name for name in own if name[0] != "_" and name not in _ATTRIBUTES]
-    strange += [name for name in children if name not in _CHILDREN]
-    if strange:
-        return f"PEFT's layer has {strange[0]!r}, which is unknown here"
-    if own["fan_in_fan_out"]:
+    if module.fan_in_fan_out:
         return "its adapter is for a transposed weight"
-    if own["_disable_adapters"] and own["merged_adapters"]:
+    if module.disable_adapters and module.merged:
         return "its adapters are disabled and still merged, which PEFT undoes when it is called"
     names, weight = records.active_adapters(module), records.parameter(children["base_layer"], "weight")
     for name in names:
         reason = _why_not_adapter(module, name, weight, alone=len(names) == 1)
         if reason is not None:
             return f"adapter {name!r}: {reason}"
-    return None
+    strange = [name for name in own if name[0] != "_" and name not in _ATTRIBUTES]
+    strange += [name for name in children if name not in _CHILDREN]
+    return f"PEFT's layer has {strange[0]!r}, which is unknown here" if strange else None
 
 
 def _why_not_adapter(module: nn.Module, name: str, weight: torch.Tensor, *, alone: bool) -> str | None:
     own, children = module.__dict__, module._modules
-    variant = own["lora_variant"].get(name)
-    if variant is not None or own["use_dora"].get(name):
+    variant = own.get("lora_variant", {}).get(name)  # before PEFT 0.16 there was DoRA alone
+    if variant is not None or module.use_dora.get(name):
         return f"it is no plain LoRA but {'DoRA' if variant is None else type(variant).__name__}"
     for part in ("lora_A", "lora_B", "lora_dropout"):
         child = children[part]._modules[name]
         if type(child) not in ((nn.Dropout, nn.Identity) if part == "lora_dropout" else (nn.Linear,)):
             return f"{part} is a {type(child).__name__}"
-        if has_hooks(child) or "forward" in child.__dict__:
+        if _own.has_hooks(child) or "forward" in child.__dict__:
             return f"a hook or a forward of its own on {part}, which fusion would not call"
         reason = _own.replaced(type(child))
         if reason is not None:
             return reason
         if part == "lora_dropout":
-            if not alone and type(child) is nn.Dropout and child.p:
-                return "several adapters are active, and it has dropout"
+            if not alone and type(child) is nn.Dropout and records.dropout(child):
+                return "several adapters are active, and it drops something"
             continue
         if child._parameters["bias"] is not None:
             return f"{part} has a bias"
         factor = child._parameters["weight"]
-        if type(factor) not in PLAIN:
+        if type(factor) not in _own.PLAIN:
             return f"{part}'s weight is a {type(factor).__name__}, not a plain Parameter"
         if factor.dtype not in (weight.dtype, torch.float32) or factor.device != weight.device:
             return (
                 f"{part}'s weight is {factor.dtype} on {factor.device}, the layer's {weight.dtype} on {weight.device}"
             )
-        if factor.dtype != weight.dtype and not own["cast_input_dtype_enabled"]:
+        if factor.dtype != weight.dtype and not module.cast_input_dtype_enabled:
             return f"{part}'s weight is {factor.dtype}, and PEFT is not to cast what it multiplies"
     return None

@@ -249,11 +249,10 @@ def _lora(module: nn.Module) -> Lora | None:
 
 def active_adapters(module: nn.Module) -> list[str]:
     """Return which adapters of PEFT's layer ``module`` add something to its base layer's output."""
-    own = module.__dict__
-    if own["_disable_adapters"] or own["merged_adapters"]:
+    if module.disable_adapters or module.merged:
         return []
-    active, downs = own["_active_adapter"], module._modules["lora_A"]._modules
-    return [name for name in ([active] if isinstance(active, str) else active) if name in downs]
+    downs = module._modules["lora_A"]._modules
+    return [name for name in module.active_adapters if name in downs]
 
 
 def norm(module: nn.Module | None) -> Norm | None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from vitkernels.layers import _lora, _own, records
+from vitkernels.layers import _lora, _own
 
 _MISSING = object()
 
@@ -103,7 +103,6 @@ class _Writer:
             own = self._child(child, f"{modules}[{name!r}]")
             if own is not None and rule.takes_lora(path, child):
                 self._unless(f"{self._constant(_lora.why_not)}(c{own[1:]}) is not None")
-                self._unless(f"d0.get({records.PRECISION!r}) is not None")
                 child = child._modules["base_layer"]
                 own = self._child(child, f"{own}['_modules']['base_layer']")
             if own is None:

@@ -20,7 +20,6 @@ from torch.nn.modules import module as torch_module
 
 from vitkernels import ops, runtime
 from vitkernels.layers import _lora, _own, records
-from vitkernels.layers._plain import PLAIN, has_hooks
 from vitkernels.ops._checks import FLOATING
 from vitkernels.swap._guards import Guards
 
@@ -101,8 +100,6 @@ def why_not(rule: Rule, module: nn.Module) -> str | None:
     dtypes: set[torch.dtype] = set()
     read: dict[type[nn.Module], None] = {rule.original: None}
     reason = _blocked(rule, module, dtypes, read)
-    if reason is None and records.runs_fp8(module) and any(map(_lora.is_class, read)):
-        reason = "it is to run in FP8, and its adapter does not"
     for cls in read:
         reason = reason or _own.replaced(cls)
     if reason is None and len(dtypes) > 1:
@@ -174,7 +171,7 @@ def _blocked(rule: Rule, module: nn.Module, dtypes: set[torch.dtype], read: dict
         if child is None:
             continue
         read[original] = None
-        if has_hooks(child):
+        if _own.has_hooks(child):
             return f"a hook on {name}, which fusion would not call"
         if hides_forward(child):
             return f"the forward of {name} is bound to the instance, and fusion would not call it"
@@ -188,7 +185,7 @@ def _blocked(rule: Rule, module: nn.Module, dtypes: set[torch.dtype], read: dict
 
 
 def _why_not_lora(child: nn.Module) -> str | None:
-    if has_hooks(child):
+    if _own.has_hooks(child):
         return "a hook, which fusion would not call"
     if hides_forward(child):
         return "its forward is bound to the instance, and fusion would not call it"
@@ -215,7 +212,7 @@ def _strange_parameters(
     for name, parameter in found.items():
         if parameter is None:
             continue
-        if type(parameter) not in PLAIN:
+        if type(parameter) not in _own.PLAIN:
             return f"{name} is a {type(parameter).__name__}, not a plain Parameter"
         if parameter.dtype not in FLOATING:
             return f"{name} has dtype {str(parameter.dtype).removeprefix('torch.')}"

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from timm.models.mobilevit import MobileVitBlock
 from torch import Tensor, nn
 
-from vitkernels.layers import fused, records
-from vitkernels.layers._plain import has_hooks
+from vitkernels.layers import _own, fused, records
 from vitkernels.layers.windows import within
 from vitkernels.swap._images import channels_first, tokens_of_channels_first
 from vitkernels.swap._rules import RULES, Rule, add, runs_fused
@@ -46,7 +45,7 @@ class FusedMobileVitBlock(MobileVitBlock):
 
     def _blocks(self, x: Tensor) -> list[records.Block] | None:
         """Read the Transformer's blocks; return None if one of them cannot run in windows, or must be called."""
-        if type(self.transformer) is not nn.Sequential or any(map(has_hooks, self.transformer.modules())):
+        if type(self.transformer) is not nn.Sequential or any(map(_own.has_hooks, self.transformer.modules())):
             return None
         found = []
         for block in self.transformer:

@@ -23,7 +23,7 @@ from torch import Tensor
 from vitkernels import runtime
 from vitkernels.ops import _tile
 from vitkernels.ops._product_config import choose_config
-from vitkernels.ops._product_hopper import product_dact_hopper, product_hopper, suits
+from vitkernels.ops._product_hopper import product_dact_hopper, product_hopper, suits, suits_low_rank
 from vitkernels.ops._sums import new_shares, sum_shares
 from vitkernels.ops._triton import tl, triton
 from vitkernels.runtime import cdiv, dense_or, next_power_of_2, wide_dtype
@@ -35,8 +35,8 @@ MAX_ROW = 1 << 22  # elements from one row to the next
 def _product_kernel(
     a_ptr,  # (M, K)
     b_ptr,  # (K, N)
-    u_ptr,  # (M, R), with LOW_RANK
-    v_ptr,  # (R, N), with LOW_RANK
+    u_ptr,  # (M, RANK), contiguous, with a RANK
+    v_ptr,  # (RANK, N), contiguous, or (N, RANK) without V_BY_ROWS
     alpha_ptr,  # (1,), with HAS_ALPHA
     bias_ptr,  # (N,)
     gamma_ptr,  # (N,), LayerScale
@@ -48,16 +48,11 @@ def _product_kernel(
     stride_a_col,
     stride_b_row,
     stride_b_col,
-    stride_u_row,
-    stride_u_col,
-    stride_v_row,
-    stride_v_col,
     stride_residual_row,
     rows_per_sample,
     M,
     N,
     K,
-    R,
     HAS_ALPHA: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_GAMMA: tl.constexpr,
@@ -66,7 +61,8 @@ def _product_kernel(
     PATH: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ALIGNED_M: tl.constexpr,
-    LOW_RANK: tl.constexpr,
+    RANK: tl.constexpr,
+    V_BY_ROWS: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
@@ -89,11 +85,11 @@ def _product_kernel(
     )  # fmt: skip
     if HAS_ALPHA:
         acc *= tl.load(alpha_ptr).to(ACC)
-    if LOW_RANK:
+    if RANK > 0:
+        stride_v_row, stride_v_col = (N, 1) if V_BY_ROWS else (1, RANK)
         acc = _accumulate(
-            acc, u_ptr + first_m * stride_u_row, v_ptr + first_n * stride_v_col,
-            stride_u_row, stride_u_col, stride_v_row, stride_v_col,
-            offs_m, offs_n, mask_m, mask_n, R, False, PRECISION, BLOCK_R,
+            acc, u_ptr + first_m * RANK, v_ptr + first_n * stride_v_col, RANK, 1, stride_v_row, stride_v_col,
+            offs_m, offs_n, mask_m, mask_n, RANK, RANK % BLOCK_R == 0, PRECISION, BLOCK_R,
         )  # fmt: skip
     if PATH != "none":
         path = tl.load(path_ptr + (first_m + offs_m) // rows_per_sample, mask=mask_m, other=0.0).to(ACC)[:, None]
@@ -128,8 +124,8 @@ def _product_kernel(
 def _product_dact_kernel(
     a_ptr,  # (M, K), upstream gradient of the layer after the activation
     b_ptr,  # (K, N), that layer's weight
-    u_ptr,  # (M, R), with LOW_RANK
-    v_ptr,  # (R, N), with LOW_RANK
+    u_ptr,  # (M, RANK), contiguous, with a RANK
+    v_ptr,  # (RANK, N), contiguous, or (N, RANK) without V_BY_ROWS
     alpha_ptr,  # (1,), with HAS_ALPHA
     path_ptr,  # (samples,), with HAS_PATH
     z_ptr,  # (M, N), contiguous: pre-activations
@@ -140,21 +136,17 @@ def _product_dact_kernel(
     stride_a_col,
     stride_b_row,
     stride_b_col,
-    stride_u_row,
-    stride_u_col,
-    stride_v_row,
-    stride_v_col,
     rows_per_sample,
     M,
     N,
     K,
-    R,
     HAS_ALPHA: tl.constexpr,
     HAS_PATH: tl.constexpr,
     SAVE_ACT: tl.constexpr,
     SUM_DZ: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    LOW_RANK: tl.constexpr,
+    RANK: tl.constexpr,
+    V_BY_ROWS: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
@@ -175,11 +167,11 @@ def _product_dact_kernel(
     )  # fmt: skip
     if HAS_ALPHA:
         acc *= tl.load(alpha_ptr).to(ACC)
-    if LOW_RANK:
+    if RANK > 0:
+        stride_v_row, stride_v_col = (N, 1) if V_BY_ROWS else (1, RANK)
         acc = _accumulate(
-            acc, u_ptr + first_m * stride_u_row, v_ptr + first_n * stride_v_col,
-            stride_u_row, stride_u_col, stride_v_row, stride_v_col,
-            offs_m, offs_n, mask_m, mask_n, R, False, PRECISION, BLOCK_R,
+            acc, u_ptr + first_m * RANK, v_ptr + first_n * stride_v_col, RANK, 1, stride_v_row, stride_v_col,
+            offs_m, offs_n, mask_m, mask_n, RANK, RANK % BLOCK_R == 0, PRECISION, BLOCK_R,
         )  # fmt: skip
     if HAS_PATH:
         path = tl.load(path_ptr + (first_m + offs_m) // rows_per_sample, mask=mask_m, other=0.0).to(ACC)[:, None]
@@ -307,7 +299,8 @@ def product(
     path = bias_path if act_path is None else act_path
     path_scales = "none" if path is None else "bias" if act_path is None else "act"
     fused = any(t is not None for t in (alpha, activation, gamma, residual, path, low_rank))
-    tma = suits(a, b, out_dtype, residual, save_z) and low_rank is None
+    low_rank = _dense(low_rank)
+    tma = suits(a, b, out_dtype, residual, save_z) and suits_low_rank(b, alpha, low_rank)
     config = choose_config(M, N, K, a.dtype, kind="epilogue" if fused else "plain", facts=facts, tma=tma)
     # torch.mm supports out_dtype on NVIDIA GPUs only, in fp32, and without a bias.
     widened = out_dtype != a.dtype
@@ -325,7 +318,7 @@ def product(
     if config.provider == "gluon":
         product_hopper(
             config, a, b, y, z if save_z else None, alpha=alpha, bias=bias, activation=activation, gamma=gamma,
-            residual=residual, path=path, path_scales=path_scales,
+            residual=residual, path=path, path_scales=path_scales, low_rank=low_rank,
         )  # fmt: skip
         return y, z
     _product_kernel[(cdiv(M, config.block_m) * cdiv(N, config.block_n),)](
@@ -395,7 +388,8 @@ def product_dact(
     """
     (M, K), N = a.shape, b.shape[1]
     a, b = within_reach(a), within_reach(b)
-    tma = suits(a, b, z.dtype, None, save_act) and low_rank is None
+    low_rank = _dense(low_rank)
+    tma = suits(a, b, z.dtype, None, save_act) and suits_low_rank(b, alpha, low_rank)
     config = choose_config(M, N, K, a.dtype, kind="dact", facts=runtime.device_facts(a.device), tma=tma)
     blocks_m = cdiv(M, config.block_m)
     dz = torch.empty_like(z)
@@ -404,7 +398,7 @@ def product_dact(
     if M > 0 and config.provider == "gluon":
         product_dact_hopper(
             config, a, b, z, dz, act if save_act else None, dbias if sum_dz else None, alpha=alpha,
-            path=path, activation=activation,
+            path=path, activation=activation, low_rank=low_rank,
         )  # fmt: skip
     elif M > 0:
         _product_dact_kernel[(blocks_m * cdiv(N, config.block_n),)](
@@ -444,15 +438,24 @@ def product_dact(
 
 
 def _low_rank(operands: tuple[Tensor, Tensor] | None, other: Tensor, block_k: int) -> dict[str, object]:
-    """Return the arguments of a kernel that say what u and v are; ``other`` is any tensor, where there are none."""
-    u, v = (other, other) if operands is None else map(within_reach, operands)
-    rank = 0 if operands is None else u.shape[1]
-    return {
-        "u_ptr": u, "v_ptr": v, "R": rank, "LOW_RANK": operands is not None,
-        **{f"stride_{name}": stride for name, stride in zip(("u_row", "u_col"), u.stride(), strict=True)},
-        **{f"stride_{name}": stride for name, stride in zip(("v_row", "v_col"), v.stride(), strict=True)},
-        "BLOCK_R": max(16, min(block_k, next_power_of_2(rank))) if rank else 16,
-    }  # fmt: skip
+    """Return the kernels' arguments about u and v, which :func:`_dense` gave; ``other`` stands for what is not there.
+
+    A rank and the strides that follow from it are constants, as only then loads of a few elements a row are wide.
+    """
+    if operands is None:
+        return {"u_ptr": other, "v_ptr": other, "RANK": 0, "V_BY_ROWS": True, "BLOCK_R": 16}
+    u, v = operands
+    rank = u.shape[1]
+    block = max(16, min(block_k, next_power_of_2(rank)))
+    return {"u_ptr": u, "v_ptr": v, "RANK": rank, "V_BY_ROWS": v.is_contiguous(), "BLOCK_R": block}
+
+
+def _dense(operands: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+    """Return u contiguous, and v contiguous or the transpose of what is."""
+    if operands is None:
+        return None
+    u, v = operands
+    return u.contiguous(), v if v.t().is_contiguous() else v.contiguous()
 
 
 def within_reach(matrix: Tensor) -> Tensor:

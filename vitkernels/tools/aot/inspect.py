@@ -33,8 +33,8 @@ COMPILED = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64
 FP32_CASE = "vit_base_patch16_224"
 FP64_OPS = {
     "vit_base_patch16_224": {
-        "layer_norm", "add_layer_norm", "linear_activation", "mlp", "attention_biased", "attention_key_mask",
-        "attention_pair_mask", "attention_dropout", "attention_swin_cosine", "attention_relative",
+        "layer_norm", "add_layer_norm", "linear_activation", "mlp", "lora_mlp", "attention_biased",
+        "attention_key_mask", "attention_pair_mask", "attention_dropout", "attention_swin_cosine", "attention_relative",
         "attention_decomposed_windows", "patch_embed",
         "patch_embed_uint8",
     },

@@ -107,9 +107,7 @@ def test_lora(width, rank, dtype, device, taken):
         return function(**others, lora1=(a1, up1), lora2=(a2, up2))
 
     check_op(functools.partial(call, ops.lora_mlp), functools.partial(call, reference.lora_mlp), tensors)
-    # In fp16 LayerScale has a power of two, which is v's and not the update's.
-    between = "dact" if dtype == torch.bfloat16 else "epilogue"
-    assert kinds == ([] if rank == 12 else ["epilogue", "epilogue", between, "epilogue"])
+    assert kinds == ([] if rank == 12 else ["epilogue", "epilogue", "dact", "epilogue"])
 
 
 @pytest.mark.parametrize("width", [128, 256])

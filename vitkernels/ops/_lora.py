@@ -82,7 +82,7 @@ def lora_linear_backward(
         folded, alpha = fold_layer_scale(weight, gamma)
         dx = product(dy, folded, alpha=alpha, low_rank=update if lora_x is None else None)[0].view(x.shape)
     if wanted.dlora_x:
-        dlora_x = product(*update)[0].view(x.shape)
+        dlora_x = product(*update, alpha=low.alpha)[0].view(x.shape)
     grads = weight_gradients(dy, rows, weight, bias, gamma, [*of_weights, False], dtype)
     da, db, update_dgamma = low.gradients(dy, rows if lora_x is None else _rows(lora_x), gamma, of_weights[2])
     if dbias is None:

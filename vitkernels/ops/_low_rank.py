@@ -24,7 +24,9 @@ class LowRank:
     def __init__(self, a: Tensor, b: Tensor, u: Tensor, needs_da: bool, needs_db: bool, dtype) -> None:
         self.a, self.b, self.u = a, b, u
         self.needs_da, self.needs_db, self.dtype = needs_da, needs_db, dtype
+        # γ = alpha · γ' for one alpha, where γ is folded into weights of fp16; v is without it.
         self.v: Tensor | None = None
+        self.alpha: Tensor | None = None
 
     @property
     def trains(self) -> bool:
@@ -32,11 +34,14 @@ class LowRank:
         return self.needs_da or self.needs_db
 
     def upstream(self, dy: Tensor | None, gamma: Tensor | None, needs_dx: bool) -> tuple[Tensor, Tensor] | None:
-        """Return v and A, whose product is the update's part of dx; None if neither dx nor dA is wanted."""
+        """Return v and A, whose product is the update's part of dx; None if neither dx nor dA is wanted.
+
+        ``alpha`` scales it as it scales the product with γ ∘ W.
+        """
         if not (needs_dx or self.needs_da):
             return None
-        folded, alpha = fold_layer_scale(self.b, gamma)
-        self.v, _ = product(dy, folded, alpha=alpha)
+        folded, self.alpha = fold_layer_scale(self.b, gamma)
+        self.v, _ = product(dy, folded)
         return self.v, self.a
 
     def gradients(
@@ -45,7 +50,7 @@ class LowRank:
         """Return dA and dB in ``dtype`` and the update's part of dγ, each empty unless wanted."""
         da = self.a.new_empty(0, dtype=self.dtype)
         if self.needs_da:
-            da, _ = product(self.v.t(), x, out_dtype=self.dtype)
+            da, _ = product(self.v.t(), x, out_dtype=self.dtype, alpha=self.alpha)
         if not (self.needs_db or needs_dgamma):
             return da, da.new_empty(0), da.new_empty(0) if gamma is None else gamma.new_empty(0)
         needed = self.needs_db, False, needs_dgamma, False

@@ -1,7 +1,7 @@
 """Matrix products with a fused epilogue, used by linear.py and mlp.py.
 
-    product         y = residual + γ · s · act(z),  z = alpha · a b + u v + t · bias
-    product_dact    dz = s · (alpha · a b + u v) · act'(z),  with s · act(z) and Σ dz on the side
+    product         y = residual + γ · s · act(z),  z = alpha · (a b + u v) + t · bias
+    product_dact    dz = s · alpha · (a b + u v) · act'(z),  with s · act(z) and Σ dz on the side
 
 s and t are DropPath's scales of the rows of a sample. u v, of a low rank R, is the update of a layer by LoRA: R more
 columns of a and rows of b, which lie elsewhere.
@@ -42,7 +42,7 @@ def _product_kernel(
     gamma_ptr,  # (N,), LayerScale
     residual_ptr,  # (M, N)
     path_ptr,  # (samples,), with a PATH: scales act(z), or the bias
-    z_ptr,  # (M, N), contiguous: alpha · a b + u v + bias, with SAVE_Z
+    z_ptr,  # (M, N), contiguous: alpha · (a b + u v) + bias, with SAVE_Z
     y_ptr,  # (M, N), contiguous: residual + gamma · act(z)
     stride_a_row,
     stride_a_col,
@@ -78,19 +78,20 @@ def _product_kernel(
     first_m, first_n = pid_m * BLOCK_M, pid_n * BLOCK_N
     offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < M - first_m, offs_n < N - first_n
-    acc = _accumulate(
-        tl.zeros((BLOCK_M, BLOCK_N), ACC), a_ptr + first_m * stride_a_row, b_ptr + first_n * stride_b_col,
-        stride_a_row, stride_a_col, stride_b_row, stride_b_col,
-        offs_m, offs_n, mask_m, mask_n, K, EVEN_K, PRECISION, BLOCK_K,
-    )  # fmt: skip
-    if HAS_ALPHA:
-        acc *= tl.load(alpha_ptr).to(ACC)
-    if RANK > 0:
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    if RANK > 0:  # first, as behind the longer loop it would take registers of its own
         stride_v_row, stride_v_col = (N, 1) if V_BY_ROWS else (1, RANK)
         acc = _accumulate(
             acc, u_ptr + first_m * RANK, v_ptr + first_n * stride_v_col, RANK, 1, stride_v_row, stride_v_col,
             offs_m, offs_n, mask_m, mask_n, RANK, RANK % BLOCK_R == 0, PRECISION, BLOCK_R,
         )  # fmt: skip
+    acc = _accumulate(
+        acc, a_ptr + first_m * stride_a_row, b_ptr + first_n * stride_b_col,
+        stride_a_row, stride_a_col, stride_b_row, stride_b_col,
+        offs_m, offs_n, mask_m, mask_n, K, EVEN_K, PRECISION, BLOCK_K,
+    )  # fmt: skip
+    if HAS_ALPHA:
+        acc *= tl.load(alpha_ptr).to(ACC)
     if PATH != "none":
         path = tl.load(path_ptr + (first_m + offs_m) // rows_per_sample, mask=mask_m, other=0.0).to(ACC)[:, None]
     first_out = first_m * N + first_n
@@ -129,7 +130,7 @@ def _product_dact_kernel(
     alpha_ptr,  # (1,), with HAS_ALPHA
     path_ptr,  # (samples,), with HAS_PATH
     z_ptr,  # (M, N), contiguous: pre-activations
-    dz_ptr,  # (M, N), contiguous: path · (alpha · a b + u v) · act'(z)
+    dz_ptr,  # (M, N), contiguous: path · alpha · (a b + u v) · act'(z)
     act_ptr,  # (M, N), contiguous: path · act(z), with SAVE_ACT
     dbias_ptr,  # (blocks of M, N): each block's column sums of dz, with SUM_DZ
     stride_a_row,
@@ -160,19 +161,20 @@ def _product_dact_kernel(
     first_m, first_n = pid_m * BLOCK_M, pid_n * BLOCK_N
     offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < M - first_m, offs_n < N - first_n
-    acc = _accumulate(
-        tl.zeros((BLOCK_M, BLOCK_N), ACC), a_ptr + first_m * stride_a_row, b_ptr + first_n * stride_b_col,
-        stride_a_row, stride_a_col, stride_b_row, stride_b_col,
-        offs_m, offs_n, mask_m, mask_n, K, EVEN_K, PRECISION, BLOCK_K,
-    )  # fmt: skip
-    if HAS_ALPHA:
-        acc *= tl.load(alpha_ptr).to(ACC)
-    if RANK > 0:
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    if RANK > 0:  # first, as behind the longer loop it would take registers of its own
         stride_v_row, stride_v_col = (N, 1) if V_BY_ROWS else (1, RANK)
         acc = _accumulate(
             acc, u_ptr + first_m * RANK, v_ptr + first_n * stride_v_col, RANK, 1, stride_v_row, stride_v_col,
             offs_m, offs_n, mask_m, mask_n, RANK, RANK % BLOCK_R == 0, PRECISION, BLOCK_R,
         )  # fmt: skip
+    acc = _accumulate(
+        acc, a_ptr + first_m * stride_a_row, b_ptr + first_n * stride_b_col,
+        stride_a_row, stride_a_col, stride_b_row, stride_b_col,
+        offs_m, offs_n, mask_m, mask_n, K, EVEN_K, PRECISION, BLOCK_K,
+    )  # fmt: skip
+    if HAS_ALPHA:
+        acc *= tl.load(alpha_ptr).to(ACC)
     if HAS_PATH:
         path = tl.load(path_ptr + (first_m + offs_m) // rows_per_sample, mask=mask_m, other=0.0).to(ACC)[:, None]
         acc *= path
@@ -281,7 +283,7 @@ def product(
     low_rank: tuple[Tensor, Tensor] | None = None,
     save_z: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``(residual + γ · s · act(z), z)`` with ``z = alpha · a b + u v + t · bias``, z empty unless ``save_z``.
+    """Return ``(residual + γ · s · act(z), z)`` with ``z = alpha · (a b + u v) + t · bias``, z empty unless ``save_z``.
 
     Args:
         a, b: (M, K) and (K, N), any strides, one dtype.
@@ -300,7 +302,7 @@ def product(
     path_scales = "none" if path is None else "bias" if act_path is None else "act"
     fused = any(t is not None for t in (alpha, activation, gamma, residual, path, low_rank))
     low_rank = _dense(low_rank)
-    tma = suits(a, b, out_dtype, residual, save_z) and suits_low_rank(b, alpha, low_rank)
+    tma = suits(a, b, out_dtype, residual, save_z) and suits_low_rank(b, low_rank)
     config = choose_config(M, N, K, a.dtype, kind="epilogue" if fused else "plain", facts=facts, tma=tma)
     # torch.mm supports out_dtype on NVIDIA GPUs only, in fp32, and without a bias.
     widened = out_dtype != a.dtype
@@ -375,7 +377,7 @@ def product_dact(
     sum_dz: bool,
     sum_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``(dz, s · act(z), Σ dz)`` with ``dz = s · (alpha · a b + u v) · act'(z)``: through an activation.
+    """Return ``(dz, s · act(z), Σ dz)`` with ``dz = s · alpha · (a b + u v) · act'(z)``: through an activation.
 
     Args:
         a, b: (M, K) and (K, N), any strides.
@@ -389,7 +391,7 @@ def product_dact(
     (M, K), N = a.shape, b.shape[1]
     a, b = within_reach(a), within_reach(b)
     low_rank = _dense(low_rank)
-    tma = suits(a, b, z.dtype, None, save_act) and suits_low_rank(b, alpha, low_rank)
+    tma = suits(a, b, z.dtype, None, save_act) and suits_low_rank(b, low_rank)
     config = choose_config(M, N, K, a.dtype, kind="dact", facts=runtime.device_facts(a.device), tma=tma)
     blocks_m = cdiv(M, config.block_m)
     dz = torch.empty_like(z)

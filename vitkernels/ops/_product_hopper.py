@@ -304,7 +304,7 @@ def _product_hopper_kernel(
     gamma_ptr,  # (N,), LayerScale
     residual_desc,  # (M, N), of y's dtype
     path_ptr,  # (samples,), with a PATH: scales act(z), or the bias
-    z_desc,  # (M, N): alpha · a b + u v + bias, with SAVE_Z
+    z_desc,  # (M, N): alpha · (a b + u v) + bias, with SAVE_Z
     y_desc,  # (M, N): residual + gamma · act(z)
     rows_per_sample,
     M,
@@ -371,7 +371,7 @@ def _product_dact_hopper_kernel(
     alpha_ptr,  # (1,), with HAS_ALPHA
     path_ptr,  # (samples,), with HAS_PATH
     z_desc,  # (M, N): pre-activations
-    dz_desc,  # (M, N): path · (alpha · a b + u v) · act'(z)
+    dz_desc,  # (M, N): path · alpha · (a b + u v) · act'(z)
     act_desc,  # (M, N): path · act(z), with SAVE_ACT
     dbias_ptr,  # (blocks of M, N): each block's column sums of dz, with SUM_DZ
     rows_per_sample,
@@ -443,16 +443,13 @@ def suits(a: Tensor, b: Tensor, out_dtype: torch.dtype, residual: Tensor | None,
     return _copied_by_tma(a) and (_copied_by_tma(b) or _copied_by_tma(b.t())) and residual_fits
 
 
-def suits_low_rank(b: Tensor, alpha: Tensor | None, low_rank: tuple[Tensor, Tensor] | None) -> bool:
-    """Tell whether the kernels here can add ``low_rank`` to a product that they can compute.
-
-    alpha would scale it too, as all goes through one sum; and v has to lie as b.
-    """
+def suits_low_rank(b: Tensor, low_rank: tuple[Tensor, Tensor] | None) -> bool:
+    """Tell whether the kernels here can add ``low_rank`` to a product that they can compute: v has to lie as b."""
     if low_rank is None:
         return True
     u, v = low_rank
     as_b = v if _copied_by_tma(b) else v.t()
-    return alpha is None and _copied_by_tma(u) and _copied_by_tma(as_b)
+    return _copied_by_tma(u) and _copied_by_tma(as_b)
 
 
 def _copied_by_tma(matrix: Tensor) -> bool:

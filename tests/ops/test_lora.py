@@ -223,6 +223,7 @@ BAD = {
     "B's rank": (lambda: ops.lora_linear(X, W, None, A, B[:, :1]), ValueError, r"lora_b has .*expected \(4, 2\)"),
     "B's rows": (lambda: ops.lora_linear(X, W, None, A, torch.zeros(5, 2)), ValueError, r"lora_b has .*\(4, 2\)"),
     "A's dtype": (lambda: ops.lora_linear(X, W, None, A.half(), B), TypeError, "lora_a has dtype torch.float16"),
+    "no A": (lambda: ops.lora_linear(X, W, None, None, B), TypeError, "lora_a is a NoneType; expected a torch.Tensor"),
     "B's device": (lambda: ops.lora_linear(X, W, None, A, B.to("meta")), ValueError, "lora_b is on meta"),
     "lora_x": (lambda: ops.lora_linear(X, W, None, A, B, lora_x=X[:1]), ValueError, "lora_x has shape"),
     "activation": (lambda: ops.lora_linear(X, W, None, A, B, activation="relu"), ValueError, "'relu'"),

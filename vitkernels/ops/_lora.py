@@ -269,7 +269,9 @@ def _check_lora(
 ) -> None:
     """Require A (R, K) and B (N, R) with R ≥ 1, on ``x``'s device; with ``strict`` in its dtype, or fp32."""
     for name, t in ((a_name, a), (b_name, b)):
-        check_like(op, name, t, "x", x, dtype=strict and not (t.dtype == torch.float32 and x.dtype.itemsize == 2))
+        check_like(op, name, t, "x", x, dtype=False)
+        if strict and not (t.dtype == torch.float32 and x.dtype.itemsize == 2):
+            check_like(op, name, t, "x", x)
     if a.ndim != 2 or a.shape[1] != K or a.shape[0] == 0:
         raise ValueError(f"{op}: {a_name} has shape {tuple(a.shape)}; expected (rank, {K})")
     check_shape(op, b_name, b, (N, a.shape[0]), f"the out features, and the rows of {a_name}")

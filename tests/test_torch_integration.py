@@ -236,6 +236,12 @@ def opcheck_cases(device):
         mlp = randn(36, 20), randn(36), randn(20, 36), w
         outputs += [ops.mlp(x, *mlp, residual=x, layer_scale=w)]
         outputs += [ops.mlp(x, *mlp, layer_scale=w, drop_path_scale=randn(2).detach())]
+        down, up = randn(4, 20), randn(36, 4)
+        outputs += [ops.lora_linear(x, mlp[0], mlp[1], down, up, activation="gelu")]
+        outputs += [ops.lora_linear(x, mlp[0], None, down, up, lora_x=randn(2, 7, 20), layer_scale=randn(36))]
+        outputs += [ops.lora_mlp(x, *mlp[:3], w, lora1=(down, up), residual=x, layer_scale=w)]
+        outputs += [ops.lora_mlp(x, *mlp[:3], None, lora2=(randn(4, 36), randn(20, 4)), recompute=True,
+                                 drop_path_scale=randn(2).detach())]  # fmt: skip
         path = randn(2).detach()
         outputs += [ops.block(x, norm1=(w, w), qkv=(randn(60, 20), randn(60)), proj=(randn(20, 20), w), norm2=(w, w),
                               fc1=mlp[:2], fc2=mlp[2:], layer_scale=(w, w), drop_path_scale=(path, path),

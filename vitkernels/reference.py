@@ -169,6 +169,46 @@ def mlp(
     return _add_branch(y, residual, layer_scale, drop_path_scale)
 
 
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    lora_x: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+) -> Tensor:
+    """``residual + layer_scale · activation(x Wᵀ + bias + x Aᵀ Bᵀ)`` (arXiv 2106.09685), A of ``lora_x`` if given."""
+    z = F.linear(x, weight, bias) + F.linear(F.linear(x if lora_x is None else lora_x, lora_a), lora_b)
+    y = activate(z, activation)
+    if layer_scale is not None:
+        y = y * layer_scale
+    return y if residual is None else residual + y
+
+
+def lora_mlp(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    lora1: tuple[Tensor, Tensor] | None = None,
+    lora2: tuple[Tensor, Tensor] | None = None,
+    activation: str | None = "gelu",
+    residual: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+    drop_path_scale: Tensor | None = None,
+) -> Tensor:
+    """:func:`mlp` with LoRA's A and B (arXiv 2106.09685) beside its first layer, its second, or both."""
+    for w, b, lora, act in ((w1, b1, lora1, activation), (w2, b2, lora2, None)):
+        x = linear(x, w, b, activation=act) if lora is None else lora_linear(x, w, b, *lora, activation=act)
+    return _add_branch(x, residual, layer_scale, drop_path_scale)
+
+
 def swiglu_mlp(
     x: Tensor,
     w12: Tensor | tuple[Tensor, Tensor],

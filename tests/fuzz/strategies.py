@@ -471,10 +471,43 @@ def linears_fp8(draw):
     return d.done("linear_fp8", activation=draw(activations), grouped=d.maybe(), quantized=d.maybe())
 
 
+@st.composite
+def lora_linears(draw):
+    d = Draw(draw, draw(dtypes))
+    lead, N, K, rank = draw(leads), draw(sizes), draw(sizes), draw(sizes)
+    d.add("x", *lead, K)
+    d.add("weight", N, K, kind="weight")
+    if not d.maybe_add("bias", N):
+        d.inputs["bias"] = Input((), "none")
+    _lora(d, "lora", rank, N, K)
+    if d.maybe():
+        d.add("lora_x", *lead, K)
+    _epilogue(d, lead, N)
+    return d.done("lora_linear", activation=draw(activations))
+
+
+@st.composite
+def lora_mlps(draw):
+    call = draw(mlps())
+    d = Draw(draw, call.dtype)
+    F, C = call.inputs["w1"].shape
+    for name, N, K in (("lora1", F, C), ("lora2", call.inputs["w2"].shape[0], F)):
+        if d.maybe():
+            _lora(d, name, draw(sizes), N, K)
+    return dataclasses.replace(call, op="lora_mlp", inputs=call.inputs | d.inputs)
+
+
+def _lora(d: Draw, name: str, rank: int, N: int, K: int) -> None:
+    d.add(f"{name}_a", rank, K, kind="weight")
+    d.add(f"{name}_b", N, rank, kind="weight")
+
+
 CALLS = {
     **{op: norms(op) for op in ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")},
     "linear": linears(),
     "mlp": mlps(),
+    "lora_linear": lora_linears(),
+    "lora_mlp": lora_mlps(),
     "swiglu_mlp": swiglu_mlps(),
     "attention": attentions(),
     "attention_qkvpacked": attentions_qkvpacked(),

@@ -147,4 +147,7 @@ NOT_SWEPT = {"patch_merging"}
 OPS = {name: _op(name) for name in dict.fromkeys(w.op for w in WORKLOADS) if name not in NOT_SWEPT}
 ATTENTION = ("attention", "attention_qkvpacked", "attention_varlen")
 WINDOWS = ("window_attention", "relative_attention", "decomposed_attention")
-ROWS = ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm", "linear", "mlp", "swiglu_mlp")
+ROWS = (
+    *("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm"),
+    *("linear", "mlp", "lora_linear", "lora_mlp", "swiglu_mlp"),
+)

@@ -83,8 +83,8 @@ NORMS = {n for n in OPS if n.endswith("norm")}
 @hostile(
     24,
     "x and weight of different dtypes",
-    "PyTorch's rule: norms take fp32 weights beside half inputs, sums the widest dtype; windows take any table and "
-    "padding; else `TypeError`",
+    "PyTorch's rule: norms take fp32 weights beside half inputs, as LoRA does; sums the widest dtype; windows take any "
+    "table and padding; else `TypeError`",
 )
 @pytest.mark.parametrize(
     ("op", "x_dtype", "weight_dtype"),
@@ -103,13 +103,13 @@ def test_mixed_dtypes(op, x_dtype, weight_dtype, device, request):
     made = call(op, dtype=x_dtype, device=device, grad=False)
     for name in parameters(op):
         mixed = made.map(lambda t: t.to(weight_dtype), [name])
-        of_a_norm = op in NORMS or name.startswith("norm")
+        may_be_wider = op in NORMS or name.startswith(("norm", "lora"))
         beside_half = x_dtype.itemsize == 2 and weight_dtype == torch.float32
         if name.startswith(("drop_path", "layer_scale", "gamma")):
             assert mixed.outputs()[0].dtype == torch.promote_types(x_dtype, weight_dtype), name
         elif op in WINDOWS:
             assert mixed.outputs()[0].dtype == x_dtype, name
-        elif of_a_norm and beside_half:
+        elif may_be_wider and beside_half:
             for y, want in zip(mixed.outputs(), made.outputs(), strict=True):
                 assert torch.equal(y, want), f"{name} holds the same numbers in fp32"
         else:

@@ -90,6 +90,26 @@ def test_drop_path(width, recompute, device, taken):
     assert kinds == ["epilogue", "epilogue", "dact"]
 
 
+@pytest.mark.parametrize(
+    ("width", "rank", "dtype"),
+    [(128, 8, torch.bfloat16), (256, 72, torch.bfloat16), (128, 64, torch.float16), (256, 12, torch.float16)],
+    ids=str,
+)
+def test_lora(width, rank, dtype, device, taken):
+    """The update's tiles follow the operands' through the ring, with tails of K and of the rank."""
+    kinds = taken(width)
+    tensors = layers(133, 72, 136, dtype=dtype, device=device)
+    for i, (K, N) in enumerate(((72, 136), (136, 72)), start=1):
+        tensors[f"a{i}"] = make(rank, K, dtype=dtype, device=device, scale=K**-0.5)
+        tensors[f"up{i}"] = make(N, rank, dtype=dtype, device=device, scale=rank**-0.5)
+
+    def call(function, a1, up1, a2, up2, **others):
+        return function(**others, lora1=(a1, up1), lora2=(a2, up2))
+
+    check_op(functools.partial(call, ops.lora_mlp), functools.partial(call, reference.lora_mlp), tensors)
+    assert kinds == ([] if rank == 12 else ["epilogue", "epilogue", "dact", "epilogue"])
+
+
 @pytest.mark.parametrize("width", [128, 256])
 def test_1025_rows(width, device, taken):
     taken(width)

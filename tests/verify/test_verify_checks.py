@@ -27,7 +27,8 @@ def with_function(problem: Problem, function) -> Problem:
 def test_problems_cover_every_public_op_and_have_distinct_names():
     found = [problem for case in QUICK for problem in (*problems(case), *fp8_problems(case))]
     assert {p.op for p in found} == {
-        "layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm", "linear", "mlp", "swiglu_mlp", "attention",
+        "layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm", "linear", "mlp", "lora_linear",
+        "lora_mlp", "swiglu_mlp", "attention",
         "attention_qkvpacked", "attention_varlen", "window_attention", "relative_attention", "decomposed_attention",
         "block", "patch_embed", "patch_merging",
         *fp8.NAMES,

@@ -1,4 +1,4 @@
-"""Detect monkey-patched methods: a fused forward may replace only the methods that the library itself defined.
+"""Detect hooks and monkey-patched methods: a fused forward may replace only what the library itself defined.
 
 ``timm.layers.Mlp.forward = mine`` changes every Mlp, including those already swapped. So this module records the
 methods of each class whose forward may be replaced, and compares them by identity at every call. It does not check
@@ -13,11 +13,26 @@ import types
 from collections.abc import Callable, Iterable
 
 from torch import nn
+from torch._subclasses import FakeTensor
+
+# torch.export replaces parameters with fake tensors.
+PLAIN = (nn.Parameter, FakeTensor)
 
 _entries: dict[type[nn.Module], set[str]] = {}
 _called: dict[type[nn.Module], set[str]] = {}
 # The methods of a class by name; None for a method that is not the library's own.
 _noted: dict[type[nn.Module], tuple[tuple[str, object], ...]] = {}
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Tell whether ``module`` has hooks, which run only when it is called."""
+    state = module.__dict__
+    return bool(
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    )
 
 
 def note(

@@ -87,6 +87,8 @@ def limit(record: Block | Attention | Mlp) -> str | None:
     elif record.norm is not None or record.input_norm is not None:
         return "its MLP has a norm"
     for layer in linears(record):
+        if layer.lora is not None:
+            return "an adapter of a layer does not run in FP8"
         width, dtype = layer.weight.shape[1], layer.weight.dtype
         if width % 16 or width > MAX_ROW:
             return f"a layer takes {width} features; FP8 takes a multiple of 16, at most {MAX_ROW}"
@@ -102,11 +104,15 @@ def _norm_limit(norm: Norm | None) -> str | None:
 
 
 def check_inference(record: Block | Attention | Mlp, x: Tensor) -> None:
-    """Require that no gradient is wanted and nothing is dropped.
+    """Require that no gradient is wanted, nothing is dropped, and no layer has got an adapter since.
 
     Raises:
-        NotImplementedError: Something is.
+        NotImplementedError: Something is, or a layer has.
     """
+    if any(layer.lora is not None for layer in linears(record)):
+        raise NotImplementedError(
+            "fp8: a layer has got an adapter, which does not run in FP8: call vitkernels.accelerate(model) again"
+        )
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in _tensors(record))):
         raise NotImplementedError(
             "fp8: a gradient is wanted, and FP8 is for inference: call the model within torch.no_grad() or "

@@ -76,11 +76,19 @@ def add_norm(
     return ops.add_layer_norm(branch, x, norm.weight, norm.bias, norm.eps, **scales)
 
 
-def _linear(x: Tensor | ops.Fp8, layer: Linear, dtype: torch.dtype | None, **epilogue: object) -> Tensor | ops.Fp8:
+def linear(
+    layer: Linear, x: Tensor | ops.Fp8, dtype: torch.dtype | None = None, **epilogue: object
+) -> Tensor | ops.Fp8:
     """Apply ``layer``; to an x in FP8 in FP8, with a result in ``dtype``."""
     if isinstance(x, ops.Fp8):
-        return ops.linear_fp8(x, fp8.weight(layer.weight), layer.bias, dtype=dtype, **epilogue)
-    return ops.linear(x, *layer, **epilogue)
+        weight, bias = layer.plain
+        return ops.linear_fp8(x, fp8.weight(weight), bias, dtype=dtype, **epilogue)
+    weight, bias, lora = layer
+    if lora is None:
+        return ops.linear(x, weight, bias, **epilogue)
+    # In the adapter's dtype, in which PEFT drops: the same elements for a seed.
+    dropped = F.dropout(x.to(lora.a.dtype), lora.drop).to(x.dtype) if lora.drop else None
+    return ops.lora_linear(x, weight, bias, lora.a, lora.b, lora_x=dropped, **epilogue)
 
 
 def attention(
@@ -114,7 +122,7 @@ def attention(
     if not packed:
         options |= {"attn_mask": attn_mask, "num_prefix_tokens": 0 if rope is None else attn.num_prefix_tokens}
     if isinstance(attn.qkv, Linear):
-        qkv = _heads(attn, _linear(x, attn.qkv, dtype).view(B, N, attn.qkv.weight.shape[0]))
+        qkv = _heads(attn, linear(attn.qkv, x, dtype).view(B, N, attn.qkv.weight.shape[0]))
         if attn.positions is not None:
             out = attend_by_position(attn, qkv)
         elif packed:
@@ -123,7 +131,7 @@ def attention(
             out = ops.attention_qkvpacked(qkv, **options)
     else:
         D = attn.head_dim
-        q, k, v = (_linear(x, layer, dtype).view(B, N, layer.weight.shape[0] // D, D) for layer in attn.qkv)
+        q, k, v = (linear(layer, x, dtype).view(B, N, layer.weight.shape[0] // D, D) for layer in attn.qkv)
         groups = q.shape[2] // k.shape[2]
         if groups > 1:  # grouped-query attention: q heads share a k and v head (arXiv 2305.13245)
             k, v = (t.repeat_interleave(groups, dim=2) for t in (k, v))
@@ -136,17 +144,17 @@ def attention(
         out = out * attn.gate(x).sigmoid()
     if attn.proj is None:
         return out
-    return _dropout(_linear(ops.quantize_fp8(out) if in_fp8 else out, attn.proj, dtype), attn.proj_drop)
+    return _dropout(linear(attn.proj, ops.quantize_fp8(out) if in_fp8 else out, dtype), attn.proj_drop)
 
 
 def cross_attention(attn: Attention, queries: Tensor, x: Tensor) -> Tensor:
     """Attention from ``queries`` to x, each (B, tokens, C), from the projections to the output projection."""
     heads = (attn.num_heads, attn.head_dim)
     of_queries, *others = attn.qkv
-    q = ops.linear(queries, *of_queries).unflatten(-1, heads)
-    k, v = (t for layer in others for t in ops.linear(x, *layer).unflatten(-1, (-1, *heads)).unbind(2))
+    q = linear(of_queries, queries).unflatten(-1, heads)
+    k, v = (t for layer in others for t in linear(layer, x).unflatten(-1, (-1, *heads)).unbind(2))
     out = ops.attention(*(t.transpose(1, 2) for t in (q, k, v)), scale=attn.scale, dropout_p=attn.attn_drop)
-    return _dropout(ops.linear(out.transpose(1, 2).flatten(2), *attn.proj), attn.proj_drop)
+    return _dropout(linear(attn.proj, out.transpose(1, 2).flatten(2)), attn.proj_drop)
 
 
 def _heads(attn: Attention, packed: Tensor) -> Tensor:
@@ -203,17 +211,21 @@ def mlp(
     if not mlp.gated:
         if _plain_mlp(mlp):
             scales = {"layer_scale": layer_scale, "drop_path_scale": drop_path_scale}
-            return ops.mlp(x, *fc1, *fc2, activation=activation, residual=residual, **scales)
-        hidden = ops.linear(x, *fc1, activation=activation)
+            options = {"activation": activation, "residual": residual, **scales}
+            if fc1.lora is fc2.lora is None:
+                return ops.mlp(x, *fc1.plain, *fc2.plain, **options)
+            lora = {f"lora{i}": fc.lora and fc.lora[:2] for i, fc in enumerate((fc1, fc2), start=1)}
+            return ops.lora_mlp(x, *fc1[:2], *fc2[:2], **lora, **options)
+        hidden = linear(fc1, x, activation=activation)
     elif not drops and (mlp.norm is None or not mlp.norm.rms):
-        weights, biases = fc1 if isinstance(fc1, Linear) else zip(*fc1, strict=True)
+        weights, biases = fc1.plain if isinstance(fc1, Linear) else zip(*(layer.plain for layer in fc1), strict=True)
         if isinstance(biases, tuple) and biases[0] is None:
             biases = None
         return ops.swiglu_mlp(
             x,
             weights,
             biases,
-            *fc2,
+            *fc2.plain,
             activation=activation,
             gate_last=mlp.gate_last,
             norm=None if mlp.norm is None else mlp.norm[:3],
@@ -222,22 +234,22 @@ def mlp(
         )
     else:
         if isinstance(fc1, Linear):
-            gate, value = ops.linear(x, *fc1).chunk(2, dim=-1)[:: -1 if mlp.gate_last else 1]
+            gate, value = linear(fc1, x).chunk(2, dim=-1)[:: -1 if mlp.gate_last else 1]
         else:
-            gate, value = (ops.linear(x, *layer) for layer in fc1)
+            gate, value = (linear(layer, x) for layer in fc1)
         hidden = reference.activate(gate, activation) * value
     hidden = norm(mlp.norm, _dropout(hidden, mlp.drop1))
     if not mlp.drop2:
-        return ops.linear(hidden, *fc2, residual=residual, layer_scale=layer_scale)
-    out = F.dropout(ops.linear(hidden, *fc2), mlp.drop2)
+        return linear(fc2, hidden, residual=residual, layer_scale=layer_scale)
+    out = F.dropout(linear(fc2, hidden), mlp.drop2)
     if layer_scale is not None:
         out = out * layer_scale
     return out if residual is None else residual + out
 
 
 def _mlp_fp8(mlp: Mlp, x: ops.Fp8, dtype: torch.dtype, **epilogue: Tensor | None) -> Tensor:
-    hidden = _linear(x, mlp.fc1, torch.float8_e4m3fn, activation=mlp.activation)
-    return _linear(hidden, mlp.fc2, dtype, **epilogue)
+    hidden = linear(mlp.fc1, x, torch.float8_e4m3fn, activation=mlp.activation)
+    return linear(mlp.fc2, hidden, dtype, **epilogue)
 
 
 def block(
@@ -250,7 +262,8 @@ def block(
 ) -> Tensor:
     """A pre-norm block: ``x + γ1 · attn(norm1(x))``, then ``x + γ2 · mlp(norm2(x))``, with DropPath on both branches.
 
-    A block is one op if it is plain, has no mask, rope or dropout, and the tuning table picks our attention kernels.
+    A block is one op if it is plain, has no mask, rope, dropout or adapter, and the tuning table picks our attention
+    kernels.
     Otherwise LayerScale, DropPath and the first residual sum are fused with norm2, the second ones with a plain MLP.
     """
     norm1, attn, norm2, mlp_, gamma1, gamma2, path1, path2, in_fp8 = block
@@ -264,11 +277,11 @@ def block(
         return ops.block(
             x,
             norm1=norm1[:2],
-            qkv=attn.qkv,
-            proj=attn.proj,
+            qkv=attn.qkv.plain,
+            proj=attn.proj.plain,
             norm2=norm2[:2],
-            fc1=mlp_.fc1,
-            fc2=mlp_.fc2,
+            fc1=mlp_.fc1.plain,
+            fc2=mlp_.fc2.plain,
             layer_scale=(gamma1, gamma2),
             drop_path_scale=(drop_path_scale(path1, x, gamma1), drop_path_scale(path2, x, gamma2)),
             num_heads=attn.num_heads,
@@ -321,7 +334,9 @@ def _attends(attn: Attention, x: Tensor) -> str:
 
 def _plain_mlp(mlp: Mlp) -> bool:
     """Tell whether ``ops.mlp`` covers everything behind the MLP's input norm."""
-    return not (mlp.gated or mlp.drop1 or mlp.drop2) and mlp.norm is None
+    if mlp.gated or mlp.drop1 or mlp.drop2 or mlp.norm is not None:
+        return False
+    return not any(layer.lora is not None and layer.lora.drop for layer in (mlp.fc1, mlp.fc2))
 
 
 def _is_plain(block: Block) -> bool:
@@ -334,6 +349,7 @@ def _is_plain(block: Block) -> bool:
         and not (attn.attn_drop or attn.proj_drop or attn.head_first)
         and mlp_.input_norm is None
         and _plain_mlp(mlp_)
+        and attn.qkv.lora is attn.proj.lora is mlp_.fc1.lora is mlp_.fc2.lora is None
     )
 
 
@@ -350,10 +366,10 @@ def _dropout(x: Tensor, p: float) -> Tensor:
 def patch_merging(norm: Norm, reduction: Linear, x: Tensor, *, norm_last: bool = False) -> Tensor:
     """Merge every 2 × 2 patches of images x (B, Y, X, C): a LayerNorm, then ``reduction``; or first that."""
     return ops.patch_merging(
-        x, *reduction, norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps, norm_last=norm_last
+        x, *reduction.plain, norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps, norm_last=norm_last
     )
 
 
 def patch_embed(proj: nn.Conv2d, images: Tensor, **options: object) -> Tensor:
     """Return the tokens of ``images``: the convolution ``proj``, with options of :func:`ops.patch_embed`."""
-    return ops.patch_embed(images, *records.linear(proj), **options)
+    return ops.patch_embed(images, *records.linear(proj).plain, **options)

@@ -57,8 +57,8 @@ class Mlp(nn.Module):
         self.drop2 = nn.Dropout(drop)
 
     def fuses(self) -> bool:
-        """Tell whether the fused forward may run: it would skip an adapter or a hook on a child."""
-        return has_plain_children(self, _CHILDREN)
+        """Tell whether the fused forward may run: it would skip a hook or an adapter other than LoRA on a child."""
+        return has_plain_children(self, _CHILDREN, adapts=True)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fuses():

@@ -16,11 +16,35 @@ import torch
 from torch import Tensor, nn
 
 
+class Lora(NamedTuple):
+    """``dropout(x) · aᵀ · bᵀ``, an update of low rank: a (rank, in), b (out, rank) with its scaling.
+
+    Attributes:
+        drop: Dropout probability in the present mode.
+    """
+
+    a: Tensor
+    b: Tensor
+    drop: float = 0.0
+
+
 class Linear(NamedTuple):
-    """``x · weightᵀ + bias``: weight (out, in), bias (out,) or None."""
+    """``x · weightᵀ + bias``: weight (out, in), bias (out,) or None; and ``lora`` of x besides."""
 
     weight: Tensor
     bias: Tensor | None = None
+    lora: Lora | None = None
+
+    @property
+    def plain(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias, for who computes no adapter.
+
+        Raises:
+            RuntimeError: There is one, which would be ignored; the rule of who reads this must not take any.
+        """
+        if self.lora is not None:
+            raise RuntimeError("a layer with an adapter is read as if it had none")
+        return self[:2]
 
 
 class Norm(NamedTuple):
@@ -200,8 +224,35 @@ def parameter(module: nn.Module, name: str) -> Tensor | None:
 
 
 def linear(module: nn.Module) -> Linear:
-    """Read a Linear."""
-    return Linear(parameter(module, "weight"), parameter(module, "bias"))
+    """Read a Linear, or PEFT's around one that :func:`vitkernels.layers._lora.why_not` has passed."""
+    base = module._modules.get("base_layer")
+    if base is None:
+        return Linear(parameter(module, "weight"), parameter(module, "bias"))
+    return linear(base)._replace(lora=_lora(module))
+
+
+def _lora(module: nn.Module) -> Lora | None:
+    """Read PEFT's active adapters as one; None if they add nothing: disabled, merged, or of other layers alone."""
+    children, scaling = module._modules, module.scaling
+    downs, ups = children["lora_A"]._modules, children["lora_B"]._modules
+    names = active_adapters(module)
+    if not names:
+        return None
+    a = [parameter(downs[name], "weight") for name in names]
+    b = [parameter(ups[name], "weight") for name in names]
+    b = [up if scaling[name] == 1 else up * scaling[name] for name, up in zip(names, b, strict=True)]
+    if len(names) > 1:  # dropout would draw for each of them
+        return Lora(torch.cat(a), torch.cat(b, dim=1))
+    drop = children["lora_dropout"]._modules[names[0]]
+    return Lora(a[0], b[0], 0.0 if isinstance(drop, nn.Identity) else dropout(drop))
+
+
+def active_adapters(module: nn.Module) -> list[str]:
+    """Return which adapters of PEFT's layer ``module`` add something to its base layer's output."""
+    if module.disable_adapters or module.merged:
+        return []
+    downs = module._modules["lora_A"]._modules
+    return [name for name in module.active_adapters if name in downs]
 
 
 def norm(module: nn.Module | None) -> Norm | None:
@@ -247,7 +298,7 @@ def attention(module: nn.Module) -> Attention:
     else:
         qkv = linear(packed)
         if module._parameters.get("q_bias") is not None:  # EVA stores it in three parts; that of the keys is zero
-            qkv = Linear(qkv.weight, torch.cat((module.q_bias, module.k_bias, module.v_bias)))
+            qkv = qkv._replace(bias=torch.cat((module.q_bias, module.k_bias, module.v_bias)))
         head_dim = qkv.weight.shape[0] // (3 * heads)
     calls_torch = own.get("fused_attn", False)
     return Attention(

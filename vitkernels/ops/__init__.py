@@ -14,6 +14,7 @@ from vitkernels.ops._decomposed_attention import decomposed_attention
 from vitkernels.ops._fp8 import Fp8, add_layer_norm_fp8, layer_norm_fp8, linear_fp8, quantize_fp8
 from vitkernels.ops._layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from vitkernels.ops._linear import linear
+from vitkernels.ops._lora import lora_linear, lora_mlp
 from vitkernels.ops._mlp import mlp
 from vitkernels.ops._patch_embed import patch_embed
 from vitkernels.ops._patch_merging import patch_merging
@@ -39,6 +40,8 @@ __all__ = [
     "layer_norm_fp8",
     "linear",
     "linear_fp8",
+    "lora_linear",
+    "lora_mlp",
     "mlp",
     "patch_embed",
     "patch_merging",

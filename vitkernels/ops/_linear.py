@@ -174,10 +174,10 @@ def _sum_rows(dy: Tensor, path: Tensor | None, dtype: torch.dtype) -> Tensor:
     return (sums * path.to(wide).unsqueeze(1)).sum(0).to(dtype)
 
 
-def linear_forward(x, weight, bias, gamma, residual, activation, out_dtype=None, save_z=False, **paths):
+def linear_forward(x, weight, bias, gamma, residual, activation, out_dtype=None, save_z=False, **more):
     """Launch the forward on (..., K); return ``(y, z)``, y by default in the widest dtype of x, residual and gamma.
 
-    ``paths`` are scales of samples, as :func:`vitkernels.ops._product.product` takes them.
+    ``more``: scales of samples and an update of low rank, as :func:`vitkernels.ops._product.product` takes them.
     """
     M, N = x.shape[:-1].numel(), weight.shape[0]
     y, z = product(
@@ -189,7 +189,7 @@ def linear_forward(x, weight, bias, gamma, residual, activation, out_dtype=None,
         gamma=gamma,
         residual=None if residual is None else unit_stride(within_reach(residual.reshape(M, N))),
         save_z=save_z,
-        **paths,
+        **more,
     )
     return y.view(*x.shape[:-1], N), z.view(*x.shape[:-1], N) if save_z else z
 

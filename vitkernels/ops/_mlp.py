@@ -67,28 +67,47 @@ def mlp_backward(dy, x, w1, w2, b2, gamma, z, act, activation, needed, dtype=Non
     ``act`` is the forward's h, None if it must be computed again. The gradients of weights and biases have ``dtype``,
     x's if None; that of γ has γ's, and that of γ ∘ W2 is fp32 (fp64).
     """
-    wanted = MlpWanted(*needed)
+    lora = None, None
+    return mlp_gradients(dy, x, w1, w2, b2, gamma, z, act, activation, MlpWanted(*needed), dtype, path, lora)[0]
+
+
+def mlp_gradients(dy, x, w1, w2, b2, gamma, z, act, activation, wanted, dtype, path, lora):
+    """Return the gradients as :func:`mlp_backward` does, and those of LoRA's A and B of each layer that has them.
+
+    ``lora`` holds a :class:`vitkernels.ops._low_rank.LowRank` or None for each layer.
+    """
+    low1, low2 = lora
     dtype = dtype or x.dtype
     M, F = x.shape[:-1].numel(), w1.shape[0]
     rows, z, dy = x.reshape(M, x.shape[-1]), z.reshape(M, F), dy.reshape(M, w2.shape[0]).to(x.dtype)
-    make_act = act is None and (wanted.dw2 or wanted.dgamma or wanted.dfolded)
-    if wanted.dx or wanted.dw1 or wanted.db1:
+    needs_dz = wanted.dx or wanted.dw1 or wanted.db1 or (low1 is not None and low1.trains)
+    make_act = act is None and (wanted.dw2 or wanted.dgamma or wanted.dfolded or (low2 is not None and low2.needs_da))
+    update2 = None if low2 is None else low2.upstream(dy, gamma, needs_dz)
+    if needs_dz:
         folded, alpha = fold_layer_scale(w2, gamma)
         dz, made, db1 = product_dact(
             dy, folded, z, activation,
-            alpha=alpha, path=path, save_act=make_act, sum_dz=wanted.db1, sum_dtype=dtype,
+            alpha=alpha, path=path, low_rank=update2, save_act=make_act, sum_dz=wanted.db1, sum_dtype=dtype,
         )  # fmt: skip
     else:
-        made, db1 = None, x.new_empty(0, dtype=dtype)
+        dz, made, db1 = None, None, x.new_empty(0, dtype=dtype)
         if make_act:
             made = reference.activate(z, activation)
             made = made if path is None else (made * path.repeat_interleave(M // len(path))[:, None]).to(x.dtype)
     act = made if act is None else act.reshape(M, F)
     d_last = weight_gradients(dy, act, w2, b2, gamma, wanted[3:], dtype, path)
+    updates = []
+    if low2 is not None:
+        *updates, dgamma = low2.gradients(dy, act, gamma, wanted.dgamma)
+        if wanted.dgamma:
+            d_last = (*d_last[:2], d_last[2] + dgamma, d_last[3])
     del act, made  # as large as z
-    dx = product(dz, w1)[0].view(x.shape) if wanted.dx else x.new_empty(0)
+    update1 = None if low1 is None else low1.upstream(dz, None, wanted.dx)
+    dx = product(dz, w1, low_rank=update1)[0].view(x.shape) if wanted.dx else x.new_empty(0)
     dw1 = product(dz.t(), rows, out_dtype=dtype)[0] if wanted.dw1 else x.new_empty(0, dtype=dtype)
-    return dx, dw1, db1, *d_last
+    if low1 is not None:
+        updates = [*low1.gradients(dz, rows, None, False)[:2], *updates]
+    return (dx, dw1, db1, *d_last), updates
 
 
 def _fake_forward(

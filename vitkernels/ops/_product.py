@@ -1,14 +1,15 @@
 """Matrix products with a fused epilogue, used by linear.py and mlp.py.
 
-    product         y = residual + γ · s · act(z),  z = alpha · a b + t · bias
-    product_dact    dz = s · alpha · a b · act'(z),  with s · act(z) and Σ dz on the side
+    product         y = residual + γ · s · act(z),  z = alpha · (a b + u v) + t · bias
+    product_dact    dz = s · alpha · (a b + u v) · act'(z),  with s · act(z) and Σ dz on the side
 
-s and t are DropPath's scales of the rows of a sample.
+s and t are DropPath's scales of the rows of a sample. u v, of a low rank R, is the update of a layer by LoRA: R more
+columns of a and rows of b, which lie elsewhere.
 
-Shapes, as in a GEMM: a (M, K), b (K, N), any strides. Sums are fp32 (fp64 for fp64). On a GPU a product without
-an epilogue goes to torch.mm (cuBLAS): the Triton kernel reaches 0.80 to 0.97 of its speed (H100, bf16), and is worth
-it only if the epilogue saves a pass over memory. On sm_90 the kernels of _product_hopper.py compute large products in
-16 bits whose layouts suit TMA.
+Shapes, as in a GEMM: a (M, K), b (K, N), u (M, R), v (R, N), any strides. Sums are fp32 (fp64 for fp64). On a GPU a
+product without an epilogue goes to torch.mm (cuBLAS): the Triton kernel reaches 0.80 to 0.97 of its speed (H100, bf16),
+and is worth it only if the epilogue saves a pass over memory. On sm_90 the kernels of _product_hopper.py compute large
+products in 16 bits whose layouts suit TMA.
 
 If possible, the epilogue processes its tile in parts of 32 columns: z, act(z) and the gradients of a whole tile would
 take so many registers that an SM could hold only one program, and nothing would overlap with the epilogue.
@@ -22,10 +23,10 @@ from torch import Tensor
 from vitkernels import runtime
 from vitkernels.ops import _tile
 from vitkernels.ops._product_config import choose_config
-from vitkernels.ops._product_hopper import product_dact_hopper, product_hopper, suits
+from vitkernels.ops._product_hopper import product_dact_hopper, product_hopper, suits, suits_low_rank
 from vitkernels.ops._sums import new_shares, sum_shares
 from vitkernels.ops._triton import tl, triton
-from vitkernels.runtime import cdiv, dense_or, wide_dtype
+from vitkernels.runtime import cdiv, dense_or, next_power_of_2, wide_dtype
 
 MAX_ROW = 1 << 22  # elements from one row to the next
 
@@ -34,12 +35,14 @@ MAX_ROW = 1 << 22  # elements from one row to the next
 def _product_kernel(
     a_ptr,  # (M, K)
     b_ptr,  # (K, N)
+    u_ptr,  # (M, RANK), contiguous, with a RANK
+    v_ptr,  # (RANK, N), contiguous, or (N, RANK) without V_BY_ROWS
     alpha_ptr,  # (1,), with HAS_ALPHA
     bias_ptr,  # (N,)
     gamma_ptr,  # (N,), LayerScale
     residual_ptr,  # (M, N)
     path_ptr,  # (samples,), with a PATH: scales act(z), or the bias
-    z_ptr,  # (M, N), contiguous: alpha · a b + bias, with SAVE_Z
+    z_ptr,  # (M, N), contiguous: alpha · (a b + u v) + bias, with SAVE_Z
     y_ptr,  # (M, N), contiguous: residual + gamma · act(z)
     stride_a_row,
     stride_a_col,
@@ -58,6 +61,8 @@ def _product_kernel(
     PATH: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ALIGNED_M: tl.constexpr,
+    RANK: tl.constexpr,
+    V_BY_ROWS: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
@@ -65,6 +70,7 @@ def _product_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
     if ALIGNED_M:
         M = M // 16 * 16  # which tells the compiler
@@ -72,10 +78,17 @@ def _product_kernel(
     first_m, first_n = pid_m * BLOCK_M, pid_n * BLOCK_N
     offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < M - first_m, offs_n < N - first_n
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    if RANK > 0:  # first, as behind the longer loop it would take registers of its own
+        stride_v_row, stride_v_col = (N, 1) if V_BY_ROWS else (1, RANK)
+        acc = _accumulate(
+            acc, u_ptr + first_m * RANK, v_ptr + first_n * stride_v_col, RANK, 1, stride_v_row, stride_v_col,
+            offs_m, offs_n, mask_m, mask_n, RANK, RANK % BLOCK_R == 0, PRECISION, BLOCK_R,
+        )  # fmt: skip
     acc = _accumulate(
-        a_ptr + first_m * stride_a_row, b_ptr + first_n * stride_b_col,
+        acc, a_ptr + first_m * stride_a_row, b_ptr + first_n * stride_b_col,
         stride_a_row, stride_a_col, stride_b_row, stride_b_col,
-        offs_m, offs_n, mask_m, mask_n, K, EVEN_K, PRECISION, ACC, BLOCK_M, BLOCK_N, BLOCK_K,
+        offs_m, offs_n, mask_m, mask_n, K, EVEN_K, PRECISION, BLOCK_K,
     )  # fmt: skip
     if HAS_ALPHA:
         acc *= tl.load(alpha_ptr).to(ACC)
@@ -112,10 +125,12 @@ def _product_kernel(
 def _product_dact_kernel(
     a_ptr,  # (M, K), upstream gradient of the layer after the activation
     b_ptr,  # (K, N), that layer's weight
+    u_ptr,  # (M, RANK), contiguous, with a RANK
+    v_ptr,  # (RANK, N), contiguous, or (N, RANK) without V_BY_ROWS
     alpha_ptr,  # (1,), with HAS_ALPHA
     path_ptr,  # (samples,), with HAS_PATH
     z_ptr,  # (M, N), contiguous: pre-activations
-    dz_ptr,  # (M, N), contiguous: path · alpha · a b · act'(z)
+    dz_ptr,  # (M, N), contiguous: path · alpha · (a b + u v) · act'(z)
     act_ptr,  # (M, N), contiguous: path · act(z), with SAVE_ACT
     dbias_ptr,  # (blocks of M, N): each block's column sums of dz, with SUM_DZ
     stride_a_row,
@@ -131,6 +146,8 @@ def _product_dact_kernel(
     SAVE_ACT: tl.constexpr,
     SUM_DZ: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    RANK: tl.constexpr,
+    V_BY_ROWS: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
@@ -138,15 +155,23 @@ def _product_dact_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
     pid_m, pid_n = _tile_of_program(M, N, BLOCK_M, BLOCK_N)
     first_m, first_n = pid_m * BLOCK_M, pid_n * BLOCK_N
     offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < M - first_m, offs_n < N - first_n
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    if RANK > 0:  # first, as behind the longer loop it would take registers of its own
+        stride_v_row, stride_v_col = (N, 1) if V_BY_ROWS else (1, RANK)
+        acc = _accumulate(
+            acc, u_ptr + first_m * RANK, v_ptr + first_n * stride_v_col, RANK, 1, stride_v_row, stride_v_col,
+            offs_m, offs_n, mask_m, mask_n, RANK, RANK % BLOCK_R == 0, PRECISION, BLOCK_R,
+        )  # fmt: skip
     acc = _accumulate(
-        a_ptr + first_m * stride_a_row, b_ptr + first_n * stride_b_col,
+        acc, a_ptr + first_m * stride_a_row, b_ptr + first_n * stride_b_col,
         stride_a_row, stride_a_col, stride_b_row, stride_b_col,
-        offs_m, offs_n, mask_m, mask_n, K, EVEN_K, PRECISION, ACC, BLOCK_M, BLOCK_N, BLOCK_K,
+        offs_m, offs_n, mask_m, mask_n, K, EVEN_K, PRECISION, BLOCK_K,
     )  # fmt: skip
     if HAS_ALPHA:
         acc *= tl.load(alpha_ptr).to(ACC)
@@ -192,6 +217,7 @@ def _tile_of_program(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _accumulate(
+    acc,
     a_ptr,
     b_ptr,
     stride_a_row,
@@ -205,19 +231,15 @@ def _accumulate(
     K,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Return one (BLOCK_M, BLOCK_N) tile of a b; the pointers are at its first row and its first column.
+    """Add one tile of a b to ``acc``; the pointers are at its first row and its first column.
 
     Offsets within a tile are 32 bits wide; 64 bits would take twice the registers.
     """
     offs_k = tl.arange(0, BLOCK_K)
     a_ptrs = a_ptr + offs_m[:, None] * stride_a_row + offs_k[None, :] * stride_a_col
     b_ptrs = b_ptr + offs_k[:, None] * stride_b_row + offs_n[None, :] * stride_b_col
-    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     for start in range(0, K, BLOCK_K):
         if EVEN_K:
             a = tl.load(a_ptrs, mask=mask_m[:, None], other=0.0)
@@ -258,9 +280,10 @@ def product(
     residual: Tensor | None = None,
     act_path: Tensor | None = None,
     bias_path: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     save_z: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``(residual + γ · s · act(z), z)`` with ``z = alpha · a b + t · bias``; z is empty unless ``save_z``.
+    """Return ``(residual + γ · s · act(z), z)`` with ``z = alpha · (a b + u v) + t · bias``, z empty unless ``save_z``.
 
     Args:
         a, b: (M, K) and (K, N), any strides, one dtype.
@@ -269,6 +292,7 @@ def product(
         bias, gamma: (N,).
         residual: (M, N), unit stride along N.
         act_path, bias_path: s or t, (samples,), with M / samples rows each; only one of the two.
+        low_rank: u (M, R) and v (R, N), any strides, of the dtype of a and b.
     """
     (M, K), N = a.shape, b.shape[1]
     a, b = within_reach(a), within_reach(b)
@@ -276,8 +300,9 @@ def product(
     facts = runtime.device_facts(a.device)
     path = bias_path if act_path is None else act_path
     path_scales = "none" if path is None else "bias" if act_path is None else "act"
-    fused = any(t is not None for t in (alpha, activation, gamma, residual, path))
-    tma = suits(a, b, out_dtype, residual, save_z)
+    fused = any(t is not None for t in (alpha, activation, gamma, residual, path, low_rank))
+    low_rank = _dense(low_rank)
+    tma = suits(a, b, out_dtype, residual, save_z) and suits_low_rank(b, low_rank)
     config = choose_config(M, N, K, a.dtype, kind="epilogue" if fused else "plain", facts=facts, tma=tma)
     # torch.mm supports out_dtype on NVIDIA GPUs only, in fp32, and without a bias.
     widened = out_dtype != a.dtype
@@ -295,12 +320,13 @@ def product(
     if config.provider == "gluon":
         product_hopper(
             config, a, b, y, z if save_z else None, alpha=alpha, bias=bias, activation=activation, gamma=gamma,
-            residual=residual, path=path, path_scales=path_scales,
+            residual=residual, path=path, path_scales=path_scales, low_rank=low_rank,
         )  # fmt: skip
         return y, z
     _product_kernel[(cdiv(M, config.block_m) * cdiv(N, config.block_n),)](
         a_ptr=a,
         b_ptr=b,
+        **_low_rank(low_rank, a, config.block_k),
         alpha_ptr=a if alpha is None else alpha,
         bias_ptr=dense_or(bias, a),
         gamma_ptr=dense_or(gamma, a),
@@ -346,23 +372,26 @@ def product_dact(
     *,
     alpha: Tensor | None,
     path: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     save_act: bool,
     sum_dz: bool,
     sum_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``(dz, s · act(z), Σ dz)`` with ``dz = s · alpha · a b · act'(z)``, the gradient through an activation.
+    """Return ``(dz, s · act(z), Σ dz)`` with ``dz = s · alpha · (a b + u v) · act'(z)``: through an activation.
 
     Args:
         a, b: (M, K) and (K, N), any strides.
         z: (M, N), contiguous.
         alpha: (1,).
         path: s, (samples,): DropPath's scale of M / samples rows each.
+        low_rank: u (M, R) and v (R, N), any strides.
         save_act, sum_dz: Whether to compute the second and the third result; they are empty otherwise.
         sum_dtype: Dtype of the third result; fp32 (fp64) if None.
     """
     (M, K), N = a.shape, b.shape[1]
     a, b = within_reach(a), within_reach(b)
-    tma = suits(a, b, z.dtype, None, save_act)
+    low_rank = _dense(low_rank)
+    tma = suits(a, b, z.dtype, None, save_act) and suits_low_rank(b, low_rank)
     config = choose_config(M, N, K, a.dtype, kind="dact", facts=runtime.device_facts(a.device), tma=tma)
     blocks_m = cdiv(M, config.block_m)
     dz = torch.empty_like(z)
@@ -371,12 +400,13 @@ def product_dact(
     if M > 0 and config.provider == "gluon":
         product_dact_hopper(
             config, a, b, z, dz, act if save_act else None, dbias if sum_dz else None, alpha=alpha,
-            path=path, activation=activation,
+            path=path, activation=activation, low_rank=low_rank,
         )  # fmt: skip
     elif M > 0:
         _product_dact_kernel[(blocks_m * cdiv(N, config.block_n),)](
             a_ptr=a,
             b_ptr=b,
+            **_low_rank(low_rank, a, config.block_k),
             alpha_ptr=a if alpha is None else alpha,
             path_ptr=dense_or(path, a),
             z_ptr=z,
@@ -407,6 +437,27 @@ def product_dact(
             num_stages=config.num_stages,
         )
     return dz, act, *sum_shares(shares, [sum_dz], [sum_dtype or shares.dtype])
+
+
+def _low_rank(operands: tuple[Tensor, Tensor] | None, other: Tensor, block_k: int) -> dict[str, object]:
+    """Return the kernels' arguments about u and v, which :func:`_dense` gave; ``other`` stands for what is not there.
+
+    A rank and the strides that follow from it are constants, as only then loads of a few elements a row are wide.
+    """
+    if operands is None:
+        return {"u_ptr": other, "v_ptr": other, "RANK": 0, "V_BY_ROWS": True, "BLOCK_R": 16}
+    u, v = operands
+    rank = u.shape[1]
+    block = max(16, min(block_k, next_power_of_2(rank)))
+    return {"u_ptr": u, "v_ptr": v, "RANK": rank, "V_BY_ROWS": v.is_contiguous(), "BLOCK_R": block}
+
+
+def _dense(operands: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+    """Return u contiguous, and v contiguous or the transpose of what is."""
+    if operands is None:
+        return None
+    u, v = operands
+    return u.contiguous(), v if v.t().is_contiguous() else v.contiguous()
 
 
 def within_reach(matrix: Tensor) -> Tensor:

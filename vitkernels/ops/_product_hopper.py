@@ -11,6 +11,8 @@ of the result until none are left. The consumers work in one of two ways:
 A consumer that takes turns may wait for the ring only when the other has seen all of its tile: an mbarrier tells apart
 only the current phase and the one before. ``turns`` orders them.
 
+Tiles of u and v, an update of low rank, go through the ring behind those of a and b.
+
 A tile of the residual, or of z in the backward, comes by TMA into the buffer that y, or dz, leaves by. TMA fills what
 is beyond the edge with zeros, and does not write there.
 
@@ -49,30 +51,50 @@ def _tile_at(tile, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
 
 @gluon.jit
 def _produce(
-    a_desc, b_desc, a_ring, b_ring, empty, full, M, N, K, B_BY_ROWS: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    a_desc, b_desc, u_desc, v_desc, a_ring, b_ring, empty, full, M, N, K, RANK: gl.constexpr, B_BY_ROWS: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Fill the ring with the tiles that the consumers multiply, in their order."""
-    A_TILES: gl.constexpr = BLOCK_M // a_desc.block_shape[0]
     tiles = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
     step = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         m, n = _tile_at(tile, M, N, BLOCK_M, BLOCK_N)
         for k in range(0, K, BLOCK_K):
-            stage = step % STAGES
-            hopper.mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
-            nbytes: gl.constexpr = A_TILES * a_desc.block_type.nbytes + b_desc.block_type.nbytes
-            hopper.mbarrier.expect(full.index(stage), nbytes)
-            for i in gl.static_range(A_TILES):
-                rows = m + i * a_desc.block_shape[0]
-                hopper.tma.async_copy_global_to_shared(
-                    a_desc, [rows, k], full.index(stage), a_ring.index(stage * A_TILES + i)
-                )
-            if B_BY_ROWS:
-                hopper.tma.async_copy_global_to_shared(b_desc, [k, n], full.index(stage), b_ring.index(stage))
-            else:
-                hopper.tma.async_copy_global_to_shared(b_desc, [n, k], full.index(stage), b_ring.index(stage))
+            _copy(a_desc, b_desc, a_ring, b_ring, empty, full, step, m, n, k, B_BY_ROWS, BLOCK_M, STAGES)
             step += 1
+        if RANK > 0:
+            for k in range(0, RANK, BLOCK_K):
+                _copy(u_desc, v_desc, a_ring, b_ring, empty, full, step, m, n, k, B_BY_ROWS, BLOCK_M, STAGES)
+                step += 1
+
+
+@gluon.jit
+def _copy(
+    a_desc, b_desc, a_ring, b_ring, empty, full, step, m, n, k, B_BY_ROWS: gl.constexpr, BLOCK_M: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """Copy one step's tiles into the ring, once its stage is empty."""
+    A_TILES: gl.constexpr = BLOCK_M // a_desc.block_shape[0]
+    stage = step % STAGES
+    hopper.mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
+    nbytes: gl.constexpr = A_TILES * a_desc.block_type.nbytes + b_desc.block_type.nbytes
+    hopper.mbarrier.expect(full.index(stage), nbytes)
+    for i in gl.static_range(A_TILES):
+        rows = m + i * a_desc.block_shape[0]
+        hopper.tma.async_copy_global_to_shared(a_desc, [rows, k], full.index(stage), a_ring.index(stage * A_TILES + i))
+    if B_BY_ROWS:
+        hopper.tma.async_copy_global_to_shared(b_desc, [k, n], full.index(stage), b_ring.index(stage))
+    else:
+        hopper.tma.async_copy_global_to_shared(b_desc, [n, k], full.index(stage), b_ring.index(stage))
+
+
+@gluon.jit
+def _summed(K, RANK: gl.constexpr, BLOCK_K: gl.constexpr):
+    """Return how many columns of a and u are summed, those that fill a's last tile included."""
+    if RANK == 0:
+        return K
+    else:
+        return gl.cdiv(K, BLOCK_K) * BLOCK_K + RANK
 
 
 @gluon.jit
@@ -275,17 +297,20 @@ def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 def _product_hopper_kernel(
     a_desc,  # (M, K)
     b_desc,  # (N, K), or (K, N) with B_BY_ROWS
+    u_desc,  # (M, RANK), with a RANK
+    v_desc,  # (N, RANK), or (RANK, N) with B_BY_ROWS
     alpha_ptr,  # (1,), with HAS_ALPHA
     bias_ptr,  # (N,)
     gamma_ptr,  # (N,), LayerScale
     residual_desc,  # (M, N), of y's dtype
     path_ptr,  # (samples,), with a PATH: scales act(z), or the bias
-    z_desc,  # (M, N): alpha · a b + bias, with SAVE_Z
+    z_desc,  # (M, N): alpha · (a b + u v) + bias, with SAVE_Z
     y_desc,  # (M, N): residual + gamma · act(z)
     rows_per_sample,
     M,
     N,
     K,
+    RANK: gl.constexpr,
     HAS_ALPHA: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     HAS_GAMMA: gl.constexpr,
@@ -302,6 +327,7 @@ def _product_hopper_kernel(
     STAGES: gl.constexpr,
 ):
     TILES: gl.constexpr = 1 if TURNS else 2
+    summed = _summed(K, RANK, BLOCK_K)
     a_ring = _buffers(a_desc, STAGES * TILES)
     b_ring = _buffers(b_desc, STAGES)
     y_0 = _buffers(y_desc, PARTS)
@@ -318,16 +344,17 @@ def _product_hopper_kernel(
         [
             (_consume_product, (
                 0, a_ring, b_ring, y_0, z_0, empty, full, turns, given, alpha_ptr, bias_ptr, gamma_ptr, residual_desc,
-                path_ptr, z_desc, y_desc, rows_per_sample, M, N, K, HAS_ALPHA, HAS_BIAS, HAS_GAMMA, HAS_RESIDUAL,
+                path_ptr, z_desc, y_desc, rows_per_sample, M, N, summed, HAS_ALPHA, HAS_BIAS, HAS_GAMMA, HAS_RESIDUAL,
                 SAVE_Z, PATH, ACTIVATION, B_BY_ROWS, TURNS, PARTS, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
             )),
             (_consume_product, (
                 1, a_ring, b_ring, y_1, z_1, empty, full, turns, given, alpha_ptr, bias_ptr, gamma_ptr, residual_desc,
-                path_ptr, z_desc, y_desc, rows_per_sample, M, N, K, HAS_ALPHA, HAS_BIAS, HAS_GAMMA, HAS_RESIDUAL,
+                path_ptr, z_desc, y_desc, rows_per_sample, M, N, summed, HAS_ALPHA, HAS_BIAS, HAS_GAMMA, HAS_RESIDUAL,
                 SAVE_Z, PATH, ACTIVATION, B_BY_ROWS, TURNS, PARTS, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
             )),
             (_produce, (
-                a_desc, b_desc, a_ring, b_ring, empty, full, M, N, K, B_BY_ROWS, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
+                a_desc, b_desc, u_desc, v_desc, a_ring, b_ring, empty, full, M, N, K, RANK, B_BY_ROWS, BLOCK_M, BLOCK_N,
+                BLOCK_K, STAGES,
             )),
         ],
         [4, 1],
@@ -339,16 +366,19 @@ def _product_hopper_kernel(
 def _product_dact_hopper_kernel(
     a_desc,  # (M, K), upstream gradient of the layer after the activation
     b_desc,  # (N, K), or (K, N) with B_BY_ROWS: that layer's weight
+    u_desc,  # (M, RANK), with a RANK
+    v_desc,  # (N, RANK), or (RANK, N) with B_BY_ROWS
     alpha_ptr,  # (1,), with HAS_ALPHA
     path_ptr,  # (samples,), with HAS_PATH
     z_desc,  # (M, N): pre-activations
-    dz_desc,  # (M, N): path · alpha · a b · act'(z)
+    dz_desc,  # (M, N): path · alpha · (a b + u v) · act'(z)
     act_desc,  # (M, N): path · act(z), with SAVE_ACT
     dbias_ptr,  # (blocks of M, N): each block's column sums of dz, with SUM_DZ
     rows_per_sample,
     M,
     N,
     K,
+    RANK: gl.constexpr,
     HAS_ALPHA: gl.constexpr,
     HAS_PATH: gl.constexpr,
     SAVE_ACT: gl.constexpr,
@@ -361,6 +391,7 @@ def _product_dact_hopper_kernel(
     BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
 ):
+    summed = _summed(K, RANK, BLOCK_K)
     a_ring = _buffers(a_desc, STAGES)
     b_ring = _buffers(b_desc, STAGES)
     dz_0 = _buffers(dz_desc, PARTS)
@@ -375,16 +406,17 @@ def _product_dact_hopper_kernel(
         [
             (_consume_product_dact, (
                 0, a_ring, b_ring, dz_0, act_0, empty, full, turns, given, alpha_ptr, path_ptr, z_desc, dz_desc,
-                act_desc, dbias_ptr, rows_per_sample, M, N, K, HAS_ALPHA, HAS_PATH, SAVE_ACT, SUM_DZ, ACTIVATION,
+                act_desc, dbias_ptr, rows_per_sample, M, N, summed, HAS_ALPHA, HAS_PATH, SAVE_ACT, SUM_DZ, ACTIVATION,
                 B_BY_ROWS, PARTS, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
             )),
             (_consume_product_dact, (
                 1, a_ring, b_ring, dz_1, act_1, empty, full, turns, given, alpha_ptr, path_ptr, z_desc, dz_desc,
-                act_desc, dbias_ptr, rows_per_sample, M, N, K, HAS_ALPHA, HAS_PATH, SAVE_ACT, SUM_DZ, ACTIVATION,
+                act_desc, dbias_ptr, rows_per_sample, M, N, summed, HAS_ALPHA, HAS_PATH, SAVE_ACT, SUM_DZ, ACTIVATION,
                 B_BY_ROWS, PARTS, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
             )),
             (_produce, (
-                a_desc, b_desc, a_ring, b_ring, empty, full, M, N, K, B_BY_ROWS, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
+                a_desc, b_desc, u_desc, v_desc, a_ring, b_ring, empty, full, M, N, K, RANK, B_BY_ROWS, BLOCK_M, BLOCK_N,
+                BLOCK_K, STAGES,
             )),
         ],
         [4, 1],
@@ -411,6 +443,15 @@ def suits(a: Tensor, b: Tensor, out_dtype: torch.dtype, residual: Tensor | None,
     return _copied_by_tma(a) and (_copied_by_tma(b) or _copied_by_tma(b.t())) and residual_fits
 
 
+def suits_low_rank(b: Tensor, low_rank: tuple[Tensor, Tensor] | None) -> bool:
+    """Tell whether the kernels here can add ``low_rank`` to a product that they can compute: v has to lie as b."""
+    if low_rank is None:
+        return True
+    u, v = low_rank
+    as_b = v if _copied_by_tma(b) else v.t()
+    return _copied_by_tma(u) and _copied_by_tma(as_b)
+
+
 def _copied_by_tma(matrix: Tensor) -> bool:
     row, column = matrix.stride()
     starts = matrix.data_ptr() | row * matrix.itemsize
@@ -431,6 +472,7 @@ def product_hopper(
     residual: Tensor | None,
     path: Tensor | None,
     path_scales: str,
+    low_rank: tuple[Tensor, Tensor] | None,
 ) -> None:
     """Compute ``_product.product`` into ``y`` and, unless it is None, ``z``; :func:`suits` holds.
 
@@ -443,6 +485,8 @@ def product_hopper(
     _product_hopper_kernel[_programs(config, M, N, a.device)](
         a_desc=_described(a, rows, config.block_k),
         b_desc=_described_b(b, b_by_rows, config),
+        u_desc=None if low_rank is None else _described(low_rank[0], rows, config.block_k),
+        v_desc=None if low_rank is None else _described_b(low_rank[1], b_by_rows, config),
         alpha_ptr=a if alpha is None else alpha,
         bias_ptr=dense_or(bias, a),
         gamma_ptr=dense_or(gamma, a),
@@ -454,6 +498,7 @@ def product_hopper(
         M=M,
         N=N,
         K=K,
+        RANK=0 if low_rank is None else low_rank[0].shape[1],
         HAS_ALPHA=alpha is not None,
         HAS_BIAS=bias is not None,
         HAS_GAMMA=gamma is not None,
@@ -484,6 +529,7 @@ def product_dact_hopper(
     alpha: Tensor | None,
     path: Tensor | None,
     activation: str | None,
+    low_rank: tuple[Tensor, Tensor] | None,
 ) -> None:
     """Compute ``_product.product_dact`` into ``dz`` and, unless they are None, ``act`` and ``shares``."""
     (M, K), N = a.shape, b.shape[1]
@@ -492,6 +538,8 @@ def product_dact_hopper(
     _product_dact_hopper_kernel[_programs(config, M, N, a.device)](
         a_desc=_described(a, config.block_m, config.block_k),
         b_desc=_described_b(b, b_by_rows, config),
+        u_desc=None if low_rank is None else _described(low_rank[0], config.block_m, config.block_k),
+        v_desc=None if low_rank is None else _described_b(low_rank[1], b_by_rows, config),
         alpha_ptr=a if alpha is None else alpha,
         path_ptr=dense_or(path, a),
         z_desc=_described(z, config.block_m, columns),
@@ -502,6 +550,7 @@ def product_dact_hopper(
         M=M,
         N=N,
         K=K,
+        RANK=0 if low_rank is None else low_rank[0].shape[1],
         HAS_ALPHA=alpha is not None,
         HAS_PATH=path is not None,
         SAVE_ACT=act is not None,

@@ -190,14 +190,14 @@ def _plan(model: nn.Module, precision: str | None) -> Iterator[tuple[nn.Module, 
         if reason is not None and reason.endswith(_rules.SHARDED) and isinstance(module, rule.fused):
             reason = None  # swapped before FSDP2 sharded it: each call checks again
         if rule is not None and reason is None:
-            bypassed.update(_rules.descendant(module, path) for path in rule.bypassed)
+            bypassed.update(_bypassed(rule, module))
             subclassed = cls not in (rule.original, rule.fused)
             now = cls.__name__ if subclassed else rule.fused.__qualname__
             entry = Swapped(path, rule.original.__name__, now)
             if precision is not None and module not in in_fp8:
                 entry = _in_fp8(entry, rule, module)
                 if entry.precision is not None:
-                    in_fp8.update(_rules.descendant(module, path) for path in rule.bypassed)
+                    in_fp8.update(_bypassed(rule, module))
             yield module, entry
         elif rule is not None:
             yield module, Kept(path, rule.original.__name__, reason, known=True)
@@ -210,6 +210,14 @@ def _plan(model: nn.Module, precision: str | None) -> Iterator[tuple[nn.Module, 
             reason = _reason(module, part)
             if reason is not None:
                 yield module, Kept(path, cls.__name__, reason, known=False, part=part)
+
+
+def _bypassed(rule: _rules.Rule, module: nn.Module) -> Iterator[nn.Module]:
+    """Yield what the fused forward of ``module`` reads and does not call; of an adapted Linear all its parts."""
+    for path in rule.bypassed:
+        child = _rules.descendant(module, path)
+        if child is not None:
+            yield from child.modules() if rule.takes_lora(path, child) else (child,)
 
 
 def _check_devices(model: nn.Module, precision: str) -> None:

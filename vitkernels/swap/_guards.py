@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from vitkernels.layers import _own
+from vitkernels.layers import _lora, _own
 
 _MISSING = object()
 
@@ -101,6 +101,10 @@ class _Writer:
                 self._unless(f"{modules}.get({name!r}) is not None")
                 continue
             own = self._child(child, f"{modules}[{name!r}]")
+            if own is not None and rule.takes_lora(path, child):
+                self._unless(f"{self._constant(_lora.why_not)}(c{own[1:]}) is not None")
+                child = child._modules["base_layer"]
+                own = self._child(child, f"{own}['_modules']['base_layer']")
             if own is None:
                 return False
             inner = self.rules.get(type(child))

@@ -16,12 +16,10 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 from torch.nn.modules import module as torch_module
 
 from vitkernels import ops, runtime
-from vitkernels.layers import _own, records
-from vitkernels.layers._plain import has_hooks
+from vitkernels.layers import _lora, _own, records
 from vitkernels.ops._checks import FLOATING
 from vitkernels.swap._guards import Guards
 
@@ -30,9 +28,6 @@ PARAMETERS: dict[type[nn.Module], frozenset[str]] = {
     nn.Conv2d: frozenset({"weight", "bias"}),
     nn.Linear: frozenset({"weight", "bias"}),
 }
-
-# torch.export replaces parameters with fake tensors.
-PLAIN = (nn.Parameter, FakeTensor)
 
 # The end of the reason for a parameter that FSDP2 has sharded. FSDP2 makes it a plain Parameter while the module runs.
 SHARDED = "is a DTensor, not a plain Parameter"
@@ -48,6 +43,7 @@ class Rule:
         bypassed: The children that the fused forward reads but does not call: the allowed classes of each by name. A
             grandchild whose parent has no rule is named by its path, ``"mlp.c_fc"``. With ``NoneType`` among the
             classes the child may be absent.
+        adapts: Whether the fused forward computes PEFT's LoRA around these children that are a Linear.
         called: The children that the fused forward still calls.
         parameters: The names of the module's own parameters.
         optional_parameters: The names of further parameters that it may have or lack.
@@ -62,6 +58,7 @@ class Rule:
     original: type[nn.Module]
     fused: type[nn.Module]
     bypassed: Mapping[str, tuple[type[nn.Module], ...]] = dataclasses.field(default_factory=dict)
+    adapts: bool = False
     called: frozenset[str] = frozenset()
     parameters: frozenset[str] = frozenset()
     optional_parameters: frozenset[str] = frozenset()
@@ -70,6 +67,10 @@ class Rule:
     limited_by: tuple[str, ...] | None = None
     products: Callable[[nn.Module], records.Block | records.Attention | records.Mlp] | None = None
     guards: Guards = dataclasses.field(default_factory=Guards, repr=False, compare=False)
+
+    def takes_lora(self, path: str, child: nn.Module | None) -> bool:
+        """Tell whether ``child``, which is at ``path``, is PEFT's LoRA around a Linear that may have it."""
+        return self.adapts and nn.Linear in self.bypassed[path] and _lora.is_lora(child)
 
 
 def runs_fused(rule: Rule, module: nn.Module, x: Tensor) -> bool:
@@ -154,6 +155,12 @@ def _blocked(rule: Rule, module: nn.Module, dtypes: set[torch.dtype], read: dict
             return f"it has a child {name!r} ({type(child).__name__}) that is unknown here"
     for name, classes in rule.bypassed.items():
         child = descendant(module, name)
+        if rule.takes_lora(name, child):
+            reason = _why_not_lora(child)
+            if reason is not None:
+                return f"{name}: {reason}"
+            read[type(child)] = None
+            child = child._modules["base_layer"]
         child_rule = RULES.get(type(child))
         original = type(child) if child_rule is None else child_rule.original
         if original not in classes:
@@ -164,7 +171,7 @@ def _blocked(rule: Rule, module: nn.Module, dtypes: set[torch.dtype], read: dict
         if child is None:
             continue
         read[original] = None
-        if has_hooks(child):
+        if _own.has_hooks(child):
             return f"a hook on {name}, which fusion would not call"
         if hides_forward(child):
             return f"the forward of {name} is bound to the instance, and fusion would not call it"
@@ -175,6 +182,14 @@ def _blocked(rule: Rule, module: nn.Module, dtypes: set[torch.dtype], read: dict
         if reason is not None:
             return f"{name}: {reason}"
     return None if rule.limit is None else rule.limit(module)
+
+
+def _why_not_lora(child: nn.Module) -> str | None:
+    if _own.has_hooks(child):
+        return "a hook, which fusion would not call"
+    if hides_forward(child):
+        return "its forward is bound to the instance, and fusion would not call it"
+    return _lora.why_not(child)
 
 
 def descendant(module: nn.Module, path: str) -> nn.Module | None:
@@ -197,7 +212,7 @@ def _strange_parameters(
     for name, parameter in found.items():
         if parameter is None:
             continue
-        if type(parameter) not in PLAIN:
+        if type(parameter) not in _own.PLAIN:
             return f"{name} is a {type(parameter).__name__}, not a plain Parameter"
         if parameter.dtype not in FLOATING:
             return f"{name} has dtype {str(parameter.dtype).removeprefix('torch.')}"

@@ -82,7 +82,7 @@ def _rope(rope: tuple[Tensor, Tensor] | None, tokens: int) -> tuple[ops.Rope | N
 def _attention(attn: SelfAttention, prefix: int) -> records.Attention:
     children = attn._modules
     qkv = children["qkv"]
-    weight, bias = records.linear(qkv)
+    weight, bias = records.linear(qkv).plain
     if bias is not None and isinstance(qkv, LinearKMaskedBias):
         bias = bias * qkv.bias_mask.to(bias.dtype)
     return records.Attention(

@@ -131,7 +131,7 @@ def _attention(attn: ShiftedWindowAttention, x: Tensor | None = None) -> records
 def _attention_v2(attn: ShiftedWindowAttentionV2, x: Tensor) -> records.Attention:
     """Read ``attn`` for images x (B, Y, X, C); keys have no bias, whatever the parameter holds."""
     read = _attention(attn, x)
-    weight, bias = read.qkv
+    weight, bias = read.qkv.plain
     if bias is not None:
         q, k, v = bias.chunk(3)
         bias = torch.cat((q, torch.zeros_like(k), v))

@@ -94,6 +94,7 @@ CASES = {
                 "relative",
                 "decomposed",
                 "decomposed_windows",
+                "lora",
             ),
         ),
         Case("vit_large_patch16_224", 64, 224, 16, 1, 1024, 16, 4096),

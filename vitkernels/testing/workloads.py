@@ -207,6 +207,9 @@ def _nested(op: str, arguments: dict) -> dict:
             arguments |= {"w12": (w1, w2), "b12": None if b1 is None else (b1, b2)}
         arguments.setdefault("b12", None)
         arguments["norm"] = None if norm[2] is None else tuple(norm)
+    elif op == "lora_mlp":
+        pairs = {name: _take(arguments, f"{name}_a", f"{name}_b") for name in ("lora1", "lora2")}
+        arguments |= {name: None if pair[0] is None else pair for name, pair in pairs.items()}
     elif op == "block":
         for layer in ("norm1", "qkv", "proj", "norm2", "fc1", "fc2"):
             arguments[layer] = _take(arguments, f"{layer}_weight", f"{layer}_bias")
@@ -383,6 +386,9 @@ _GAMMA = _bias("C", needs="layer_scale")
 _ADDED = {"residual": _bias("B N C"), "layer_scale": _bias("C", 0.2, needs="layer_scale")}
 _NORM = {"x": Input("B N C", 2.0, 0.5), **_affine("", "C")}
 _MLP = {"x": _X, "w1": _weight("F C"), "b1": _bias("F"), "w2": _weight("C F"), "b2": _bias("C"), **_ADDED}
+_LORA_MLP = _MLP | {
+    "lora1_a": _weight("8 C"), "lora1_b": _weight("F 8"), "lora2_a": _weight("8 F"), "lora2_b": _weight("C 8"),
+}  # fmt: skip
 _FC1 = {"x": _X, "weight": _weight("F C"), "bias": _bias("F")}
 _QKV = dict.fromkeys(("q", "k", "v"), Input("B H N D"))
 _PACKED = {"qkv": Input("B N 3 H D")}
@@ -413,6 +419,10 @@ WORKLOADS = (
     Workload("mlp", "mlp", _MLP, _activation, only=_UNGATED),
     Workload("mlp_drop_path", "mlp", _MLP | {"drop_path_scale": _PATH}, _activation, "DropPath", _UNGATED),
     Workload("mlp_recompute", "mlp", _MLP, lambda case: _activation(case) | {"recompute": True}, "recompute", _UNGATED),
+    Workload("lora_linear", "lora_linear",
+             {"x": _X, "weight": _weight("C C"), "bias": _bias("C"), "lora_a": _weight("8 C"), "lora_b": _weight("C 8"),
+              **_ADDED}, attention="lora"),
+    Workload("lora_mlp", "lora_mlp", _LORA_MLP, _activation, only=_UNGATED, attention="lora"),
     *(_gated(mlp, norm, r) for mlp in ("packed", "separate") for norm in (False, True) for r in (False, True)),
     Workload("attention_separate", "attention", _QKV),
     Workload("attention", "attention_qkvpacked", _PACKED),

@@ -94,9 +94,9 @@ def _glu_product_bwd_kernel(
     offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < M - first_m, offs_n < P - first_n
     dh = _accumulate(
-        dy_ptr + first_m * stride_dy_row, weight_ptr + first_n * stride_weight_col,
+        tl.zeros((BLOCK_M, BLOCK_N), ACC), dy_ptr + first_m * stride_dy_row, weight_ptr + first_n * stride_weight_col,
         stride_dy_row, stride_dy_col, stride_weight_row, stride_weight_col,
-        offs_m, offs_n, mask_m, mask_n, K, EVEN_K, PRECISION, ACC, BLOCK_M, BLOCK_N, BLOCK_K,
+        offs_m, offs_n, mask_m, mask_n, K, EVEN_K, PRECISION, BLOCK_K,
     )  # fmt: skip
     if HAS_ALPHA:
         dh *= tl.load(alpha_ptr).to(ACC)

@@ -22,6 +22,7 @@ class SelfAttention(new._Attention):
     )
     _options = new.attention_options("query", "key", "value")
     _options = _options | {
+        "adapts": False,
         "bypassed": {**_options["bypassed"], "dropout": (nn.Dropout,)},
         "attributes": _options["attributes"] | {"has_relative_position_bias"},
     }

@@ -9,8 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from vitkernels.layers import fused, records
-from vitkernels.layers._plain import has_hooks
+from vitkernels.layers import _own, fused, records
 from vitkernels.swap._limits import head_dim_limit
 from vitkernels.swap._mobilevit import between_patches
 from vitkernels.swap._rules import RULES, runs_fused
@@ -54,7 +53,7 @@ class MobileViTLayer(Kind):
     def forward(self, features: Tensor) -> Tensor:
         layers = self.transformer.layer
         fuses = runs_fused(self._rule, self, features) and features.ndim == 4
-        if not fuses or any(map(has_hooks, self.transformer.modules())):
+        if not fuses or any(map(_own.has_hooks, self.transformer.modules())):
             return super().forward(features)
         if not all(isinstance(each, TransformerLayer) and runs_fused(each._rule, each, features) for each in layers):
             return super().forward(features)

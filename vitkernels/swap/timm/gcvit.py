@@ -8,7 +8,6 @@ from timm.layers import Mlp, RelPosBias
 from timm.models.gcvit import GlobalContextVitBlock, LayerScale, WindowAttentionGlobal
 from torch import Tensor, nn
 
-from vitkernels import ops
 from vitkernels.layers import fused, records
 from vitkernels.swap._images import tokens_of, whole_windows
 from vitkernels.swap._limits import block_heads_limit, layer_scales_limit
@@ -45,11 +44,11 @@ def _fits(block: nn.Module, x: Tensor, q_global: Tensor | None) -> bool:
 def _attend_with(q: Tensor, attn: records.Attention, normed: Tensor) -> Tensor:
     """Attend with the queries q (B, rows, columns, C) in every window; ``attn.qkv`` makes keys and values only."""
     (Y, X), (rows, columns) = attn.positions.image, attn.positions.size
-    kv = ops.linear(normed, *attn.qkv).unflatten(-1, (2, attn.num_heads, attn.head_dim))
+    kv = fused.linear(attn.qkv, normed).unflatten(-1, (2, attn.num_heads, attn.head_dim))
     q = q[:, None, :, None].expand(-1, Y // rows, -1, X // columns, -1, -1)  # (B, windows, rows, windows, columns, C)
     q = q.reshape(len(q), Y * X, 1, attn.num_heads, attn.head_dim).to(kv.dtype)
     out = fused.attend_by_position(attn, torch.cat((q, kv), 2)).flatten(2)
-    out = ops.linear(out, *attn.proj)
+    out = fused.linear(attn.proj, out)
     return F.dropout(out, attn.proj_drop) if attn.proj_drop else out
 
 

@@ -24,12 +24,12 @@ class FusedMultiScaleAttention(MultiScaleAttention):
         attn, (B, Y, X, _) = records.attention(self), x.shape
         if self.q_pool is None:
             return fused.attention(attn, tokens_of(x)).view(B, Y, X, -1)
-        q, k, v = ops.linear(tokens_of(x), *attn.qkv).chunk(3, -1)
+        q, k, v = fused.linear(attn.qkv, tokens_of(x)).chunk(3, -1)
         q = self.q_pool(q.view(B, Y, X, -1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         size = q.shape[1:3]
         q, k, v = (t.reshape(B, -1, attn.num_heads, attn.head_dim).transpose(1, 2) for t in (q, k, v))
         out = ops.attention(q, k, v, scale=attn.scale).transpose(1, 2).flatten(2)
-        return ops.linear(out, *attn.proj).view(B, *size, -1)
+        return fused.linear(attn.proj, out).view(B, *size, -1)
 
 
 class FusedMultiScaleBlock(MultiScaleBlock):
@@ -47,7 +47,7 @@ class FusedMultiScaleBlock(MultiScaleBlock):
                 return fused.block(block._replace(attn=attn), tokens).view(x.shape)
         normed = fused.norm(block.norm1, tokens)
         if self.dim != self.dim_out:
-            x = ops.linear(normed, *records.linear(self.proj)).view(B, Y, X, -1)
+            x = fused.linear(records.linear(self.proj), normed).view(B, Y, X, -1)
             if self.pool is not None:
                 x = self.pool(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         if self.q_stride is None:

@@ -212,12 +212,13 @@ ATTENTION = Rule(
     Attention,
     FusedAttention,
     bypassed={"qkv": (nn.Linear,), **ATTENTION_CHILDREN},
+    adapts=True,
     called=frozenset({"gate"}),
     attributes=frozenset({"num_heads", "head_dim", "attn_dim", "scale", "fused_attn"}),
     limit=attention_limit,
     limited_by=ATTENTION_LIMITED_BY,
 )
-MLP = Rule(Mlp, FusedMlp, bypassed={"fc1": (nn.Linear,), **MLP_CHILDREN})
+MLP = Rule(Mlp, FusedMlp, bypassed={"fc1": (nn.Linear,), **MLP_CHILDREN}, adapts=True)
 GLU_MLP = Rule(
     GluMlp,
     FusedGluMlp,

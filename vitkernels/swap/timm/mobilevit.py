@@ -9,8 +9,7 @@ import torch
 from timm.models.mobilevit import MobileVitBlock
 from torch import Tensor, nn
 
-from vitkernels.layers import records
-from vitkernels.layers._plain import has_hooks
+from vitkernels.layers import _own, records
 from vitkernels.swap._mobilevit import between_patches
 from vitkernels.swap._rules import RULES, Rule, add, runs_fused
 from vitkernels.swap.timm.vision_transformer import FusedBlock
@@ -33,7 +32,7 @@ class FusedMobileVitBlock(MobileVitBlock):
 
     def _blocks(self, x: Tensor) -> list[records.Block] | None:
         """Read the Transformer's blocks; return None if one of them cannot run in windows, or must be called."""
-        if type(self.transformer) is not nn.Sequential or any(map(has_hooks, self.transformer.modules())):
+        if type(self.transformer) is not nn.Sequential or any(map(_own.has_hooks, self.transformer.modules())):
             return None
         found = []
         for block in self.transformer:

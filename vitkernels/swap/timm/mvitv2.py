@@ -27,7 +27,7 @@ class FusedMultiScaleAttention(MultiScaleAttention):
         if not runs_fused(ATTENTION, self, x) or x.ndim != 3 or not _fits(self, feat_size):
             return super().forward(x, feat_size)
         attn = records.attention(self)
-        qkv = ops.linear(x, *attn.qkv).unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
+        qkv = fused.linear(attn.qkv, x).unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
         (q, q_size), (k, k_size), (v, _) = (
             self._pool(t, name, feat_size) for t, name in zip(qkv.unbind(), "qkv", strict=True)
         )
@@ -38,7 +38,7 @@ class FusedMultiScaleAttention(MultiScaleAttention):
             out = ops.attention(q, k, v, scale=attn.scale)
         if self.residual_pooling:
             out = out + q
-        return ops.linear(out.transpose(1, 2).flatten(2), *attn.proj), q_size
+        return fused.linear(attn.proj, out.transpose(1, 2).flatten(2)), q_size
 
     def _pool(self, x: Tensor, name: str, size: list[int]) -> tuple[Tensor, list[int]]:
         """Pool one of queries, keys and values (B, H, N, D), and normalise what comes of it."""
@@ -65,7 +65,7 @@ class FusedMultiScaleBlock(MultiScaleBlock):
 
 
 def _projected(layer: nn.Module | None, normed: Tensor, x: Tensor) -> Tensor:
-    return x if layer is None else ops.linear(normed, *records.linear(layer))
+    return x if layer is None else fused.linear(records.linear(layer), normed)
 
 
 def _fits(attn: MultiScaleAttention, size: list[int]) -> bool:

@@ -11,8 +11,7 @@ from timm.models._manipulate import checkpoint
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 
-from vitkernels.layers import fused
-from vitkernels.layers._plain import has_hooks
+from vitkernels.layers import _own, fused
 from vitkernels.swap._rules import RULES, Rule, add, runs_fused
 from vitkernels.swap.timm.eva import FusedEvaBlock
 from vitkernels.swap.timm.vision_transformer import FusedBlock
@@ -137,7 +136,7 @@ class FusedNaFlexVit(NaFlexVit):
         if torch.compiler.is_compiling() or self.rope_is_mixed or not runs_fused(NAFLEX_VIT, self, patches):
             return False
         for block in self.blocks:
-            if type(block) not in (FusedBlock, FusedEvaBlock) or any(map(has_hooks, block.modules())):
+            if type(block) not in (FusedBlock, FusedEvaBlock) or any(map(_own.has_hooks, block.modules())):
                 return False
             if not runs_fused(RULES[type(block)], block, patches):
                 return False

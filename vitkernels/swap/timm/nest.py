@@ -29,7 +29,7 @@ class FusedTransformerLayer(TransformerLayer):
 def _block(layer: TransformerLayer) -> records.Block:
     """Read ``layer``. Its ``proj`` takes the heads of each channel side by side, not the channels of each head."""
     block = records.block(layer)
-    attn, (weight, bias) = block.attn, block.attn.proj
+    attn, (weight, bias) = block.attn, block.attn.proj.plain
     weight = weight.unflatten(1, (attn.head_dim, attn.num_heads)).transpose(1, 2).flatten(1)
     return block._replace(attn=attn._replace(proj=records.Linear(weight, bias)))
 

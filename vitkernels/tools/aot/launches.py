@@ -24,8 +24,8 @@ META = torch.device("meta")
 # Workloads whose kernels others launch, too.
 LEFT_OUT = {
     "layer_norm_near_eps", "rms_norm_near_eps", "add_layer_norm_scaled", "add_rms_norm_scaled", "linear_residual",
-    "linear_scaled", "mlp_recompute", "mlp_drop_path", "swiglu_mlp_recompute", "attention_separate", "block",
-    "block_drop_path",
+    "linear_scaled", "lora_linear", "mlp_recompute", "mlp_drop_path", "swiglu_mlp_recompute", "attention_separate",
+    "block", "block_drop_path",
 }  # fmt: skip
 # Where that is no whole training step: the workloads, whether in training, and the registered ops taken from them.
 STEPS = {

@@ -18,7 +18,7 @@ LAYERS = [
     {"testing", "tools._interrupt"},
     {"tools.console", "tools.tables"},
     {"tools.names"},
-    {"tools.aot", "tools.demo"},
+    {"tools.aot", "tools.demo", "tools.hub"},
     {"tools.verify"},
     {"tools.cli"},
     {"__main__"},

@@ -24,6 +24,7 @@ TEST = [
     "bitsandbytes",
     "expecttest",
     "hypothesis",
+    "lightning",
     "open_clip_torch",
     "peft",
     "pyarrow",  # examples/embed.py

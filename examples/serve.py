@@ -175,7 +175,7 @@ def make_handler(runner: Runner, transform) -> type[BaseHTTPRequestHandler]:
                 return
             try:
                 self.answer(200, outputs=runner.submit(pixels).result().tolist())
-            except RuntimeError as error:
+            except Exception as error:  # whatever the package raised
                 self.answer(500, error=one_line(error))
 
         def answer(self, status: int, **content: object) -> None:

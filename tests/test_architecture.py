@@ -13,7 +13,8 @@ LAYERS = [
     {"ops"},
     {"layers"},
     {"models"},
-    {"swap", "_warmup", "_checkpointing", "_inference", "maps", "hf", "lightning"},
+    {"swap", "_warmup", "_checkpointing", "_inference", "maps"},
+    {"hf", "lightning"},
     {"tools"},  # the package itself is empty
     {"testing", "tools._interrupt"},
     {"tools.console", "tools.tables"},

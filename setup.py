@@ -21,6 +21,7 @@ TEST = [
     *DEMO,
     *TIMM,
     *HF,
+    "accelerate",
     "bitsandbytes",
     "expecttest",
     "hypothesis",

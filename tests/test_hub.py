@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import json
+import shutil
 
 import pytest
 import torch
@@ -53,9 +54,19 @@ def test_layout(repository):
     assert len(ids) == len(variants)
 
 
-def test_holds_the_tuning_tables(repository):
-    tables = {path.name for path in (hub.ROOT / "tuning" / "tables").glob("*.json")}
-    assert {path.name for path in (repository / "torch-ext/vitkernels/tuning/tables").glob("*.json")} == tables
+def test_holds_the_tuning_tables(tmp_path, monkeypatch):
+    """Also one that a search has just written."""
+    for part in hub.PARTS:
+        if part != "tuning":
+            (tmp_path / part).symlink_to(hub.ROOT / part)
+    shutil.copytree(hub.ROOT / "tuning", tmp_path / "tuning", dirs_exist_ok=True)
+    (tmp_path / "tuning" / "tables").mkdir(exist_ok=True)
+    (tmp_path / "tuning" / "tables" / "my-gpu.json").write_text('{"schema": 1}')
+    before = hub.sources()
+    monkeypatch.setattr(hub, "ROOT", tmp_path)
+    files = hub.sources()
+    assert files.pop("tuning/tables/my-gpu.json") == '{"schema": 1}'
+    assert files == before
 
 
 def test_lives_beside_the_library(kernel):

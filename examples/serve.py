@@ -25,6 +25,7 @@ import queue
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -87,6 +88,7 @@ def package(args: argparse.Namespace) -> None:
     pixels = torch.zeros(2, *config["input_size"], dtype=torch.uint8, device=device)  # of a batch of 1, export fixes it
     batch = torch.export.Dim("batch", min=1, max=args.max_batch)
     notes = {"model": args.model, "device": device, "max_batch": args.max_batch, "config": config}
+    notes["torch"] = torch.__version__
     with torch.no_grad():
         served = FromPixels(model, config["mean"], config["std"]).to(device)
         if served(pixels).ndim != 2:
@@ -114,7 +116,9 @@ class Runner:
             self._run = torch._inductor.aoti_load_package(str(path))
             self.notes = json.loads(self._run.get_metadata()[KEY])
         except Exception as error:  # PyTorch raises many kinds of errors for invalid bytes
-            raise UserError(f"{path} is no package of this program ({one_line(error)})") from error
+            raise UserError(f"{path} cannot be loaded as a package of this program ({one_line(error)})") from error
+        if self.notes["torch"] != torch.__version__:
+            raise UserError(f"{path} was made by torch {self.notes['torch']}, and this is {torch.__version__}")
         if self.notes["device"] == "cuda" and not torch.cuda.is_available():
             raise UserError(f"{path} was made for a GPU, and there is none")
         self._waiting: queue.SimpleQueue[tuple[Tensor, Future]] = queue.SimpleQueue()
@@ -154,7 +158,7 @@ class Upload(io.BytesIO):
         return "the image"
 
 
-def make_handler(runner: Runner, transform) -> type[BaseHTTPRequestHandler]:
+def make_handler(runner: Runner, transform: Callable) -> type[BaseHTTPRequestHandler]:
     """Return the class that answers requests: a POST of an image's bytes."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -212,7 +216,14 @@ def run(args: argparse.Namespace) -> None:
         server.serve_forever()
 
 
-def whole_number(least: int, most: int):
+def package_file(text: str) -> Path:
+    """Read the name of a package."""
+    if not text.endswith(".pt2"):
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .pt2, without which PyTorch loads no package")
+    return Path(text)
+
+
+def whole_number(least: int, most: int) -> Callable[[str], int]:
     """Return a reader of whole numbers from ``least`` to ``most``."""
 
     def read(text: str) -> int:
@@ -234,7 +245,7 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(required=True)
     make = commands.add_parser("package", help="write a package")
     make.set_defaults(command=package)
-    make.add_argument("package", type=Path, metavar="FILE.pt2", help="the file to write")
+    make.add_argument("package", type=package_file, metavar="FILE.pt2", help="the file to write")
     make.add_argument("--model", required=True, help="a model of timm by name, or a folder with its config.json")
     weights = make.add_mutually_exclusive_group(required=True)
     weights.add_argument("--pretrained", action="store_true", help="the model's own weights, which may be downloaded")
@@ -244,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     serve = commands.add_parser("run", help="serve a package over HTTP")
     serve.set_defaults(command=run)
-    serve.add_argument("package", type=Path, metavar="FILE.pt2", help="what the command package wrote")
+    serve.add_argument("package", type=package_file, metavar="FILE.pt2", help="what the command package wrote")
     serve.add_argument("--host", default="127.0.0.1", help="the address to listen at (%(default)s: this machine only)")
     serve.add_argument("--port", type=whole_number(0, 65535), default=8000, help="0 for a free one (%(default)s)")
     args = parser.parse_args(argv)

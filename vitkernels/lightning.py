@@ -1,6 +1,8 @@
-"""A callback for Lightning's Trainer.
+"""A callback for Lightning's Trainer, of the package ``lightning``.
 
-trainer = lightning.Trainer(callbacks=[vitkernels.lightning.SwapCallback()], ...)
+    trainer = lightning.Trainer(callbacks=[vitkernels.lightning.SwapCallback()], ...)
+
+It calls :func:`vitkernels.accelerate`.
 """
 
 from __future__ import annotations

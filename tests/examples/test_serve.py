@@ -203,14 +203,19 @@ def complaint(serve):
     return run
 
 
-def test_bad_input(complaint, serve, folder, packaged, tmp_path, capsys):
+def test_bad_input(complaint, serve, folder, packaged, tmp_path, capsys, monkeypatch):
     assert "did you mean test_vit" in complaint(options(folder, "--model", "test_vitt"))
     torch.save({"cls_token": torch.zeros(1, 1, 2)}, tmp_path / "other.pth")
     assert "cannot be loaded into test_vit: " in complaint(options(folder, "--checkpoint", str(tmp_path / "other.pth")))
     nowhere = str(tmp_path / "none" / "vit.pt2")
     assert "there is no folder" in complaint(["package", nowhere, *options(folder)[2:]])
     assert f"there is no package {nowhere}" in complaint(["run", nowhere])
-    assert "is no package of this program" in complaint(["run", str(folder / "weights.pth")])
+    (tmp_path / "weights.pt2").write_bytes((folder / "weights.pth").read_bytes())
+    said = complaint(["run", str(tmp_path / "weights.pt2")])
+    assert "weights.pt2 cannot be loaded as a package of this program (" in said
+    monkeypatch.setattr(torch, "__version__", "2.99")
+    assert "and this is 2.99" in complaint(["run", str(packaged)])
+    monkeypatch.undo()
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -219,3 +224,6 @@ def test_bad_input(complaint, serve, folder, packaged, tmp_path, capsys):
     with pytest.raises(SystemExit):
         serve.main(options(folder, "--max-batch", "1"))
     assert "'1' is no whole number from 2 to 4096" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        serve.main(["run", str(folder / "weights.pth")])
+    assert "does not end in .pt2" in capsys.readouterr().err

@@ -170,3 +170,13 @@ def test_lightning_module_that_makes_its_layers_later(tmp_path):
     module = lightning_module(timm_model(0), configure_model=lambda self: None)
     with pytest.raises(NotImplementedError, match=r"SwapCallback: Classifier has a configure_model"):
         fit(module, images(0, torch.float32), tmp_path, [SwapCallback()])
+
+
+def test_strict_stops_the_trainer(tmp_path):
+    """Nothing of the model can be swapped."""
+    pytest.importorskip("lightning.pytorch", exc_type=ImportError)
+    from vitkernels.lightning import SwapCallback
+
+    module = lightning_module(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, CLASSES)))
+    with pytest.raises(NotImplementedError, match=r"strict, and no module of Classifier can be swapped"):
+        fit(module, images(0, torch.float32), tmp_path, [SwapCallback(strict=True)])

@@ -178,9 +178,11 @@ def make_handler(runner: Runner, transform: Callable) -> type[BaseHTTPRequestHan
                 self.answer(400, error=one_line(error))
                 return
             try:
-                self.answer(200, outputs=runner.submit(pixels).result().tolist())
+                outputs = runner.submit(pixels).result().tolist()
             except Exception as error:  # whatever the package raised
                 self.answer(500, error=one_line(error))
+            else:
+                self.answer(200, outputs=outputs)
 
         def answer(self, status: int, **content: object) -> None:
             body = json.dumps(content).encode()

@@ -21,9 +21,11 @@ TEST = [
     *DEMO,
     *TIMM,
     *HF,
+    "accelerate",
     "bitsandbytes",
     "expecttest",
     "hypothesis",
+    "lightning",
     "open_clip_torch",
     "peft",
     "pyarrow",  # examples/embed.py

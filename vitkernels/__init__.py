@@ -26,7 +26,7 @@ _HOME = {
 }
 _SUBMODULES = ("layers", "models", "ops", "reference", "runtime", "swap", "testing", "tuning")
 
-_OPTIONAL = ("hf",)  # needs transformers, so a star import leaves it out
+_OPTIONAL = ("hf", "lightning")  # need packages of these names, so a star import leaves them out
 
 __all__ = [*_HOME, *_SUBMODULES, "__version__"]
 

@@ -1,19 +1,22 @@
-"""The attention kernels as an attention implementation for any transformers model.
+"""The attention kernels as an attention implementation for any transformers model, and a callback for its Trainer.
 
     vitkernels.hf.register()
     model.set_attn_implementation("vitkernels")    # or from_pretrained(..., attn_implementation="vitkernels")
 
-:func:`vitkernels.accelerate` fuses more, but only in the Vision Transformers that it supports.
+    trainer = Trainer(model, args, callbacks=[vitkernels.hf.SwapCallback()], ...)
+
+:func:`vitkernels.accelerate`, which the callback calls, fuses more, but only in the Vision Transformers that it
+supports.
 """
 
 from __future__ import annotations
 
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, TrainerCallback
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from vitkernels import ops
+from vitkernels import ops, swap
 
 NAME = "vitkernels"
 
@@ -78,3 +81,30 @@ def attention(
         dropout_p=dropout,
     )
     return o.transpose(1, 2), None
+
+
+class SwapCallback(TrainerCallback):
+    """Swap the kernels into the model of a transformers ``Trainer``: :func:`vitkernels.accelerate`.
+
+    It does so when the trainer is made, so that an evaluation without training runs them too, and again when training
+    begins, as ``model_init`` makes a model anew. The first process prints the report.
+
+    Args:
+        **options: For :func:`vitkernels.accelerate`, such as ``strict``.
+
+    Raises:
+        NotImplementedError: As for :func:`vitkernels.accelerate`, from the trainer.
+    """
+
+    def __init__(self, **options: object) -> None:
+        self.options = options
+        self._swapped = None
+
+    def on_init_end(self, args, state, control, model=None, **kwargs) -> None:
+        if model is not None and model is not self._swapped:
+            report = swap.accelerate(model, **self.options)
+            self._swapped = model
+            if state.is_world_process_zero:
+                report.print()
+
+    on_train_begin = on_init_end

@@ -40,6 +40,8 @@ _SHORTER = {
     _aten.view.default: Tensor.view,
 }  # fmt: skip
 _all: list[Plans] = []
+# Of the torch ops: ``vitkernels``, or the name of one of several versions that the hub's ``kernels`` loads (tools/hub).
+NAMESPACE = __name__.partition(".")[0]
 _launchers: dict[str, Callable] = {}  # of the registered ops, by name
 
 
@@ -242,7 +244,7 @@ class _Watch(TorchDispatchMode):
         self._steps: list[_Step] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "vitkernels":
+        if func.namespace == NAMESPACE:
             defaults = [argument.default_value for argument in func._schema.arguments[len(args) :]]
             with self:  # records what the op does instead of the op
                 return _launchers[func._schema.name.partition("::")[2]](*args, *defaults)

@@ -21,9 +21,9 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from vitkernels import runtime
 from vitkernels.ops import _triton
-from vitkernels.ops._plan import Plans
+from vitkernels.ops._plan import NAMESPACE, Plans
 
-_LIBRARY = torch.library.Library("vitkernels", "DEF")
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +71,8 @@ def register(schema: str, *, launcher: Callable, reference: Callable, fake: Call
     for kind, implementation in kernels.items():
         _LIBRARY.impl(name, implementation, kind.upper())
     OPS[name] = Implementations(launcher, reference, fake, kernels, work)
-    torch.library.register_fake(f"vitkernels::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.vitkernels, name).default
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 def planned(function: Callable) -> Callable:

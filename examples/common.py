@@ -56,7 +56,7 @@ PATIENCE = 10  # images in a row that may not decode
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Options that change where and how fast a run computes, but its result by no more than rounding.
 FREE = ("data", "val", "out", "workers", "micro_batch", "parallel", "compile", "accelerate", "recompute")
-FREE += ("checkpoint_every",)
+FREE += ("checkpoint_every", "checkpoint")
 
 
 def seed_of(*numbers: int) -> int:
@@ -580,13 +580,26 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
-def export(folder: Path, weights: dict[str, Tensor], architecture: str, num_classes: int, model_args: dict) -> None:
-    """Write ``model.safetensors`` and the ``config.json`` by which ``timm.create_model("local-dir:…")`` builds it."""
+def export(
+    folder: Path, weights: dict[str, Tensor], architecture: str, num_classes: int, like: nn.Module, **model_args
+):
+    """Write ``model.safetensors`` and the ``config.json`` by which ``timm.create_model("local-dir:…")`` builds it.
+
+    Args:
+        folder: Where to.
+        weights: By the names that timm's model has with ``num_classes``.
+        architecture: The name for timm.
+        num_classes: Of the head; 0 if ``weights`` has none.
+        like: The model whose images are normalised alike.
+        model_args: Further arguments for timm, with ``img_size``.
+    """
     from safetensors.torch import save as to_bytes
 
+    images = {key: like.pretrained_cfg[key] for key in ("mean", "std", "first_conv", "classifier")}
+    images |= {"input_size": (3, model_args["img_size"], model_args["img_size"]), "crop_pct": 1.0}
     config = {"architecture": architecture, "num_classes": num_classes, "model_args": model_args}
     write_file(folder / "model.safetensors", to_bytes({key: value.contiguous() for key, value in weights.items()}))
-    write_file(folder / "config.json", json.dumps(config, indent=2))
+    write_file(folder / "config.json", json.dumps(config | {"pretrained_cfg": images}, indent=2))
 
 
 def label_loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
@@ -617,14 +630,16 @@ class KeyValues(argparse.Action):
         setattr(namespace, self.dest, pairs)
 
 
-def add_options(parser: argparse.ArgumentParser, *, batch_size: int, learning_rate: float, warm_up: int) -> None:
+def add_options(
+    parser: argparse.ArgumentParser, *, img_size: int, batch_size: int, learning_rate: float, warm_up: int
+) -> None:
     """Add the options that all training examples have."""
     add = parser.add_argument
     add("--data", required=True, metavar="PATH", help="folder of images in one subfolder a class, of WebDataset's .tar "
         "shards, or of datasets.save_to_disk; or digits")  # fmt: skip
     add("--val", metavar="PATH", help="data to be classified in the end (digits: its held-out part)")
     add("--out", type=Path, required=True, help="folder for checkpoints, log.csv and the trained model")
-    add("--img-size", type=positive, default=224, metavar="PIXELS", help="height and width (%(default)s)")
+    add("--img-size", type=positive, default=img_size, metavar="PIXELS", help="height and width (%(default)s)")
     add("--crop-scale", type=float, default=0.08, help="smallest share of an image in a random crop (%(default)s)")
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror a random half of the images")
     add("--batch-size", type=positive, default=batch_size, metavar="N", help="images a step (%(default)s)")

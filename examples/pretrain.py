@@ -57,14 +57,15 @@ def pretrain(args: argparse.Namespace) -> None:
     common.check_options(args, processes)
     data = common.open_data(args.data)
     held_out = common.open_data(args.val, held_out=True) if args.val else None
-    model = common.prepare(make_model(args, data.num_classes), args, processes)
+    vit = make_model(args, data.num_classes)
+    model = common.prepare(vit, args, processes)
     steps = math.ceil(args.epochs * len(data) / args.batch_size)
     transform = common.train_transform(args.img_size, args.crop_scale, args.flip)
     common.train(args, processes, model, make_optimizer(args, model), data, steps, common.label_loss, transform)
     weights = common.whole_weights(model)
     if processes.rank == 0:
         body = {name: weight for name, weight in weights.items() if not name.startswith("head.")}
-        common.export(args.out, body, args.model, 0, {"img_size": args.img_size, **args.model_kwargs})
+        common.export(args.out, body, args.model, 0, vit, img_size=args.img_size, **args.model_kwargs)
     if held_out is not None:
         common.print_accuracy(args, processes, model, held_out)
 
@@ -72,7 +73,7 @@ def pretrain(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Read the command line, train, and turn errors into one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    common.add_options(parser, batch_size=4096, learning_rate=8e-4, warm_up=10_000)
+    common.add_options(parser, img_size=224, batch_size=4096, learning_rate=8e-4, warm_up=10_000)
     add = parser.add_argument
     add("--model", default="vit_base_patch16_224", help="a Vision Transformer of timm by name (%(default)s)")
     add("--model-kwargs", nargs="+", action=common.KeyValues, default={}, metavar="KEY=VALUE", help="changes to it")

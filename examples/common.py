@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import functools
 import gc
 import hashlib
 import io
@@ -45,7 +46,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 import vitkernels
 from vitkernels.tools.console import UserError, check_can_fill, import_torchvision, one_line, track, write_file
@@ -261,13 +262,13 @@ class Samples(Dataset):
         return UserError(f"{PATIENCE} images in a row do not decode, the last because {skipped[-1]}")
 
 
-def collate(items: list[tuple[Tensor, int, list[str]] | UserError]) -> Decoded | UserError:
-    """Stack images and labels; return the error, which a worker cannot raise as it is, if there is one."""
+def collate(items: list[tuple[Tensor, int, list[str]] | UserError], stack: Callable) -> Decoded | UserError:
+    """Make a batch; return the error, which a worker cannot raise as it is, if there is one."""
     for item in items:
         if isinstance(item, UserError):
             return item
     images, labels, skipped = zip(*items, strict=True)
-    return Decoded(torch.stack(images), torch.tensor(labels), [*itertools.chain(*skipped)])
+    return Decoded(stack(images), torch.tensor(labels), [*itertools.chain(*skipped)])
 
 
 def train_transform(size: int, crop_scale: float, flip: bool) -> Callable:
@@ -315,6 +316,11 @@ class Shares:
 
     def __init__(self, images: int, args: argparse.Namespace, processes: Processes, steps: range):
         self.images, self.args, self.processes, self.steps = images, args, processes, steps
+        self.parts = math.ceil(args.batch_size // processes.size / args.micro_batch)  # of a step
+
+    def images_in(self, step: int) -> int:
+        """Return how many images all processes take in ``step``."""
+        return self.args.batch_size
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, order = -1, None
@@ -331,8 +337,13 @@ class Shares:
                 yield mine[i : i + self.args.micro_batch]
 
 
-def load(data, transform: Callable, batches, args: argparse.Namespace) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the images (n, 3, Y, X) in uint8 and the labels (n,) of each of ``batches``, decoded by workers.
+def load(
+    data, transform: Callable, batches, args: argparse.Namespace, stack: Callable = default_collate
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the images and the labels (n,) of each of ``batches``, decoded by workers.
+
+    The images are what ``stack`` makes of a list of what ``transform`` returns: (n, 3, Y, X) in uint8, or a dictionary
+    of tensors.
 
     Raises:
         UserError: The system cannot read an image, or many in a row do not decode.
@@ -341,7 +352,7 @@ def load(data, transform: Callable, batches, args: argparse.Namespace) -> Iterat
         Samples(data, transform, args.seed),
         batch_sampler=batches,
         num_workers=args.workers,
-        collate_fn=collate,
+        collate_fn=functools.partial(collate, stack=stack),
         worker_init_fn=_leave_interrupts,
         pin_memory=torch.cuda.is_available(),
     )
@@ -383,14 +394,22 @@ def prepare(model: nn.Module, args: argparse.Namespace, processes: Processes) ->
     return DistributedDataParallel(model) if processes.size > 1 else model
 
 
-def normalized(images: Tensor, model: nn.Module, processes: Processes) -> Tensor:
-    """Return ``images``, (n, 3, Y, X) in uint8, on the device in fp32, with the mean and deviation of timm's model."""
+def to_device(batch: Tensor | dict[str, Tensor], processes: Processes):
+    """Return a batch, or a dictionary of tensors, on the device."""
+    if isinstance(batch, dict):
+        return {key: to_device(value, processes) for key, value in batch.items()}
+    return batch.to(processes.device, non_blocking=True)
+
+
+def normalized(images: Tensor, model: nn.Module) -> Tensor:
+    """Return ``images``, (n, 3, Y, X) in uint8, in fp32, with the mean and deviation of timm's model."""
     config = getattr(model, "module", model).pretrained_cfg
-    mean, std = (torch.tensor(config[key], device=processes.device)[:, None, None] for key in ("mean", "std"))
-    return (images.to(processes.device, non_blocking=True) / 255 - mean) / std
+    mean, std = (torch.tensor(config[key], device=images.device)[:, None, None] for key in ("mean", "std"))
+    return (images / 255 - mean) / std
 
 
-def _autocast(args: argparse.Namespace, processes: Processes):
+def autocast(args: argparse.Namespace, processes: Processes):
+    """Return the context in which the model computes in the dtype of the options."""
     # FSDP2 computes in the dtype of its policy by itself.
     mixed = args.dtype != "fp32" and args.parallel == "ddp"
     return torch.autocast(processes.device.type, DTYPES[args.dtype], enabled=mixed)
@@ -499,6 +518,8 @@ def train(
     steps: int,
     loss_of: Callable[[nn.Module, Tensor, Tensor], Tensor],
     transform: Callable,
+    shares: Callable[[range], Shares] | None = None,
+    stack: Callable = default_collate,
 ) -> None:
     """Train ``model``, as :func:`prepare` returned it, from its newest checkpoint to the end.
 
@@ -509,8 +530,9 @@ def train(
         optimizer: Its optimizer, with the peak learning rate in each group.
         data: As from :func:`open_data`.
         steps: Of the optimizer, from the start of the run.
-        loss_of: Returns the sum over images of the loss, of the model, the normalised images and the labels.
-        transform: Makes of a Pillow image (3, Y, X) in uint8.
+        loss_of: Returns the sum over images of the loss, of the model, the images and the labels.
+        transform, stack: As for :func:`load`; ``transform`` takes a Pillow image.
+        shares: Returns, for the steps to be done, the batches; None for :class:`Shares`.
 
     Raises:
         UserError: What stands in the way: of a checkpoint, the data, the disk, or a loss that is no number.
@@ -521,25 +543,25 @@ def train(
     done = resume(args.out, model, optimizer, settings, processes)
     log = Log(args.out / "log.csv", done) if processes.rank == 0 else None
     todo = range(done, steps)
-    batches = load(data, transform, Shares(len(data), args, processes, todo), args)
+    shared = Shares(len(data), args, processes, todo) if shares is None else shares(todo)
+    batches = load(data, transform, shared, args, stack)
     trained = [p for p in model.parameters() if p.requires_grad]
-    parts = math.ceil(args.batch_size // processes.size / args.micro_batch)
     model.train()
     for step in track(todo, "Training") if processes.rank == 0 else todo:
         start = time.perf_counter()
         factor = schedule(step, steps, args.warm_up, args.decay)
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * factor
+        number = shared.images_in(step)
         total = torch.zeros((), device=processes.device)
-        for part in range(parts):
-            images, labels = next(batches)
+        for part in range(shared.parts):
+            images, labels = (to_device(tensors, processes) for tensors in next(batches))
             torch.manual_seed(seed_of(args.seed, step, part, processes.rank))  # of dropout
             # DDP adds up gradients at the last part only. FSDP2 keeps no whole gradients, and so does it at each.
-            wait = isinstance(model, DistributedDataParallel) and part < parts - 1
+            wait = isinstance(model, DistributedDataParallel) and part < shared.parts - 1
             with model.no_sync() if wait else contextlib.nullcontext():
-                with _autocast(args, processes):
-                    images = normalized(images, model, processes)
-                    loss = loss_of(model, images, labels.to(processes.device)) / args.batch_size
+                with autocast(args, processes):
+                    loss = loss_of(model, images, labels) / number
                 (loss * processes.size).backward()  # both divide by the number of processes
             total += loss.detach()
         norm = nn.utils.clip_grad_norm_(trained, args.clip)
@@ -550,7 +572,7 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         if log is not None:
-            log.write(step + 1, total.item(), factor * peaks[0], norm, args.batch_size / (time.perf_counter() - start))
+            log.write(step + 1, total.item(), factor * peaks[0], norm, number / (time.perf_counter() - start))
         if (step + 1) % args.checkpoint_every == 0 or step + 1 == steps:
             save(args.out, step + 1, model, optimizer, settings, processes)
 
@@ -566,8 +588,8 @@ def print_accuracy(args: argparse.Namespace, processes: Processes, model: nn.Mod
     right, left = torch.zeros((), dtype=torch.int64, device=processes.device), len(mine)
     model.eval()
     for images, labels in load(data, eval_transform(args.img_size), batches, args):
-        with _autocast(args, processes):
-            predicted = model(normalized(images, model, processes)).argmax(-1)
+        with autocast(args, processes):
+            predicted = model(normalized(to_device(images, processes), model)).argmax(-1)
         right += (predicted == labels.to(processes.device))[:left].sum()
         left -= min(left, len(labels))
     dist.all_reduce(right)
@@ -604,7 +626,7 @@ def export(
 
 def label_loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """Return the sum over images of the cross-entropy."""
-    return F.cross_entropy(model(images).float(), labels, reduction="sum")
+    return F.cross_entropy(model(normalized(images, model)).float(), labels, reduction="sum")
 
 
 def positive(text: str) -> int:
@@ -633,17 +655,23 @@ class KeyValues(argparse.Action):
 def add_options(
     parser: argparse.ArgumentParser, *, img_size: int, batch_size: int, learning_rate: float, warm_up: int
 ) -> None:
-    """Add the options that all training examples have."""
+    """Add the options of the examples that train on images of one size."""
     add = parser.add_argument
     add("--data", required=True, metavar="PATH", help="folder of images in one subfolder a class, of WebDataset's .tar "
         "shards, or of datasets.save_to_disk; or digits")  # fmt: skip
     add("--val", metavar="PATH", help="data to be classified in the end (digits: its held-out part)")
-    add("--out", type=Path, required=True, help="folder for checkpoints, log.csv and the trained model")
     add("--img-size", type=positive, default=img_size, metavar="PIXELS", help="height and width (%(default)s)")
     add("--crop-scale", type=float, default=0.08, help="smallest share of an image in a random crop (%(default)s)")
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror a random half of the images")
     add("--batch-size", type=positive, default=batch_size, metavar="N", help="images a step (%(default)s)")
     add("--micro-batch", type=positive, default=64, metavar="N", help="images at once on a process (%(default)s)")
+    add_run_options(parser, learning_rate=learning_rate, warm_up=warm_up)
+
+
+def add_run_options(parser: argparse.ArgumentParser, *, learning_rate: float, warm_up: int) -> None:
+    """Add the options that all training examples have."""
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder for checkpoints, log.csv and the trained model")
     add("--learning-rate", type=float, default=learning_rate, metavar="RATE", help="at its peak (%(default)s)")
     add("--warm-up", type=int, default=warm_up, metavar="STEPS", help="over which it rises (%(default)s)")
     add("--decay", choices=("cosine", "linear"), default="cosine", help="how it falls (%(default)s)")
@@ -651,13 +679,19 @@ def add_options(
     add("--seed", type=int, default=0, help="of weights, order, augmentation and dropout (%(default)s)")
     add("--checkpoint-every", type=positive, default=1000, metavar="STEPS", help="(%(default)s)")
     add("--parallel", choices=("ddp", "fsdp"), default="ddp", help="whole or sharded weights (%(default)s)")
-    dtype = "bf16" if torch.cuda.is_available() else "fp32"
-    add("--dtype", choices=DTYPES, default=dtype, help="of activations; weights are fp32 (here %(default)s)")
     kept = ("nothing", "all-but-attention", "all-but-linear", "all-but-mlp", "all")
     add(
         "--recompute", choices=kept, default="nothing", help="what of a block the backward computes again (%(default)s)"
     )
     add("--compile", action="store_true", help="compile each block")
+    add_machine_options(parser)
+
+
+def add_machine_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of how this machine computes."""
+    add = parser.add_argument
+    dtype = "bf16" if torch.cuda.is_available() else "fp32"
+    add("--dtype", choices=DTYPES, default=dtype, help="of activations; weights are fp32 (here %(default)s)")
     add("--accelerate", action=argparse.BooleanOptionalAction, default=True, help="swap vitkernels in")
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     add("--workers", type=int, default=cores, metavar="N", help="processes that decode; 0 for none (%(default)s)")

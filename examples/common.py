@@ -577,21 +577,32 @@ def train(
             save(args.out, step + 1, model, optimizer, settings, processes)
 
 
+def held_out(
+    data, transform: Callable, args: argparse.Namespace, processes: Processes
+) -> Iterator[tuple[Tensor | dict[str, Tensor], Tensor, int]]:
+    """Yield this process' share of ``data`` in batches on the device: images, labels, and how many of them count.
+
+    All processes must call the model equally often, so a short share is filled up with images that do not count.
+    """
+    shares = [range(rank, len(data), processes.size) for rank in range(processes.size)]
+    mine, longest = shares[processes.rank], len(shares[0])
+    places = [(0, i) for i in mine] + [(0, 0)] * (longest - len(mine))
+    batches = [places[i : i + args.micro_batch] for i in range(0, longest, args.micro_batch)]
+    left = len(mine)
+    for images, labels in load(data, transform, batches, args):
+        yield to_device(images, processes), to_device(labels, processes), min(left, len(labels))
+        left -= min(left, len(labels))
+
+
 @torch.no_grad()
 def print_accuracy(args: argparse.Namespace, processes: Processes, model: nn.Module, data) -> None:
     """Print how many images of ``data`` the model classifies right. All processes must call this."""
-    shares = [range(rank, len(data), processes.size) for rank in range(processes.size)]
-    mine, longest = shares[processes.rank], len(shares[0])
-    # All processes must call the model equally often, so a short share is filled up; that is not counted.
-    places = [(0, i) for i in mine] + [(0, 0)] * (longest - len(mine))
-    batches = [places[i : i + args.micro_batch] for i in range(0, longest, args.micro_batch)]
-    right, left = torch.zeros((), dtype=torch.int64, device=processes.device), len(mine)
+    right = torch.zeros((), dtype=torch.int64, device=processes.device)
     model.eval()
-    for images, labels in load(data, eval_transform(args.img_size), batches, args):
+    for images, labels, counted in held_out(data, eval_transform(args.img_size), args, processes):
         with autocast(args, processes):
-            predicted = model(normalized(to_device(images, processes), model)).argmax(-1)
-        right += (predicted == labels.to(processes.device))[:left].sum()
-        left -= min(left, len(labels))
+            predicted = model(normalized(images, model)).argmax(-1)
+        right += (predicted == labels)[:counted].sum()
     dist.all_reduce(right)
     if processes.rank == 0:
         print(f"held out: {right} of {len(data)} right, {100 * right / len(data):.2f} %")

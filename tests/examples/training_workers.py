@@ -11,12 +11,14 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import common
 import finetune
+import hydra
+import naflex
 import pretrain
 import torch
 
 import_timm()
 torch.set_num_threads(1)  # how many threads share a sum changes its bits
-PROGRAMS = {"pretrain": pretrain, "finetune": finetune}
+PROGRAMS = {"pretrain": pretrain, "finetune": finetune, "naflex": naflex, "hydra": hydra}
 
 
 def run(program: str, arguments: list[str]) -> None:

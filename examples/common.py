@@ -415,6 +415,15 @@ def autocast(args: argparse.Namespace, processes: Processes):
     return torch.autocast(processes.device.type, DTYPES[args.dtype], enabled=mixed)
 
 
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Return the trained parameters in groups for an optimizer; biases, norms, tokens and positions do not decay."""
+    decayed, others = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (decayed if name.endswith("weight") and parameter.ndim > 1 else others).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
 def schedule(step: int, steps: int, warm_up: int, decay: str) -> float:
     """Return the factor of the learning rate at ``step``: it rises over ``warm_up`` steps and then falls towards 0."""
     if step < warm_up:

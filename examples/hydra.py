@@ -256,8 +256,7 @@ def hydra(args: argparse.Namespace, processes: Processes) -> None:
     if not all(hasattr(backbone, name) for name in ("blocks", "forward_intermediates", "forward_head")):
         raise UserError(f"{args.model} is a {type(backbone).__name__}; expected a Vision Transformer of timm")
     model = common.prepare(Hydra(backbone, data.num_classes, data.mask_classes, args.freeze), args, processes)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(common.decay_groups(model, args.weight_decay), lr=args.learning_rate)
     common.train(args, processes, model, optimizer, data, args.steps, loss_of, Resized(args.img_size, args.flip))
     weights = common.whole_weights(model)
     if processes.rank == 0:

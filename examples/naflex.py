@@ -179,8 +179,6 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
             f"--tokens {args.tokens} is less than {processes.size} processes · --max-tokens {args.max_tokens}"
         )
     import_timm()
-    from timm.optim import param_groups_weight_decay
-
     data = common.ImageFolder(args.data)
     if processes.rank == 0:
         check_can_fill(args.out)
@@ -192,8 +190,7 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
     lengths = [transform.count(path) for path, _ in data.samples]
     args.patches = sum(lengths)  # another sum is another run
     model = common.prepare(plain, args, processes)
-    groups = param_groups_weight_decay(plain, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate)
+    optimizer = torch.optim.AdamW(common.decay_groups(model, args.weight_decay), lr=args.learning_rate)
     budget = Budget(lengths, args, processes)
 
     def loss_of(model: nn.Module, batch: dict[str, Tensor], labels: Tensor) -> Tensor:

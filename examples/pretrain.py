@@ -39,11 +39,8 @@ def make_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
 
 
 def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
-    """Return Adam with decoupled weight decay of the matrices, not of biases, norms, tokens and positions."""
-    decayed, others = [], []
-    for name, parameter in model.named_parameters():
-        (decayed if name.endswith("weight") and parameter.ndim > 1 else others).append(parameter)
-    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    """Return Adam with decoupled weight decay of the matrices."""
+    groups = common.decay_groups(model, args.weight_decay)
     return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.999))
 
 

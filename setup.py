@@ -22,6 +22,7 @@ TEST = [
     *TIMM,
     *HF,
     "bitsandbytes",
+    "datasets",  # examples/common.py, as webdataset
     "expecttest",
     "hypothesis",
     "open_clip_torch",
@@ -32,6 +33,7 @@ TEST = [
     "pytest-timeout",
     "pytest-xdist",
     "torchao",
+    "webdataset",
 ]
 
 setup(

@@ -1,5 +1,6 @@
 """What the processes run that the tests of the training examples start: forked from one that has imported it all."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -17,6 +18,8 @@ import pretrain
 import torch
 
 import_timm()
+with contextlib.suppress(ImportError):
+    import peft  # noqa: F401  for --lora, once for all processes
 torch.set_num_threads(1)  # how many threads share a sum changes its bits
 PROGRAMS = {"pretrain": pretrain, "finetune": finetune, "naflex": naflex, "hydra": hydra}
 

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import common
 import finetune
 import hydra
+import mae
 import naflex
 import pretrain
 import torch
@@ -21,7 +22,7 @@ import_timm()
 with contextlib.suppress(ImportError):
     import peft  # noqa: F401  for --lora, once for all processes
 torch.set_num_threads(1)  # how many threads share a sum changes its bits
-PROGRAMS = {"pretrain": pretrain, "finetune": finetune, "naflex": naflex, "hydra": hydra}
+PROGRAMS = {"pretrain": pretrain, "finetune": finetune, "naflex": naflex, "hydra": hydra, "mae": mae}
 
 
 def run(program: str, arguments: list[str]) -> None:

@@ -230,6 +230,18 @@ def open_data(where: str, held_out: bool = False):
     return ImageFolder(folder)
 
 
+def open_both(args: argparse.Namespace):
+    """Return the data set to train on, and the held-out one or None.
+
+    Raises:
+        UserError: As :func:`open_data`; or their classes are not equally many, so that the labels may differ.
+    """
+    data, held_out = open_data(args.data), open_data(args.val, held_out=True) if args.val else None
+    if held_out is not None and held_out.num_classes != data.num_classes:
+        raise UserError(f"{args.val} has {held_out.num_classes} classes, and {args.data} has {data.num_classes}")
+    return data, held_out
+
+
 class Decoded(NamedTuple):
     """A batch as a worker hands it over: (n, 3, Y, X) in uint8, (n,) in int64, and what was skipped for what reason."""
 
@@ -376,21 +388,20 @@ def prepare(model: nn.Module, args: argparse.Namespace, processes: Processes) ->
         swapped = len(vitkernels.accelerate(model).swapped)
         if processes.rank == 0:
             print(f"{swapped} modules accelerated")
-    dtype = DTYPES[args.dtype]
+    policy = MixedPrecisionPolicy(param_dtype=DTYPES[args.dtype], reduce_dtype=torch.float32)
+    kept = args.recompute.removeprefix("all-but-")
+    context = (
+        {} if kept == "all" else {"context_fn": vitkernels.checkpoint_context(kept)} if kept != "nothing" else None
+    )
     for i, block in enumerate(model.blocks):
-        if args.recompute != "nothing":
-            keep = (
-                None
-                if args.recompute == "all"
-                else vitkernels.checkpoint_context(args.recompute.removeprefix("all-but-"))
-            )
-            block = model.blocks[i] = checkpoint_wrapper(block, **({"context_fn": keep} if keep else {}))
+        if context is not None:
+            block = model.blocks[i] = checkpoint_wrapper(block, **context)
         if args.compile:
             block.compile()
         if args.parallel == "fsdp":
-            fully_shard(block, mp_policy=MixedPrecisionPolicy(dtype, torch.float32))
+            fully_shard(block, mp_policy=policy)
     if args.parallel == "fsdp":
-        return fully_shard(model, mp_policy=MixedPrecisionPolicy(dtype, torch.float32))
+        return fully_shard(model, mp_policy=policy)
     return DistributedDataParallel(model) if processes.size > 1 else model
 
 
@@ -561,7 +572,7 @@ def train(
         factor = schedule(step, steps, args.warm_up, args.decay)
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * factor
-        number = shared.images_in(step)
+        in_step = shared.images_in(step)
         total = torch.zeros((), device=processes.device)
         for part in range(shared.parts):
             images, labels = (to_device(tensors, processes) for tensors in next(batches))
@@ -570,18 +581,19 @@ def train(
             wait = isinstance(model, DistributedDataParallel) and part < shared.parts - 1
             with model.no_sync() if wait else contextlib.nullcontext():
                 with autocast(args, processes):
-                    loss = loss_of(model, images, labels) / number
+                    loss = loss_of(model, images, labels) / in_step
                 (loss * processes.size).backward()  # both divide by the number of processes
             total += loss.detach()
         norm = nn.utils.clip_grad_norm_(trained, args.clip)
         norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
         dist.all_reduce(total)
         if not math.isfinite(total.item() + norm):
-            raise UserError(f"the loss is {total.item()} at step {step + 1}: lower --learning-rate")
+            found = f"the loss is {total.item():g} and the gradient's norm {norm:g} at step {step + 1}"
+            raise UserError(f"{found}: lower --learning-rate, and give another --out")
         optimizer.step()
         optimizer.zero_grad()
         if log is not None:
-            log.write(step + 1, total.item(), factor * peaks[0], norm, number / (time.perf_counter() - start))
+            log.write(step + 1, total.item(), factor * peaks[0], norm, in_step / (time.perf_counter() - start))
         if (step + 1) % args.checkpoint_every == 0 or step + 1 == steps:
             save(args.out, step + 1, model, optimizer, settings, processes)
 
@@ -649,11 +661,25 @@ def label_loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(model(normalized(images, model)).float(), labels, reduction="sum")
 
 
-def positive(text: str) -> int:
-    """Read a whole number from 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
-    return int(text)
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
+    """Return what reads an int or a float from ``low`` to ``high``."""
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and math.isfinite(value)):
+            name = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is no {name} from {low:g}" + (f" to {high:g}" * (high < math.inf))
+            )
+        return value
+
+    return read
+
+
+positive = number(int, 1)
 
 
 class KeyValues(argparse.Action):
@@ -681,7 +707,13 @@ def add_options(
         "shards, or of datasets.save_to_disk; or digits")  # fmt: skip
     add("--val", metavar="PATH", help="data to be classified in the end (digits: its held-out part)")
     add("--img-size", type=positive, default=img_size, metavar="PIXELS", help="height and width (%(default)s)")
-    add("--crop-scale", type=float, default=0.08, help="smallest share of an image in a random crop (%(default)s)")
+    add(
+        "--crop-scale",
+        type=number(float, 0.01, 1),
+        metavar="SHARE",
+        default=0.08,
+        help="smallest random crop (%(default)s)",
+    )
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror a random half of the images")
     add("--batch-size", type=positive, default=batch_size, metavar="N", help="images a step (%(default)s)")
     add("--micro-batch", type=positive, default=64, metavar="N", help="images at once on a process (%(default)s)")
@@ -692,10 +724,16 @@ def add_run_options(parser: argparse.ArgumentParser, *, learning_rate: float, wa
     """Add the options that all training examples have."""
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder for checkpoints, log.csv and the trained model")
-    add("--learning-rate", type=float, default=learning_rate, metavar="RATE", help="at its peak (%(default)s)")
-    add("--warm-up", type=int, default=warm_up, metavar="STEPS", help="over which it rises (%(default)s)")
+    add(
+        "--learning-rate",
+        type=number(float, 0),
+        default=learning_rate,
+        metavar="RATE",
+        help="at its peak (%(default)s)",
+    )
+    add("--warm-up", type=number(int, 0), default=warm_up, metavar="STEPS", help="over which it rises (%(default)s)")
     add("--decay", choices=("cosine", "linear"), default="cosine", help="how it falls (%(default)s)")
-    add("--clip", type=float, default=1.0, metavar="NORM", help="largest norm of the gradient (%(default)s)")
+    add("--clip", type=number(float, 0), default=1.0, metavar="NORM", help="largest norm of the gradient (%(default)s)")
     add("--seed", type=int, default=0, help="of weights, order, augmentation and dropout (%(default)s)")
     add("--checkpoint-every", type=positive, default=1000, metavar="STEPS", help="(%(default)s)")
     add("--parallel", choices=("ddp", "fsdp"), default="ddp", help="whole or sharded weights (%(default)s)")
@@ -712,7 +750,7 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=DTYPES, default=dtype, help="of activations; weights are fp32 (here %(default)s)")
     add("--accelerate", action=argparse.BooleanOptionalAction, default=True, help="swap vitkernels in")
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    add("--workers", type=int, default=cores, metavar="N", help="processes that decode; 0 for none (%(default)s)")
+    add("--workers", type=number(int, 0), default=cores, metavar="N", help="that decode; 0 for none (%(default)s)")
 
 
 def check_options(args: argparse.Namespace, processes: Processes) -> None:

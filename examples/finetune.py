@@ -31,13 +31,14 @@ ADAPTED = r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(fc1|fc2))"
 def make_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
     """Return the model with its weights, at another image size, and with a linear head of zeros."""
     model, args.weights = load_model(args.model, args.checkpoint)
-    try:
-        model.set_input_size(args.img_size)
-        model.reset_classifier(num_classes)
-        nn.init.zeros_(model.head.weight)
-        nn.init.zeros_(model.head.bias)
-    except (AttributeError, AssertionError, ValueError) as error:
-        raise UserError(f"{args.model} cannot be fine-tuned at {args.img_size} pixels: {one_line(error)}") from error
+    if not all(hasattr(model, name) for name in ("blocks", "set_input_size", "head")):
+        raise UserError(
+            f"{args.model} has no blocks, or its image size is fixed; expected a Vision Transformer of timm"
+        )
+    model.set_input_size(args.img_size)
+    model.reset_classifier(num_classes)
+    nn.init.zeros_(model.head.weight)
+    nn.init.zeros_(model.head.bias)
     return model
 
 
@@ -64,8 +65,7 @@ def finetune(args: argparse.Namespace) -> None:
     """
     processes = common.start_processes()
     common.check_options(args, processes)
-    data = common.open_data(args.data)
-    held_out = common.open_data(args.val, held_out=True) if args.val else None
+    data, held_out = common.open_both(args)
     vit = make_model(args, data.num_classes)
     adapted = copy.deepcopy(adapt(vit, args.lora, args.seed)) if args.lora else None  # takes the weights in the end
     model = common.prepare(vit, args, processes)

@@ -26,7 +26,7 @@ import common
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from common import KeyValues, Processes, positive, seed_of
+from common import KeyValues, Processes, number, positive, seed_of
 from torch import Tensor, nn
 
 from vitkernels.tools.console import UserError, import_timm, one_line, write_file
@@ -284,7 +284,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--pretrained", action="store_true", help="begin with timm's weights, which may be downloaded")
     add("--freeze", action="store_true", help="train the heads only")
     add("--steps", type=positive, default=10000, metavar="N", help="of the optimizer, AdamW (%(default)s)")
-    add("--weight-decay", type=float, default=0.05, metavar="RATE", help="(%(default)s)")
+    add("--weight-decay", type=number(float, 0), default=0.05, metavar="RATE", help="(%(default)s)")
     common.add_run_options(parser, learning_rate=3e-4, warm_up=500)
     args = parser.parse_args(argv)
     with common.one_line_errors("hydra"):

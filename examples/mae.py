@@ -23,7 +23,7 @@ import math
 import common
 import torch
 import torch.distributed as dist
-from common import KeyValues, Processes, positive
+from common import KeyValues, Processes, number, positive
 from torch import Tensor, nn
 
 import vitkernels
@@ -155,16 +155,6 @@ def mae(args: argparse.Namespace, processes: Processes) -> None:
         evaluate(args, processes, model, val, Masked(common.eval_transform(args.img_size), patches, args.mask_ratio))
 
 
-def share(text: str) -> float:
-    """Read a share from 0 to below 1, of which some patches remain."""
-    try:
-        if 0 < float(text) < 1:
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is no share between 0 and 1")
-
-
 def main(argv: list[str] | None = None) -> None:
     """Read the command line, train, and turn errors into one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -173,12 +163,18 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--model", default="vit_base_patch16_224", help="a Vision Transformer of timm by name (%(default)s)")
     add("--model-kwargs", nargs="+", action=KeyValues, default={}, metavar="KEY=VALUE", help="changes to it")
-    add("--mask-ratio", type=share, default=0.75, metavar="SHARE", help="of patches that are hidden (%(default)s)")
+    add(
+        "--mask-ratio",
+        type=number(float, 0.01, 0.99),
+        default=0.75,
+        metavar="SHARE",
+        help="of patches that are hidden (%(default)s)",
+    )
     add("--decoder-dim", type=positive, default=512, metavar="N", help="channels of the decoder (%(default)s)")
     add("--decoder-depth", type=positive, default=8, metavar="N", help="its blocks (%(default)s)")
     add("--decoder-heads", type=positive, default=16, metavar="N", help="their heads (%(default)s)")
-    add("--epochs", type=float, default=800, help="passes over the data (%(default)s)")
-    add("--weight-decay", type=float, default=0.05, help="of matrices (%(default)s)")
+    add("--epochs", type=number(float, 0), default=800, help="passes over the data (%(default)s)")
+    add("--weight-decay", type=number(float, 0), default=0.05, help="of matrices (%(default)s)")
     args = parser.parse_args(argv)
     # The layers are vitkernels' own: there is nothing to swap, but PyTorch can compute them.
     plain = contextlib.nullcontext() if args.accelerate else vitkernels.use_backend("torch")

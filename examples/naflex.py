@@ -26,7 +26,7 @@ import common
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from common import KeyValues, Processes, positive, seed_of
+from common import KeyValues, Processes, number, positive, seed_of
 from embed import Images, check_same_run, leave_interrupts, list_images, load_model, shard_bytes
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -304,7 +304,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--model-kwargs", action=KeyValues, nargs="+", default={}, metavar="KEY=VALUE", help="changes to the model")
     add("--pretrained", action="store_true", help="begin with timm's weights, which may be downloaded")
     add("--steps", type=positive, default=10000, metavar="N", help="of the optimizer, AdamW (%(default)s)")
-    add("--weight-decay", type=float, default=0.05, metavar="RATE", help="(%(default)s)")
+    add("--weight-decay", type=number(float, 0), default=0.05, metavar="RATE", help="(%(default)s)")
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror a random half of the images")
     common.add_machine_options(embedding)
     embedding.set_defaults(parallel="ddp")

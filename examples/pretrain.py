@@ -29,8 +29,8 @@ def make_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
     options = {"img_size": args.img_size, "num_classes": num_classes, "proj_drop_rate": args.dropout}
     options |= {"pos_drop_rate": args.dropout, "drop_path_rate": args.drop_path}
     model, _ = build(resolve(args.model).for_timm, **options, **args.model_kwargs)
-    if not isinstance(getattr(model, "head", None), nn.Linear):
-        raise UserError(f"{args.model} has no head of one Linear layer; expected a Vision Transformer of timm")
+    if not (isinstance(getattr(model, "head", None), nn.Linear) and hasattr(model, "blocks")):
+        raise UserError(f"{args.model} has no blocks or no linear head; expected a Vision Transformer of timm")
     hidden = nn.Linear(model.head.in_features, model.head.in_features)
     nn.init.trunc_normal_(hidden.weight, std=0.02)
     nn.init.zeros_(hidden.bias)
@@ -52,8 +52,7 @@ def pretrain(args: argparse.Namespace) -> None:
     """
     processes = common.start_processes()
     common.check_options(args, processes)
-    data = common.open_data(args.data)
-    held_out = common.open_data(args.val, held_out=True) if args.val else None
+    data, held_out = common.open_both(args)
     vit = make_model(args, data.num_classes)
     model = common.prepare(vit, args, processes)
     steps = math.ceil(args.epochs * len(data) / args.batch_size)
@@ -71,13 +70,24 @@ def main(argv: list[str] | None = None) -> None:
     """Read the command line, train, and turn errors into one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common.add_options(parser, img_size=224, batch_size=4096, learning_rate=8e-4, warm_up=10_000)
+    parser.set_defaults(decay="linear")
     add = parser.add_argument
     add("--model", default="vit_base_patch16_224", help="a Vision Transformer of timm by name (%(default)s)")
     add("--model-kwargs", nargs="+", action=common.KeyValues, default={}, metavar="KEY=VALUE", help="changes to it")
-    add("--epochs", type=float, default=7, help="passes over the data (%(default)s)")
-    add("--weight-decay", type=float, default=0.1, help="of matrices (%(default)s)")
-    add("--dropout", type=float, default=0.0, help="of positions and of all products but qkv (%(default)s)")
-    add("--drop-path", type=float, default=0.0, help="of whole branches, in the last block (%(default)s)")
+    add("--epochs", type=common.number(float, 0), default=7, help="passes over the data (%(default)s)")
+    add("--weight-decay", type=common.number(float, 0), default=0.1, help="of matrices (%(default)s)")
+    add(
+        "--dropout",
+        type=common.number(float, 0, 1),
+        default=0.0,
+        help="of positions and of all products but qkv (%(default)s)",
+    )
+    add(
+        "--drop-path",
+        type=common.number(float, 0, 1),
+        default=0.0,
+        help="of whole branches, in the last block (%(default)s)",
+    )
     args = parser.parse_args(argv)
     with common.one_line_errors("pretrain"):
         pretrain(args)

@@ -8,7 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "docs" / "index.md", *sorted((ROOT / "docs" / "tutorials").glob("*.md"))]
-NEEDS = dict.fromkeys(("accelerate", "embed-images", "fine-tune", "index", "verify-in-your-ci"), "timm")
+OF_TIMM = ("accelerate", "embed-images", "fine-tune", "index", "several-heads", "verify-in-your-ci")
+NEEDS = dict.fromkeys(OF_TIMM, "timm")
 ON_KERNELS = ("verify-in-your-ci", "read-an-inspect-report")  # the others' kernels are tested elsewhere
 
 

@@ -112,4 +112,4 @@ def test_bad_input(adapted, pretrained, tmp_path):
     assert f"{other} cannot be loaded into {pretrained}" in said("--checkpoint", str(other))
     assert "has no config.json" in said("--model", str(tmp_path))
     torch.save(timm.create_model("test_resnet").state_dict(), other)
-    assert "test_resnet cannot be fine-tuned" in said("--model", "test_resnet", "--checkpoint", str(other))
+    assert "test_resnet has no blocks" in said("--model", "test_resnet", "--checkpoint", str(other))

@@ -176,7 +176,7 @@ def test_bad_input(plain, tmp_path, capsys):
     for wrong in ("0", "1", "most"):
         with pytest.raises(SystemExit):
             here("mae", options(tmp_path, "--mask-ratio", wrong))
-        assert f"{wrong!r} is no share between 0 and 1" in capsys.readouterr().err
+        assert f"{wrong!r} is no number from 0.01 to 0.99" in capsys.readouterr().err
     kwargs = ("--model-kwargs", "drop_rate=0.1")
     said = complaint("mae", options(tmp_path, "--model", "swin_tiny_patch4_window7_224", "--img-size", "224", *kwargs))
     assert "swin_tiny_patch4_window7_224 cannot be the encoder: " in said

@@ -45,7 +45,7 @@ def test_trained(plain):
     """The log has every step, the schedule is the paper's, and timm loads the weights."""
     log = curve(plain)
     assert log[:, 0].tolist() == [*range(1, STEPS + 1)]
-    rates = [0.5, 1, 1, *(0.5 * (1 + np.cos(np.pi * done / 5)) for done in range(1, 5))]
+    rates = [0.5, 1, *(1 - done / 5 for done in range(5))]
     assert log[:, 2].tolist() == pytest.approx([8e-4 * rate for rate in rates])
     assert [path.name for path in plain.glob("*step-*")] == [f"step-{STEPS:08}"]
     model = timm.create_model(f"local-dir:{plain}", pretrained=True)
@@ -85,6 +85,13 @@ def test_killed_and_resumed(tmp_path):
     assert [path.name for path in cut.glob("*step-*")] == [f"step-{STEPS:08}"]
     here("pretrain", options(cut, *DROPPING))
     assert weights(cut) == weights(whole), "a run that is over stays as it is"
+
+
+def test_compiled(tmp_path):
+    small = ("--model-kwargs", *TINY[1:], "depth=1", "--epochs", str(2 * 16 / 1347))
+    for out, more in (("plain", ()), ("compiled", ("--compile",))):
+        here("pretrain", options(tmp_path / out, *small, *more))
+    same_curve(tmp_path / "compiled", tmp_path / "plain")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the other tests run the kernels")
@@ -185,13 +192,16 @@ def test_broken_images(stored, tmp_path, capfd):
     assert "10 images in a row do not decode" in complaint("pretrain", options(tmp_path / "other", *small, data=images))
 
 
-def test_bad_input(plain, tmp_path):
+def test_bad_input(plain, stored, tmp_path):
     nothing = tmp_path / "nothing"
     assert f"there is no folder {nothing}" in complaint("pretrain", options(tmp_path, data=nothing))
     nothing.mkdir()
     assert f"cannot read images in {nothing}" in complaint("pretrain", options(tmp_path, data=nothing))
     assert "did you mean vit_tiny" in complaint("pretrain", options(tmp_path, "--model", "vit_tinny_patch16_224"))
     assert "test_resnet cannot be built: " in complaint("pretrain", options(tmp_path, "--model", "test_resnet"))
+    assert "digits has 10 classes, and" in complaint(
+        "pretrain", options(tmp_path, "--val", "digits", data=stored[0] / "folder")
+    )
     (tmp_path / "taken").touch()
     assert "it is no folder" in complaint("pretrain", options(tmp_path / "taken"))
     args = argparse.Namespace(batch_size=16, out=tmp_path)
@@ -239,7 +249,13 @@ def test_worker_dies(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("given", "said"),
-    [(("--batch-size", "0"), "'0' is no whole number from 1"), (("--model-kwargs", "x"), "no key=value")],
+    [
+        (("--batch-size", "0"), "'0' is no whole number from 1"),
+        (("--workers", "-1"), "'-1' is no whole number from 0"),
+        (("--crop-scale", "1.5"), "'1.5' is no number from 0.01 to 1"),
+        (("--learning-rate", "nan"), "'nan' is no number from 0"),
+        (("--model-kwargs", "x"), "no key=value"),
+    ],
 )
 def test_usage(given, said, tmp_path, capsys):
     with pytest.raises(SystemExit):

@@ -179,7 +179,10 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
             f"--tokens {args.tokens} is less than {processes.size} processes · --max-tokens {args.max_tokens}"
         )
     import_timm()
-    data = common.ImageFolder(args.data)
+    data, val = common.open_both(args)
+    for one in (data, val):
+        if not isinstance(one, common.ImageFolder | None):
+            raise UserError(f"{args.data} and --val must be folders of images, of which each has a size")
     if processes.rank == 0:
         check_can_fill(args.out)
     torch.manual_seed(args.seed)
@@ -203,14 +206,14 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
         kwargs = {"img_size": cfg["input_size"][1]} | (getattr(plain, "pretrained_model_args", {}) | args.model_kwargs)
         common.export(args.out, weights, cfg["architecture"], data.num_classes, plain, **kwargs)
         print(f"naflex: trained on {budget.count}")
-    if args.val is not None:
-        evaluate(args, processes, plain.eval())
+    if val is not None:
+        evaluate(args, processes, plain.eval(), val)
 
 
 @torch.inference_mode()
-def evaluate(args: argparse.Namespace, processes: Processes, model: nn.Module) -> None:
-    """Classify the images of ``--val`` and print how many are right."""
-    data, transform, count = common.ImageFolder(args.val), Patches(model, args.max_tokens), Count()
+def evaluate(args: argparse.Namespace, processes: Processes, model: nn.Module, data: common.ImageFolder) -> None:
+    """Print how many images of ``data`` the model classifies right."""
+    transform, count = Patches(model, args.max_tokens), Count()
     lengths = [transform.count(path) for path, _ in data.samples]
     batches = [*by_budget(by_length(((0, i) for i in range(len(data))), lengths), lengths, args.tokens)]
     for batch in batches:
@@ -222,7 +225,7 @@ def evaluate(args: argparse.Namespace, processes: Processes, model: nn.Module) -
         right += (predicted == labels.to(processes.device)).sum()
     dist.all_reduce(right)
     if processes.rank == 0:
-        print(f"naflex: {right} of {len(data)} images of {args.val} are classified right; {count}")
+        print(f"held out: {right} of {len(data)} right; {count}")
 
 
 def collate(items: list[tuple[str, dict[str, Tensor] | str | UserError]]) -> tuple[list[str], dict | None, dict]:

@@ -62,7 +62,7 @@ def batches(monkeypatch):
 
 def said_of(lines: list[str]) -> list[str]:
     """Return of each line of a run how many images and patches it names, and what padding would add."""
-    return [line[line.rindex(" images of ") :].partition(" (")[0] for line in lines if "padding would add" in line]
+    return [line[line.index(" images of ") :].partition(" (")[0] for line in lines if "padding would add" in line]
 
 
 def counted(batches: list[dict[str, torch.Tensor]]) -> str:
@@ -95,7 +95,7 @@ def test_sizes_batches_and_padding(images, plain, batches, tmp_path, capsys):
         for path in images.rglob("*.png"):
             one = naflex.pad([naflex.Patches(model, MAX_TOKENS)(Image.open(path))])
             right += int(model(naflex.normalized(one, model)).argmax()) == (path.parent.name == "cat")
-    assert f"naflex: {right} of {COUNT} images" in output
+    assert f"held out: {right} of {COUNT} right; {COUNT} images" in output
 
 
 def gradients(model, batch, labels) -> dict[str, torch.Tensor]:
@@ -193,11 +193,13 @@ def test_embed(images, plain, tmp_path, capsys):
 
 def test_bad_input(images, plain, tmp_path):
     nothing = tmp_path / "nothing"
-    assert f"cannot read images in {nothing}" in complaint("naflex", options(nothing, tmp_path))
+    assert f"there is no folder {nothing}" in complaint("naflex", options(nothing, tmp_path))
     assert "test_vit is a VisionTransformer; expected a NaFlexVit" in complaint(
         "naflex", [*options(images, tmp_path)[:-4], "depth=2", "--model", "test_vit"]
     )
     assert "--tokens 39 is less than 1 processes" in complaint("naflex", options(images, tmp_path, "--tokens", "39"))
+    other = [*options(images, tmp_path), "--val", str(images / "cat")]
+    assert "cannot read images in" in complaint("naflex", other), "before it trains"
     assert "leave them out" in complaint("naflex", options(images, tmp_path, "--parallel", "fsdp"))
     assert "tokens 128, and this run has 100" in complaint("naflex", options(images, plain, "--tokens", "100"))
     assert curve(plain).shape[0] == STEPS, "a refused run changes nothing"

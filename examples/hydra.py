@@ -245,8 +245,8 @@ def hydra(args: argparse.Namespace, processes: Processes) -> None:
     common.check_options(args, processes)
     import_timm()
     if args.data is None:
-        data, val = (Shapes(args.images, args.img_size, seed_of(args.seed, part)) for part in (0, 1))
-        val.images = max(1, args.images // 10)
+        data = Shapes(args.images, args.img_size, seed_of(args.seed, 0))
+        val = Shapes(max(1, args.images // 10), args.img_size, seed_of(args.seed, 1))
     else:
         data = Scenes(args.data, args.mask_classes)
         val = None if args.val is None else Scenes(args.val, args.mask_classes, data.names)

@@ -125,7 +125,7 @@ def make_model(args: argparse.Namespace) -> MaskedAutoencoder:
             encoder, plain.pretrained_cfg, args.decoder_dim, args.decoder_depth, args.decoder_heads
         )
     except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
-        raise UserError(f"{args.model} cannot be the encoder: {one_line(error)}") from error
+        raise UserError(f"there is no autoencoder of {args.model}: {one_line(error)}") from error
 
 
 def mae(args: argparse.Namespace, processes: Processes) -> None:
@@ -150,7 +150,7 @@ def mae(args: argparse.Namespace, processes: Processes) -> None:
     if processes.rank == 0:
         own = {key.removeprefix("encoder."): value for key, value in weights.items() if key.startswith("encoder.")}
         kwargs = {"img_size": args.img_size} | args.model_kwargs
-        common.export(args.out, own, args.model, 0, autoencoder, **kwargs)
+        common.export(args.out, own, autoencoder.pretrained_cfg["architecture"], 0, autoencoder, **kwargs)
     if val is not None:
         evaluate(args, processes, model, val, Masked(common.eval_transform(args.img_size), patches, args.mask_ratio))
 

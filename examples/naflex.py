@@ -169,20 +169,20 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
     Raises:
         UserError: The data, the model, a checkpoint or the disk stand in the way.
     """
-    # Then each process has an image of every batch, as one ends only where the next image does not fit.
     if args.parallel == "fsdp" or args.recompute != "nothing":
         raise UserError(
             "--parallel fsdp and --recompute change the blocks, which then take padded images: leave them out"
         )
+    # Else a process may have no image of a batch, as one ends where the next image does not fit.
     if args.tokens < processes.size * args.max_tokens:
         raise UserError(
             f"--tokens {args.tokens} is less than {processes.size} processes · --max-tokens {args.max_tokens}"
         )
     import_timm()
     data, val = common.open_both(args)
-    for one in (data, val):
+    for one, where in ((data, args.data), (val, args.val)):
         if not isinstance(one, common.ImageFolder | None):
-            raise UserError(f"{args.data} and --val must be folders of images, of which each has a size")
+            raise UserError(f"{where} is no folder of images in one subfolder a class")
     if processes.rank == 0:
         check_can_fill(args.out)
     torch.manual_seed(args.seed)
@@ -191,7 +191,7 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
     check_naflex(plain, args.model)
     transform = Patches(plain, args.max_tokens, args.flip)
     lengths = [transform.count(path) for path, _ in data.samples]
-    args.patches = sum(lengths)  # another sum is another run
+    args.patches = sum(lengths)  # with the options, what a checkpoint must have been made with
     model = common.prepare(plain, args, processes)
     optimizer = torch.optim.AdamW(common.decay_groups(model, args.weight_decay), lr=args.learning_rate)
     budget = Budget(lengths, args, processes)

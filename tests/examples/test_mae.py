@@ -179,5 +179,5 @@ def test_bad_input(plain, tmp_path, capsys):
         assert f"{wrong!r} is no number from 0.01 to 0.99" in capsys.readouterr().err
     kwargs = ("--model-kwargs", "drop_rate=0.1")
     said = complaint("mae", options(tmp_path, "--model", "swin_tiny_patch4_window7_224", "--img-size", "224", *kwargs))
-    assert "swin_tiny_patch4_window7_224 cannot be the encoder: " in said
+    assert "there is no autoencoder of swin_tiny_patch4_window7_224: " in said
     assert "mask_ratio 0.75, and this run has 0.5" in complaint("mae", options(plain, "--mask-ratio", "0.5"))

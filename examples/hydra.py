@@ -181,7 +181,8 @@ class Hydra(nn.Module):
         masks, depths = (
             F.interpolate(head(dense), size=images.shape[2:], mode="bilinear") for head in (self.masks, self.depths)
         )
-        found = {"labels": self.labels(pooled), "masks": masks, "depths": depths[:, 0]}
+        # FSDP2 warns of a view, so the depths are a copy.
+        found = {"labels": self.labels(pooled), "masks": masks, "depths": depths[:, 0].clone()}
         return found | {"log_variances": self.log_variances.clone()}
 
 

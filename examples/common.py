@@ -132,7 +132,7 @@ class TarShards:
         except (OSError, ValueError, tarfile.TarError) as error:
             raise UserError(f"{path} is no whole shard: {one_line(error)}") from error
         if not whole:
-            raise UserError(f"{path} is no whole shard: it is cut off")
+            raise UserError(f"{path} is no whole shard: it is cut off or damaged")
         if missing := images.keys() - labels.keys():
             raise UserError(f"{path} holds {images[min(missing)].name} without a .cls beside it")
         return ((number, image.offset_data, image.size, labels[key]) for key, image in images.items())

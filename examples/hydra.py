@@ -77,8 +77,8 @@ class Scenes:
             raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
         except (KeyError, ValueError, csv.Error) as error:
             raise UserError(f"{folder / 'labels.csv'} has no columns file and label: {one_line(error)}") from error
-        if not self.rows:
-            raise UserError(f"{folder / 'labels.csv'} names no images")
+        if not self.rows or not all(file and label for file, label in self.rows):
+            raise UserError(f"{folder / 'labels.csv'} names no images, or has a line without file or label")
         self.names = sorted({label for _, label in self.rows}) if names is None else names
         for file, label in self.rows:
             if missing := [path for path in self._paths(file) if not path.is_file()]:

@@ -194,7 +194,11 @@ def test_bad_scenes(folder, tmp_path):
     assert f"there is no {of_mask}" in said()
     with pytest.raises(UserError, match="has the label 'disc', which is not among"):
         example.Scenes(folder, 4, names=["square", "triangle"])
-    for text, why in (("file,label\n", "names no images"), ("name,class\na,b\n", "has no columns file and label")):
+    for text, why in (
+        ("file,label\n", "names no images"),
+        ("file,label\na\n", "names no images, or has a line"),
+        ("name,class\na,b\n", "has no columns file and label"),
+    ):
         (scenes / "labels.csv").write_text(text)
         assert f"{scenes / 'labels.csv'} {why}" in said()
 

@@ -23,6 +23,7 @@ TEST = [
     *HF,
     "accelerate",
     "bitsandbytes",
+    "datasets",  # examples/common.py, as webdataset
     "expecttest",
     "hypothesis",
     "lightning",
@@ -34,6 +35,7 @@ TEST = [
     "pytest-timeout",
     "pytest-xdist",
     "torchao",
+    "webdataset",
 ]
 
 setup(

@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "docs" / "index.md", *sorted((ROOT / "docs" / "tutorials").glob("*.md"))]
-NEEDS = dict.fromkeys(("accelerate", "embed-images", "fine-tune", "index", "serve", "verify-in-your-ci"), "timm")
-NEEDS |= {"kernels-hub": "kernels", "trainers": "lightning"}
+OF_TIMM = ("accelerate", "embed-images", "fine-tune", "index", "serve", "several-heads", "verify-in-your-ci")
+NEEDS = dict.fromkeys(OF_TIMM, "timm") | {"kernels-hub": "kernels", "trainers": "lightning"}
 ON_KERNELS = ("verify-in-your-ci", "read-an-inspect-report")  # the others' kernels are tested elsewhere
 
 

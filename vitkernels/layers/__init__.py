@@ -16,7 +16,7 @@ from vitkernels.layers.mlp import Mlp
 from vitkernels.layers.patch_dropout import PatchDropout
 from vitkernels.layers.patch_embed import PatchEmbed
 from vitkernels.layers.patch_merging import PatchMerging
-from vitkernels.layers.pos_embed import resample_pos_embed, sincos1d, sincos2d
+from vitkernels.layers.pos_embed import resample_pos_embed, rope2d, sincos1d, sincos2d
 from vitkernels.layers.rel_pos import resize_rel_pos_bias_table
 from vitkernels.layers.rms_norm import RmsNorm
 from vitkernels.layers.swiglu import SwiGLU, SwiGLUPacked
@@ -51,6 +51,7 @@ __all__ = [
     "random_mask",
     "resample_pos_embed",
     "resize_rel_pos_bias_table",
+    "rope2d",
     "sincos1d",
     "sincos2d",
 ]

@@ -1,4 +1,4 @@
-"""The Transformer block of BEiT, whose attention has a bias by relative position."""
+"""The Transformer block of BEiT, whose attention has a bias by relative position, and of EVA, where it has RoPE."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from vitkernels.layers.drop_path import DropPath
 from vitkernels.layers.layer_norm import LayerNorm
 from vitkernels.layers.mlp import Mlp
 from vitkernels.layers.rel_pos import resize_rel_pos_bias_table
-from vitkernels.layers.swiglu import SwiGLU
+from vitkernels.layers.swiglu import SwiGLU, SwiGLUPacked
 
+Shared = records.Relative | ops.Rope | None  # what all blocks share beside the tokens
 _DROP = {"attn_drop": (nn.Dropout,)}
 _ATTENTION_CHILDREN = {"qkv": (nn.Linear,), **_DROP, "proj": (nn.Linear,), "proj_drop": (nn.Dropout,)}
 
@@ -59,9 +60,11 @@ class RelativePositionBias(nn.Module):
 
 
 class BeitAttention(nn.Module):
-    """Self-attention with a bias by relative position, read from its table in the kernel (arXiv 2106.08254).
+    """Self-attention with a bias by relative position, read from its table in the kernel (arXiv 2106.08254), or with
+    rotary positions (arXiv 2104.09864).
 
-    State-dict keys are those of timm's ``Attention`` of BEiT. The projection has no bias of keys.
+    State-dict keys are those of timm's ``Attention`` of BEiT and of its ``EvaAttention``. The projection has no bias of
+    keys. One class token stands before the patches.
 
     Args:
         dim: Channels.
@@ -97,6 +100,7 @@ class BeitAttention(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.head_dim = attn_head_dim or dim // num_heads
+        self.num_prefix_tokens = 1  # which RoPE does not rotate
         self.window_size = None if window_size is None else tuple(window_size)
         attn_dim = num_heads * self.head_dim
         self.q_bias = nn.Parameter(torch.zeros(attn_dim, **dd)) if qkv_bias else None
@@ -118,27 +122,34 @@ class BeitAttention(nn.Module):
         if self.window_size is not None:
             _resize(self, window_size)
 
-    def positions(self, shared: records.Relative | None) -> records.Relative | None:
-        """Return this attention's biases, with those that all blocks share."""
+    def positions(self, shared: Shared) -> tuple[records.Relative | None, ops.Rope | None]:
+        """Return this attention's biases, with those that all blocks share, and the rotary positions.
+
+        Raises:
+            ValueError: There are both.
+        """
+        biases, rope = (None, shared) if isinstance(shared, ops.Rope) else (shared, None)
         if self.window_size is None:
-            return shared
+            return biases, rope
+        if rope is not None:
+            raise ValueError("rotary positions are given to an attention with biases by relative position")
         table = records.parameter(self, "relative_position_bias_table")
-        return records.Relative(self.window_size, table if shared is None else table + shared.bias_table, 1)
+        return records.Relative(self.window_size, table if biases is None else table + biases.bias_table, 1), None
 
     def fuses(self) -> bool:
         """Tell whether the fused forward may run: it would skip an adapter or a hook on a child."""
         return has_plain_children(self, _ATTENTION_CHILDREN)
 
-    def forward(self, x: Tensor, shared: records.Relative | None = None) -> Tensor:
-        """Attend on x (B, N, C), with biases that all blocks share.
+    def forward(self, x: Tensor, shared: Shared = None) -> Tensor:
+        """Attend on x (B, N, C), with biases or rotary positions that all blocks share.
 
         Raises:
-            ValueError: x has not as many tokens as the biases are for.
+            ValueError: x has not as many tokens as they are for, or there are both.
             NotImplementedError: ``attn_drop`` has a hook or is no ``nn.Dropout``: there are no weights to give it.
         """
-        positions = self.positions(shared)
+        positions, rope = self.positions(shared)
         if self.fuses():
-            return fused.attention(records.attention(self)._replace(positions=positions), x)
+            return fused.attention(records.attention(self)._replace(positions=positions), x, rope=rope)
         if not has_plain_children(self, _DROP):
             raise NotImplementedError(f"attn_drop is {self.attn_drop!r}, or has a hook; no weights are kept for it")
         qkv = self.qkv(x)
@@ -147,7 +158,8 @@ class BeitAttention(nn.Module):
         qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
         dropout_p = records.dropout(self.attn_drop)
         if positions is None:
-            out = ops.attention_qkvpacked(qkv, dropout_p=dropout_p)
+            prefix = 0 if rope is None else self.num_prefix_tokens
+            out = ops.attention_qkvpacked(qkv, dropout_p=dropout_p, rope=rope, num_prefix_tokens=prefix)
         else:
             image, table, prefix = positions
             out = ops.relative_attention(qkv, image, bias_table=table, num_prefix_tokens=prefix, dropout_p=dropout_p)
@@ -159,7 +171,7 @@ _CHILDREN = {
     "attn": (BeitAttention,),
     "drop_path1": (nn.Identity, DropPath),
     "norm2": (LayerNorm,),
-    "mlp": (Mlp, SwiGLU),
+    "mlp": (Mlp, SwiGLU, SwiGLUPacked),
     "drop_path2": (nn.Identity, DropPath),
 }
 
@@ -167,7 +179,8 @@ _CHILDREN = {
 class BeitBlock(nn.Module):
     """``x + γ₁ · attn(norm1(x))``, then ``x + γ₂ · mlp(norm2(x))``, with DropPath on both branches.
 
-    State-dict keys are those of timm's ``Block`` of BEiT: the factors are ``gamma_1`` and ``gamma_2``.
+    State-dict keys are those of timm's ``Block`` of BEiT and of its ``EvaBlock``: the factors are ``gamma_1`` and
+    ``gamma_2``.
 
     Args:
         dim: Channels.
@@ -183,6 +196,7 @@ class BeitBlock(nn.Module):
         norm_layer: Callable that makes a LayerNorm from ``dim``, ``device`` and ``dtype``.
         scale_mlp: Whether the MLP's hidden features have a norm.
         swiglu_mlp: Whether the MLP is a :class:`vitkernels.layers.SwiGLU`.
+        packed_mlp: Whether that is a :class:`vitkernels.layers.SwiGLUPacked` instead, as in EVA-02.
         window_size: As for :class:`BeitAttention`.
     """
 
@@ -202,6 +216,7 @@ class BeitBlock(nn.Module):
         *,
         scale_mlp: bool = False,
         swiglu_mlp: bool = False,
+        packed_mlp: bool = False,
         window_size: tuple[int, int] | None = None,
         device=None,
         dtype=None,
@@ -218,19 +233,22 @@ class BeitBlock(nn.Module):
         self.norm2 = norm_layer(dim, **dd)
         of_mlp = {"bias": proj_bias, "norm_layer": norm_layer if scale_mlp else None, "drop": proj_drop, **dd}
         hidden = int(dim * mlp_ratio)
-        self.mlp = SwiGLU(dim, hidden, **of_mlp) if swiglu_mlp else Mlp(dim, hidden, act_layer=act_layer, **of_mlp)
+        if not swiglu_mlp:
+            self.mlp = Mlp(dim, hidden, act_layer=act_layer, **of_mlp)
+        else:
+            self.mlp = SwiGLUPacked(dim, 2 * hidden, **of_mlp) if packed_mlp else SwiGLU(dim, hidden, **of_mlp)
         self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
 
     def fuses(self) -> bool:
         """Tell whether the fused forward may run: it would skip an adapter or a hook on a child."""
         return has_plain_children(self, _CHILDREN) and self.attn.fuses() and self.mlp.fuses()
 
-    def forward(self, x: Tensor, shared: records.Relative | None = None) -> Tensor:
-        """Run the block on x (B, N, C), with biases that all blocks share."""
+    def forward(self, x: Tensor, shared: Shared = None) -> Tensor:
+        """Run the block on x (B, N, C), with biases or rotary positions that all blocks share."""
         if self.fuses():
             block = records.block(self)
-            attn = block.attn._replace(positions=self.attn.positions(shared))
-            return fused.block(block._replace(attn=attn), x)
+            positions, rope = self.attn.positions(shared)
+            return fused.block(block._replace(attn=block.attn._replace(positions=positions)), x, rope=rope)
         for gamma, path, branch in (
             (self.gamma_1, self.drop_path1, lambda x: self.attn(self.norm1(x), shared)),
             (self.gamma_2, self.drop_path2, lambda x: self.mlp(self.norm2(x))),

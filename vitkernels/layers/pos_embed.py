@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitkernels import ops
+
 
 def sincos1d(length: int, dim: int, *, device=None, dtype=None) -> Tensor:
     """Return the table (1, length, dim) of sines (even channels) and cosines (odd channels) of positions.
@@ -38,6 +40,41 @@ def sincos2d(grid_size: tuple[int, int], dim: int, *, num_prefix_tokens: int = 0
     x = _angles(torch.arange(columns, device=device), dim // 4)[None, :].expand(rows, -1, -1)
     table = torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=-1).reshape(1, rows * columns, dim)
     return F.pad(table, (0, 0, num_prefix_tokens, 0)).to(dtype or torch.get_default_dtype())
+
+
+def rope2d(
+    grid_size: tuple[int, int],
+    dim: int,
+    *,
+    temperature: float = 10000.0,
+    reference: tuple[int, int] | None = None,
+    device=None,
+    dtype=None,
+) -> ops.Rope:
+    """Return the rotary positions of EVA-02 (arXiv 2303.11331): cosines and sines (rows · columns, dim).
+
+    Channels 2j and 2j + 1 are rotated together, by the row times ``ω_j`` in the first half of the channels, and by the
+    column in the second, ``ω_j = temperature^(−j/(dim/4))``.
+
+    Args:
+        grid_size: Rows and columns of patches.
+        dim: Channels D of a head.
+        temperature: As above.
+        reference: Rows and columns that the grid is scaled to; None leaves positions whole numbers.
+
+    Raises:
+        ValueError: ``dim`` is not a multiple of 4.
+    """
+    if dim % 4:
+        raise ValueError(f"rope2d needs a number of channels that 4 divides, got {dim}")
+    frequencies = 1.0 / temperature ** (torch.arange(dim // 4, device=device).float() / (dim // 4))
+    axes = [torch.arange(n, device=device).float() for n in grid_size]
+    if reference is not None:
+        axes = [axis / n * wanted for axis, n, wanted in zip(axes, grid_size, reference, strict=True)]
+    angles = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)[..., None] * frequencies  # (rows, columns, 2, ·)
+    angles = angles.flatten(2).flatten(0, 1).repeat_interleave(2, dim=-1)
+    dtype = dtype or torch.get_default_dtype()
+    return ops.Rope(angles.cos().to(dtype), angles.sin().to(dtype), interleaved=True)
 
 
 def _angles(positions: Tensor, frequencies: int) -> Tensor:

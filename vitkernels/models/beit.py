@@ -44,6 +44,8 @@ class Beit(VisionTransformer):
         ValueError, NotImplementedError, TypeError: As for ``VisionTransformer``.
     """
 
+    _packs_mlp = False  # whether a SwiGLU without a norm has one packed first layer
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,
@@ -109,6 +111,7 @@ class Beit(VisionTransformer):
                 BeitBlock,
                 scale_mlp=scale_mlp,
                 swiglu_mlp=swiglu_mlp,
+                packed_mlp=self._packs_mlp and not scale_mlp,
                 window_size=grid_size if use_rel_pos_bias else None,
             ),
             normalize=normalize,

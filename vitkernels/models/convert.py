@@ -207,16 +207,59 @@ def beit_config(model: nn.Module) -> Config:
     Raises:
         NotImplementedError: It has a part that this package does not support.
     """
-    _expect(model, "the model", "Beit")
+    config, block = _beit_like(model, "Beit", "SwiGLU"), model.blocks[0]
+    return config | {
+        "use_rel_pos_bias": block.attn.relative_position_bias_table is not None,
+        "use_shared_rel_pos_bias": model.rel_pos_bias is not None,
+    }
+
+
+def eva_config(model: nn.Module) -> Config:
+    """Return the arguments that make a model like ``model``, an ``Eva`` of timm or of this package.
+
+    Raises:
+        NotImplementedError: It has a part that this package does not support.
+    """
+    config = _beit_like(model, "Eva", "SwiGLU", "SwiGLUPacked", "GluMlp")
+    if hasattr(model, "use_rot_pos_emb"):  # ours
+        return config | {
+            name: getattr(model, name) for name in ("use_rot_pos_emb", "rope_temperature", "ref_feat_shape")
+        }
+    for name, module in model.named_modules():
+        if name.startswith("blocks.") and name.count(".") == 1:
+            _expect(module, name, "EvaBlock")
+            _expect(module.attn, f"{name}.attn", "EvaAttention")
+            for part in ("qkv", "q_norm", "k_norm", "norm"):
+                _expect(getattr(module.attn, part), f"{name}.attn.{part}", "Linear" if part == "qkv" else "Identity")
+    _expect(model.norm_pre, "norm_pre", "Identity")
+    if model.num_prefix_tokens != 1 or model.cls_token is None or model.no_embed_class or model.patch_drop is not None:
+        raise NotImplementedError("it has no class token with a position, more tokens beside it, or patch dropout")
+    rope = model.rope
+    if rope is None:
+        return config | {"use_rot_pos_emb": False}
+    _expect(rope, "rope", "RotaryEmbeddingCat")
+    wanted = {"in_pixels": False, "grid_offset": 0.0, "grid_indexing": "ij", "rotate_half": False}
+    for name, value in wanted.items():
+        if getattr(rope, name, value) != value:
+            raise NotImplementedError(f"rope.{name} is {getattr(rope, name)!r}; expected {value!r}")
+    if rope.feat_shape is None:
+        raise NotImplementedError("it takes images of any size; expected one size")
+    scaled = None if rope.ref_feat_shape is None else tuple(rope.ref_feat_shape)
+    return config | {"use_rot_pos_emb": True, "rope_temperature": rope.temperature, "ref_feat_shape": scaled}
+
+
+def _beit_like(model: nn.Module, kind: str, *gated: str) -> Config:
+    """Return the arguments that :func:`beit_config` and :func:`eva_config` have in common."""
+    _expect(model, "the model", kind)
     _expect(model.patch_embed, "patch_embed", "PatchEmbed")
     block = model.blocks[0]
     for name, module in model.named_modules():
         if name.endswith(".mlp"):
             _expect(module, name, type(block.mlp).__name__)
-    _expect(block.mlp, "blocks.0.mlp", "Mlp", "SwiGLU")
+    _expect(block.mlp, "blocks.0.mlp", "Mlp", *gated)
     eps = _norms_eps(model)
-    gated = type(block.mlp).__name__ == "SwiGLU"
-    if _activation(block.mlp.act) != ("silu" if gated else "gelu"):
+    is_gated = type(block.mlp).__name__ != "Mlp"
+    if _activation(block.mlp.act) != ("silu" if is_gated else "gelu"):
         raise NotImplementedError(f"its activation is {block.mlp.act}; expected a SiLU in SwiGLU, else a GELU")
     has_norm, has_fc_norm = (isinstance(norm, nn.LayerNorm) for norm in (model.norm, model.fc_norm))
     return {
@@ -230,13 +273,11 @@ def beit_config(model: nn.Module) -> Config:
         "num_heads": block.attn.num_heads,
         "qkv_bias": block.attn.q_bias is not None,
         "mlp_ratio": mlp_ratio(model.embed_dim, block.mlp.fc2.in_features),
-        "swiglu_mlp": gated,
+        "swiglu_mlp": is_gated,
         "scale_mlp": isinstance(block.mlp.norm, nn.LayerNorm),
         "norm_layer": functools.partial(nn.LayerNorm, eps=eps),
         "init_values": None if block.gamma_1 is None else 1e-5,
         "use_abs_pos_emb": model.pos_embed is not None,
-        "use_rel_pos_bias": block.attn.relative_position_bias_table is not None,
-        "use_shared_rel_pos_bias": model.rel_pos_bias is not None,
         "use_fc_norm": has_fc_norm,
         "final_norm": has_norm or has_fc_norm,
     }

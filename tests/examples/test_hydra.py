@@ -1,5 +1,6 @@
 """examples/hydra.py: on two processes, killed and resumed, frozen, from a folder, and with bad input."""
 
+import math
 import shutil
 
 import pytest
@@ -123,6 +124,7 @@ def test_losses_ignore_what_is_not_known():
     got = example.losses(wrong, batch, labels)
     assert got[1, 0] == got[2, 0] == 0, "an image of which nothing is known"
     torch.testing.assert_close(got[2, 1], torch.tensor(3.0))
+    torch.testing.assert_close(got[1, 1], torch.tensor(100 + math.log(3)), msg="the mean over labelled pixels")
 
 
 @pytest.fixture(scope="module")

@@ -48,6 +48,7 @@ WHOLE = (
     "twins.Block",
     "gcvit.GlobalContextVitBlock",
     "hieradet_sam2.MultiScaleBlock",
+    "mvitv2.MultiScaleBlock",
     "volo.Transformer",
 )
 ATTENTION = re.compile("Attention|Attn|MHSA|GPSA|XCA")

@@ -57,7 +57,8 @@ class Input:
 
     Attributes:
         shape: Its shape.
-        kind: What its values are, a name in :data:`KINDS`; or ``none``, ``text``, ``sparse``, for bad calls.
+        kind: What its values are, a name in :data:`KINDS`, or ``below N`` for distinct indices along the last dim; or
+            ``none``, ``text``, ``sparse``, for bad calls.
         dtype: Its dtype; the call's if None.
         layout: A name in :data:`LAYOUTS`.
         grad: Whether it requires a gradient.
@@ -75,7 +76,10 @@ class Input:
         """Return the tensor, or what stands in its place."""
         if self.kind in ("none", "text"):
             return None if self.kind == "none" else "tensor"
-        x = KINDS.get(self.kind, _normal)(self.shape, generator).to(self.dtype or KIND_DTYPES.get(self.kind, dtype))
+        if self.kind.startswith("below "):
+            x = _indices(self.shape, int(self.kind[6:]), generator).to(self.dtype or torch.int64)
+        else:
+            x = KINDS.get(self.kind, _normal)(self.shape, generator).to(self.dtype or KIND_DTYPES.get(self.kind, dtype))
         if self.kind == "sparse":
             return x.to_sparse()
         if self.layout != "contiguous":
@@ -90,6 +94,10 @@ def _normal(shape, generator):
 
 def _uniform(shape, generator):
     return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+
+def _indices(shape, below, generator):
+    return _uniform((*shape[:-1], below), generator).argsort(-1)[..., : shape[-1]]
 
 
 KINDS = {

@@ -214,7 +214,7 @@ def _without_zero_gradients(call: Call) -> Call:
     PyTorch's rounding of it, or ours, is no yardstick. tests/ops/test_attention.py looks at that case."""
     frozen = (
         "q", "k", "attn_mask", "key_bias", "cos", "sin", "q_weight", "q_bias", "k_weight", "k_bias", "bias_table",
-        "logit_scale",
+        "logit_scale", "rel_pos_h", "rel_pos_w",
     )  # fmt: skip
     inputs = {n: dataclasses.replace(x, grad=x.grad and n not in frozen) for n, x in call.inputs.items()}
     return dataclasses.replace(call, inputs=inputs)
@@ -330,6 +330,47 @@ def relative_attentions(draw):
 
 
 @st.composite
+def decomposed_attentions(draw):
+    d = Draw(draw, draw(dtypes))
+    B, H, D = draw(batches), draw(st.sampled_from((1, 2, 3))), draw(head_dims)
+    sides = draw(st.tuples(window_sides, window_sides))
+    whole = d.maybe()
+    image = sides if whole else tuple(draw(st.integers(1, 2 * side + 3)) for side in sides)
+    d.add("qkv", B, *image, 3, H, D)
+    for axis, side in zip("hw", sides, strict=True):
+        d.add(f"rel_pos_{axis}", 2 * side - 1, D, dtypes=_wider(d.dtype))
+    filled = d.maybe()
+    if filled:
+        padded = any(length % side for length, side in zip(image, sides, strict=True))
+        d.add("padding", 3, H, D, grad=None if padded else False, dtypes=_wider(d.dtype))
+    keys = math.prod(side if filled else min(side, length) for length, side in zip(image, sides, strict=True))
+    if keys == 1:
+        d.inputs["qkv"] = dataclasses.replace(d.inputs["qkv"], grad=False)
+    call = d.done(
+        "decomposed_attention",
+        window_size=None if whole else sides,
+        scale=draw(st.sampled_from((None, None, 0.3, 1.0, 0.0, -0.2))),
+        dropout_p=draw(st.sampled_from((0.0, 0.0, 0.0, 0.3))),
+    )
+    return _without_zero_gradients(call) if keys <= 8 else call
+
+
+@st.composite
+def patch_mergings(draw):
+    d = Draw(draw, draw(dtypes))
+    B, Y, X = draw(batches), draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    C, F, norm_last = draw(sizes), draw(sizes), d.maybe()
+    d.add("x", B, Y, X, C)
+    d.add("weight", F, 4 * C, kind="weight")
+    if norm_last:  # of equal rows, behind a norm, all is noise
+        d.inputs["weight"] = _relaid(d.inputs["weight"], "expanded")
+    d.maybe_add("bias", F)
+    for name in ("norm_weight", "norm_bias"):
+        d.maybe_add(name, F if norm_last else 4 * C, dtypes=_wider(d.dtype))
+    return d.done("patch_merging", eps=draw(epsilons), norm_last=norm_last)
+
+
+@st.composite
 def blocks(draw):
     d = Draw(draw, draw(dtypes))
     B, N, H, D = draw(batches), draw(tokens), draw(st.sampled_from((1, 2, 3))), draw(st.sampled_from((8, 12, 16, 17)))
@@ -389,6 +430,14 @@ def patch_embeds(draw):
     if d.maybe():
         length = R + N if options["pos_embed_prefix"] else N
         d.add("pos_embed", *([1] if d.maybe() else []), length, C)
+    chosen = draw(st.sampled_from((None, None, "mask", "visible")))
+    if chosen == "mask":
+        d.add("mask", B, N, kind="keep", grad=False)
+        d.add("mask_token", *draw(st.sampled_from(((C,), (1, C), (1, 1, C)))))
+    elif chosen == "visible":  # expanded, its indices would not be distinct
+        d.inputs["visible"] = Input(
+            (B, draw(st.integers(1, N))), f"below {N}", d.draw(st.sampled_from((None, torch.int32)))
+        )
     return d.done("patch_embed", **options)
 
 
@@ -465,6 +514,8 @@ CALLS = {
     "attention_varlen": attentions_varlen(),
     "window_attention": window_attentions(),
     "relative_attention": relative_attentions(),
+    "decomposed_attention": decomposed_attentions(),
+    "patch_merging": patch_mergings(),
     "block": blocks(),
     "patch_embed": patch_embeds(),
 }

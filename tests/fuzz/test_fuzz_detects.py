@@ -75,6 +75,16 @@ DEFECTS = {
     ),
     "stale row": ("patch_embed", "images", stale_row),
     "prefix off by 0.1 %": ("patch_embed", "prefix_tokens", with_argument("prefix_tokens", lambda p: p * 1.001)),
+    "mask token off by 0.1 %": ("patch_embed", "mask_token", with_argument("mask_token", lambda m: m * 1.001)),
+    "order of the visible": ("patch_embed", "visible", with_argument("visible", lambda v: v.sort(-1).values)),
+    "table along x reversed": ("decomposed_attention", "rel_pos_w", with_argument("rel_pos_w", lambda t: t.flip(0))),
+    "missing gradient of a table": (
+        "decomposed_attention", "rel_pos_h", with_argument("rel_pos_h", without_gradient),
+    ),
+    "patches merged by rows": (
+        "patch_merging", "weight",
+        with_argument("weight", lambda w: w.unflatten(1, (2, 2, -1)).transpose(1, 2).flatten(1)),
+    ),
     "eps before FP8": ("layer_norm_fp8", "eps", with_argument("eps", lambda eps: eps + 1e-3)),
     "bias behind FP8 off by 0.1 %": ("linear_fp8", "bias", with_argument("bias", lambda b: b * 1.001)),
     "LayerScale of a block": ("block", "gamma2", with_argument("gamma2", lambda g: g * 1.01)),

@@ -17,14 +17,15 @@ def is_shift(shift: tuple[int, int], size: tuple[int, int]) -> bool:
 
 
 def sam_positions(
-    attn: nn.Module, image: tuple[int, int], window_size: int = 0
+    attn: nn.Module, decomposed: bool, image: tuple[int, int], window_size: int = 0
 ) -> records.Decomposed | records.Windows | None:
-    """Read the positions of SAM's attention in windows, or over the ``image``, which may be decomposed ones.
+    """Read the positions of SAM's and ViTDet's attention in windows, or over the ``image``.
 
-    Tables of another size are resized by linear interpolation, as SAM's own code does at each call.
+    Tables of ``decomposed`` positions that have another size are resized by linear interpolation, as the original code
+    does at each call.
     """
     window = (window_size,) * 2 if window_size else None
-    if not attn.use_rel_pos:
+    if not decomposed:
         return None if window is None else records.Windows(image, window)
     tables = []
     for name, size in zip(("rel_pos_h", "rel_pos_w"), window or image, strict=True):

@@ -30,11 +30,12 @@ class Case:
         mlp_norm: Whether there is a LayerNorm before the MLP's last layer.
         attention: Further variants of attention to run: ``biased`` (a learned bias per head), ``key_bias`` (of merged
             tokens), ``key_mask``, ``pair_mask``, ``causal``, ``dropout``, ``varlen`` (packed images), ``windows`` (49
-            tokens, head dim 32, as in Swin), ``visible`` (the 50 tokens that the encoder of a masked autoencoder sees),
-            ``swin`` (windows of 7, shifted), ``swin_cosine`` (of 8, with Swin V2's cosine attention), ``swin_wide`` (of
-            12), ``swin_dropout``, ``swin_grid`` (MaxViT's grid attention), ``relative`` (a table of relative positions
-            over the image, as in BEiT), ``rope_half`` and ``rope_interleaved`` (with QK-norm), and ``frozen_queries``
-            (queries without a gradient).
+            tokens, head dim 32, as in Swin), ``visible`` (the 50 tokens that the encoder of a masked autoencoder sees,
+            and patch embedding with masks), ``swin`` (windows of 7, shifted), ``swin_cosine`` (of 8, with Swin V2's
+            cosine attention), ``swin_wide`` (of 12), ``swin_dropout``, ``swin_grid`` (MaxViT's grid attention),
+            ``relative`` (a table of relative positions over the image, as in BEiT), ``decomposed`` and
+            ``decomposed_windows`` (SAM's positions), ``rope_half`` and ``rope_interleaved`` (with QK-norm), and
+            ``frozen_queries`` (queries without a gradient).
     """
 
     name: str

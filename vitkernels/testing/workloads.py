@@ -29,14 +29,14 @@ def sizes(case: Case) -> dict[str, int]:
     """Return the letters' numbers.
 
     B images, N tokens, C channels, H heads, D head dim, F hidden features; I image channels, P patch, Y and X sides of
-    the image, R prefix tokens, G patches, S starts of packed images and T tokens of them all; V rows and U columns of
-    patches, E entries of their relative positions, L those along one axis.
+    the image, R prefix tokens, G patches, W of them visible, S starts of packed images and T tokens of them all; V rows
+    and U columns of patches, E entries of their relative positions, L those along one axis.
     """
     side, lengths = case.image // case.patch * case.patch, packed_lengths(case)
     patches = case.image // case.patch
     return {
         "B": case.batch, "N": case.tokens, "C": case.channels, "H": case.heads, "D": case.head_dim, "F": case.hidden,
-        "I": 3, "P": case.patch, "Y": side, "X": side, "R": case.prefix, "G": case.tokens - case.prefix,
+        "I": 3, "P": case.patch, "Y": side, "X": side, "R": case.prefix, "G": patches**2, "W": -(-(patches**2) // 4),
         "S": case.batch + 1, "T": sum(lengths), "V": patches, "U": patches,
         "E": (2 * patches - 1) ** 2 + 3 * (case.prefix > 0), "L": 2 * patches - 1,
     }  # fmt: skip
@@ -259,6 +259,18 @@ def _starts(shape: tuple[int, ...], case: Case, device: torch.device) -> Tensor:
     return torch.tensor([0, *packed_lengths(case)]).cumsum(0).int().to(device)
 
 
+def _hidden(shape: tuple[int, ...], case: Case, device: torch.device) -> Tensor:
+    """Draw which patches are hidden: of each image the first and about four in ten."""
+    mask = torch.rand(shape, device=device) < 0.4
+    mask[:, 0] = True
+    return mask
+
+
+def _visible(shape: tuple[int, ...], case: Case, device: torch.device) -> Tensor:
+    """Draw distinct patches for each image, in any order."""
+    return torch.rand((shape[0], case.tokens - case.prefix), device=device).argsort(1)[:, : shape[1]].contiguous()
+
+
 def _pixels(shape: tuple[int, ...], case: Case, device: torch.device) -> Tensor:
     return torch.randint(256, shape, dtype=torch.uint8, device=device)
 
@@ -446,4 +458,9 @@ WORKLOADS = (
     Workload("patch_embed", "patch_embed", _PATCHES),
     Workload("patch_embed_uint8", "patch_embed", _PATCHES | {"images": Input("B I Y X", draw=_pixels)},
              lambda case: {"normalize": NORMALIZE}, "uint8"),
+    Workload("patch_embed_masked", "patch_embed",
+             _PATCHES | {"mask": Input("B G", draw=_hidden), "mask_token": Input("C")}, variant="masked",
+             attention="visible"),
+    Workload("patch_embed_visible", "patch_embed", _PATCHES | {"visible": Input("B W", draw=_visible)},
+             variant="visible", attention="visible"),
 )  # fmt: skip

@@ -119,14 +119,19 @@ def _blocks(
             tilings["forward"] = tile(128, 64, 8)
         # With two stages Triton 3.6 spills 8 bytes of heads of 72 channels beside a mask.
         stages = 3 if _triton.BEFORE_3_7 and masked and width > 64 and facts.arch.startswith("sm_10") else 2
-        return tilings | {"dkv": tile(32 if width > 64 or dropout or (masked and amd) else 64, 64, 4, stages)}
+        # Beside dropout's counters heads of 128 channels spill with four warps.
+        crowded = dropout and width >= 128 and not amd
+        if crowded:
+            tilings["forward"] = tile(64, 64, 8)
+        warps = 8 if crowded else 4
+        return tilings | {"dkv": tile(32 if width > 64 or dropout or (masked and amd) else 64, 64, warps, stages)}
     tilings |= {"dq": tile(64, 32, 4), "dmask": tile(64, 32, 4)}
     if width <= 64:
         forward = tile(64, 16 if masked else 32, 4)
         return tilings | {"forward": forward, "dkv": tile(32, 32 if masked else 64, 4)}
     # Each of eight warps multiplies 16 rows: with 64 rows, half of the products would be computed twice.
     wide = tile(64, 32 if key_bias else 64, 8) if dropout else tile(128, 32 if masked or key_bias else 64, 8)
-    tilings["forward"] = wide if width < 128 else tile(32, 64, 4)
+    tilings["forward"] = wide if width < 128 else tile(32, 32 if dropout and facts.arch.startswith("sm_8") else 64, 4)
     return tilings | {"dkv": tile(16, 32, 4) if masked and width < 128 else tile(32, 64, 8)}
 
 

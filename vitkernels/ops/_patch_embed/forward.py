@@ -80,8 +80,7 @@ def _patch_embed_fwd_kernel(
     pos_row = t - pos_start
     mask_pixels = mask_patch
     if CHOICE == "masked":
-        masked = tl.load(choice_ptr + b * N + n, mask=mask_patch, other=0) != 0
-        mask_pixels = mask_patch & (masked == 0)
+        mask_pixels = mask_patch & (tl.load(choice_ptr + b * N + n, mask=mask_patch, other=0) == 0)
     if CHOICE == "visible":
         n = tl.load(choice_ptr + b * (T - R) + n, mask=mask_patch, other=0).to(INDEX)
         pos_row = n + R - pos_start
@@ -123,7 +122,7 @@ def _patch_embed_fwd_kernel(
     if CHOICE == "masked":
         token = tl.load(mask_token_ptr + offs_c, mask=mask_c, other=0.0).to(ACC)[None, :]
         bias = tl.load(bias_ptr + offs_c, mask=mask_c & HAS_BIAS, other=0.0).to(ACC)[None, :]
-        acc += tl.where(masked[:, None], token, bias)
+        acc += tl.where(mask_pixels[:, None], bias, token)
     elif HAS_BIAS:
         acc += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(ACC)[None, :]
     if CHOICE == "visible":  # a patch that the image does not have must not go unseen

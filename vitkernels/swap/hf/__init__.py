@@ -2,13 +2,14 @@
 
 transformers repeats the code of each model: DeiT's classes are ViT's under other names. So each kind of module has one
 fused forward here, a mixin in front of the original class (``_mixins``; ``_mixins_4`` for kinds of releases 4.5x
-only, ``_mixins_data2vec`` for those of data2vec-vision, ``_swin`` for Swin's, ``_sam`` for SAM's). The tables below
-list the kinds that a class may be of. A class gets the first kind that accepts all arguments of its forward. If no kind
-does, as may happen in a later release, the class is not swapped.
+only, ``_mixins_data2vec`` for those of data2vec-vision, ``_swin`` for Swin's, ``_sam`` for SAM's and ViTDet's,
+``_mobilevit`` for MobileViT's). The tables below list the kinds that a class may be of. A class gets the first kind
+that accepts all arguments of its forward. If no kind does, as may happen in a later release, the class is not swapped.
 
-A fused layer still calls its attention module, except Swin's and SAM's. So the layer runs fused even if the attention
-has adapters, or hooks that collect attention weights. Queries, keys and values stay three products, because packing the
-three weights would copy them at every step; only a table of relative positions asks for that.
+A fused layer still calls its attention module, except where it runs in windows (Swin, SAM, ViTDet, MobileViT). So the
+layer runs fused even if the attention has adapters, or hooks that collect attention weights. Queries, keys and values
+stay three products, because packing the three weights would copy them at every step; only windows and a table of
+relative positions ask for that.
 
 Imported only if transformers' models are imported.
 """
@@ -25,6 +26,7 @@ from vitkernels.swap._rules import PARAMETERS, Rule, add
 from vitkernels.swap.hf import _mixins as new
 from vitkernels.swap.hf import _mixins_4 as old
 from vitkernels.swap.hf import _mixins_data2vec as data2vec
+from vitkernels.swap.hf import _mobilevit as mobilevit
 from vitkernels.swap.hf import _sam as sam
 from vitkernels.swap.hf import _swin as swin
 from vitkernels.swap.hf._mixins import IMPLEMENTATIONS
@@ -100,6 +102,16 @@ _SAM = {
     "MLPBlock": (sam.MlpBlock,),
     "VisionLayer": (sam.VisionLayer, sam.TupleVisionLayer),
 }
+_VITDET = {
+    "Attention": (sam.VitDetAttention,),
+    "Mlp": (sam.VitDetMlp,),
+    "Layer": (sam.VitDetLayer,),
+}
+_MOBILEVIT = {
+    "Intermediate": (old.Intermediate,),
+    "TransformerLayer": (mobilevit.TransformerLayer,),
+    "Layer": (mobilevit.MobileViTLayer,),
+}
 
 # The folder in transformers.models (and the model in it), the prefix of the class names, the kinds of the classes, and
 # a class that the release must have.
@@ -120,6 +132,8 @@ _FAMILIES = (
     ("beit", "Beit", _BEIT, "BeitMLP"),
     ("sam", "Sam", _SAM),
     ("sam_hq", "SamHQ", _SAM),
+    ("vitdet", "VitDet", _VITDET),
+    ("mobilevit", "MobileViT", _MOBILEVIT),
     ("data2vec.data2vec_vision", "Data2VecVision", _DATA2VEC),
 )
 

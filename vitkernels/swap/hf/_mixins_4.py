@@ -126,13 +126,7 @@ class ViTLayer(Kind):
         attended = self.attention(self.layernorm_before(hidden_states), *args, **kwargs)
         branch, *weights = attended if isinstance(attended, tuple) else (attended,)
         normed, x = fused.add_norm(records.norm(self.layernorm_after), branch, hidden_states)
-        mlp = records.Mlp(
-            records.linear(self.intermediate.dense),
-            records.linear(self.output.dense),
-            activation(self.intermediate),
-            drop2=records.dropout(self.output.dropout),
-        )
-        out = fused.mlp(mlp, normed, residual=x)
+        out = fused.mlp(cut_mlp(self), normed, residual=x)
         return (out, *weights) if isinstance(attended, tuple) else out
 
 
@@ -220,3 +214,43 @@ class CLIPLayer(new.CLIPLayer):
             output_attentions=output_attentions,
         )
         return out if output_attentions else out[:1]
+
+
+def cut_children(own: dict[str, type[nn.Module]], prefix: str, inner: str) -> dict[str, tuple[type[nn.Module], ...]]:
+    """Return the bypassed children of a layer whose attention and MLP are cut into parts; ``inner`` attends."""
+    linears = {f"attention.{inner}.{name}": (nn.Linear,) for name in ("query", "key", "value")}
+    return {
+        "attention": (own[f"{prefix}Attention"],),
+        f"attention.{inner}": (own[f"{prefix}SelfAttention"],),
+        **linears,
+        f"attention.{inner}.dropout": (nn.Dropout,),
+        "attention.output": (own[f"{prefix}SelfOutput"],),
+        "attention.output.dense": (nn.Linear,),
+        "attention.output.dropout": (nn.Dropout,),
+        "output": (own[f"{prefix}Output"],),
+        "output.dense": (nn.Linear,),
+        "output.dropout": (nn.Dropout,),
+    }
+
+
+def cut_attention(attention: nn.Module, inner: str) -> records.Attention:
+    """Read the attention of such a layer; the three projections are packed at each call."""
+    attn, output = attention._modules[inner], attention.output
+    return records.Attention(
+        new.packed(*map(records.linear, (attn.query, attn.key, attn.value))),
+        records.linear(output.dense),
+        attn.num_attention_heads,
+        attn.attention_head_size,
+        attn_drop=records.dropout(attn.dropout),
+        proj_drop=records.dropout(output.dropout),
+    )
+
+
+def cut_mlp(layer: nn.Module) -> records.Mlp:
+    """Read the MLP of such a layer."""
+    return records.Mlp(
+        records.linear(layer.intermediate.dense),
+        records.linear(layer.output.dense),
+        activation(layer.intermediate),
+        drop2=records.dropout(layer.output.dropout),
+    )

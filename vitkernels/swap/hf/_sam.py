@@ -1,4 +1,4 @@
-"""Mixins for the vision layers of transformers' SAM and SAM-HQ; see the folder's ``__init__``.
+"""Mixins for the layers of transformers' ViTDet, and the vision layers of its SAM and SAM-HQ; see ``__init__``.
 
 As Swin's, a layer reads its attention: only then need no window be padded or cut in memory.
 """
@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from vitkernels.layers import fused, records
-from vitkernels.swap._images import tokens_of
+from vitkernels.swap._images import channels_first, tokens_of, tokens_of_channels_first
 from vitkernels.swap._limits import head_dim_limit
 from vitkernels.swap._rules import runs_fused
 from vitkernels.swap._windows import sam_positions
@@ -84,17 +84,88 @@ class TupleVisionLayer(VisionLayer):
         return (self._run(hidden_states),)
 
 
+class VitDetAttention(Kind):
+    """ViTDet's attention over an image or a window (B, Y, X, C)."""
+
+    _takes = frozenset({"hidden_state", "output_attentions"})
+    _options: ClassVar = {
+        "bypassed": {"qkv": (nn.Linear,), "proj": (nn.Linear,)},
+        "optional_parameters": frozenset({"rel_pos_h", "rel_pos_w"}),
+        "attributes": frozenset({"num_heads", "scale", "use_relative_position_embeddings"}),
+        "limit": lambda attn: head_dim_limit(attn.qkv.out_features // (3 * attn.num_heads)),
+    }
+
+    def forward(self, hidden_state: Tensor, output_attentions: bool = False):
+        if output_attentions or not runs_fused(self._rule, self, hidden_state) or hidden_state.ndim != 4:
+            return super().forward(hidden_state, output_attentions)
+        attn = _read_vitdet(self, tuple(hidden_state.shape[1:3]), 0)
+        return (fused.attention(attn, tokens_of(hidden_state)).view(hidden_state.shape),)
+
+
+class VitDetMlp(new.Mlp):
+    """ViTDet's MLP, with dropout behind both layers."""
+
+    _takes = frozenset({"x"})
+    _options: ClassVar = new.mlp_options("act", "fc1", "fc2")
+    _options["bypassed"]["drop"] = (nn.Dropout,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not runs_fused(self._rule, self, x):
+            return super().forward(x)
+        return fused.mlp(_vitdet_mlp(self), x)
+
+
+class VitDetLayer(Kind):
+    """ViTDet's pre-norm layer on (B, C, Y, X), in windows or over the whole image; its convolutions stay."""
+
+    _takes = frozenset({"hidden_states", "head_mask", "output_attentions"})
+    _options: ClassVar = {
+        "bypassed": {"norm1": (nn.LayerNorm,), "norm2": (nn.LayerNorm,)},
+        "called": frozenset({"residual"}),
+        "attributes": frozenset({"window_size", "use_residual_block", "gradient_checkpointing"}),
+    }
+    _parts: ClassVar = {"attention": VitDetAttention, "mlp": VitDetMlp}
+
+    @staticmethod
+    def _children(own: dict[str, type[nn.Module]], prefix: str) -> dict[str, tuple[type[nn.Module], ...]]:
+        return {"drop_path": (own[f"{prefix}DropPath"], nn.Identity)}
+
+    def forward(self, hidden_states: Tensor, *args, **kwargs):
+        asked = any(value is not None and value is not False for value in (*args, *kwargs.values()))
+        if asked or not runs_fused(self._rule, self, hidden_states) or hidden_states.ndim != 4:
+            return super().forward(hidden_states, *args, **kwargs)
+        image, x = tuple(hidden_states.shape[2:]), tokens_of_channels_first(hidden_states)
+        attn = _read_vitdet(self.attention, image, self.window_size)
+        branch = fused.attention(attn, fused.norm(records.norm(self.norm1), x))
+        x = new.behind_attention(
+            branch, x, records.norm(self.norm2), _vitdet_mlp(self.mlp), (None, None), self.drop_path
+        )
+        out = channels_first(x, image)
+        return (self.residual(out) if self.use_residual_block else out,)
+
+
+def _read_vitdet(attn: nn.Module, image: tuple[int, int], window_size: int) -> records.Attention:
+    positions = sam_positions(attn, attn.use_relative_position_embeddings, image, window_size)
+    return _attention(attn, attn.num_heads, positions, attn.scale)
+
+
+def _vitdet_mlp(mlp: nn.Module) -> records.Mlp:
+    p = records.dropout(mlp.drop)
+    return new._mlp(mlp)._replace(drop1=p, drop2=p)
+
+
 def _read(attn: nn.Module, image: tuple[int, int], window_size: int) -> records.Attention:
     """Read ``attn`` in windows, or over the ``image``, for which its tables are resized."""
-    qkv, heads = records.linear(attn.qkv), attn.num_attention_heads
     # PyTorch's attention, which it calls, scales by 1/√D whatever ``scale`` is.
-    return records.Attention(
-        qkv,
-        records.linear(attn.proj),
-        heads,
-        qkv.weight.shape[0] // (3 * heads),
-        positions=sam_positions(attn, image, window_size),
-    )
+    return _attention(attn, attn.num_attention_heads, sam_positions(attn, attn.use_rel_pos, image, window_size))
+
+
+def _attention(
+    attn: nn.Module, heads: int, positions: records.Decomposed | records.Windows | None, scale: float | None = None
+) -> records.Attention:
+    qkv = records.linear(attn.qkv)
+    head_dim = qkv.weight.shape[0] // (3 * heads)
+    return records.Attention(qkv, records.linear(attn.proj), heads, head_dim, scale, positions=positions)
 
 
 def _mlp(mlp: nn.Module) -> records.Mlp:

@@ -128,33 +128,15 @@ class TupleSwinLayer(_Layer):
 
     @classmethod
     def _children(cls, own: dict[str, type[nn.Module]], prefix: str) -> dict[str, tuple[type[nn.Module], ...]]:
-        attention = own[f"{prefix}SelfAttention"]
-        PARAMETERS[attention] = cls._parameters_of_attention
-        linears = {f"attention.self.{name}": (nn.Linear,) for name in ("query", "key", "value")}
-        return {
-            "attention": (own[f"{prefix}Attention"],),
-            "attention.self": (attention,),
-            **linears,
-            "attention.self.dropout": (nn.Dropout,),
-            "attention.output": (own[f"{prefix}SelfOutput"],),
-            "attention.output.dense": (nn.Linear,),
-            "attention.output.dropout": (nn.Dropout,),
-            "output": (own[f"{prefix}Output"],),
-            "output.dense": (nn.Linear,),
-            "output.dropout": (nn.Dropout,),
-        }
+        PARAMETERS[own[f"{prefix}SelfAttention"]] = cls._parameters_of_attention
+        return old.cut_children(own, prefix, "self")
 
     @staticmethod
     def _products(layer: nn.Module) -> records.Mlp:
-        return records.Mlp(
-            records.linear(layer.intermediate.dense),
-            records.linear(layer.output.dense),
-            old.activation(layer.intermediate),
-            drop2=records.dropout(layer.output.dropout),
-        )
+        return old.cut_mlp(layer)
 
     def _mlp(self) -> records.Mlp:
-        return TupleSwinLayer._products(self)
+        return old.cut_mlp(self)
 
     def _attention(self, x: Tensor, image: Pair) -> records.Attention | None:
         attn = self.attention.self
@@ -162,15 +144,7 @@ class TupleSwinLayer(_Layer):
         return self._within(self._read(), x, image, attn.window_size, bias_table=table)
 
     def _read(self) -> records.Attention:
-        attn, output = self.attention.self, self.attention.output
-        return records.Attention(
-            new.packed(*map(records.linear, (attn.query, attn.key, attn.value))),
-            records.linear(output.dense),
-            attn.num_attention_heads,
-            attn.attention_head_size,
-            attn_drop=records.dropout(attn.dropout),
-            proj_drop=records.dropout(output.dropout),
-        )
+        return old.cut_attention(self.attention, "self")
 
 
 class MaskFormerSwinLayer(TupleSwinLayer):

@@ -13,6 +13,7 @@
     swin_transformer.py     Swin's SwinTransformerBlock, WindowAttention, PatchMerging
     swin_transformer_v2.py  SwinTransformerV2Block, SwinTransformerV2CrBlock, their attentions, V2's PatchMerging
     swin_transformer_v2_cr.py      the other PatchMerging
+    mvitv2.py               MViTv2's MultiScaleAttention and MultiScaleBlock
     naflexvit.py            NaFlexVit: images of different sizes packed into one row of tokens
     nest.py                 NesT's TransformerLayer
     twins.py                Twins's attentions and Block
@@ -59,6 +60,8 @@ from vitkernels.swap.timm.maxxvit import (
     FusedTransformerBlock2d,
 )
 from vitkernels.swap.timm.mobilevit import FusedMobileVitBlock
+from vitkernels.swap.timm.mvitv2 import FusedMultiScaleAttention as FusedMViTv2Attention
+from vitkernels.swap.timm.mvitv2 import FusedMultiScaleBlock as FusedMViTv2Block
 from vitkernels.swap.timm.naflexvit import FusedNaFlexVit
 from vitkernels.swap.timm.nest import FusedTransformerLayer
 from vitkernels.swap.timm.swin_transformer import FusedPatchMerging, FusedSwinTransformerBlock, FusedWindowAttention
@@ -103,6 +106,8 @@ __all__ = [
     "FusedLayerNorm2d",
     "FusedLayerScaleBlockClassAttn",
     "FusedLocallyGroupedAttn",
+    "FusedMViTv2Attention",
+    "FusedMViTv2Block",
     "FusedMlp",
     "FusedMobileVitBlock",
     "FusedMultiScaleAttention",

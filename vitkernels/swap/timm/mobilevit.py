@@ -1,19 +1,16 @@
 """The MobileViT block of timm's mobilevit.py: the first version, whose Transformer attends between patches.
 
-A token attends to those at its place in every other patch, so that the image is a grid of windows, as in MaxViT:
-nothing is unfolded, and everything else in the Transformer takes each token by itself. The convolutions stay.
+Nothing is unfolded. The convolutions stay.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from timm.models.mobilevit import MobileVitBlock
 from torch import Tensor, nn
 
-from vitkernels.layers import _own, fused, records
-from vitkernels.layers.windows import within
-from vitkernels.swap._images import channels_first, tokens_of_channels_first
+from vitkernels.layers import _own, records
+from vitkernels.swap._mobilevit import between_patches
 from vitkernels.swap._rules import RULES, Rule, add, runs_fused
 from vitkernels.swap.timm.vision_transformer import FusedBlock
 
@@ -30,17 +27,7 @@ class FusedMobileVitBlock(MobileVitBlock):
         if blocks is None:
             return super().forward(x)
         shortcut, x = x, self.conv_1x1(self.conv_kxk(x))
-        size, counts = x.shape[2:], [-(-n // p) for n, p in zip(x.shape[2:], self.patch_size, strict=True)]
-        image = tuple(n * p for n, p in zip(counts, self.patch_size, strict=True))
-        if image != tuple(size):
-            x = F.interpolate(x, size=image, mode="bilinear", align_corners=False)
-        tokens, windows = tokens_of_channels_first(x), records.Windows(image, tuple(counts), grid=True)
-        for block in blocks:
-            tokens = fused.block(within(block, windows), tokens)
-        x = channels_first(self.norm(tokens), image)
-        if image != tuple(size):
-            x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-        x = self.conv_proj(x)
+        x = self.conv_proj(between_patches(blocks, self.norm, x, tuple(self.patch_size)))
         return x if self.conv_fusion is None else self.conv_fusion(torch.cat((shortcut, x), dim=1))
 
     def _blocks(self, x: Tensor) -> list[records.Block] | None:

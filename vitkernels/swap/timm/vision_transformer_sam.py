@@ -22,7 +22,7 @@ class FusedAttention(Attention):
     def forward(self, x: Tensor) -> Tensor:
         if not runs_fused(ATTENTION, self, x) or x.ndim != 4:
             return super().forward(x)
-        positions = sam_positions(self, tuple(x.shape[1:3]))
+        positions = sam_positions(self, self.use_rel_pos, tuple(x.shape[1:3]))
         attn = records.attention(self)._replace(positions=positions)
         return fused.attention(attn, tokens_of(x)).view(x.shape)
 
@@ -37,7 +37,7 @@ class FusedBlock(Block):
         if runs_fused(BLOCK, self, x) and x.ndim == 4:
             block = records.block(self)
             if self.window_size == 0 or block.drop_path1 is None:
-                positions = sam_positions(self.attn, tuple(x.shape[1:3]), self.window_size)
+                positions = sam_positions(self.attn, self.attn.use_rel_pos, tuple(x.shape[1:3]), self.window_size)
                 return fused.block(within(block, positions), tokens_of(x)).view(x.shape)
         return super().forward(x)
 

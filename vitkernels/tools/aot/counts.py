@@ -167,7 +167,7 @@ def count_op(case: Case, op: str, dtype: str, target: str, kernel: str | None = 
     """
 
     def fill(t: torch.Tensor) -> None:
-        if t.dtype == torch.int32:  # where packed images start
+        if t.dtype == torch.int32 and op == "attention_varlen":  # where packed images start; other indices are 0
             t.copy_(torch.arange(t.numel()) * case.tokens)
         elif t.dtype == torch.bool:  # masks: all True hides nothing
             t.fill_(True)

@@ -35,8 +35,8 @@ FP64_OPS = {
     "vit_base_patch16_224": {
         "layer_norm", "add_layer_norm", "linear_activation", "mlp", "lora_mlp", "attention_biased",
         "attention_key_mask", "attention_pair_mask", "attention_dropout", "attention_swin_cosine", "attention_relative",
-        "attention_decomposed_windows", "patch_embed",
-        "patch_embed_uint8",
+        "attention_decomposed_windows", "patch_embed", "patch_embed_uint8", "patch_embed_masked",
+        "patch_embed_visible",
     },
     "vit_so400m_patch14_siglip_378": {"attention_varlen"},
     "eva02_large_patch14_448": {"swiglu_mlp", "attention_rope_interleaved"},

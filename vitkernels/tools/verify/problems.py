@@ -24,7 +24,8 @@ WINDOW = Case(
     "10 tokens of 40 channels", 2, 24, 8, 1, 40, 2, 72, layer_scale=True,
     attention=(
         "biased", "key_bias", "key_mask", "pair_mask", "causal", "dropout", "varlen", "rope_half", "rope_interleaved",
-        "swin", "swin_cosine", "swin_dropout", "relative", "decomposed", "decomposed_windows", "lora",
+        "swin", "swin_cosine", "swin_dropout", "relative", "decomposed", "decomposed_windows",
+        "visible", "lora",
     ),
 )  # fmt: skip
 ROW = Case(

@@ -24,6 +24,13 @@ _WINDOW_FORWARD = "ops._window_attention.forward:_window_attention_fwd_kernel"
 _WINDOW_BACKWARD = "ops._window_attention.backward"
 _SEVEN, _TWELVE = "shifted windows of 7", "shifted windows of 12"
 _COSINE, _DROPOUT = "cosine windows of 8", "windows of 2, dropout"
+_DECOMPOSED = "ops._decomposed_attention"
+_POSITIONS = f"{_DECOMPOSED}.positions"
+_DECOMPOSED_FORWARD = f"{_DECOMPOSED}.forward:_decomposed_attention_fwd_kernel"
+_DECOMPOSED_BACKWARD = f"{_DECOMPOSED}.backward:_decomposed_attention_bwd"
+_SAM, _SAM_WINDOWS = "decomposed positions", "decomposed positions in windows of 14"
+_EMBED_FORWARD = "ops._patch_embed.forward:_patch_embed_fwd_kernel"
+_EMBED_BACKWARD = "ops._patch_embed.backward:_patch_embed_bwd"
 
 # A name, the function, the edit, the op that shows it.
 # fmt: off
@@ -340,6 +347,65 @@ _WINDOW_ATTENTION = (
            'if PADDING != "":', "if False:", "window_attention", _SEVEN, by="nonfinite", dtype="bf16"),
 )
 
+_DECOMPOSED_ATTENTION = (
+    Mutant("decomposed attention: tables read backwards", f"{_DECOMPOSED}.tiles:offsets",
+           "position[:, None] + (LENGTH - 1) - e[None, :]", "e[None, :] + position[:, None] - (LENGTH - 1)",
+           "decomposed_attention", _SAM),
+    Mutant("decomposed attention: biases not converted to base 2", f"{_POSITIONS}:_store_bias", "* LOG2_E", "* 1.0",
+           "decomposed_attention", _SAM),
+    Mutant("decomposed attention: columns beyond the window not hidden", f"{_DECOMPOSED}.tiles:bias_along_x",
+           "SHAPE[1] % WIDTH != 0", "False", "decomposed_attention", _SAM_WINDOWS),
+    Mutant("decomposed attention: rows beyond the window not hidden", f"{_DECOMPOSED}.tiles:bias_along_y",
+           "SHAPE[0] % STEP != 0", "False", "decomposed_attention", _SAM_WINDOWS, dtype="bf16"),
+    Mutant("decomposed attention: padding of the keys for that of the values", _DECOMPOSED_FORWARD,
+           "padding_head + 2 * H * D", "padding_head + H * D", "decomposed_attention", _SAM_WINDOWS),
+    Mutant("decomposed attention: sums of earlier keys not rescaled", _DECOMPOSED_FORWARD,
+           "scaled_head(o, rescale[:, None])", "o", "decomposed_attention", _SAM, BLOCKS, dtype="bf16"),
+    Mutant("decomposed attention: padded queries written", _DECOMPOSED_FORWARD, "o, rows_m, stride_o_n, mask_m",
+           "o, rows_m, stride_o_n, m < SHAPE[7]", "decomposed_attention", _SAM_WINDOWS, by="memory", dtype="bf16"),
+    Mutant("decomposed attention: channels assumed to have unit stride",
+           f"{_DECOMPOSED}.forward:decomposed_attention_forward", "runtime.unit_stride(qkv)", "qkv",
+           "decomposed_attention", _SAM, by="layouts", dtype="bf16"),
+    Mutant("decomposed attention backward: gradient along x of the last rows alone",
+           f"{_DECOMPOSED_BACKWARD}_dq_kernel", "total += ds", "total = ds",
+           "decomposed_attention", _SAM, BLOCKS, dtype="bf16"),
+    Mutant("decomposed attention backward: delta missing in the gradient of the keys",
+           f"{_DECOMPOSED_BACKWARD}_dkv_kernel", "p * (dp - delta[:, None])", "p * dp",
+           "decomposed_attention", _SAM),
+    Mutant("decomposed attention backward: gradient of the padding from all tokens",
+           f"{_DECOMPOSED_BACKWARD}_dkv_kernel", "in_window & ~in_image", "in_window",
+           "decomposed_attention", _SAM_WINDOWS),
+    Mutant("decomposed attention backward: table along y for both axes", f"{_POSITIONS}:_positions_bwd_dq_kernel",
+           "x, in_image, rel_pos_w_ptr", "x, in_image, rel_pos_h_ptr", "decomposed_attention", _SAM),
+    Mutant("decomposed attention backward: gradient of a table from queries of the first image",
+           f"{_POSITIONS}:_table_sums", "(head // H * stride_qkv_b + head % H * stride_qkv_h)",
+           "head % H * stride_qkv_h", "decomposed_attention", _SAM),
+)
+
+_PATCHES = (
+    Mutant("patch_merging: patches merged by rows, not by columns", "ops._layer_norm.forward:merged_patches",
+           "neighbour % 2\n    right = neighbour // 2", "neighbour // 2\n    right = neighbour % 2",
+           "patch_merging", ""),
+    Mutant("patch_merging: weight read by rows, not by columns", "ops._patch_merging:patch_merging",
+           ".permute(0, 3, 2, 1)", ".permute(0, 3, 1, 2)", "patch_merging", "norm last"),
+    Mutant("patch_merging backward: another standard deviation than the forward had",
+           "ops._patch_merging:_backward", "rstd, eps, x.dtype", "rstd + 0.1, eps, x.dtype", "patch_merging", ""),
+    Mutant("patch_embed: no position for a masked patch", _EMBED_FORWARD,
+           'mask_pixels if CHOICE == "visible" else mask_patch', "mask_pixels", "patch_embed", "masked"),
+    Mutant("patch_embed: bias added to the mask token", _EMBED_FORWARD, "tl.where(mask_pixels[:, None], bias, token)",
+           "tl.where(mask_pixels[:, None], bias, token + bias)", "patch_embed", "masked"),
+    Mutant("patch_embed: positions of visible patches by their order", _EMBED_FORWARD, "pos_row = n + R - pos_start",
+           "pos_row = t - pos_start", "patch_embed", "visible"),
+    Mutant("patch_embed backward: pixels of masked patches in the weight gradient", f"{_EMBED_BACKWARD}_weight_kernel",
+           "mask_m & (tl.load(choice_ptr + offs_m, mask=mask_m, other=0) == 0)", "mask_m", "patch_embed", "masked"),
+    Mutant("patch_embed backward: gradient of the mask token from all patches",
+           "ops._patch_embed:PatchEmbedFunction.backward", "dtokens.where(hidden, 0.0)", "dtokens",
+           "patch_embed", "masked"),
+    Mutant("patch_embed backward: hidden patches get the gradient of a prefix token",
+           f"{_EMBED_BACKWARD}_images_kernel", "mask_dout = token >= 0", "mask_dout = mask_m",
+           "patch_embed", "visible"),
+)
+
 _EMBEDDING = (
     Mutant("patch_embed: patches in column-major order", "ops._patch_embed.pixels:patch_offsets",
            "row * PY * stride_y + column * PX * stride_x", "column * PY * stride_y + row * PX * stride_x",
@@ -406,4 +472,15 @@ _FP8 = (
 )
 # fmt: on
 
-MUTANTS: tuple[Mutant, ...] = _NORMS + _PRODUCTS + _SWIGLU + _ATTENTION + _WINDOW_ATTENTION + _EMBEDDING + _BLOCK + _FP8
+MUTANTS: tuple[Mutant, ...] = (
+    _NORMS
+    + _PRODUCTS
+    + _SWIGLU
+    + _ATTENTION
+    + _WINDOW_ATTENTION
+    + _DECOMPOSED_ATTENTION
+    + _PATCHES
+    + _EMBEDDING
+    + _BLOCK
+    + _FP8
+)

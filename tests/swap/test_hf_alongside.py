@@ -48,7 +48,16 @@ def inputs(device) -> dict[str, Tensor]:
 def fused_calls(monkeypatch) -> list[str]:
     """The names of the ops in the order of their calls."""
     calls = []
-    for name in ("add_layer_norm", "attention", "linear", "mlp", "patch_embed", "swiglu_mlp"):
+    for name in (
+        "add_layer_norm",
+        "attention",
+        "linear",
+        "lora_linear",
+        "lora_mlp",
+        "mlp",
+        "patch_embed",
+        "swiglu_mlp",
+    ):
         original = getattr(ops, name)
 
         def spy(*args, _name=name, _original=original, **kwargs):
@@ -238,6 +247,34 @@ def test_lora(model, inputs, when, fused_calls):
     fused_calls.clear()
     close(merged(**inputs).logits, expected)
     assert fused_calls.count("add_layer_norm") == 2
+
+
+@pytest.mark.parametrize("name", ["dinov3", "beit", "clip pair"])
+def test_lora_on_every_layer(name, device, fused_calls):
+    """An adapter on all projections of attention and MLP, in both towers of a pair."""
+    peft = pytest.importorskip("peft")
+    model = shake(build(name)).to(device)
+    linears = {"q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "fc1", "fc2", "up_proj", "down_proj"}
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=3, target_modules=sorted(linears), init_lora_weights=False)
+    model = peft.get_peft_model(model, config)
+    inputs = inputs_of(name, next(model.parameters()))
+
+    def run() -> tuple[list[Tensor], list[Tensor]]:
+        model.zero_grad()
+        outputs = tensors(model(**inputs))
+        sum(t.float().square().sum() for t in outputs.values() if t.requires_grad).backward()
+        return outputs, [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    expected, grads = run()
+    told = reasons(model)
+    fused_calls.clear()
+    actual, actual_grads = run()
+    close(actual, expected)
+    close(actual_grads, grads)
+    layers = sum(type(module).__name__.endswith("Layer") for module in model.modules() if hasattr(module, "_rule"))
+    assert fused_calls.count("lora_linear") == 4 * layers and fused_calls.count("lora_mlp") == layers > 0
+    assert not [reason for reason in told.values() if "peft" in reason or "adapter" in reason]
 
 
 def test_a_hook_on_the_attention_fires_and_the_layer_stays_fused(model, inputs, fused_calls):

@@ -51,7 +51,7 @@ def test_they_are_many_of_every_op_and_both_directions():
     assert len(BY_NAME) == len(MUTANTS) >= 44
     ops = {"layer_norm", "add_layer_norm", "rms_norm", "linear", "mlp", "swiglu_mlp", "attention", "attention_varlen",
            "window_attention", "relative_attention", "decomposed_attention", "patch_merging", "patch_embed", "block",
-           "quantize_fp8", "layer_norm_fp8", "add_layer_norm_fp8", "linear_fp8"}  # fmt: skip
+           "quantize_fp8", "layer_norm_fp8", "add_layer_norm_fp8", "linear_fp8", "lora_linear", "lora_mlp"}  # fmt: skip
     assert {m.op for m in MUTANTS} == ops
     assert {m.by for m in MUTANTS} == {"accuracy", "layouts", "memory", "nonfinite", "reach", "reruns"}
     assert sum("backward" in m.name for m in MUTANTS) >= 20

@@ -71,9 +71,9 @@ def _why_not_adapter(module: nn.Module, name: str, weight: torch.Tensor, *, alon
             if not alone and type(child) is nn.Dropout and records.dropout(child):
                 return "several adapters are active, and it drops something"
             continue
-        if child._parameters["bias"] is not None:
+        if child._parameters.get("bias") is not None:
             return f"{part} has a bias"
-        factor = child._parameters["weight"]
+        factor = child._parameters.get("weight")
         if type(factor) not in _own.PLAIN:
             return f"{part}'s weight is a {type(factor).__name__}, not a plain Parameter"
         if factor.dtype not in (weight.dtype, torch.float32) or factor.device != weight.device:

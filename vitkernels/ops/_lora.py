@@ -77,7 +77,7 @@ def lora_linear_backward(
         )  # fmt: skip
         gamma, of_weights = None, [wanted.dweight, False, False]
     update = low.upstream(dy, gamma, wanted.dlora_x if lora_x is not None else wanted.dx)
-    dx = dlora_x = x.new_empty(0)
+    dx, dlora_x = x.new_empty(0), x.new_empty(0)
     if wanted.dx:
         folded, alpha = fold_layer_scale(weight, gamma)
         dx = product(dy, folded, alpha=alpha, low_rank=update if lora_x is None else None)[0].view(x.shape)

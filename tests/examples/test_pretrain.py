@@ -201,6 +201,7 @@ def test_bad_input(plain, stored, tmp_path):
     assert f"cannot read images in {nothing}" in complaint("pretrain", options(tmp_path, data=nothing))
     assert "did you mean vit_tiny" in complaint("pretrain", options(tmp_path, "--model", "vit_tinny_patch16_224"))
     assert "test_resnet cannot be built: " in complaint("pretrain", options(tmp_path, "--model", "test_resnet"))
+    assert "--model-kwargs gives img_size" in complaint("pretrain", options(tmp_path, "--model-kwargs", "img_size=8"))
     assert "digits has 10 classes, and" in complaint(
         "pretrain", options(tmp_path, "--val", "digits", data=stored[0] / "folder")
     )

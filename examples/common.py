@@ -110,6 +110,8 @@ class TarShards:
                 f"the shards in {folder} hold no images; expected members that end in {', '.join(SUFFIXES)}"
             )
         self.rows = torch.tensor(rows)  # (n, 4): shard, where the image begins, its bytes, its label
+        if self.rows[:, 3].min() < 0:
+            raise UserError(f"the shards in {folder} hold a label below 0")
         self.num_classes = int(self.rows[:, 3].max()) + 1
 
     def _index(self, number: int) -> Iterator[tuple[int, int, int, int]]:
@@ -171,6 +173,8 @@ class HuggingFace:
         if not {datasets.Image, datasets.ClassLabel} <= kinds.keys():
             raise UserError(f"{folder} has the columns {found.features}; expected an Image and a ClassLabel")
         self.image, self.label = kinds[datasets.Image], kinds[datasets.ClassLabel]
+        if any(label is None or label < 0 for label in found[self.label]):  # -1 stands for none, too
+            raise UserError(f"{folder} holds images without a label")
         self.num_classes = found.features[self.label].num_classes
         self.rows = found.cast_column(self.image, datasets.Image(decode=False))
         self.folder = folder

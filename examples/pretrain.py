@@ -28,6 +28,8 @@ def make_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
     torch.manual_seed(args.seed)
     options = {"img_size": args.img_size, "num_classes": num_classes, "proj_drop_rate": args.dropout}
     options |= {"pos_drop_rate": args.dropout, "drop_path_rate": args.drop_path}
+    if twice := options.keys() & args.model_kwargs.keys():
+        raise UserError(f"--model-kwargs gives {', '.join(sorted(twice))}, which the other options or the data give")
     model, _ = build(resolve(args.model).for_timm, **options, **args.model_kwargs)
     if not (isinstance(getattr(model, "head", None), nn.Linear) and hasattr(model, "blocks")):
         raise UserError(f"{args.model} has no blocks or no linear head; expected a Vision Transformer of timm")

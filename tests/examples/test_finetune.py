@@ -1,5 +1,7 @@
 """examples/finetune.py: from a run of pretrain.py, whole and by LoRA, on two processes, killed and resumed."""
 
+import contextlib
+import io
 import re
 
 import pytest
@@ -17,6 +19,7 @@ from training import TINY, command, complaint, here, in_two_processes, killed, s
 from training_workers import common, finetune  # noqa: E402
 
 STEPS = 7
+LORA = ("--lora", "2", "--learning-rate", "0.1")
 
 
 @pytest.fixture(scope="module")
@@ -74,32 +77,36 @@ def test_start(pretrained):
 @pytest.fixture(scope="module")
 def adapted(pretrained, tmp_path_factory):
     """A run of one process with LoRA that nothing interrupts."""
-    out = tmp_path_factory.mktemp("adapted")
-    here("finetune", options(pretrained, out, "--lora", "2", "--learning-rate", "0.1"))
+    out, said = tmp_path_factory.mktemp("adapted"), io.StringIO()
+    with contextlib.redirect_stdout(said):
+        here("finetune", options(pretrained, out, *LORA, "--val", "digits"))
+    assert right_by_timm(out) == right(said.getvalue()), "the updates are part of the weights"
     return out
 
 
 def test_lora(adapted, pretrained):
-    """The adapted layers and the head have changed, and nothing else."""
+    """The adapted layers have changed by matrices of rank 2, the head as well, and nothing else."""
     before, after = load_file(pretrained / "model.safetensors"), load_file(adapted / "model.safetensors")
     changed = {name for name in before if name != "pos_embed" and not torch.equal(before[name], after[name])}
     layers = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     assert changed == {f"blocks.{i}.{layer}.weight" for i in range(2) for layer in layers}
+    for name in changed:
+        sizes = torch.linalg.svdvals(after[name] - before[name])
+        assert sizes[2] < 1e-3 * sizes[1]
     assert after.keys() - before.keys() == {"head.weight", "head.bias"} and after["head.weight"].any()
 
 
-def test_lora_in_two_processes_in_shards(adapted, pretrained, tmp_path, capfd):
-    more = ("--lora", "2", "--learning-rate", "0.1", "--parallel", "fsdp", "--no-accelerate", "--val", "digits")
-    in_two_processes("finetune", options(pretrained, tmp_path, *more))
+def test_lora_in_two_processes_in_shards(adapted, pretrained, tmp_path):
+    more = ("--parallel", "fsdp", "--no-accelerate", "--val", "digits")
+    in_two_processes("finetune", options(pretrained, tmp_path, *LORA, *more))
     same_curve(tmp_path, adapted)
-    assert right_by_timm(tmp_path) == right(capfd.readouterr().out), "the updates are part of the weights"
+    torch.testing.assert_close(*(load_file(out / "model.safetensors") for out in (tmp_path, adapted)))
 
 
 def test_lora_killed_and_resumed(adapted, pretrained, tmp_path):
-    more = ("--lora", "2", "--learning-rate", "0.1")
-    killed("finetune", options(pretrained, tmp_path, *more), "forward", 4 * 6 + 1)
+    killed("finetune", options(pretrained, tmp_path, *LORA), "forward", 4 * 6 + 1)
     assert [path.name for path in tmp_path.glob("*step-*")] == ["step-00000003"]
-    here("finetune", options(pretrained, tmp_path, *more))
+    here("finetune", options(pretrained, tmp_path, *LORA))
     assert weights(tmp_path) == weights(adapted)
 
 

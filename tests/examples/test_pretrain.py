@@ -151,6 +151,10 @@ def test_shards(stored, tmp_path):
         writer.write({"__key__": "05", "png": images[5]})
     with pytest.raises(UserError, match=f"{path} holds 05.png without a .cls"):
         common.open_data(tmp_path)
+    with webdataset.TarWriter(str(path)) as writer:
+        writer.write({"__key__": "05", "png": images[5], "cls": -1})
+    with pytest.raises(UserError, match="hold a label below 0"):
+        common.open_data(tmp_path)
 
 
 def test_hugging_face(stored, tmp_path):
@@ -165,6 +169,10 @@ def test_hugging_face(stored, tmp_path):
     with pytest.raises(UserError, match="holds train: give one of them"):
         common.open_data(tmp_path / "dict")
     same_images(common.open_data(tmp_path / "dict" / "train"), images)
+    columns["kind"][3] = -1
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "partly")
+    with pytest.raises(UserError, match="holds images without a label"):
+        common.open_data(tmp_path / "partly")
     found.remove_columns("kind").save_to_disk(tmp_path / "unlabelled")
     with pytest.raises(UserError, match="expected an Image and a ClassLabel"):
         common.open_data(tmp_path / "unlabelled")
@@ -201,6 +209,7 @@ def test_bad_input(plain, stored, tmp_path):
     assert f"cannot read images in {nothing}" in complaint("pretrain", options(tmp_path, data=nothing))
     assert "did you mean vit_tiny" in complaint("pretrain", options(tmp_path, "--model", "vit_tinny_patch16_224"))
     assert "test_resnet cannot be built: " in complaint("pretrain", options(tmp_path, "--model", "test_resnet"))
+    assert "--model-kwargs gives img_size" in complaint("pretrain", options(tmp_path, "--model-kwargs", "img_size=8"))
     assert "digits has 10 classes, and" in complaint(
         "pretrain", options(tmp_path, "--val", "digits", data=stored[0] / "folder")
     )

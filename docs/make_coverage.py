@@ -40,6 +40,7 @@ WHOLE = (
     "beit.Block",
     "vision_transformer_relpos.RelPosBlock",
     "vision_transformer_relpos.ResPostRelPosBlock",
+    "vision_transformer_sam.Block",
     "maxxvit.PartitionAttentionCl",
     "maxxvit.ParallelPartitionAttention",
     "maxxvit.TransformerBlock2d",

@@ -1,9 +1,9 @@
 """``python -m vitkernels.tools.hub``: write this library in the layout of Hugging Face's ``kernels`` hub.
 
-The layout is that of a kernel without compiled parts (``torch-noarch``): ``build.toml``
-and the sources below ``torch-ext``, and what ``kernels`` loads below ``build``, one folder a backend. ``kernels``
-imports a folder under a name that is unique to its content, so that several versions can live in one process. So all
-imports are made relative, and the ops are registered under that name.
+The layout is that of a kernel without compiled parts (``torch-noarch``): ``build.toml`` and the sources below
+``torch-ext``, and what ``kernels`` loads below ``build``, one folder a backend. ``kernels`` imports a folder under a
+name that is unique to its content, so that several versions can live in one process. So all imports are made relative,
+and the ops are registered under that name.
 """
 
 from __future__ import annotations

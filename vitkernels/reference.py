@@ -583,8 +583,18 @@ def patch_embed(
     all tokens; with ``pos_embed_prefix=False`` it is (1, N, C) and added only to the patches (arXiv 2010.11929).
     ``normalize`` is (mean, std), one number per channel, for pixels of 0..255 in uint8 or 0..1 in floating point.
     Where ``mask`` (B, N) is true, ``mask_token`` (C,) takes the place of a patch's projection (BEiT, arXiv 2106.08254).
-    With ``visible`` (B, V), indices of patches, these alone become tokens, in this order (MAE, arXiv 2111.06377).
+    With ``visible`` (B, V), indices of patches, these alone become tokens, in this order (MAE, arXiv 2111.06377). The
+    pixels of the other patches, or of masked ones, are not read: a NaN among them reaches nothing.
     """
+    hidden = mask
+    if visible is not None:
+        patches = (images.shape[2] // weight.shape[2]) * (images.shape[3] // weight.shape[3])
+        hidden = torch.ones(len(images), patches, dtype=torch.bool, device=images.device)
+        hidden = hidden.scatter(1, visible.long(), False)
+    if hidden is not None:
+        (PY, PX), columns = weight.shape[2:], images.shape[3] // weight.shape[3]
+        pixels = hidden.unflatten(1, (-1, columns)).repeat_interleave(PY, 1).repeat_interleave(PX, 2)
+        images = images.masked_fill(pixels[:, None], 0)
     if normalize is not None:
         wide = torch.promote_types(weight.dtype, torch.float32)
         mean, std = (torch.tensor(v, dtype=wide, device=images.device).view(-1, 1, 1) for v in normalize)

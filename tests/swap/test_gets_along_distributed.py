@@ -49,3 +49,12 @@ def test_gradients_of_two_processes_are_those_of_one(way, results, expected):
     assert max(g.abs().max() for g in expected.values()) > 1e-2, "the tolerance is small beside the gradients"
     assert (reason or "") in result["kept"].get("blocks.0", "")
     assert ("blocks.0" in result["kept"]) == (reason is not None)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_more_is_sent_and_less_kept_than_without(way, results):
+    """What each collective gets is plain timm's to the byte; of what is kept for the backward there is less."""
+    result, plain = results[way], results[f"plain {way.partition(' ')[0]}"]
+    assert result["sent"] == plain["sent"] and sum(plain["sent"].values()) > 1000
+    if result["blocks"]:
+        assert result["kept for backward"] < plain["kept for backward"]

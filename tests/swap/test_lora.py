@@ -110,6 +110,27 @@ def test_parity(dtype, cast, device):
     assert not [entry for entry in report.kept if "blocks" in entry.module]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_wider_or_narrower_adapter_runs_as_it_did(dtype, device, calls):
+    """Of fp16 weights with fp32 adapters A's gradient would be 0 in fp16: B is small in the first steps."""
+    model = adapted(build(depth=1)).to(device)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data * 1e-7 if "lora_B" in name else parameter.data
+        parameter.data = parameter.data if "lora_" in name else parameter.data.to(dtype)
+    images = torch.randn(2, 3, 32, 32, device=device, dtype=dtype)
+    plain = copy.deepcopy(model)
+    told = reasons(model)
+    assert f"lora_A's weight is torch.float32 on {device}" in told["base_model.model.blocks.0.attn"]
+    with use_backend("torch"):
+        expected = gradients(plain, images)
+    actual = gradients(model, images)
+    for name, grad in expected.items():
+        if "lora_A" in name:
+            torch.testing.assert_close(actual[name], grad, rtol=0.02, atol=0.01 * grad.abs().max().item())
+            assert grad.abs().max() > 0
+    assert not [name for name in calls if "lora" in name]
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_dropout_drops_the_same(training, model, images, calls):
     plain = adapted(copy.deepcopy(model), lora_dropout=0.3).train(training)
@@ -269,6 +290,10 @@ def adapt_the_base(m: nn.Module) -> None:
     first(m).base_layer = wrapped.base_model.model[0]
 
 
+def wrap_the_base(m: nn.Module) -> None:
+    first(m).base_layer = nn.Sequential(first(m).base_layer)
+
+
 STRANGE = {
     "a hook on PEFT's layer": (hook(""), "a hook, which fusion would not call"),
     "a hook on the base layer": (hook("base_layer"), "a hook on qkv"),
@@ -283,6 +308,9 @@ STRANGE = {
     "an unknown child": (lambda m: first(m).add_module("gate", nn.Identity()), "'gate', which is unknown here"),
     "no cast": (lambda m: (setattr(first(m), "cast_input_dtype_enabled", False), first(m).lora_A.double(),
                            first(m).lora_B.double()), "lora_A's weight is torch.float64"),
+    "a wrapped base layer": (wrap_the_base, "its base layer is a Sequential, which has no weight"),
+    "a method of its own": (lambda m: setattr(first(m), "_cast_input_dtype", lambda x, dtype: 2 * x),
+                            "its method '_cast_input_dtype' is hidden"),
     "several, one with dropout": (two_with_dropout, "several adapters are active, and it drops something"),
     "an adapter of an adapter": (adapt_the_base, "qkv is a peft.tuners.lora.layer.Linear, not exactly Linear"),
 }  # fmt: skip

@@ -43,11 +43,16 @@ def why_not(module: nn.Module) -> str | None:
         return "its adapter is for a transposed weight"
     if module.disable_adapters and module.merged:
         return "its adapters are disabled and still merged, which PEFT undoes when it is called"
-    names, weight = records.active_adapters(module), records.parameter(children["base_layer"], "weight")
+    names, weight = records.active_adapters(module), getattr(children["base_layer"], "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        return f"its base layer is a {type(children['base_layer']).__name__}, which has no weight"
     for name in names:
         reason = _why_not_adapter(module, name, weight, alone=len(names) == 1)
         if reason is not None:
             return f"adapter {name!r}: {reason}"
+    hidden = [name for name in own if callable(getattr(type(module), name, None))]
+    if hidden:
+        return f"its method {hidden[0]!r} is hidden by an attribute of that name"
     strange = [name for name in own if name[0] != "_" and name not in _ATTRIBUTES]
     strange += [name for name in children if name not in _CHILDREN]
     return f"PEFT's layer has {strange[0]!r}, which is unknown here" if strange else None
@@ -76,7 +81,10 @@ def _why_not_adapter(module: nn.Module, name: str, weight: torch.Tensor, *, alon
         factor = child._parameters.get("weight")
         if type(factor) not in _own.PLAIN:
             return f"{part}'s weight is a {type(factor).__name__}, not a plain Parameter"
-        if factor.dtype not in (weight.dtype, torch.float32) or factor.device != weight.device:
+        # The fused products run in the layer's dtype, PEFT's in the adapter's. In fp16 the gradient of A would vanish
+        # while B is small; bf16 has fp32's range.
+        fits = factor.dtype == weight.dtype or (factor.dtype, weight.dtype) == (torch.float32, torch.bfloat16)
+        if not fits or factor.device != weight.device:
             return (
                 f"{part}'s weight is {factor.dtype} on {factor.device}, the layer's {weight.dtype} on {weight.device}"
             )

@@ -78,6 +78,9 @@ def choose_config(
         wanted_stages = 2 if K % 16 == 0 else 1
     elif product == "dweight" and normalized and dtype == torch.float32 and facts.arch.startswith("sm_8"):
         wanted_stages = 2  # normalised pixels would spill with three
+    elif _triton.BEFORE_3_7 and masked and product == "forward" and dtype == torch.float32 and not amd:
+        # With three 48 bytes would spill beside the indices, on Blackwell 16 with two.
+        wanted_stages = 1 if facts.arch.startswith("sm_10") else 2
     elif masked and product == "dweight" and dtype.itemsize == 2 and facts.arch.startswith("sm_8"):
         wanted_stages = 2  # 16 bytes would spill with three, beside the mask
     config = {f"block_{a}": block for a, block in blocks.items()}

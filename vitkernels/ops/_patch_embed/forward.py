@@ -174,8 +174,9 @@ def patch_embed_forward(
     R = T - (N if visible is None else visible.shape[1])
     facts = runtime.device_facts(images.device)
     config = choose_config(
-        "forward", M, C, K, weight.dtype, facts, image_dtype=images.dtype, normalized=scale is not None
-    )
+        "forward", M, C, K, weight.dtype, facts, image_dtype=images.dtype, normalized=scale is not None,
+        masked=mask is not None or visible is not None,
+    )  # fmt: skip
     _patch_embed_fwd_kernel[(cdiv(M, config.block_m) * cdiv(C, config.block_c),)](
         images_ptr=images,
         weight_ptr=weight,

@@ -131,7 +131,9 @@ def _blocks(
         return tilings | {"forward": forward, "dkv": tile(32, 32 if masked else 64, 4)}
     # Each of eight warps multiplies 16 rows: with 64 rows, half of the products would be computed twice.
     wide = tile(64, 32 if key_bias else 64, 8) if dropout else tile(128, 32 if masked or key_bias else 64, 8)
-    tilings["forward"] = wide if width < 128 else tile(32, 32 if dropout and facts.arch.startswith("sm_8") else 64, 4)
+    # With 64 keys 8 bytes spill beside dropout on sm_80 and, before Triton 3.7, on sm_120.
+    narrow = dropout and (facts.arch.startswith("sm_8") or _triton.BEFORE_3_7)
+    tilings["forward"] = wide if width < 128 else tile(32, 32 if narrow else 64, 4)
     return tilings | {"dkv": tile(16, 32, 4) if masked and width < 128 else tile(32, 64, 8)}
 
 

@@ -68,6 +68,24 @@ def test_dtypes(case, dtype, device):
     compare(make(*image, window, D=24, B=1, dtype=dtype, padding=is_padded(case), device=device), window)
 
 
+@pytest.mark.parametrize("layout", ["gapped", "transposed"])
+def test_layouts_of_inputs_and_upstream(layout, device):
+    tensors = make(5, 6, (4, 4), padding=True, device=device)
+    lay_out = {
+        "gapped": lambda t: torch.stack([t, t * 0 + 7], -1)[..., 0],
+        "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
+    }[layout]
+    strided = {name: lay_out(t.detach()).requires_grad_() for name, t in tensors.items()}
+    upstream = torch.randn(2, 5, 6, 2, 16, device=device).to(torch.bfloat16)
+
+    def run(tensors, do):
+        out = ops.decomposed_attention(**tensors, window_size=4)
+        return out, *torch.autograd.grad(out, list(tensors.values()), do)
+
+    for a, b in zip(run(tensors, upstream), run(strided, lay_out(upstream)), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("D", [80, 128])
 def test_wide_heads(D, device):
     compare(make(6, 5, D=D, H=1, B=1, device=device), None, scale=0.2)

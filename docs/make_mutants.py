@@ -1,10 +1,11 @@
 """Write docs/mutants.md: what catches each seeded defect, ``verify`` and the project's own tests.
 
-    python docs/make_mutants.py [--minutes N]
+    python docs/make_mutants.py [--minutes N] [--new]
 
 For each defect of ``vitkernels.tools.verify.mutants``, the script runs the check that should catch it. Then it runs
 pytest with ``--mutant NAME`` until a test fails: first the test that failed last, as the page has it, then that test's
 file, then all of the ops, then the whole suite. The page says which defects were not run because the minutes ran out.
+With ``--new`` a defect whose place has not changed keeps its row, and the page says how many do.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import tempfile
 import time
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ["VITKERNELS_BACKEND"] = "emulated"
 
@@ -31,6 +33,7 @@ import triton
 import vitkernels
 from vitkernels.tools.console import track
 from vitkernels.tools.verify.mutants import MUTANTS, CompiledMutant, Mutant, catch
+from vitkernels.tools.verify.results import Result
 
 PAGE = Path(__file__).with_name("mutants.md")
 ROOT = PAGE.parents[1]
@@ -55,14 +58,50 @@ fail.**{rest}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no tests after so many")
-    end = time.monotonic() + 60 * parser.parse_args().minutes
+    parser.add_argument("--new", action="store_true", help="only those that the page lacks, has elsewhere, or not run")
+    args = parser.parse_args()
+    end = time.monotonic() + 60 * args.minutes
     os.chdir(ROOT)
     torch.set_num_threads(1)
-    before, rows = failed_last(), []
+    before, kept, rows = failed_last(), rows_of_the_page() if args.new else {}, []
     for mutant in track(MUTANTS, "Seeding defects"):
-        caught = catch(mutant, torch.device("cpu"), 0)
-        rows.append((mutant, caught, first_failure(mutant, before.get(mutant.name, "ops"), end)))
-        write(rows)
+        row = kept.get((mutant.name, mutant.where))
+        if row is None:
+            caught = catch(mutant, torch.device("cpu"), 0)
+            row = row_of(mutant, caught, first_failure(mutant, before.get(mutant.name, "ops"), end))
+        rows.append(row)
+    write(rows)
+
+
+class Row(NamedTuple):
+    """A line of the page.
+
+    Attributes:
+        line: Its text.
+        caught: Whether a check of ``verify`` fails.
+        test: The test that fails; "" if none does, None if there was no time.
+        kept: Whether it is of an earlier run.
+    """
+
+    line: str
+    caught: bool
+    test: str | None
+    kept: bool = False
+
+
+def row_of(mutant: Mutant | CompiledMutant, caught: Result, test: str | None) -> Row:
+    by = caught.detail
+    if caught.status == "passed":  # the check and what of it failed, without the figures
+        by = ": ".join(by.removeprefix("by ").split(": ")[:2])
+    shown = "not run" if test is None else f"`{test}`" if test else "survives"
+    return Row(f"| {mutant.name} | `{mutant.where}` | {by} | {shown} |\n", caught.status == "passed", test)
+
+
+def rows_of_the_page() -> dict[tuple[str, str], Row]:
+    """Return the page's rows that were run, caught and made a test fail, by the defect's name and place."""
+    text = PAGE.read_text(encoding="utf-8")
+    found = re.finditer(r"^\| (.+?) \| `(.+?)` \| (?!survived|cannot).+ \| `(.+)` \|\n", text, re.M)
+    return {(row[1], row[2]): Row(row[0], True, row[3], kept=True) for row in found}
 
 
 def failed_last() -> dict[str, str]:
@@ -105,29 +144,23 @@ def _pytest(name: str, tests: str, output: int) -> None:
     os._exit(code)
 
 
-def write(rows: list[tuple]) -> None:
-    tried = [row for row in rows if row[2] is not None]
-    missing = len(MUTANTS) - len(tried)
+def write(rows: list[Row]) -> None:
+    tried = [row for row in rows if row.test is not None]
+    missing, kept = len(rows) - len(tried), sum(row.kept for row in rows)
+    rest = f" For want of time they were not run with the other {missing}." if missing else ""
     head = HEAD.format(
         date=datetime.date.today(),
         version=vitkernels.__version__,
         torch=torch.__version__,
         triton=triton.__version__,
         python=platform.python_version(),
-        caught=sum(caught.status == "passed" for _, caught, _ in rows),
-        all=len(MUTANTS),
-        killed=sum(bool(test) for *_, test in tried),
+        caught=sum(row.caught for row in rows),
+        all=len(rows),
+        killed=sum(bool(row.test) for row in tried),
         tried=len(tried),
-        rest=f" For want of time they were not run with the other {missing}." if missing else "",
+        rest=rest + (f" The rows of {kept} are of earlier runs." if kept else ""),
     )
-    lines = []
-    for mutant, caught, test in rows:
-        by = caught.detail
-        if caught.status == "passed":  # the check and what of it failed, without the figures
-            by = ": ".join(by.removeprefix("by ").split(": ")[:2])
-        test = "not run" if test is None else f"`{test}`" if test else "survives"
-        lines.append(f"| {mutant.name} | `{mutant.where}` | {by} | {test} |\n")
-    PAGE.write_text(head + "".join(lines), encoding="utf-8")
+    PAGE.write_text(head + "".join(row.line for row in rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,19 @@ def images_for(model: nn.Module, batch: int = 2, size: tuple[int, int] | None = 
     return torch.randn(batch, weight.shape[1], *size, device=weight.device, dtype=weight.dtype)
 
 
+def make_pair(
+    ours_class: type[nn.Module], theirs_class: type[nn.Module], device="cpu", **kwargs
+) -> tuple[nn.Module, nn.Module]:
+    """Ours and timm's with the same arguments and weights, none of them at a value that hides a mistake."""
+    theirs = theirs_class(**kwargs)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    ours = ours_class(**kwargs)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return ours.to(device).eval(), theirs.to(device).eval()
+
+
 def outputs_and_gradients(model, images, upstream=None, run=None):
     images = images.detach().clone().requires_grad_()
     output = (run or model)(images)

@@ -12,6 +12,7 @@ from agreement import (
     assert_follows_the_seed,
     assert_weights_start_alike,
     images_for,
+    make_pair,
     outputs_and_gradients,
 )
 from torch import nn
@@ -21,6 +22,8 @@ from vitkernels.models import Beit
 
 timm = pytest.importorskip("timm")
 from timm.models.beit import Beit as TimmBeit  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("plain_pytorch")
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
 TABLES = {"use_abs_pos_emb": False, "use_rel_pos_bias": True, "init_values": 0.1}
@@ -38,22 +41,8 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _plain_pytorch():
-    """What is under test is the model, not the kernels; the tests that want those say so."""
-    with vitkernels.use_backend("torch"):
-        yield
-
-
 def pair(device="cpu", **kwargs):
-    """Ours and timm's with the same arguments and weights, none of them at a value that hides a mistake."""
-    theirs = TimmBeit(**SMALL | kwargs)
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    ours = Beit(**SMALL | kwargs)
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    return ours.to(device).eval(), theirs.to(device).eval()
+    return make_pair(Beit, TimmBeit, device, **SMALL | kwargs)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -12,6 +12,7 @@ from agreement import (
     assert_follows_the_seed,
     assert_weights_start_alike,
     images_for,
+    make_pair,
     outputs_and_gradients,
 )
 from torch import nn
@@ -22,6 +23,8 @@ from vitkernels.models import SwinTransformer, SwinTransformerV2
 timm = pytest.importorskip("timm")
 from timm.models import SwinTransformer as TimmSwin  # noqa: E402
 from timm.models import SwinTransformerV2 as TimmSwinV2  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("plain_pytorch")
 
 VERSIONS = {"v1": (SwinTransformer, TimmSwin), "v2": (SwinTransformerV2, TimmSwinV2)}
 SMALL = {"img_size": 32, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4, "num_classes": 5}
@@ -39,24 +42,8 @@ ALL = [(v, n, c) for v in VERSIONS for n, c in (CASES | (OF_V1 if v == "v1" else
 EACH = pytest.mark.parametrize("version", VERSIONS)
 
 
-@pytest.fixture(autouse=True)
-def _plain_pytorch():
-    """What is under test is the model, not the kernels; the tests that want those say so."""
-    with vitkernels.use_backend("torch"):
-        yield
-
-
 def pair(version, device="cpu", **kwargs):
-    """Ours and timm's with the same arguments and weights, none of them at a value that hides a mistake."""
-    ours_class, theirs_class = VERSIONS[version]
-    kwargs = SMALL | {"drop_path_rate": 0.0} | kwargs
-    theirs = theirs_class(**kwargs)
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    ours = ours_class(**kwargs)
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    return ours.to(device).eval(), theirs.to(device).eval()
+    return make_pair(*VERSIONS[version], device, **SMALL | {"drop_path_rate": 0.0} | kwargs)
 
 
 @pytest.mark.parametrize(("version", "case", "options"), ALL, ids=lambda value: value if isinstance(value, str) else "")

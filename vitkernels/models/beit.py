@@ -45,6 +45,7 @@ class Beit(VisionTransformer):
     """
 
     _packs_mlp = False  # whether a SwiGLU without a norm has one packed first layer
+    _config = staticmethod(convert.beit_config)
 
     def __init__(
         self,
@@ -135,9 +136,9 @@ class Beit(VisionTransformer):
         features_only: bool = False,
         **timm_args,
     ) -> Beit:
-        """Make a model with the weights of timm's ``Beit``, with arguments and errors of ``VisionTransformer``'s."""
+        """Make a model with the weights of timm's class of this name; arguments and errors as of ``VisionTransformer``."""
         model, state = convert.timm_model(source, architecture, pretrained, timm_args)
-        config = convert.beit_config(model)
+        config = cls._config(model)
         if features_only:
             config, state = convert.without_head(config, state, "use_fc_norm")
         return convert.build(cls, config, state, source)
@@ -153,17 +154,21 @@ class Beit(VisionTransformer):
         raise NotImplementedError("transformers' BEiT is not read here; from_timm reads timm's")
 
     def to_timm(self) -> nn.Module:
-        """Return timm's ``Beit`` with copies of these weights, and with the same names in the state dict.
+        """Return timm's class of this name with copies of these weights, and with the same names in the state dict.
 
         Raises:
             NotImplementedError: The model has ``normalize``, a mask token, or no ``final_norm``.
         """
-        from timm.models.beit import Beit as TimmBeit
-
-        config = convert.beit_config(self)
+        config = self._config(self)
         if not config.pop("final_norm") or self.patch_embed.normalize is not None or self.mask_token is not None:
             raise NotImplementedError("timm's model has no normalize, no mask token, and always a final_norm")
-        return convert.to_timm(self, TimmBeit, **config)
+        return convert.to_timm(self, self._timm_class(), **config)
+
+    @staticmethod
+    def _timm_class() -> type[nn.Module]:
+        from timm.models.beit import Beit as TimmBeit
+
+        return TimmBeit
 
     @torch.no_grad()
     def init_weights(self) -> None:

@@ -5,8 +5,6 @@ Checkpoints load with ``strict=True`` in both directions between this and a timm
 
 from __future__ import annotations
 
-import os
-
 from torch import Tensor, nn
 
 from vitkernels import ops
@@ -66,6 +64,7 @@ class Eva(Beit):
     """
 
     _packs_mlp = True
+    _config = staticmethod(convert.eva_config)
 
     def __init__(
         self,
@@ -103,23 +102,6 @@ class Eva(Beit):
         self.register_buffer("rope_sin", sin, persistent=False)
 
     @classmethod
-    def from_timm(
-        cls,
-        source: nn.Module | str | os.PathLike,
-        *,
-        architecture: str | None = None,
-        pretrained: bool = True,
-        features_only: bool = False,
-        **timm_args,
-    ) -> Eva:
-        """Make a model with the weights of timm's ``Eva``, with arguments and errors of ``VisionTransformer``'s."""
-        model, state = convert.timm_model(source, architecture, pretrained, timm_args)
-        config = convert.eva_config(model)
-        if features_only:
-            config, state = convert.without_head(config, state, "use_fc_norm")
-        return convert.build(cls, config, state, source)
-
-    @classmethod
     def from_torchvision(cls, source: object, **options: object) -> Eva:
         """Raise NotImplementedError: torchvision has no EVA."""
         raise NotImplementedError("torchvision has no EVA")
@@ -129,18 +111,11 @@ class Eva(Beit):
         """Raise NotImplementedError: transformers has no EVA."""
         raise NotImplementedError("transformers has no EVA; from_timm reads timm's")
 
-    def to_timm(self) -> nn.Module:
-        """Return timm's ``Eva`` with copies of these weights, and with the same names in the state dict.
-
-        Raises:
-            NotImplementedError: The model has ``normalize``, a mask token, or no ``final_norm``.
-        """
+    @staticmethod
+    def _timm_class() -> type[nn.Module]:
         from timm.models.eva import Eva as TimmEva
 
-        config = convert.eva_config(self)
-        if not config.pop("final_norm") or self.patch_embed.normalize is not None or self.mask_token is not None:
-            raise NotImplementedError("timm's model has no normalize, no mask token, and always a final norm")
-        return convert.to_timm(self, TimmEva, **config)
+        return TimmEva
 
     def set_input_size(
         self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None

@@ -41,8 +41,8 @@ from vitkernels.runtime import promoted_dtype, wide_dtype
 
 def lora_linear_forward(x, weight, bias, a, b, lora_x, gamma, residual, activation, out_dtype=None, save_z=False):
     """Launch the forward on (..., K); return ``(y, z, u)``, z empty unless saved, u (M, R)."""
-    u, _ = product(_rows(x if lora_x is None else lora_x), a.t())
-    y, z = linear_forward(x, weight, bias, gamma, residual, activation, out_dtype, save_z, low_rank=(u, b.t()))
+    update, u = _update(x if lora_x is None else lora_x, a, b)
+    y, z = linear_forward(x, weight, bias, gamma, residual, activation, out_dtype, save_z, low_rank=update)
     return y, z, u
 
 

@@ -136,7 +136,7 @@ class Beit(VisionTransformer):
         features_only: bool = False,
         **timm_args,
     ) -> Beit:
-        """Make a model with the weights of timm's class of this name; arguments and errors as of ``VisionTransformer``."""
+        """Make a model with the weights of timm's class of this name, as ``VisionTransformer.from_timm`` does."""
         model, state = convert.timm_model(source, architecture, pretrained, timm_args)
         config = cls._config(model)
         if features_only:

@@ -15,7 +15,7 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
     pytest.skip("this build of PyTorch has no gloo", allow_module_level=True)
 
 from safetensors.torch import load_file  # noqa: E402
-from training import TINY, command, complaint, here, in_two_processes, killed, same_curve, weights  # noqa: E402
+from training import TINY, command, complaint, here, in_two_processes, resumes, same_curve  # noqa: E402
 from training_workers import common, finetune  # noqa: E402
 
 STEPS = 7
@@ -104,10 +104,7 @@ def test_lora_in_two_processes_in_shards(adapted, pretrained, tmp_path):
 
 
 def test_lora_killed_and_resumed(adapted, pretrained, tmp_path):
-    killed("finetune", options(pretrained, tmp_path, *LORA), "forward", 4 * 6 + 1)
-    assert [path.name for path in tmp_path.glob("*step-*")] == ["step-00000003"]
-    here("finetune", options(pretrained, tmp_path, *LORA))
-    assert weights(tmp_path) == weights(adapted)
+    resumes("finetune", options(pretrained, tmp_path, *LORA), tmp_path, adapted, "step-00000003", 4 * 6 + 1)
 
 
 def test_bad_input(adapted, pretrained, tmp_path):

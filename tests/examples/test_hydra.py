@@ -13,7 +13,7 @@ safetensors = pytest.importorskip("safetensors.torch", reason="weights are safet
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("this build of PyTorch has no gloo", allow_module_level=True)
 
-from training import TINY, complaint, curve, here, in_two_processes, killed, same_curve, weights  # noqa: E402
+from training import TINY, complaint, curve, here, in_two_processes, resumes, same_curve  # noqa: E402
 from training_workers import hydra as example  # noqa: E402
 
 import vitkernels  # noqa: E402
@@ -74,11 +74,8 @@ def test_two_processes(plain, tmp_path):
 
 
 def test_killed_and_resumed(plain, tmp_path):
-    killed("hydra", options(tmp_path, "--no-accelerate"), "forward", 3 * 3 + 2)  # in step 4, of 3 parts each
-    assert [path.name for path in tmp_path.glob("*step-*")] == ["step-00000002"]
-    here("hydra", options(tmp_path, "--no-accelerate"))
-    assert weights(tmp_path) == weights(plain)
-    assert torch.equal(curve(tmp_path), curve(plain))
+    # In step 4, of 3 parts each.
+    resumes("hydra", options(tmp_path, "--no-accelerate"), tmp_path, plain, "step-00000002", 3 * 3 + 2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the other tests run the kernels")

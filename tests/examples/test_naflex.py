@@ -13,7 +13,7 @@ safetensors = pytest.importorskip("safetensors", reason="weights and shards are 
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("this build of PyTorch has no gloo", allow_module_level=True)
 
-from training import complaint, curve, here, in_two_processes, killed, same_curve, weights  # noqa: E402
+from training import complaint, curve, here, in_two_processes, resumes, same_curve  # noqa: E402
 from training_workers import naflex  # noqa: E402
 
 import vitkernels  # noqa: E402
@@ -141,11 +141,7 @@ def test_two_processes(images, plain, tmp_path):
 
 
 def test_killed_and_resumed(images, plain, tmp_path):
-    killed("naflex", options(images, tmp_path, "--no-accelerate"), "forward", 4)
-    assert [path.name for path in tmp_path.glob("*step-*")] == ["step-00000002"]
-    here("naflex", options(images, tmp_path, "--no-accelerate"))
-    assert weights(tmp_path) == weights(plain)
-    assert torch.equal(curve(tmp_path), curve(plain))
+    resumes("naflex", options(images, tmp_path, "--no-accelerate"), tmp_path, plain, "step-00000002", 4)
 
 
 def read(out) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -98,3 +98,13 @@ def same_curve(out: Path, reference: Path) -> None:
     got, wanted = curve(out), curve(reference)
     torch.testing.assert_close(got.float(), wanted.float())
     assert (wanted[1:, 1] - wanted[:-1, 1]).abs().min() > 1e-4, "steps differ by more than rounding"
+
+
+def resumes(program: str, arguments: list[str], out: Path, reference: Path, left: str, count: int) -> None:
+    """Check that a run killed in its ``count``-th forward, with the checkpoint ``left``, goes on by the same command
+    and ends as ``reference``, which nothing interrupted: with the same bytes and the same log."""
+    killed(program, arguments, "forward", count)
+    assert [path.name for path in out.glob("*step-*")] == [left]
+    here(program, arguments)
+    assert weights(out) == weights(reference)
+    assert torch.equal(curve(out), curve(reference))

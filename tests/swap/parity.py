@@ -22,6 +22,17 @@ def shake(model: nn.Module, size: float = 0.1) -> nn.Module:
     return model
 
 
+class Features(nn.Module):
+    """A model that returns its features alone."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.inner(images)[0]
+
+
 def judge(draw: Callable[[int], tuple[dict[str, Tensor], ...]], **options) -> None:
     """Fail where a tensor breaks the error rule in most of three draws: through a network that of one may be bad luck.
 

@@ -5,8 +5,8 @@ import inspect
 
 import pytest
 import torch
-from parity import assert_parity, no_call_of, shake
-from torch import Tensor, nn
+from parity import Features, assert_parity, no_call_of, shake
+from torch import nn
 
 from vitkernels import accelerate, restore
 
@@ -17,17 +17,6 @@ SIZE = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_dim": 64, "patch_size": 8,
     "window_size": 3, "global_attn_indexes": [1], "output_channels": 16,
 }  # fmt: skip
-
-
-class Features(nn.Module):
-    """A model that returns its features alone."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.inner(images)[0]
 
 
 def build(family: str, image: int, **more) -> nn.Module:

@@ -4,8 +4,8 @@ import inspect
 
 import pytest
 import torch
-from parity import assert_parity, no_call_of, shake
-from torch import Tensor, nn
+from parity import Features, assert_parity, no_call_of, shake
+from torch import nn
 
 from vitkernels import accelerate, restore
 
@@ -16,17 +16,6 @@ SIZE = {
     "pretrain_image_size": 48, "patch_size": 8, "window_size": 3, "window_block_indices": [0],
     "residual_block_indices": [1], "use_relative_position_embeddings": True,
 }  # fmt: skip
-
-
-class Features(nn.Module):
-    """A model that returns its features alone."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.inner(images)[0]
 
 
 def build(**more) -> nn.Module:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from timm.layers import LayerScale, Mlp
-from timm.models.hieradet_sam2 import MultiScaleAttention, MultiScaleBlock, window_partition, window_unpartition
+from timm.models.hieradet_sam2 import MultiScaleAttention, MultiScaleBlock
 from torch import Tensor, nn
 
-from vitkernels import ops
-from vitkernels.layers import fused, records
-from vitkernels.swap._images import tokens_of
+from vitkernels.layers import records
+from vitkernels.swap import _hieradet
 from vitkernels.swap._limits import head_dim_limit, layer_scales_limit
 from vitkernels.swap._rules import PARAMETERS, Rule, add, runs_fused
 from vitkernels.swap.timm.vision_transformer import BRANCHES
@@ -21,15 +19,7 @@ class FusedMultiScaleAttention(MultiScaleAttention):
     def forward(self, x: Tensor) -> Tensor:
         if not runs_fused(ATTENTION, self, x) or x.ndim != 4:
             return super().forward(x)
-        attn, (B, Y, X, _) = records.attention(self), x.shape
-        if self.q_pool is None:
-            return fused.attention(attn, tokens_of(x)).view(B, Y, X, -1)
-        q, k, v = fused.linear(attn.qkv, tokens_of(x)).chunk(3, -1)
-        q = self.q_pool(q.view(B, Y, X, -1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        size = q.shape[1:3]
-        q, k, v = (t.reshape(B, -1, attn.num_heads, attn.head_dim).transpose(1, 2) for t in (q, k, v))
-        out = ops.attention(q, k, v, scale=attn.scale).transpose(1, 2).flatten(2)
-        return fused.linear(attn.proj, out).view(B, *size, -1)
+        return _hieradet.attention(records.attention(self), x, self.q_pool)
 
 
 class FusedMultiScaleBlock(MultiScaleBlock):
@@ -38,33 +28,10 @@ class FusedMultiScaleBlock(MultiScaleBlock):
     def forward(self, x: Tensor) -> Tensor:
         if not runs_fused(BLOCK, self, x) or x.ndim != 4:
             return super().forward(x)
-        block, tokens, (B, Y, X, _) = records.block(self), tokens_of(x), x.shape
-        if self.q_stride is None:
-            attn = block.attn
-            if self.is_windowed:
-                attn = attn._replace(positions=records.Windows((Y, X), tuple(self.window_size)))
-            if self.dim == self.dim_out:
-                return fused.block(block._replace(attn=attn), tokens).view(x.shape)
-        normed = fused.norm(block.norm1, tokens)
-        if self.dim != self.dim_out:
-            x = fused.linear(records.linear(self.proj), normed).view(B, Y, X, -1)
-            if self.pool is not None:
-                x = self.pool(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        if self.q_stride is None:
-            branch = fused.attention(attn, normed)
-        else:
-            branch = self._pooled(normed.view(B, Y, X, -1), x.shape[1:3])
-        return fused.behind_attention(block, branch, tokens_of(x)).view(x.shape)
-
-    def _pooled(self, normed: Tensor, size: tuple[int, int]) -> Tensor:
-        """Attend with fewer queries than keys, as timm does: their windows have other sizes than those of the keys."""
-        if not self.is_windowed:
-            return self.attn(normed).flatten(1, 2)
-        (rows, columns), (Y, X) = self.window_size, normed.shape[1:3]
-        windows = window_partition(F.pad(normed, (0, 0, 0, -X % columns, 0, -Y % rows)), self.window_size)
-        window = rows // self.q_stride[0], columns // self.q_stride[1]
-        padded = tuple(n + -n % w for n, w in zip(size, window, strict=True))
-        return window_unpartition(self.attn(windows), window, padded)[:, : size[0], : size[1]].flatten(1, 2)
+        window = tuple(self.window_size) if self.is_windowed else None
+        widening = None if self.dim == self.dim_out else records.linear(self.proj)
+        pooling = None if self.q_stride is None else _hieradet.Pooling(self.q_stride, self.attn.q_pool, self.pool)
+        return _hieradet.block(records.block(self), x, window, widening, pooling)
 
 
 def _attention_limit(attn: nn.Module) -> str | None:

@@ -3,12 +3,13 @@
 transformers repeats the code of each model: DeiT's classes are ViT's under other names. So each kind of module has one
 fused forward here, a mixin in front of the original class (``_mixins``; ``_mixins_4`` for kinds of releases 4.5x
 only, ``_mixins_data2vec`` for those of data2vec-vision, ``_swin`` for Swin's, ``_sam`` for SAM's and ViTDet's,
-``_mobilevit`` for MobileViT's). The tables below list the kinds that a class may be of. A class gets the first kind
-that accepts all arguments of its forward. If no kind does, as may happen in a later release, the class is not swapped.
+``_sam2`` for SAM 2's, ``_mobilevit`` for MobileViT's). The tables below list the kinds that a class may be of. A class
+gets the first kind that accepts all arguments of its forward. If no kind does, as may happen in a later release, the
+class is not swapped.
 
-A fused layer still calls its attention module, except where it runs in windows (Swin, SAM, ViTDet, MobileViT). So the
-layer runs fused even if the attention has adapters, or hooks that collect attention weights. Queries, keys and values
-stay three products, because packing the three weights would copy them at every step; only windows and a table of
+A fused layer still calls its attention module, except where it runs in windows (Swin, SAM, SAM 2, ViTDet, MobileViT).
+So the layer runs fused even if the attention has adapters, or hooks that collect attention weights. Queries, keys and
+values stay three products, because packing the three weights would copy them at every step; only windows and a table of
 relative positions ask for that.
 
 Imported only if transformers' models are imported.
@@ -28,6 +29,7 @@ from vitkernels.swap.hf import _mixins_4 as old
 from vitkernels.swap.hf import _mixins_data2vec as data2vec
 from vitkernels.swap.hf import _mobilevit as mobilevit
 from vitkernels.swap.hf import _sam as sam
+from vitkernels.swap.hf import _sam2 as sam2
 from vitkernels.swap.hf import _swin as swin
 from vitkernels.swap.hf._mixins import IMPLEMENTATIONS
 
@@ -102,6 +104,11 @@ _SAM = {
     "MLPBlock": (sam.MlpBlock,),
     "VisionLayer": (sam.VisionLayer, sam.TupleVisionLayer),
 }
+_SAM2 = {
+    "MultiScaleAttention": (sam2.MultiScaleAttention,),
+    "FeedForward": (sam2.FeedForward,),
+    "MultiScaleBlock": (sam2.MultiScaleBlock,),
+}
 _VITDET = {
     "Attention": (sam.VitDetAttention,),
     "Mlp": (sam.VitDetMlp,),
@@ -132,6 +139,7 @@ _FAMILIES = (
     ("beit", "Beit", _BEIT, "BeitMLP"),
     ("sam", "Sam", _SAM),
     ("sam_hq", "SamHQ", _SAM),
+    ("sam2", "Sam2", _SAM2),
     ("vitdet", "VitDet", _VITDET),
     ("mobilevit", "MobileViT", _MOBILEVIT),
     ("data2vec.data2vec_vision", "Data2VecVision", _DATA2VEC),

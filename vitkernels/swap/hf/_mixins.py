@@ -42,6 +42,11 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
 }
 
 
+def are_harmless(kwargs: dict[str, object]) -> bool:
+    """Tell whether the keyword arguments of an attention, beside ``is_causal``, leave it as it is."""
+    return all(value is None or value is False or name in _HARMLESS for name, value in kwargs.items())
+
+
 def has_patches(conv: nn.Conv2d, images: Tensor) -> bool:
     """Tell whether ``conv`` can cut at least one patch out of ``images``."""
     if images.ndim != 4 or images.shape[1] != conv.in_channels:
@@ -55,14 +60,19 @@ def patches(conv: nn.Conv2d, images: Tensor, **tokens: Tensor | None) -> Tensor:
     return fused.patch_embed(conv, images[:, :, :height, :width], **tokens)
 
 
-def _attention_limit(attn: nn.Module) -> str | None:
+def implementation_limit(attn: nn.Module) -> str | None:
+    """The implementation of attention that the config of ``attn`` names is none that the kernels stand in for."""
     implementation = attn.config._attn_implementation
     if implementation not in IMPLEMENTATIONS:
         wanted = " or ".join(IMPLEMENTATIONS)
         return f"its attention implementation is {implementation}, which the kernels do not stand in for; set {wanted}"
     if implementation == "sdpa" and ALL_ATTENTION_FUNCTIONS[implementation] is not sdpa_attention_forward:
         return "sdpa is not transformers' own: another function is registered under its name"
-    return head_dim_limit(getattr(attn, "head_dim", None) or attn.attention_head_size)
+    return None
+
+
+def _attention_limit(attn: nn.Module) -> str | None:
+    return implementation_limit(attn) or head_dim_limit(getattr(attn, "head_dim", None) or attn.attention_head_size)
 
 
 def _mlp_limit(mlp: nn.Module) -> str | None:
@@ -198,7 +208,7 @@ class _Attention(Kind):
     def _fuses(self, x: Tensor, mask: Tensor | None, kwargs: dict[str, object]) -> bool:
         if x.ndim != 3:
             return False
-        if any(value is not None and value is not False for name, value in kwargs.items() if name not in _HARMLESS):
+        if not are_harmless(kwargs):
             return False
         # The kernels need four dims: flash attention's masks have two, flex attention's are no tensors.
         takes = mask is None or isinstance(mask, records.Relative) or (isinstance(mask, Tensor) and mask.ndim == 4)

@@ -112,5 +112,5 @@ def _mlp(mlp: nn.Module) -> records.Mlp:
 
 def _mlp_limit(mlp: nn.Module) -> str | None:
     if len(mlp.layers):
-        return f"it has {len(mlp.layers)} layers more, between proj_in and proj_out"
+        return f"it has {2 + len(mlp.layers)} layers; the kernels take 2"
     return "a sigmoid follows it" if mlp.sigmoid_output else None

@@ -1,5 +1,6 @@
-"""transformers' vision encoders of SAM and SAM-HQ, accelerated: whole layers, in windows and over the image."""
+"""transformers' vision encoders of SAM, SAM-HQ, GOT-OCR 2 and SLANeXt: whole layers, in windows and over the image."""
 
+import copy
 import importlib
 import inspect
 
@@ -12,7 +13,8 @@ from vitkernels import accelerate, restore
 
 transformers = pytest.importorskip("transformers", minversion="4.50")
 
-FAMILIES = {"sam": "Sam", "sam_hq": "SamHQ"}
+EAGER = {"got_ocr2": "GotOcr2", "slanext": "SLANeXt"}  # have no other implementation of attention
+FAMILIES = {"sam": "Sam", "sam_hq": "SamHQ"} | EAGER
 SIZE = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_dim": 64, "patch_size": 8,
     "window_size": 3, "global_attn_indexes": [1], "output_channels": 16,
@@ -21,10 +23,11 @@ SIZE = {
 
 def build(family: str, image: int, **more) -> nn.Module:
     if not hasattr(transformers.models, family):
-        pytest.skip(f"transformers has no {family} until 4.52")
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
     prefix, modeling = FAMILIES[family], f"transformers.models.{family}.modeling_{family}"
     config = getattr(transformers, f"{prefix}VisionConfig")(**SIZE | {"image_size": image} | more)
-    config._attn_implementation = more.get("attn_implementation", "sdpa")  # which releases 4.5x do not choose here
+    chosen = "eager" if family in EAGER else "sdpa"  # which releases 4.5x do not choose here
+    config._attn_implementation = more.get("attn_implementation", chosen)
     return shake(Features(getattr(importlib.import_module(modeling), f"{prefix}VisionEncoder")(config))).eval()
 
 
@@ -70,3 +73,37 @@ def test_attention_weights_come_from_transformers(device):
         with no_call_of(inspect.unwrap(forward)):
             torch.testing.assert_close(attn(x)[0], expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(attn(x, output_attentions=True)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", EAGER)
+@pytest.mark.usefixtures("computed_by_pytorch")
+class TestEagerAlone:
+    def test_who_calls_the_attention_gets_its_weights(self, family, device):
+        model = build(family, 32).to(device)
+        attn, x = layers(model)[0].attn, torch.randn(1, 3, 3, 32, device=device)
+        expected = attn(x)
+        accelerate(model)
+        assert all(torch.equal(*pair) for pair in zip(attn(x), expected, strict=True))
+
+    def test_a_hook_on_the_attention_gets_its_weights(self, family, device):
+        plain, seen = build(family, 32).to(device), []
+        model, images = copy.deepcopy(plain), torch.randn(1, 3, 32, 32, device=device)
+        accelerate(model)
+        for each in (model, plain):
+            layers(each)[0].attn.register_forward_hook(lambda _, args, output: seen.append(output[1]))
+        with torch.no_grad():
+            torch.testing.assert_close(model(images), plain(images), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-4)
+
+    def test_its_scale_and_dropout_count(self, family, device):
+        """All weights dropped leave the bias of the projection and the MLP; a scale of 0 leaves the positions."""
+        plain = layers(build(family, 32, attention_dropout=1.0))[0].to(device).train()
+        layer, x = copy.deepcopy(plain), torch.randn(2, 4, 4, 32, device=device)
+        accelerate(layer)
+        with no_call_of(inspect.unwrap(type(plain).forward)):
+            dropped = layer(x)
+        torch.testing.assert_close(dropped, plain(x), rtol=1e-4, atol=1e-4)
+        for each in (layer.eval(), plain.eval()):
+            each.attn.scale = 0.0
+        torch.testing.assert_close(layer(x), plain(x), rtol=1e-4, atol=1e-4)
+        assert (layer(x) - dropped).abs().max() > 0.01

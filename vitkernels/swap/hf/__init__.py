@@ -2,7 +2,7 @@
 
 transformers repeats the code of each model: DeiT's classes are ViT's under other names. So each kind of module has one
 fused forward here, a mixin in front of the original class (``_mixins``; ``_mixins_4`` for kinds of releases 4.5x
-only, ``_mixins_data2vec`` for those of data2vec-vision, ``_swin`` for Swin's, ``_sam`` for SAM's and ViTDet's,
+only, ``_mixins_data2vec`` for those of data2vec-vision, ``_swin`` for Swin's, ``_sam`` for SAM's and its like,
 ``_sam2`` for SAM 2's, ``_mobilevit`` for MobileViT's). The tables below list the kinds that a class may be of. A class
 gets the first kind that accepts all arguments of its forward. If no kind does, as may happen in a later release, the
 class is not swapped.
@@ -104,6 +104,10 @@ _SAM = {
     "MLPBlock": (sam.MlpBlock,),
     "VisionLayer": (sam.VisionLayer, sam.TupleVisionLayer),
 }
+_EAGER_SAM = {
+    "MLPBlock": (sam.MlpBlock,),
+    "VisionLayer": (sam.EagerVisionLayer,),
+}
 _SAM2 = {
     "MultiScaleAttention": (sam2.MultiScaleAttention,),
     "FeedForward": (sam2.FeedForward,),
@@ -139,6 +143,8 @@ _FAMILIES = (
     ("beit", "Beit", _BEIT, "BeitMLP"),
     ("sam", "Sam", _SAM),
     ("sam_hq", "SamHQ", _SAM),
+    ("got_ocr2", "GotOcr2", _EAGER_SAM),
+    ("slanext", "SLANeXt", _EAGER_SAM),
     ("sam2", "Sam2", _SAM2),
     ("vitdet", "VitDet", _VITDET),
     ("mobilevit", "MobileViT", _MOBILEVIT),

@@ -1,4 +1,5 @@
-"""Mixins for the layers of transformers' ViTDet, and the vision layers of its SAM and SAM-HQ; see ``__init__``.
+"""Mixins for the layers of transformers' ViTDet, and the vision layers of its SAM, SAM-HQ, GOT-OCR 2 and SLANeXt; see
+``__init__``.
 
 As Swin's, a layer reads its attention: only then need no window be padded or cut in memory.
 """
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from vitkernels.layers import fused, records
 from vitkernels.swap._images import channels_first, tokens_of, tokens_of_channels_first
 from vitkernels.swap._limits import head_dim_limit
-from vitkernels.swap._rules import runs_fused
+from vitkernels.swap._rules import PARAMETERS, runs_fused
 from vitkernels.swap._windows import sam_positions
 from vitkernels.swap.hf import _mixins as new
 from vitkernels.swap.hf._mixins import Kind
@@ -63,10 +64,13 @@ class VisionLayer(Kind):
             return super().forward(hidden_states)
         return self._run(hidden_states)
 
+    def _read_attention(self, image: tuple[int, int]) -> records.Attention:
+        return _read(self.attn, image, self.window_size)
+
     def _run(self, x: Tensor) -> Tensor:
         block = records.Block(
             records.norm(self.layer_norm1),
-            _read(self.attn, tuple(x.shape[1:3]), self.window_size),
+            self._read_attention(tuple(x.shape[1:3])),
             records.norm(self.layer_norm2),
             _mlp(self.mlp),
         )
@@ -82,6 +86,27 @@ class TupleVisionLayer(VisionLayer):
         if output_attentions or not runs_fused(self._rule, self, hidden_states) or hidden_states.ndim != 4:
             return super(VisionLayer, self).forward(hidden_states, output_attentions)
         return (self._run(hidden_states),)
+
+
+class EagerVisionLayer(VisionLayer):
+    """GOT-OCR 2's and SLANeXt's :class:`VisionLayer`, whose attention has no other implementation than eager.
+
+    The layer does not use the weights that the attention returns. Who calls the attention gets them: it is not swapped.
+    """
+
+    _options: ClassVar = VisionLayer._options | {"limit": lambda layer: _limit(layer.attn)}
+    _parts: ClassVar = {"mlp": MlpBlock}
+
+    @staticmethod
+    def _children(own: dict[str, type[nn.Module]], prefix: str) -> dict[str, tuple[type[nn.Module], ...]]:
+        attn = own[f"{prefix}VisionAttention"]
+        PARAMETERS[attn] = frozenset({"rel_pos_h", "rel_pos_w"})
+        return {"attn": (attn,), "attn.qkv": (nn.Linear,), "attn.proj": (nn.Linear,)}
+
+    def _read_attention(self, image: tuple[int, int]) -> records.Attention:
+        attn = self.attn
+        drop = attn.dropout if attn.training else 0.0
+        return super()._read_attention(image)._replace(scale=attn.scale, attn_drop=drop)
 
 
 class VitDetAttention(Kind):

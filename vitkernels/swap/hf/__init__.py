@@ -106,7 +106,7 @@ _SAM = {
 }
 _EAGER_SAM = {
     "MLPBlock": (sam.MlpBlock,),
-    "VisionLayer": (sam.EagerVisionLayer,),
+    "VisionLayer": (sam.EagerVisionLayer, sam.TupleEagerVisionLayer),
 }
 _SAM2 = {
     "MultiScaleAttention": (sam2.MultiScaleAttention,),

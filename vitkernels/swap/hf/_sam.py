@@ -109,6 +109,10 @@ class EagerVisionLayer(VisionLayer):
         return super()._read_attention(image)._replace(scale=attn.scale, attn_drop=drop)
 
 
+class TupleEagerVisionLayer(TupleVisionLayer, EagerVisionLayer):
+    """:class:`EagerVisionLayer` of early releases, which returns a tuple."""
+
+
 class VitDetAttention(Kind):
     """ViTDet's attention over an image or a window (B, Y, X, C)."""
 

@@ -78,6 +78,8 @@ def test_attention_weights_come_from_transformers(device):
 @pytest.mark.parametrize("family", EAGER)
 @pytest.mark.usefixtures("computed_by_pytorch")
 class TestEagerAlone:
+    """Layers whose attention has one implementation, which returns its weights."""
+
     def test_who_calls_the_attention_gets_its_weights(self, family, device):
         model = build(family, 32).to(device)
         attn, x = layers(model)[0].attn, torch.randn(1, 3, 3, 32, device=device)

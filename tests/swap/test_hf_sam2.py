@@ -47,16 +47,16 @@ class Masks(nn.Module):
         return self.inner(pixel_values=images, **prompts, multimask_output=True).pred_masks
 
 
-def config(levels: int = 4, **more) -> "transformers.Sam2VisionConfig":
+def config(levels: int) -> "transformers.Sam2VisionConfig":
     return transformers.Sam2VisionConfig(
-        backbone_config=transformers.Sam2HieraDetConfig(**BACKBONE | more), backbone_channel_list=[64, 48, 32, 16],
+        backbone_config=transformers.Sam2HieraDetConfig(**BACKBONE), backbone_channel_list=[64, 48, 32, 16],
         backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]], fpn_hidden_size=16, fpn_top_down_levels=[0, 1],
         num_feature_levels=levels,
     )  # fmt: skip
 
 
-def build(**more) -> nn.Module:
-    return shake(Pyramid(transformers.Sam2VisionModel(config(**more)))).eval()
+def build() -> nn.Module:
+    return shake(Pyramid(transformers.Sam2VisionModel(config(levels=4)))).eval()
 
 
 def whole() -> nn.Module:
@@ -64,7 +64,7 @@ def whole() -> nn.Module:
     decoder = transformers.Sam2MaskDecoderConfig(
         hidden_size=16, num_attention_heads=2, mlp_dim=32, iou_head_hidden_dim=16
     )
-    parts = {"vision_config": config(3), "prompt_encoder_config": prompts, "mask_decoder_config": decoder}
+    parts = {"vision_config": config(levels=3), "prompt_encoder_config": prompts, "mask_decoder_config": decoder}
     return shake(Masks(transformers.Sam2Model(transformers.Sam2Config(**parts)))).eval()
 
 
@@ -122,18 +122,20 @@ class TestBehaviours:
         plain.inner.set_attn_implementation(implementation)
         model, images = copy.deepcopy(plain), torch.randn(1, 3, 48, 48, device=device)
         accelerate(model)
-        for options in ({"output_hidden_states": True}, {"output_attentions": True}):
-            (name,) = (option.removeprefix("output_") for option in options)
+        for name in ("hidden_states", "attentions"):
             with torch.no_grad():
-                found = [each.inner.backbone(images, **options) for each in (model, plain)]
-            assert len(found[1][name]) >= len(blocks(plain))
-            close(*(outputs[name] for outputs in found))
+                mine, wanted = (
+                    each.inner.backbone(images, **{f"output_{name}": True})[name] for each in (model, plain)
+                )
+            assert len(wanted) >= len(blocks(plain))
+            close(mine, wanted)
 
     def test_the_attention_alone(self, device):
-        """Whole windows as the original cuts them, with and without pooled queries."""
+        """Whole windows as the original cuts them, with and without pooled queries, and another scale."""
         plain = build().to(device)
         for block in blocks(plain):
             attn = copy.deepcopy(block.attn)
+            attn.scale = 0.4
             x = torch.randn(3, 4, 4, block.dim, device=device)
             expected, forward = attn(x), type(attn).forward
             assert accelerate(attn).swapped

@@ -1,7 +1,7 @@
 """Mixins for the vision encoder of transformers' SAM 2; see ``__init__``. The convolution that cuts patches stays, as
 its patches overlap.
 
-As SAM's, a layer reads its attention: only then need no window be padded or cut in memory.
+As in SAM's layer, a block reads its attention: only then need no window be padded or cut in memory.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class MultiScaleAttention(Kind):
 
 
 class FeedForward(Kind):
-    """``proj_out(activation(proj_in(x)))``; the mask decoder's have more layers."""
+    """``proj_out(activation(proj_in(x)))``. Those with more layers or a sigmoid, the mask decoder's, stay."""
 
     _takes = frozenset({"hidden_states"})
     _options: ClassVar = new.mlp_options("activation", "proj_in", "proj_out")
@@ -78,7 +78,7 @@ class MultiScaleBlock(Kind):
 
 
 def _fuses(module: Kind, x: Tensor, kwargs: dict[str, object]) -> bool:
-    # The original passes its own is_causal on, and raises at another.
+    # Beside its own is_causal the original takes no other, and raises.
     harmless = new.are_harmless(kwargs) and "is_causal" not in kwargs
     return harmless and x.ndim == 4 and runs_fused(module._rule, module, x)
 

@@ -100,7 +100,7 @@ def test_with_prompts(device):
     """The masks of the whole model, whose decoder is frozen: its biases of keys have no gradient but rounding."""
     model = whole().to(device)
     model.inner.mask_decoder.requires_grad_(False)
-    report = assert_parity(model, torch.randn(2, 3, 64, 64, device=device))
+    report = assert_parity(model, torch.randn(2, 3, 64, 64, device=device), inputs=4)
     assert len([entry for entry in report.swapped if entry.was == "Sam2MultiScaleBlock"]) == 6
     assert {k.reason.split(",")[0] for k in report.kept if k.cls == "Sam2FeedForward"} == {"activation is a ReLU"}
 

@@ -34,6 +34,7 @@ TEST = [
     "pytest-benchmark",
     "pytest-timeout",
     "pytest-xdist",
+    "tensorboard",  # examples/common.py
     "torchao",
     "webdataset",
 ]

@@ -57,7 +57,7 @@ PATIENCE = 10  # images in a row that may not decode
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Options that change where and how fast a run computes, but its result by no more than rounding.
 FREE = ("data", "val", "out", "workers", "micro_batch", "parallel", "compile", "accelerate", "recompute")
-FREE += ("checkpoint_every", "checkpoint")
+FREE += ("checkpoint_every", "checkpoint", "tensorboard")
 
 
 def seed_of(*numbers: int) -> int:
@@ -448,24 +448,40 @@ def schedule(step: int, steps: int, warm_up: int, decay: str) -> float:
 
 
 class Log:
-    """``log.csv``, a line a step; lines of steps that will be done again are removed first."""
+    """``log.csv`` in ``out``, a line a step, and with ``board`` the same for TensorBoard, in ``out/tensorboard``.
 
-    HEADER = "step,loss,learning_rate,gradient_norm,images_per_second"
+    What is there of steps that will be done again, behind those that are ``done``, is removed first.
+    """
 
-    def __init__(self, path: Path, done: int):
-        lines = path.read_text(encoding="utf-8").splitlines()[1:] if path.is_file() else []
+    COLUMNS = ("loss", "learning_rate", "gradient_norm", "images_per_second")
+
+    def __init__(self, out: Path, done: int, board: bool):
+        self.path, self.board = out / "log.csv", None
+        lines = self.path.read_text(encoding="utf-8").splitlines()[1:] if self.path.is_file() else []
         # A kill may have cut off the last line; it is of a step after the checkpoint, as that is made later.
         kept = [line for line in lines if line.partition(",")[0].isdecimal() and int(line.partition(",")[0]) <= done]
-        write_file(path, "".join(f"{line}\n" for line in (self.HEADER, *kept)))
-        self.path = path
+        write_file(self.path, "".join(f"{line}\n" for line in (",".join(("step", *self.COLUMNS)), *kept)))
+        if board:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(out / "tensorboard", purge_step=done + 1)
+            except ImportError as error:
+                raise UserError(f"--tensorboard: {one_line(error)}: pip install tensorboard") from error
+            except OSError as error:
+                raise UserError(f"cannot write to {out / 'tensorboard'}: {error.strerror}") from error
 
     def write(self, step: int, *values: float) -> None:
         """Append what was measured in ``step``, which counts from 1."""
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(",".join([str(step), *(f"{value:.9g}" for value in values)]) + "\n")
+            if self.board is not None:
+                for name, value in zip(self.COLUMNS, values, strict=True):
+                    self.board.add_scalar(name, value, step)
+                self.board.flush()  # or the steps before a checkpoint may be missing behind it
         except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+            raise UserError(f"cannot write the log in {self.path.parent}: {error.strerror}") from error
 
 
 def _whole_checkpoints(out: Path) -> list[Path]:
@@ -565,7 +581,7 @@ def train(
     settings = json.loads(json.dumps(settings | {"number of images": len(data), "steps": steps}))  # as it is read back
     peaks = [group["lr"] for group in optimizer.param_groups]
     done = resume(args.out, model, optimizer, settings, processes)
-    log = Log(args.out / "log.csv", done) if processes.rank == 0 else None
+    log = Log(args.out, done, args.tensorboard) if processes.rank == 0 else None
     todo = range(done, steps)
     shared = Shares(len(data), args, processes, todo) if shares is None else shares(todo)
     batches = load(data, transform, shared, args, stack)
@@ -728,6 +744,7 @@ def add_run_options(parser: argparse.ArgumentParser, *, learning_rate: float, wa
     """Add the options that all training examples have."""
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder for checkpoints, log.csv and the trained model")
+    add("--tensorboard", action="store_true", help="log for TensorBoard, too, in its folder tensorboard")
     add(
         "--learning-rate",
         type=number(float, 0),

@@ -5,6 +5,8 @@ import os
 import resource
 import shutil
 import signal
+import sys
+import time
 
 import pytest
 import torch
@@ -85,6 +87,32 @@ def test_killed_and_resumed(tmp_path):
     assert [path.name for path in cut.glob("*step-*")] == [f"step-{STEPS:08}"]
     here("pretrain", options(cut, *DROPPING))
     assert weights(cut) == weights(whole), "a run that is over stays as it is"
+
+
+def test_tensorboard(plain, tmp_path, monkeypatch):
+    """Of a run that was killed, TensorBoard has each step once, and the numbers of log.csv."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    given = options(tmp_path, "--no-accelerate", "--tensorboard")
+    killed("pretrain", given, "forward", 4 * 6 + 2)
+    time.sleep(1)  # TensorBoard reads the files in the order of their names, which hold the second
+    here("pretrain", given)
+    board = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    log, columns = curve(tmp_path), (tmp_path / "log.csv").read_text().splitlines()[0].split(",")
+    assert {*board.Tags()["scalars"]} == {*columns[1:]}
+    for i, name in enumerate(columns[1:4], start=1):
+        events = board.Scalars(name)
+        assert [event.step for event in events] == log[:, 0].tolist() == [*range(1, STEPS + 1)]
+        assert [event.value for event in events] == log[:, i].float().tolist()
+    assert torch.equal(log, curve(plain)), "and nothing else changes"
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    said = complaint("pretrain", options(tmp_path / "none", "--tensorboard"))
+    assert "pretrain: --tensorboard: " in said and said.endswith(": pip install tensorboard")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "tensorboard").touch()
+    monkeypatch.undo()
+    said = complaint("pretrain", options(tmp_path / "taken", "--tensorboard"))
+    assert f"cannot write to {tmp_path / 'taken' / 'tensorboard'}: " in said
 
 
 def test_compiled(tmp_path):

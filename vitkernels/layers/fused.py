@@ -158,6 +158,14 @@ def attention(
     return _dropout(linear(attn.proj, ops.quantize_fp8(out) if in_fp8 else out, dtype), attn.proj_drop)
 
 
+def takes_masks(attn_mask: Tensor | None, is_causal: bool) -> bool:
+    """Tell whether :func:`attention` takes these masks of another library's attention."""
+    if attn_mask is None:
+        return True
+    masks = isinstance(attn_mask, Tensor) and (attn_mask.dtype == torch.bool or attn_mask.is_floating_point())
+    return masks and not is_causal
+
+
 def cross_attention(attn: Attention, queries: Tensor, x: Tensor) -> Tensor:
     """Attention from ``queries`` to x, each (B, tokens, C), from the projections to the output projection."""
     heads = (attn.num_heads, attn.head_dim)

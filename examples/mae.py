@@ -46,16 +46,15 @@ class Masked:
 
     def __init__(self, transform, patches: int, mask_ratio: list[float]):
         self.transform, self.patches, self.mask_ratio = transform, patches, mask_ratio
+        self.most = random_mask(1, patches, mask_ratio[0]).visible.shape[1]
 
     def __call__(self, image) -> dict[str, Tensor]:
+        found = {"images": self.transform(image)}
         # Drawn here, a mask depends on epoch and image alone, not on how many processes share a batch.
-        found, (low, *high) = {"images": self.transform(image)}, self.mask_ratio
-        visible, mask, restore = (drawn[0] for drawn in random_mask(1, self.patches, low))
-        if high:
-            ratio = low + (high[0] - low) * torch.rand(()).item()
-            found["num_visible"] = torch.tensor(max(1, int(self.patches * (1 - ratio))))
-            mask = restore >= found["num_visible"]
-        return found | {"mask": mask, "visible": mask.int().argsort(stable=True)[: len(visible)]}
+        low, high = self.mask_ratio[0], self.mask_ratio[-1]
+        drawn = random_mask(1, self.patches, low + (high - low) * torch.rand(()).item())
+        found |= {"mask": drawn.mask[0], "visible": drawn.mask[0].int().argsort(stable=True)[: self.most]}
+        return found | ({"num_visible": torch.tensor(drawn.visible.shape[1])} if len(self.mask_ratio) == 2 else {})
 
 
 class MaskedAutoencoder(nn.Module):

@@ -10,7 +10,8 @@ from benchmarks.ops import bench_of, by_mode
 
 def flops(case, mode):
     """One product in forward, (B · N / 4, 4C) · (4C, 2C), and two in backward."""
-    product = 2 * case.batch * case.tokens // 4 * 4 * case.channels * 2 * case.channels
+    rows, C = case.batch * case.tokens // 4, case.channels
+    product = 2 * rows * 4 * C * 2 * C
     return by_mode(mode, product, 2 * product)
 
 

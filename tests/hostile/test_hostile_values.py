@@ -79,7 +79,8 @@ def test_fp16_near_its_largest(op, device):
         y = made.op.reference(**arguments | half)
         return tuple(part.to(kind) for part in y) if isinstance(y, tuple) else y.to(kind)
 
-    # Beside sums near 65,504 PyTorch's half precision overflows; merged patches are normed, and rounded, before a sum.
+    # Others sum up first, which overflows in PyTorch's half precision. Merged patches are normed and rounded, and then
+    # summed up.
     yardstick = made.op.reference if op == "patch_merging" else in_fp32
     dataclasses.replace(large, op=dataclasses.replace(made.op, reference=yardstick)).check()
 

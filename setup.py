@@ -23,7 +23,7 @@ TEST = [
     *HF,
     "accelerate",
     "bitsandbytes",
-    "datasets",  # examples/common.py, as webdataset
+    "datasets",  # examples/image_data.py, as webdataset
     "expecttest",
     "hypothesis",
     "lightning",

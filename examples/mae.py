@@ -12,8 +12,8 @@ over its deviation. Positions are fixed sines. AdamW has β = 0.9, 0.95; the lea
 grows with --batch-size.
 
 The result is the encoder: model.safetensors, with the config.json by which timm and finetune.py load it. The labels
-that the data may have are not read. What happens when the run is killed, or an image does not decode: see
-examples/common.py.
+that the data may have are not read. What happens when the run is killed: see examples/common.py; when an image does not
+decode: examples/image_data.py.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import contextlib
 import math
 
 import common
+import image_data
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -151,15 +152,15 @@ def mae(args: argparse.Namespace, processes: Processes) -> None:
     """
     common.check_options(args, processes)
     import_timm()
-    data = common.open_data(args.data)
-    val = common.open_data(args.val, held_out=True) if args.val else None
+    data = image_data.open_data(args.data)
+    val = image_data.open_data(args.val, held_out=True) if args.val else None
     autoencoder = make_model(args)
     patches = autoencoder.encoder.patch_embed.num_patches
     model = common.prepare(autoencoder, args, processes)
     groups = common.decay_groups(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate * args.batch_size / 256, betas=(0.9, 0.95))
     steps = math.ceil(args.epochs * len(data) / args.batch_size)
-    transform = common.train_transform(args.img_size, args.crop_scale, args.flip)
+    transform = image_data.train_transform(args.img_size, args.crop_scale, args.flip)
     common.train(args, processes, model, optimizer, data, steps, loss_of, Masked(transform, patches, args.mask_ratio))
     weights = common.whole_weights(model)
     if processes.rank == 0:
@@ -167,7 +168,8 @@ def mae(args: argparse.Namespace, processes: Processes) -> None:
         kwargs = {"img_size": args.img_size} | args.model_kwargs
         common.export(args.out, own, autoencoder.pretrained_cfg["architecture"], 0, autoencoder, **kwargs)
     if val is not None:
-        evaluate(args, processes, model, val, Masked(common.eval_transform(args.img_size), patches, args.mask_ratio))
+        transform = image_data.eval_transform(args.img_size)
+        evaluate(args, processes, model, val, Masked(transform, patches, args.mask_ratio))
 
 
 def main(argv: list[str] | None = None) -> None:

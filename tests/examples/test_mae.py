@@ -14,7 +14,7 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
     pytest.skip("this build of PyTorch has no gloo", allow_module_level=True)
 
 from training import TINY, command, complaint, curve, here, in_two_processes, resumes, same_curve  # noqa: E402
-from training_workers import common  # noqa: E402
+from training_workers import common, image_data  # noqa: E402
 from training_workers import mae as example  # noqa: E402
 
 import vitkernels  # noqa: E402
@@ -78,8 +78,8 @@ def test_packed_rows_of_one_length_are_short_rows(plain, tmp_path):
 
 def test_packed_images_are_those_alone():
     """The loss and its gradients are those of each image by itself, in short rows; the blocks see no padding."""
-    transform = example.Masked(common.eval_transform(SIZE), PATCHES, [0.5, 0.9])
-    samples = common.Samples(common.open_data("digits", held_out=True), transform, 0)
+    transform = example.Masked(image_data.eval_transform(SIZE), PATCHES, [0.5, 0.9])
+    samples = image_data.Samples(image_data.open_data("digits", held_out=True), transform, 0)
     batch = common.default_collate([samples[0, i][0] for i in range(6)])
     counts = batch["num_visible"].tolist()
     assert counts == (~batch["mask"]).sum(1).tolist() and len(set(counts)) > 2
@@ -210,8 +210,8 @@ def test_loss_and_gradients_are_those_of_transformers():
 
 def test_masks_and_held_out_loss(tmp_path, capsys):
     """An image's mask depends on its epoch and index; the printed loss is the mean over the held-out images."""
-    transform = example.Masked(common.eval_transform(SIZE), PATCHES, [0.75])
-    samples = common.Samples(common.open_data("digits", held_out=True), transform, 0)
+    transform = example.Masked(image_data.eval_transform(SIZE), PATCHES, [0.75])
+    samples = image_data.Samples(image_data.open_data("digits", held_out=True), transform, 0)
     first, again, later = (samples[place][0] for place in ((0, 1), (0, 1), (1, 1)))
     assert torch.equal(first["mask"], again["mask"]) and not torch.equal(first["mask"], later["mask"])
     assert first["mask"].sum() == PATCHES - VISIBLE and not first["mask"][first["visible"]].any()

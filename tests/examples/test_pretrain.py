@@ -20,7 +20,7 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
     pytest.skip("this build of PyTorch has no gloo", allow_module_level=True)
 
 from training import TINY, command, complaint, curve, here, in_two_processes, killed, same_curve, weights  # noqa: E402
-from training_workers import common  # noqa: E402
+from training_workers import common, image_data  # noqa: E402
 
 import vitkernels  # noqa: E402
 from vitkernels.tools.console import UserError  # noqa: E402
@@ -153,7 +153,7 @@ def same_images(data, images) -> None:
 
 def test_image_folder(stored):
     folder, images = stored
-    same_images(common.open_data(folder / "folder"), images)
+    same_images(image_data.open_data(folder / "folder"), images)
 
 
 def test_shards(stored, tmp_path):
@@ -164,25 +164,25 @@ def test_shards(stored, tmp_path):
         with webdataset.TarWriter(str(tmp_path / f"{number}.tar")) as writer:
             for i in range(number * COUNT // 2, (number + 1) * COUNT // 2):
                 writer.write({"__key__": f"deeper/{i:02}", "png": images[i], "cls": i % 2})
-    same_images(common.open_data(tmp_path), images)
+    same_images(image_data.open_data(tmp_path), images)
     path = tmp_path / "1.tar"
     whole = path.read_bytes()
     end = len(whole.rstrip(b"\0"))
     for cut in (0, 100, end // 2, end, -(-end // 512) * 512):  # the last is between two members
         path.write_bytes(whole[:cut])
         with pytest.raises(UserError, match=f"{path} is no whole shard: "):
-            common.open_data(tmp_path)
+            image_data.open_data(tmp_path)
     path.write_bytes(whole.replace(b"\x89PNG", b"\x89PNX"))
     with pytest.raises(UserError, match=f"{path}/deeper/05.png is no image"):
-        common.open_data(tmp_path)[5]
+        image_data.open_data(tmp_path)[5]
     with webdataset.TarWriter(str(path)) as writer:
         writer.write({"__key__": "05", "png": images[5]})
     with pytest.raises(UserError, match=f"{path} holds 05.png without a .cls"):
-        common.open_data(tmp_path)
+        image_data.open_data(tmp_path)
     with webdataset.TarWriter(str(path)) as writer:
         writer.write({"__key__": "05", "png": images[5], "cls": -1})
     with pytest.raises(UserError, match="hold a label below 0"):
-        common.open_data(tmp_path)
+        image_data.open_data(tmp_path)
 
 
 def test_hugging_face(stored, tmp_path):
@@ -192,18 +192,18 @@ def test_hugging_face(stored, tmp_path):
     columns = {"picture": images, "kind": [i % 2 for i in range(COUNT)]}
     found = datasets.Dataset.from_dict(columns, features=features)
     found.save_to_disk(tmp_path / "one")
-    same_images(common.open_data(tmp_path / "one"), images)
+    same_images(image_data.open_data(tmp_path / "one"), images)
     datasets.DatasetDict(train=found).save_to_disk(tmp_path / "dict")
     with pytest.raises(UserError, match="holds train: give one of them"):
-        common.open_data(tmp_path / "dict")
-    same_images(common.open_data(tmp_path / "dict" / "train"), images)
+        image_data.open_data(tmp_path / "dict")
+    same_images(image_data.open_data(tmp_path / "dict" / "train"), images)
     columns["kind"][3] = -1
     datasets.Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "partly")
     with pytest.raises(UserError, match="holds images without a label"):
-        common.open_data(tmp_path / "partly")
+        image_data.open_data(tmp_path / "partly")
     found.remove_columns("kind").save_to_disk(tmp_path / "unlabelled")
     with pytest.raises(UserError, match="expected an Image and a ClassLabel"):
-        common.open_data(tmp_path / "unlabelled")
+        image_data.open_data(tmp_path / "unlabelled")
 
 
 def test_broken_images(stored, tmp_path, capfd):
@@ -220,9 +220,9 @@ def test_broken_images(stored, tmp_path, capfd):
 
     broken.unlink()
     broken.mkdir()  # a name in the list, which cannot be read
-    data = common.open_data(images)
+    data = image_data.open_data(images)
     data.samples.insert(1, (str(broken), 0))
-    error = common.Samples(data, common.eval_transform(8), 0)[0, 1]
+    error = image_data.Samples(data, image_data.eval_transform(8), 0)[0, 1]
     assert isinstance(error, UserError) and "cannot read" in str(error)
     for path in images.rglob("*.png"):
         if path.is_file():
@@ -281,7 +281,7 @@ def test_full_disk(plain, cut, tmp_path):
 
 
 def test_worker_dies(tmp_path, monkeypatch):
-    monkeypatch.setattr(common.Samples, "__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(image_data.Samples, "__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     said = complaint("pretrain", options(tmp_path, "--workers", "1"))
     assert "a worker that decodes images died" in said and "the same command goes on" in said
 

@@ -179,13 +179,17 @@ VARIANTS = {
 
 @pytest.mark.parametrize("children", ["children too", "alone"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_kernelized_attention_and_block_of_timm(variant, children, kernel, mapping, kernelizable, device):
-    """Outputs and gradients. A block is fused whether or not kernels binds a forward to its children."""
+def test_kernelized_attention_and_block_of_timm(variant, children, repository, kernel, mapping, kernelizable, device):
+    """Outputs and gradients. A block is fused whether its children have the hub's forwards or their own."""
     layer, more, wanted = VARIANTS[variant]
-    for name, cls in OF_BLOCKS.items() if children == "children too" else ():
+    for name, cls in OF_BLOCKS.items():
         kernelizable(cls, name)
     kernelizable(getattr(vision_transformer, layer), layer)
-    kernelized = kernelize(small(layer, **more).to(device), mode=Mode.TRAINING, device=BACKEND, use_fallback=False)
+    alone = {layer: {BACKEND: LocalLayerRepository(repository, layer_name=layer)}}
+    with use_kernel_mapping(alone, inherit_mapping=False) if children == "alone" else contextlib.nullcontext():
+        kernelized = kernelize(small(layer, **more).to(device), mode=Mode.TRAINING, device=BACKEND)
+    bound = [name for name, child in kernelized.named_modules() if name and "forward" in vars(child)]
+    assert bool(bound) == (layer == "Block" or "norm" in variant), "also of those that have no layer in the mapping"
     x = torch.randn(2, 10, DIM, device=device)
     with ops_called(kernel, (torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor)) as called:
         kernelized(x)
@@ -194,13 +198,16 @@ def test_kernelized_attention_and_block_of_timm(variant, children, kernel, mappi
 
 
 @pytest.mark.parametrize("layer", ["Attention", "Block"])
-def test_masks(layer, mapping, kernelizable, device):
+def test_masks(layer, kernel, mapping, kernelizable, device):
     kernelizable(getattr(vision_transformer, layer), layer)
     kernelized = kernelize(small(layer).to(device), mode=Mode.TRAINING, device=BACKEND, use_fallback=False)
     original, x = small(layer).to(device), torch.randn(2, 6, DIM, device=device)
     looks = torch.rand(2, 1, 6, 6, device=device) < 0.7
     looks[..., 0] = True
     for masks in ({"attn_mask": looks}, {"attn_mask": torch.randn(6, 6, device=device)}, {"is_causal": True}):
+        with ops_called(kernel) as called:
+            kernelized(x, **masks)
+        assert "attention_qkvpacked_fwd" in called
         agrees(kernelized, original, x, **masks)
         assert not torch.allclose(kernelized(x, **masks), original(x))
 

@@ -27,6 +27,8 @@ def has_plain_children(
             child = child._modules["base_layer"]
         if type(child) not in allowed:
             return False
-        if _own.has_hooks(child) or _own.hides_forward(child) or _own.replaced(type(child)) is not None:
+        if _own.has_hooks(child) or _own.replaced(type(child)) is not None:
+            return False
+        if "forward" in child.__dict__ and _own.hides_forward(child):
             return False
     return True

@@ -23,7 +23,7 @@ TEST = [
     *HF,
     "accelerate",
     "bitsandbytes",
-    "datasets",  # examples/common.py, as webdataset
+    "datasets",  # examples/image_data.py, as webdataset
     "expecttest",
     "hypothesis",
     "lightning",
@@ -34,6 +34,7 @@ TEST = [
     "pytest-benchmark",
     "pytest-timeout",
     "pytest-xdist",
+    "tensorboard",  # examples/common.py
     "torchao",
     "webdataset",
 ]

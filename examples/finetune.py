@@ -8,7 +8,7 @@ norm 1, one linear head that starts at zero, and interpolated position embedding
 trains the head and low-rank updates (arXiv 2106.09685) of the blocks' linear layers by PEFT, and adds them to the
 weights in the end. The result is model.safetensors, with the config.json by which timm loads it.
 
-What happens when the run is killed, or an image does not decode: see examples/common.py.
+What happens when the run is killed: see examples/common.py; when an image does not decode: examples/image_data.py.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import copy
 from pathlib import Path
 
 import common
+import image_data
 import torch
 from embed import load_model
 from torch import nn
@@ -65,13 +66,13 @@ def finetune(args: argparse.Namespace) -> None:
     """
     processes = common.start_processes()
     common.check_options(args, processes)
-    data, held_out = common.open_both(args)
+    data, held_out = image_data.open_both(args)
     vit = make_model(args, data.num_classes)
     adapted = copy.deepcopy(adapt(vit, args.lora, args.seed)) if args.lora else None  # takes the weights in the end
     model = common.prepare(vit, args, processes)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=args.learning_rate, momentum=0.9)
-    transform = common.train_transform(args.img_size, args.crop_scale, args.flip)
+    transform = image_data.train_transform(args.img_size, args.crop_scale, args.flip)
     common.train(args, processes, model, optimizer, data, args.steps, common.label_loss, transform)
     weights = common.whole_weights(model)
     if processes.rank == 0:

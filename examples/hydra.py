@@ -13,7 +13,7 @@ data set of yours is a folder with ``labels.csv``, of the columns ``file`` and `
 ``images/FILE``; ``masks/STEM.png``, one byte a pixel, 255 where there is no class; and ``depth/STEM.png``, 16 bits a
 pixel, in millimetres, 0 where it is not known.
 
-What happens when the run is killed, or an image does not decode: see examples/common.py.
+What happens when the run is killed: see examples/common.py; when an image does not decode: examples/image_data.py.
 """
 
 from __future__ import annotations

@@ -5,13 +5,15 @@
     python examples/finetune.py --model run --data pets/train --val pets/val --out tuned
 
 This is the masked autoencoder of arXiv 2111.06377. The encoder is ``vitkernels.models.VisionTransformer``, whose patch
-embedding computes the visible patches alone, so its rows are short in every block. A light decoder gets a mask token
-for each hidden patch, and predicts its pixels, less the patch's mean and over its deviation. Positions are fixed sines.
-AdamW has β = 0.9, 0.95; the learning rate is for 256 images a step, and grows with --batch-size.
+embedding computes the visible patches alone, so its rows are short in every block. With two shares as --mask-ratio,
+each image hides a share between them, and the blocks see the visible patches of all images packed into one row, without
+padding. A light decoder gets a mask token for each hidden patch, and predicts its pixels, less the patch's mean and
+over its deviation. Positions are fixed sines. AdamW has β = 0.9, 0.95; the learning rate is for 256 images a step, and
+grows with --batch-size.
 
 The result is the encoder: model.safetensors, with the config.json by which timm and finetune.py load it. The labels
-that the data may have are not read. What happens when the run is killed, or an image does not decode: see
-examples/common.py.
+that the data may have are not read. What happens when the run is killed: see examples/common.py; when an image does not
+decode: examples/image_data.py.
 """
 
 from __future__ import annotations
@@ -21,8 +23,10 @@ import contextlib
 import math
 
 import common
+import image_data
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from common import KeyValues, Processes, number, positive
 from torch import Tensor, nn
 
@@ -34,15 +38,24 @@ from vitkernels.tools.names import build, resolve
 
 
 class Masked:
-    """Augments an image, and draws which of its ``patches`` are hidden, as :func:`vitkernels.layers.random_mask`."""
+    """Augments an image, and draws which of its ``patches`` are hidden: the share ``mask_ratio``, as in MAE.
 
-    def __init__(self, transform, patches: int, mask_ratio: float):
+    Of two shares, one between them is drawn for each image, and ``num_visible`` says how many patches that leaves.
+    ``visible`` names as many for each image as the lower share leaves, so that they make a batch: first the visible
+    ones, in the image's order.
+    """
+
+    def __init__(self, transform, patches: int, mask_ratio: list[float]):
         self.transform, self.patches, self.mask_ratio = transform, patches, mask_ratio
+        self.most = random_mask(1, patches, mask_ratio[0]).visible.shape[1]
 
     def __call__(self, image) -> dict[str, Tensor]:
+        found = {"images": self.transform(image)}
         # Drawn here, a mask depends on epoch and image alone, not on how many processes share a batch.
-        masks = random_mask(1, self.patches, self.mask_ratio)._asdict()
-        return {"images": self.transform(image)} | {key: value[0] for key, value in masks.items()}
+        low, high = self.mask_ratio[0], self.mask_ratio[-1]
+        drawn = random_mask(1, self.patches, low + (high - low) * torch.rand(()).item())
+        found |= {"mask": drawn.mask[0], "visible": drawn.mask[0].int().argsort(stable=True)[: self.most]}
+        return found | ({"num_visible": torch.tensor(drawn.visible.shape[1])} if len(self.mask_ratio) == 2 else {})
 
 
 class MaskedAutoencoder(nn.Module):
@@ -81,21 +94,25 @@ class MaskedAutoencoder(nn.Module):
         patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
         return (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
 
-    def forward(self, images: Tensor, visible: Tensor, mask: Tensor, restore: Tensor) -> Tensor:
+    def forward(self, images: Tensor, visible: Tensor, mask: Tensor, num_visible: Tensor | None = None) -> Tensor:
         prefix = self.encoder.num_prefix_tokens
-        x = self.embed(self.encoder.forward_features(images, visible=visible))  # (B, R + V, D)
-        hidden = self.mask_token.expand(len(x), restore.shape[1] - visible.shape[1], -1)
-        patches = torch.cat([x[:, prefix:], hidden.to(x.dtype)], dim=1)
-        patches = patches.gather(1, restore[..., None].expand(-1, -1, patches.shape[2]))  # in the image's order
-        x = self.decoder(torch.cat([x[:, :prefix], patches], dim=1) + self.positions)
+        x = self.embed(self.encoder.forward_features(images, visible=visible, num_visible=num_visible))
+        shown = F.pad(~mask, (prefix, 0), value=True).unsqueeze(-1)  # (B, R + N, 1)
+        tokens = self.mask_token.to(x.dtype).expand(*shown.shape[:2], -1)
+        tokens = tokens.masked_scatter(shown, x)  # which the encoder returns in this order, packed or not
+        x = self.decoder(tokens + self.positions)
         off = self.pixels(self.norm(x))[:, prefix:].float() - self.targets(images)
         return (off.square().mean(-1) * mask).sum(1) / mask.sum(1)
 
 
+def losses_of(model: nn.Module, images: Tensor, **masks: Tensor) -> Tensor:
+    """Return the loss (B,) of uint8 ``images``."""
+    return model(common.normalized(images, model), **masks)
+
+
 def loss_of(model: nn.Module, batch: dict[str, Tensor], labels: Tensor) -> Tensor:
     """Return the sum over images of the loss."""
-    masks = {key: batch[key] for key in ("visible", "mask", "restore")}
-    return model(common.normalized(batch["images"], model), **masks).sum()
+    return losses_of(model, **batch).sum()
 
 
 @torch.no_grad()
@@ -104,9 +121,8 @@ def evaluate(args: argparse.Namespace, processes: Processes, model: nn.Module, d
     total = torch.zeros((), dtype=torch.float64, device=processes.device)
     model.eval()
     for batch, _, counted in common.held_out(data, transform, args, processes):
-        masks = {key: batch[key] for key in ("visible", "mask", "restore")}
         with common.autocast(args, processes):
-            total += model(common.normalized(batch["images"], model), **masks)[:counted].double().sum()
+            total += losses_of(model, **batch)[:counted].double().sum()
     dist.all_reduce(total)
     if processes.rank == 0:
         print(f"held out: loss {total.item() / len(data):.4f} of {len(data)} images")
@@ -136,15 +152,15 @@ def mae(args: argparse.Namespace, processes: Processes) -> None:
     """
     common.check_options(args, processes)
     import_timm()
-    data = common.open_data(args.data)
-    val = common.open_data(args.val, held_out=True) if args.val else None
+    data = image_data.open_data(args.data)
+    val = image_data.open_data(args.val, held_out=True) if args.val else None
     autoencoder = make_model(args)
     patches = autoencoder.encoder.patch_embed.num_patches
     model = common.prepare(autoencoder, args, processes)
     groups = common.decay_groups(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate * args.batch_size / 256, betas=(0.9, 0.95))
     steps = math.ceil(args.epochs * len(data) / args.batch_size)
-    transform = common.train_transform(args.img_size, args.crop_scale, args.flip)
+    transform = image_data.train_transform(args.img_size, args.crop_scale, args.flip)
     common.train(args, processes, model, optimizer, data, steps, loss_of, Masked(transform, patches, args.mask_ratio))
     weights = common.whole_weights(model)
     if processes.rank == 0:
@@ -152,7 +168,8 @@ def mae(args: argparse.Namespace, processes: Processes) -> None:
         kwargs = {"img_size": args.img_size} | args.model_kwargs
         common.export(args.out, own, autoencoder.pretrained_cfg["architecture"], 0, autoencoder, **kwargs)
     if val is not None:
-        evaluate(args, processes, model, val, Masked(common.eval_transform(args.img_size), patches, args.mask_ratio))
+        transform = image_data.eval_transform(args.img_size)
+        evaluate(args, processes, model, val, Masked(transform, patches, args.mask_ratio))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -166,9 +183,10 @@ def main(argv: list[str] | None = None) -> None:
     add(
         "--mask-ratio",
         type=number(float, 0.01, 0.99),
-        default=0.75,
+        nargs="+",
+        default=[0.75],
         metavar="SHARE",
-        help="of patches that are hidden (%(default)s)",
+        help="of patches that are hidden (0.75); of two, one between them is drawn for each image",
     )
     add("--decoder-dim", type=positive, default=512, metavar="N", help="channels of the decoder (%(default)s)")
     add("--decoder-depth", type=positive, default=8, metavar="N", help="its blocks (%(default)s)")
@@ -176,6 +194,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--epochs", type=number(float, 0), default=800, help="passes over the data (%(default)s)")
     add("--weight-decay", type=number(float, 0), default=0.05, help="of matrices (%(default)s)")
     args = parser.parse_args(argv)
+    if len(args.mask_ratio) > 2 or args.mask_ratio != sorted(args.mask_ratio):
+        parser.error(f"--mask-ratio is {args.mask_ratio}; expected one share, or a lower and a higher one")
     # The layers are vitkernels' own: there is nothing to swap, but PyTorch can compute them.
     plain = contextlib.nullcontext() if args.accelerate else vitkernels.use_backend("torch")
     args.accelerate = False

@@ -23,11 +23,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import common
+import image_data
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from common import KeyValues, Processes, number, positive, seed_of
+from common import KeyValues, Processes, number, positive
 from embed import Images, check_same_run, leave_interrupts, list_images, load_model, shard_bytes
+from image_data import seed_of
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
@@ -179,9 +181,9 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
             f"--tokens {args.tokens} is less than {processes.size} processes · --max-tokens {args.max_tokens}"
         )
     import_timm()
-    data, val = common.open_both(args)
+    data, val = image_data.open_both(args)
     for one, where in ((data, args.data), (val, args.val)):
-        if not isinstance(one, common.ImageFolder | None):
+        if not isinstance(one, image_data.ImageFolder | None):
             raise UserError(f"{where} is no folder of images in one subfolder a class")
     if processes.rank == 0:
         check_can_fill(args.out)
@@ -211,7 +213,7 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
 
 
 @torch.inference_mode()
-def evaluate(args: argparse.Namespace, processes: Processes, model: nn.Module, data: common.ImageFolder) -> None:
+def evaluate(args: argparse.Namespace, processes: Processes, model: nn.Module, data: image_data.ImageFolder) -> None:
     """Print how many images of ``data`` the model classifies right."""
     transform, count = Patches(model, args.max_tokens), Count()
     lengths = [transform.count(path) for path, _ in data.samples]
@@ -219,7 +221,7 @@ def evaluate(args: argparse.Namespace, processes: Processes, model: nn.Module, d
     for batch in batches:
         count.add(batch, lengths)
     right = torch.zeros((), dtype=torch.int64, device=processes.device)
-    for images, labels in common.load(data, transform, batches[processes.rank :: processes.size], args, stack=pad):
+    for images, labels in image_data.load(data, transform, batches[processes.rank :: processes.size], args, stack=pad):
         with common.autocast(args, processes):
             predicted = model(normalized(common.to_device(images, processes), model)).argmax(-1)
         right += (predicted == labels.to(processes.device)).sum()

@@ -7,7 +7,7 @@ Adam with β 0.9 and 0.999 and weight decay 0.1, batches of 4,096 by accumulatio
 steps and then falls, gradients clipped at norm 1, and a head with one hidden layer (Appendix B.1). The weights without
 that head end in model.safetensors, with the config.json by which timm and examples/finetune.py load them.
 
-What happens when the run is killed, or an image does not decode: see examples/common.py.
+What happens when the run is killed: see examples/common.py; when an image does not decode: examples/image_data.py.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import math
 
 import common
+import image_data
 import torch
 from torch import nn
 
@@ -54,11 +55,11 @@ def pretrain(args: argparse.Namespace) -> None:
     """
     processes = common.start_processes()
     common.check_options(args, processes)
-    data, held_out = common.open_both(args)
+    data, held_out = image_data.open_both(args)
     vit = make_model(args, data.num_classes)
     model = common.prepare(vit, args, processes)
     steps = math.ceil(args.epochs * len(data) / args.batch_size)
-    transform = common.train_transform(args.img_size, args.crop_scale, args.flip)
+    transform = image_data.train_transform(args.img_size, args.crop_scale, args.flip)
     common.train(args, processes, model, make_optimizer(args, model), data, steps, common.label_loss, transform)
     weights = common.whole_weights(model)
     if processes.rank == 0:

@@ -15,6 +15,7 @@ timm = pytest.importorskip("timm")
 
 from kernels import LocalLayerRepository, Mode, kernelize, use_kernel_mapping  # noqa: E402
 from kernels._rust import Build, Digest, DigestAlgorithm, Metadata  # noqa: E402  # what reads and checks a repository
+from timm.models import vision_transformer  # noqa: E402
 
 import vitkernels  # noqa: E402
 from vitkernels.testing.compare import check_op  # noqa: E402
@@ -81,14 +82,14 @@ def test_lives_beside_the_library(kernel):
     assert hasattr(getattr(torch.ops, name), "layer_norm_fwd")
 
 
-def agrees(kernelized: nn.Module, original: nn.Module, x: torch.Tensor) -> None:
+def agrees(kernelized: nn.Module, original: nn.Module, x: torch.Tensor, **masks) -> None:
     """Judge the output and the gradients of the input and every parameter."""
     tensors = {name.replace(".", "__"): p.detach().clone().requires_grad_() for name, p in original.named_parameters()}
 
     def call(module):
         def function(x, **tensors):
             named = {name.replace("__", "."): t for name, t in tensors.items()}
-            return torch.func.functional_call(module, named, (x,))
+            return torch.func.functional_call(module, named, (x,), masks)
 
         return function
 
@@ -98,7 +99,7 @@ def agrees(kernelized: nn.Module, original: nn.Module, x: torch.Tensor) -> None:
 @pytest.fixture
 def mapping(repository):
     """Map each layer to the one in the repository, for the device at hand."""
-    names = ("LayerNorm", "RMSNorm", "Mlp")
+    names = ("LayerNorm", "RMSNorm", "Mlp", "Attention", "Block")
     layers = {name: {BACKEND: LocalLayerRepository(repository, layer_name=name)} for name in names}
     with use_kernel_mapping(layers, inherit_mapping=False):
         yield
@@ -118,15 +119,15 @@ def kernelizable(monkeypatch):
 
 
 @contextlib.contextmanager
-def ops_called(kernel):
-    """Collect the names of the kernel's ops that are called."""
+def ops_called(kernel, also=()):
+    """Collect the names of the kernel's ops that are called, and of PyTorch's ops ``also``."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     called = []
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.namespace == kernel.__name__:
+            if func.namespace == kernel.__name__ or func in also:
                 called.append(func.name().partition("::")[2])
             return func(*args, **(kwargs or {}))
 
@@ -149,6 +150,110 @@ def test_kernelized_layers_of_pytorch_and_timm(layer, kernel, mapping, kerneliza
         kernelized(x)
     assert called == [{"LayerNorm": "layer_norm_fwd", "Mlp": "mlp_fwd"}[layer]]
     agrees(kernelized, build(), x)
+
+
+def small(layer: str, **more) -> nn.Module:
+    """timm's layer with random parameters, also of norms and biases."""
+    torch.manual_seed(0)
+    made = getattr(vision_transformer, layer)(DIM, 2, qkv_bias=True, norm_layer=timm.layers.LayerNorm, **more)
+    for p in made.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    return made
+
+
+OF_BLOCKS = {"LayerNorm": timm.layers.LayerNorm, "Mlp": timm.layers.Mlp, "Attention": timm.layers.Attention}
+ATTENDS = ["linear_fwd", "attention_qkvpacked_fwd", "linear_fwd"]
+VARIANTS = {
+    "attention": ("Attention", {}, ATTENDS),
+    "a norm before the projection": ("Attention", {"scale_norm": True}, [*ATTENDS[:2], "layer_norm_fwd", "linear_fwd"]),
+    "QK-norm, gate": (
+        "Attention",
+        {"qk_norm": True, "gated": True},
+        ["linear_fwd", "attention_prepare_fwd", "attention_prepare_fwd", "attention_fwd", "mul.Tensor", "linear_fwd"],
+    ),
+    # The residual sums and LayerScale are inside.
+    "block": ("Block", {}, ["layer_norm_fwd", *ATTENDS, "layer_norm_fwd", "mlp_fwd"]),
+    "LayerScale": ("Block", {"init_values": 0.5}, ["layer_norm_fwd", *ATTENDS, "layer_norm_fwd", "mlp_fwd"]),
+}
+
+
+@pytest.mark.parametrize("children", ["children too", "alone"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_kernelized_attention_and_block_of_timm(variant, children, repository, kernel, mapping, kernelizable, device):
+    """Outputs and gradients. A block is fused whether its children have the hub's forwards or their own."""
+    layer, more, wanted = VARIANTS[variant]
+    for name, cls in OF_BLOCKS.items():
+        kernelizable(cls, name)
+    kernelizable(getattr(vision_transformer, layer), layer)
+    alone = {layer: {BACKEND: LocalLayerRepository(repository, layer_name=layer)}}
+    with use_kernel_mapping(alone, inherit_mapping=False) if children == "alone" else contextlib.nullcontext():
+        kernelized = kernelize(small(layer, **more).to(device), mode=Mode.TRAINING, device=BACKEND)
+    bound = [name for name, child in kernelized.named_modules() if name and "forward" in vars(child)]
+    assert bool(bound) == (layer == "Block" or "norm" in variant), "also of those that have no layer in the mapping"
+    x = torch.randn(2, 10, DIM, device=device)
+    with ops_called(kernel, (torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor)) as called:
+        kernelized(x)
+    assert called == wanted
+    agrees(kernelized, small(layer, **more).to(device), x)
+
+
+@pytest.mark.parametrize("layer", ["Attention", "Block"])
+def test_masks(layer, kernel, mapping, kernelizable, device):
+    kernelizable(getattr(vision_transformer, layer), layer)
+    kernelized = kernelize(small(layer).to(device), mode=Mode.TRAINING, device=BACKEND, use_fallback=False)
+    original, x = small(layer).to(device), torch.randn(2, 6, DIM, device=device)
+    looks = torch.rand(2, 1, 6, 6, device=device) < 0.7
+    looks[..., 0] = True
+    for masks in ({"attn_mask": looks}, {"attn_mask": torch.randn(6, 6, device=device)}, {"is_causal": True}):
+        with ops_called(kernel) as called:
+            kernelized(x, **masks)
+        assert "attention_qkvpacked_fwd" in called
+        agrees(kernelized, original, x, **masks)
+        assert not torch.allclose(kernelized(x, **masks), original(x))
+
+
+def _hook(layer):
+    layer.proj.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def _parameter(layer):
+    layer.register_parameter("q_bias", None)  # as EVA's attention has
+
+
+def _child(layer):
+    layer.rope = nn.Identity()
+
+
+def _norm(layer):
+    layer.q_norm = nn.LayerNorm((6, DIM // 2))
+
+
+@pytest.mark.parametrize("change", [_hook, _parameter, _child, _norm])
+@pytest.mark.parametrize("layer", ["Attention", "Block"])
+def test_what_is_not_timms_own_runs_its_own_forward(layer, change, kernel, mapping, kernelizable, device):
+    kernelizable(getattr(vision_transformer, layer), layer)
+
+    def build():
+        made = small(layer)
+        change(made if layer == "Attention" else made.attn)
+        return made.to(device)
+
+    kernelized, original = kernelize(build(), mode=Mode.TRAINING, device=BACKEND), build()
+    x = torch.randn(2, 6, DIM, device=device)
+    with ops_called(kernel) as called:
+        kernelized(x)
+    assert called == (["mlp_fwd"] if layer == "Block" else []), "a block calls its children"
+    agrees(kernelized, original, x)
+
+
+def test_a_subclass_keeps_its_own_forward(kernel, mapping, kernelizable, device):
+    """kernels finds the name of the class above it."""
+    norm = kernelize(timm.layers.LayerNorm2d(DIM).to(device), mode=Mode.TRAINING, device=BACKEND, use_fallback=False)
+    kernelizable(nn.LayerNorm, "LayerNorm")
+    norm = kernelize(norm, mode=Mode.TRAINING, device=BACKEND, use_fallback=False)
+    assert norm.forward.__module__ == kernel.layers.__name__
+    x = torch.randn(2, DIM, 3, 5, device=device)
+    assert torch.equal(norm(x), timm.layers.LayerNorm2d(DIM).to(device)(x))
 
 
 def test_kernelized_vision_model_of_transformers(kernel, mapping, kernelizable, device):
@@ -200,11 +305,15 @@ def test_adapter_on_a_child_is_called(kernel, mapping, kernelizable, device):
 def test_compiles_without_a_break(mapping, kernelizable, device):
     def build():
         torch.manual_seed(0)
-        return nn.Sequential(nn.LayerNorm(DIM), timm.layers.Mlp(DIM, 2 * DIM)).to(device)
+        layers = nn.LayerNorm(DIM), timm.layers.Mlp(DIM, 2 * DIM), small("Attention"), small("Block", init_values=0.5)
+        return nn.Sequential(*layers).to(device)
+
+    for name in ("Attention", "Block"):
+        kernelizable(getattr(vision_transformer, name), name)
 
     kernelized = kernelize(build(), mode=Mode.TRAINING | Mode.TORCH_COMPILE, device=BACKEND, use_fallback=False)
     compiled = torch.compile(kernelized, fullgraph=True, backend="aot_eager")
-    x = torch.randn(4, DIM, device=device)
+    x = torch.randn(2, 4, DIM, device=device)
     out, expected = compiled(x), kernelized(x)
     out.sum().backward()
     grads = [p.grad.clone() for p in kernelized.parameters()]

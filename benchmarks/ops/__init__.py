@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
 
 import torch
@@ -79,7 +79,7 @@ def bench_of(
     workload: str = "",
     reference: Callable[..., Tensor] | None = None,
     change: Callable[[Tensors], Tensors] = lambda tensors: tensors,
-    stages: Collection[str] = (),
+    stages: str = "",
 ) -> OpBench:
     """Return the bench ``name`` of a workload.
 
@@ -88,7 +88,7 @@ def bench_of(
         workload: Its name in the table, if another than ``name``.
         reference: In place of the workload's, if that is a weaker rival.
         change: Makes the bench's tensors of the workload's.
-        stages: The cases of :data:`STAGES` that alone have it; none of them has what names none.
+        stages: How the names of the cases of :data:`STAGES` begin that alone have it; none has what names none.
     """
     workload = workload or name
     rows = [row for row in WORKLOADS if row.name == workload]  # their inputs alone differ
@@ -97,7 +97,9 @@ def bench_of(
         return change(find(workload, case).draw(case, dtype, device, on=device))
 
     def applies(case: Case) -> bool:
-        return case.name in stages if stages else case.name not in STAGES and any(row.of(case) for row in rows)
+        if stages:
+            return case.name in STAGES and case.name.startswith(stages)
+        return case.name not in STAGES and any(row.of(case) for row in rows)
 
     return OpBench(name, inputs, rows[0].function, reference or rows[0].reference, flops, bytes, rivals or {}, applies)
 
@@ -123,6 +125,6 @@ def require(module: str, device: torch.device) -> ModuleType:
 
 def all_ops() -> dict[str, OpBench]:
     """Return every op's bench by name, the most important first."""
-    files = ("attention", "window_attention", "mlp", "linear", "layer_norm", "patch_embed", "swiglu")
+    files = ("attention", "window_attention", "mlp", "linear", "layer_norm", "patch_embed", "patch_merging", "swiglu")
     modules = [importlib.import_module(f"{__name__}.bench_{file}") for file in files]
     return {bench.name: bench for module in modules for bench in module.BENCHES}

@@ -61,7 +61,8 @@ def test_the_rival_compiles_whole(name, case):
             torch.testing.assert_close(got[key], plain[key], rtol=1e-4, atol=1e-4)
 
 
-PRODUCTS = ("linear", "linear_activation", "linear_residual", "mlp", "swiglu_mlp", "patch_embed")
+MERGING = ("patch_merging", "patch_merging_v2")
+PRODUCTS = ("linear", "linear_activation", "linear_residual", "mlp", "swiglu_mlp", "patch_embed", *MERGING)
 
 
 @pytest.mark.parametrize(("name", "case"), [(n, c) for n, c in APPLY if n in PRODUCTS])
@@ -100,7 +101,7 @@ def test_flops_and_rivals_of_windows(name, case):
 
 
 @pytest.mark.parametrize(
-    "name", ["layer_norm", "add_layer_norm", "linear", "linear_residual", "attention", "mlp", *WINDOWS]
+    "name", ["layer_norm", "add_layer_norm", "linear", "linear_residual", "attention", "mlp", *WINDOWS, *MERGING]
 )
 def test_bytes_are_those_of_the_tensors_in_and_out(name):
     bench, shape = OPS[name], dataclasses.replace(SMALL[dict(reversed(APPLY))[name]], batch=64)

@@ -16,7 +16,7 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
 
 from safetensors.torch import load_file  # noqa: E402
 from training import TINY, command, complaint, here, in_two_processes, resumes, same_curve  # noqa: E402
-from training_workers import common, finetune  # noqa: E402
+from training_workers import finetune, image_data  # noqa: E402
 
 STEPS = 7
 LORA = ("--lora", "2", "--learning-rate", "0.1")
@@ -45,7 +45,7 @@ def right(said: str) -> int:
 def right_by_timm(out) -> int:
     """Return how many held-out digits the written model classifies right, as timm loads and runs it."""
     model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
-    digits, transform = common.open_data("digits", held_out=True), common.eval_transform(24)
+    digits, transform = image_data.open_data("digits", held_out=True), image_data.eval_transform(24)
     images, labels = zip(*(digits[i] for i in range(len(digits))), strict=True)
     pixels = torch.stack([transform(image) for image in images]) / 255
     mean, std = (torch.tensor(model.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))

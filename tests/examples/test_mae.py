@@ -14,7 +14,7 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
     pytest.skip("this build of PyTorch has no gloo", allow_module_level=True)
 
 from training import TINY, command, complaint, curve, here, in_two_processes, resumes, same_curve  # noqa: E402
-from training_workers import common  # noqa: E402
+from training_workers import common, image_data  # noqa: E402
 from training_workers import mae as example  # noqa: E402
 
 import vitkernels  # noqa: E402
@@ -51,12 +51,74 @@ def test_killed_and_resumed(plain, tmp_path):
     resumes("mae", options(tmp_path, "--no-accelerate"), tmp_path, plain, "step-00000002", 3 * 6 + 2)
 
 
+PACKED = ("--mask-ratio", "0.5", "0.9")
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """As ``plain``, where each image hides another share of its patches."""
+    out = tmp_path_factory.mktemp("packed")
+    here("mae", options(out, "--no-accelerate", *PACKED))
+    return out
+
+
+def test_packed_by_two_processes(packed, tmp_path):
+    in_two_processes("mae", options(tmp_path, "--micro-batch", "4", *PACKED))
+    same_curve(tmp_path, packed)
+
+
+def test_packed_killed_and_resumed(packed, tmp_path):
+    resumes("mae", options(tmp_path, "--no-accelerate", *PACKED), tmp_path, packed, "step-00000002", 3 * 6 + 2)
+
+
+def test_packed_rows_of_one_length_are_short_rows(plain, tmp_path):
+    here("mae", options(tmp_path, "--mask-ratio", "0.75", "0.75"))
+    same_curve(tmp_path, plain)
+
+
+def test_packed_images_are_those_alone():
+    """The loss and its gradients are those of each image by itself, in short rows; the blocks see no padding."""
+    transform = example.Masked(image_data.eval_transform(SIZE), PATCHES, [0.5, 0.9])
+    samples = image_data.Samples(image_data.open_data("digits", held_out=True), transform, 0)
+    batch = common.default_collate([samples[0, i][0] for i in range(6)])
+    counts = batch["num_visible"].tolist()
+    assert counts == (~batch["mask"]).sum(1).tolist() and len(set(counts)) > 2
+    assert min(counts) >= int(PATCHES * 0.1) and max(counts) <= batch["visible"].shape[1] == PATCHES // 2
+    images = batch["images"] / 255
+    arguments = {"img_size": SIZE, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
+    model = example.MaskedAutoencoder(VisionTransformer(**arguments), {}, **DECODER)
+    shapes = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape))
+
+    def one_by_one(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        alone = copy.deepcopy(model).to(dtype)
+        losses = [
+            alone(images[i : i + 1].to(dtype), batch["visible"][i : i + 1, :n], batch["mask"][i : i + 1])
+            for i, n in enumerate(counts)
+        ]
+        return results(alone, torch.cat(losses))
+
+    def results(model, losses: torch.Tensor) -> dict[str, torch.Tensor]:
+        losses.sum().backward()
+        return {"loss": losses.detach()} | {name: p.grad for name, p in model.named_parameters()}
+
+    got = results(model, model(images, **{key: batch[key] for key in ("visible", "mask", "num_visible")}))
+    assert shapes == [(1, sum(counts) + len(counts), 32)] * 2
+    yardstick, truth = one_by_one(torch.float32), one_by_one(torch.float64)
+    for name in truth:
+        verdict = check(name, got[name], yardstick[name], truth[name])
+        assert verdict.passed, f"{name}: {verdict.detail}"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the other tests run the kernels")
-def test_on_the_kernels(plain, tmp_path):
+@pytest.mark.parametrize("more", [(), PACKED], ids=["short", "packed"])
+def test_on_the_kernels(more, request, tmp_path):
     pytest.importorskip("triton")
+    wanted = request.getfixturevalue("packed" if more else "plain")
     with vitkernels.use_backend("emulated"):
-        here("mae", options(tmp_path, "--epochs", str(16 / 1347), "--micro-batch", "16"))
-    torch.testing.assert_close(curve(tmp_path)[0, [1, 3]].float(), curve(plain)[0, [1, 3]].float())
+        here("mae", options(tmp_path, "--epochs", str(16 / 1347), "--micro-batch", "16", *more))
+    torch.testing.assert_close(curve(tmp_path)[0, [1, 3]].float(), curve(wanted)[0, [1, 3]].float())
 
 
 def test_encoder_is_timms(plain, tmp_path):
@@ -122,11 +184,12 @@ def test_loss_and_gradients_are_those_of_transformers():
         theirs.decoder.decoder_pos_embed.copy_(ours.positions)
     ours.load_state_dict(theirs_by_our_names(theirs.state_dict()))
     images, drawn = torch.randn(3, 3, SIZE, SIZE), example.random_mask(3, PATCHES, 0.75)
+    visible = drawn.visible.sort().values
 
     shapes = []
     for block in ours.blocks:
         block.register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape))
-    loss = ours(images, *drawn)
+    loss = ours(images, visible, drawn.mask)
     loss.mean().backward()
     assert shapes == [(3, 1 + VISIBLE, 32)] * 2 and loss.shape == (3,)
     got = {"loss": loss.detach().mean()} | {name: p.grad for name, p in ours.named_parameters()}
@@ -147,10 +210,10 @@ def test_loss_and_gradients_are_those_of_transformers():
 
 def test_masks_and_held_out_loss(tmp_path, capsys):
     """An image's mask depends on its epoch and index; the printed loss is the mean over the held-out images."""
-    transform = example.Masked(common.eval_transform(SIZE), PATCHES, 0.75)
-    samples = common.Samples(common.open_data("digits", held_out=True), transform, 0)
+    transform = example.Masked(image_data.eval_transform(SIZE), PATCHES, [0.75])
+    samples = image_data.Samples(image_data.open_data("digits", held_out=True), transform, 0)
     first, again, later = (samples[place][0] for place in ((0, 1), (0, 1), (1, 1)))
-    assert torch.equal(first["mask"], again["mask"]) and not torch.equal(first["restore"], later["restore"])
+    assert torch.equal(first["mask"], again["mask"]) and not torch.equal(first["mask"], later["mask"])
     assert first["mask"].sum() == PATCHES - VISIBLE and not first["mask"][first["visible"]].any()
 
     here("mae", options(tmp_path, "--val", "digits", "--micro-batch", "64", "--epochs", str(16 / 1347)))
@@ -174,7 +237,11 @@ def test_bad_input(plain, tmp_path, capsys):
         with pytest.raises(SystemExit):
             here("mae", options(tmp_path, "--mask-ratio", wrong))
         assert f"{wrong!r} is no number from 0.01 to 0.99" in capsys.readouterr().err
+    for wrong in (("0.9", "0.6"), ("0.1", "0.2", "0.3")):
+        with pytest.raises(SystemExit):
+            here("mae", options(tmp_path, "--mask-ratio", *wrong))
+        assert "expected one share, or a lower and a higher one" in capsys.readouterr().err
     kwargs = ("--model-kwargs", "drop_rate=0.1")
     said = complaint("mae", options(tmp_path, "--model", "swin_tiny_patch4_window7_224", "--img-size", "224", *kwargs))
     assert "there is no autoencoder of swin_tiny_patch4_window7_224: " in said
-    assert "mask_ratio 0.75, and this run has 0.5" in complaint("mae", options(plain, "--mask-ratio", "0.5"))
+    assert "mask_ratio [0.75], and this run has [0.5]" in complaint("mae", options(plain, "--mask-ratio", "0.5"))

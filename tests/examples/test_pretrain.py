@@ -5,6 +5,8 @@ import os
 import resource
 import shutil
 import signal
+import sys
+import time
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
     pytest.skip("this build of PyTorch has no gloo", allow_module_level=True)
 
 from training import TINY, command, complaint, curve, here, in_two_processes, killed, same_curve, weights  # noqa: E402
-from training_workers import common  # noqa: E402
+from training_workers import common, image_data  # noqa: E402
 
 import vitkernels  # noqa: E402
 from vitkernels.tools.console import UserError  # noqa: E402
@@ -87,6 +89,32 @@ def test_killed_and_resumed(tmp_path):
     assert weights(cut) == weights(whole), "a run that is over stays as it is"
 
 
+def test_tensorboard(plain, tmp_path, monkeypatch):
+    """Of a run that was killed, TensorBoard has each step once, and the numbers of log.csv."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    given = options(tmp_path, "--no-accelerate", "--tensorboard")
+    killed("pretrain", given, "forward", 4 * 6 + 2)
+    time.sleep(1)  # TensorBoard reads the files in the order of their names, which hold the second
+    here("pretrain", given)
+    board = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    log, columns = curve(tmp_path), (tmp_path / "log.csv").read_text().splitlines()[0].split(",")
+    assert {*board.Tags()["scalars"]} == {*columns[1:]}
+    for i, name in enumerate(columns[1:4], start=1):
+        events = board.Scalars(name)
+        assert [event.step for event in events] == log[:, 0].tolist() == [*range(1, STEPS + 1)]
+        assert [event.value for event in events] == log[:, i].float().tolist()
+    assert torch.equal(log, curve(plain)), "and nothing else changes"
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    said = complaint("pretrain", options(tmp_path / "none", "--tensorboard"))
+    assert "pretrain: --tensorboard: " in said and said.endswith(": pip install tensorboard")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "tensorboard").touch()
+    monkeypatch.undo()
+    said = complaint("pretrain", options(tmp_path / "taken", "--tensorboard"))
+    assert f"cannot write to {tmp_path / 'taken' / 'tensorboard'}: " in said
+
+
 def test_compiled(tmp_path):
     small = ("--model-kwargs", *TINY[1:], "depth=1", "--epochs", str(2 * 16 / 1347))
     for out, more in (("plain", ()), ("compiled", ("--compile",))):
@@ -125,7 +153,7 @@ def same_images(data, images) -> None:
 
 def test_image_folder(stored):
     folder, images = stored
-    same_images(common.open_data(folder / "folder"), images)
+    same_images(image_data.open_data(folder / "folder"), images)
 
 
 def test_shards(stored, tmp_path):
@@ -136,25 +164,25 @@ def test_shards(stored, tmp_path):
         with webdataset.TarWriter(str(tmp_path / f"{number}.tar")) as writer:
             for i in range(number * COUNT // 2, (number + 1) * COUNT // 2):
                 writer.write({"__key__": f"deeper/{i:02}", "png": images[i], "cls": i % 2})
-    same_images(common.open_data(tmp_path), images)
+    same_images(image_data.open_data(tmp_path), images)
     path = tmp_path / "1.tar"
     whole = path.read_bytes()
     end = len(whole.rstrip(b"\0"))
     for cut in (0, 100, end // 2, end, -(-end // 512) * 512):  # the last is between two members
         path.write_bytes(whole[:cut])
         with pytest.raises(UserError, match=f"{path} is no whole shard: "):
-            common.open_data(tmp_path)
+            image_data.open_data(tmp_path)
     path.write_bytes(whole.replace(b"\x89PNG", b"\x89PNX"))
     with pytest.raises(UserError, match=f"{path}/deeper/05.png is no image"):
-        common.open_data(tmp_path)[5]
+        image_data.open_data(tmp_path)[5]
     with webdataset.TarWriter(str(path)) as writer:
         writer.write({"__key__": "05", "png": images[5]})
     with pytest.raises(UserError, match=f"{path} holds 05.png without a .cls"):
-        common.open_data(tmp_path)
+        image_data.open_data(tmp_path)
     with webdataset.TarWriter(str(path)) as writer:
         writer.write({"__key__": "05", "png": images[5], "cls": -1})
     with pytest.raises(UserError, match="hold a label below 0"):
-        common.open_data(tmp_path)
+        image_data.open_data(tmp_path)
 
 
 def test_hugging_face(stored, tmp_path):
@@ -164,18 +192,18 @@ def test_hugging_face(stored, tmp_path):
     columns = {"picture": images, "kind": [i % 2 for i in range(COUNT)]}
     found = datasets.Dataset.from_dict(columns, features=features)
     found.save_to_disk(tmp_path / "one")
-    same_images(common.open_data(tmp_path / "one"), images)
+    same_images(image_data.open_data(tmp_path / "one"), images)
     datasets.DatasetDict(train=found).save_to_disk(tmp_path / "dict")
     with pytest.raises(UserError, match="holds train: give one of them"):
-        common.open_data(tmp_path / "dict")
-    same_images(common.open_data(tmp_path / "dict" / "train"), images)
+        image_data.open_data(tmp_path / "dict")
+    same_images(image_data.open_data(tmp_path / "dict" / "train"), images)
     columns["kind"][3] = -1
     datasets.Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "partly")
     with pytest.raises(UserError, match="holds images without a label"):
-        common.open_data(tmp_path / "partly")
+        image_data.open_data(tmp_path / "partly")
     found.remove_columns("kind").save_to_disk(tmp_path / "unlabelled")
     with pytest.raises(UserError, match="expected an Image and a ClassLabel"):
-        common.open_data(tmp_path / "unlabelled")
+        image_data.open_data(tmp_path / "unlabelled")
 
 
 def test_broken_images(stored, tmp_path, capfd):
@@ -192,9 +220,9 @@ def test_broken_images(stored, tmp_path, capfd):
 
     broken.unlink()
     broken.mkdir()  # a name in the list, which cannot be read
-    data = common.open_data(images)
+    data = image_data.open_data(images)
     data.samples.insert(1, (str(broken), 0))
-    error = common.Samples(data, common.eval_transform(8), 0)[0, 1]
+    error = image_data.Samples(data, image_data.eval_transform(8), 0)[0, 1]
     assert isinstance(error, UserError) and "cannot read" in str(error)
     for path in images.rglob("*.png"):
         if path.is_file():
@@ -253,7 +281,7 @@ def test_full_disk(plain, cut, tmp_path):
 
 
 def test_worker_dies(tmp_path, monkeypatch):
-    monkeypatch.setattr(common.Samples, "__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(image_data.Samples, "__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     said = complaint("pretrain", options(tmp_path, "--workers", "1"))
     assert "a worker that decodes images died" in said and "the same command goes on" in said
 

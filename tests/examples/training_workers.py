@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import common
 import finetune
 import hydra
+import image_data  # noqa: F401  for tests
 import mae
 import naflex
 import pretrain

@@ -142,9 +142,7 @@ def _with_eps(function: Callable, op: str, /, **arguments):
     return function(op, **arguments)
 
 
-# The sides of patch merging's image are none of the letters' sizes: tests/ops/test_patch_merging.py.
-NOT_SWEPT = {"patch_merging"}
-OPS = {name: _op(name) for name in dict.fromkeys(w.op for w in WORKLOADS) if name not in NOT_SWEPT}
+OPS = {name: _op(name) for name in dict.fromkeys(w.op for w in WORKLOADS)}
 ATTENTION = ("attention", "attention_qkvpacked", "attention_varlen")
 WINDOWS = ("window_attention", "relative_attention", "decomposed_attention")
 ROWS = (

@@ -5,7 +5,7 @@ Each layout is a kernel of its own to Triton. An op of each kind has it: norms, 
 
 import pytest
 import torch
-from op_calls import ATTENTION, NOT_SWEPT, OPS, call, each_op, tiny_model
+from op_calls import ATTENTION, OPS, call, each_op, tiny_model
 
 hostile = pytest.mark.hostile
 RIGHT = "the right result"
@@ -42,28 +42,28 @@ def lazily_negated(t):
 
 
 @hostile(10, "transposed inputs, weights and gradients", RIGHT)
-@each_op(["add_layer_norm", "swiglu_mlp", "attention", "window_attention", "patch_embed"])
+@each_op(["add_layer_norm", "swiglu_mlp", "attention", "window_attention", "patch_merging", "patch_embed"])
 def test_transposed(op, device):
     made = call(op, device=device)
     made.map(transposed, made.tensors).check(upstream=lambda y: transposed(torch.randn_like(y)))
 
 
 @hostile(11, "every other element of a row, `[..., ::2]`", RIGHT)
-@each_op(["add_rms_norm", "mlp", "attention_qkvpacked", "relative_attention", "patch_embed"])
+@each_op(["add_rms_norm", "mlp", "attention_qkvpacked", "relative_attention", "patch_merging", "patch_embed"])
 def test_every_other_element(op, device):
     made = call(op, device=device)
     made.map(every_other, made.tensors).check(upstream=lambda y: every_other(torch.randn_like(y)))
 
 
 @hostile(12, "inputs of stride 0, one sample expanded to all", RIGHT)
-@each_op(["layer_norm", "linear", "attention_varlen", "window_attention", "patch_embed"])
+@each_op(["layer_norm", "linear", "attention_varlen", "window_attention", "patch_merging", "patch_embed"])
 def test_expanded_inputs(op, device):
     made = call(op, device=device)
     made.map(expanded, made.op.inputs).check()
 
 
 @hostile(13, "a gradient of stride 0 in all dims, as `sum()` gives", RIGHT)
-@each_op(["rms_norm", "block", "attention", "relative_attention", "patch_embed"])
+@each_op(["rms_norm", "block", "attention", "relative_attention", "patch_merging", "patch_embed"])
 def test_expanded_gradient(op, device):
     call(op, device=device).check(upstream=lambda y: y.new_ones(()).expand_as(y))
 
@@ -77,6 +77,7 @@ def test_expanded_gradient(op, device):
         ("attention", 1),
         ("attention_qkvpacked", -1),
         ("window_attention", -1),
+        ("patch_merging", -1),
         ("patch_embed", 1),
     ],
 )
@@ -96,6 +97,7 @@ def test_gradient_sliced_out_of_a_cats(op, dim, device):
         ("swiglu_mlp", {"N": 1}),
         ("attention_varlen", {"N": 1}),
         ("attention_qkvpacked", {"B": 1, "H": 1, "D": 16}),
+        ("patch_merging", {"B": 1, "N": 1}),
         ("patch_embed", {"I": 1, "Y": 4, "X": 4, "R": 0}),
     ],
     ids=str,
@@ -113,6 +115,7 @@ def test_odd_strides_of_single_elements(op, sizes, device):
         ("mlp", torch.float32),
         ("attention_varlen", torch.float32),
         ("window_attention", torch.float32),
+        ("patch_merging", torch.float32),
         ("patch_embed", torch.float32),
         ("add_rms_norm", torch.bfloat16),
         ("block", torch.bfloat16),
@@ -146,7 +149,7 @@ def test_every_op_is_in_the_table():
 
     others = {"attention_weights", "attention_provider", "uses_kernels", "QKNorm", "Rope"}  # no kernels of their own
     others |= {"Fp8", "quantize_fp8", "layer_norm_fp8", "add_layer_norm_fp8", "linear_fp8"}  # test_fp8.py looks at them
-    assert {*OPS} == {*ops.__all__} - others - NOT_SWEPT
+    assert {*OPS} == {*ops.__all__} - others
 
 
 @each_op()

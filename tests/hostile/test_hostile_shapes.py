@@ -51,12 +51,13 @@ def test_empty_batch_of_a_model(device):
 
 
 @hostile(2, "no tokens, where an op knows of tokens", "`ValueError`")
-@each_op(["attention", "attention_qkvpacked", *WINDOWS, "block", "patch_embed"])
+@each_op(["attention", "attention_qkvpacked", *WINDOWS, "patch_merging", "block", "patch_embed"])
 def test_no_tokens(op, device, no_launch):
     made = call(op, N=0, Y=0, device=device, P=4) if op != "patch_embed" else call(op, device=device)
     if op == "patch_embed":
         made = made.changed(images=torch.empty(2, 3, 0, 12, device=device), pos_embed=None)
-    wanted = "a positive multiple" if op == "patch_embed" else "expected (at least one|.*tokens ≥ 1|1 at least)"
+    images = {"patch_embed": "a positive multiple", "patch_merging": "only B may be 0"}
+    wanted = images.get(op, "expected (at least one|.*tokens ≥ 1|1 at least)")
     with pytest.raises(ValueError, match=f"{op}: .* (0×12|shape .*[(, ]0[,)]|[(]0, 0[)]).*{wanted}"):
         made()
 
@@ -82,13 +83,13 @@ def test_no_hidden_features(op, device, no_launch):
 
 
 @hostile(4, "one token", RIGHT)
-@each_op(["add_layer_norm", "linear", "attention", "attention_varlen", "patch_embed"])
+@each_op(["add_layer_norm", "linear", "attention", "attention_varlen", "patch_merging", "patch_embed"])
 def test_one_token(op, device):
     call(op, N=1, Y=4, X=4, R=0, device=device).check()
 
 
 @hostile(5, "one channel, one channel a head, one hidden feature", RIGHT)
-@each_op(["add_rms_norm", "swiglu_mlp", "attention_qkvpacked", "patch_embed"])
+@each_op(["add_rms_norm", "swiglu_mlp", "attention_qkvpacked", "patch_merging", "patch_embed"])
 def test_one_channel(op, device):
     one = {"C": 1, "H": 1, "D": 1, "F": 1, "I": 1, "P": 1, "Y": 1, "X": 2, "device": device}
     # In fp64: PyTorch's error in a gradient of one number may happen to be none, which is no yardstick.
@@ -101,7 +102,7 @@ def test_one_channel(op, device):
 
 
 @hostile(6, "a prime number of tokens and of channels", RIGHT)
-@each_op(["add_layer_norm", "mlp", "attention", *WINDOWS, "patch_embed"])
+@each_op(["add_layer_norm", "mlp", "attention", *WINDOWS, "patch_merging", "patch_embed"])
 def test_prime_sizes(op, device):
     call(op, B=3, N=17, C=13, H=1, D=13, F=19, P=3, Y=9, X=15, R=2, device=device).check()
 
@@ -158,7 +159,7 @@ def test_far_apart(op, dim, far_apart):
 
 @hostile(8, "more than 2³¹ elements", RIGHT)
 @needs_gpu
-@each_op([*ROWS, "attention_qkvpacked", "patch_embed"])
+@each_op([*ROWS, "attention_qkvpacked", "patch_merging", "patch_embed"])
 def test_many_elements(op, device):
     sizes = {"B": 2**31 // (2**10 * 768) + 2, "N": 2**10, "C": 768, "H": 4, "D": 64, "F": 8, "Y": 32, "X": 1024}
     if op == "patch_embed":

@@ -79,6 +79,36 @@ def test_masked_features_and_gradients(name, kind, backend, device):
         assert truth["mask_token"].any()
 
 
+@pytest.mark.parametrize("backend", ["torch", KERNELS])
+@pytest.mark.parametrize("name", ["vit", "vit, positions of patches"])
+def test_packed_features_and_gradients(name, backend, device):
+    """Visible patches of different numbers, packed: against the published code on one image after the other."""
+    if backend == KERNELS:
+        pytest.importorskip("triton")
+    model = make(name, depth=1).to(device)
+    images, counts = images_for(model), [3, 7]
+    visible = random_mask(2, 16, 0.5, device=device).visible
+
+    def one_by_one(model, images):
+        pairs = [(images[i : i + 1], visible[i : i + 1, :n]) for i, n in enumerate(counts)]
+        return torch.cat([masked_by_hand(model, image, visible=seen)[0] for image, seen in pairs])
+
+    def packed(images):
+        return model.forward_features(images, visible=visible, num_visible=torch.tensor(counts, device=device))
+
+    with vitkernels.use_backend(backend):
+        actual, upstream = outputs_and_gradients(model, images, run=packed)
+    with vitkernels.use_backend("torch"):
+        with summed_alike(images):
+            yardstick, _ = outputs_and_gradients(model, images, upstream, run=lambda x: one_by_one(model, x))
+        wide = copy.deepcopy(model).double()
+        truth, _ = outputs_and_gradients(wide, images.double(), upstream.double(), run=lambda x: one_by_one(wide, x))
+    verdicts = [check(name, actual[name], yardstick[name], truth[name]) for name in truth]
+    assert not [f"{v.name}: {v.detail}" for v in verdicts if not v.passed]
+    R = model.num_prefix_tokens
+    assert actual["output"].shape == (2 * R + 10, 32)
+
+
 @pytest.fixture
 def by_pytorch():
     with vitkernels.use_backend("torch"):
@@ -133,6 +163,19 @@ class TestModels:
             model.forward_features(images, visible=drawn.visible)
         with pytest.raises(ValueError, match="no mask token; make it with use_mask_token=True"):
             make("vit", use_mask_token=False).forward_features(images, mask=drawn.mask)
+        counts = torch.tensor([1, 2])
+        with pytest.raises(NotImplementedError, match="Beit takes no packed images"):
+            model.forward_features(images, visible=drawn.visible, num_visible=counts)
+        vit = make("vit")
+        with pytest.raises(ValueError, match="num_visible is given without visible"):
+            vit.forward_features(images, num_visible=counts)
+        with pytest.raises(ValueError, match=r"num_visible has shape \(1,\); expected \(2,\), the images"):
+            vit.forward_features(images, visible=drawn.visible, num_visible=counts[:1])
+        with pytest.raises(ValueError, match="patch_drop_rate drops some"):
+            make("vit", patch_drop_rate=0.5).forward_features(images, visible=drawn.visible, num_visible=counts)
+        vit.blocks[0].norm1.register_forward_hook(lambda *args: None)
+        with pytest.raises(NotImplementedError, match="has a hook or an adapter, which takes no packed images"):
+            vit.forward_features(images, visible=drawn.visible, num_visible=counts)
         embed = PatchEmbed(32, 8, norm_layer=nn.LayerNorm)
         with pytest.raises(ValueError, match="beside a norm"):
             embed(images, mask=drawn.mask, mask_token=torch.zeros(768))

@@ -125,7 +125,8 @@ X, WEIGHT = torch.zeros(1, 4, 6, 8), torch.zeros(16, 32)
 WRONG = {
     "no image": (lambda: ops.patch_merging(X[0], WEIGHT), ValueError, "expected \\(B, Y, X, C\\)"),
     "no rows": (lambda: ops.patch_merging(X[:, :0], WEIGHT), ValueError, "only B may be 0"),
-    "weight": (lambda: ops.patch_merging(X, WEIGHT[:, 1:]), ValueError, "expected \\(F, 32\\), for four patches"),
+    "weight": (lambda: ops.patch_merging(X, WEIGHT[:, 1:]), ValueError, "expected \\(out features, 32\\)"),
+    "no features": (lambda: ops.patch_merging(X, WEIGHT[:0]), ValueError, "weight has shape \\(0, 32\\); expected"),
     "bias": (lambda: ops.patch_merging(X, WEIGHT, X.new_zeros(8)), ValueError, "bias has shape \\(8,\\)"),
     "norm": (
         lambda: ops.patch_merging(X, WEIGHT, norm_weight=X.new_zeros(16)), ValueError,

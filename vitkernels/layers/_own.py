@@ -18,6 +18,9 @@ from torch._subclasses import FakeTensor
 # torch.export replaces parameters with fake tensors.
 PLAIN = (nn.Parameter, FakeTensor)
 
+# Forwards that compute what those do in whose place they are bound: of the hub's layers (tools/hub).
+alike: list[Callable] = []
+
 _entries: dict[type[nn.Module], set[str]] = {}
 _called: dict[type[nn.Module], set[str]] = {}
 # The methods of a class by name; None for a method that is not the library's own.
@@ -33,6 +36,18 @@ def has_hooks(module: nn.Module) -> bool:
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
     )
+
+
+def hides_forward(module: nn.Module) -> bool:
+    """Tell whether a forward bound to ``module`` hides its class's, and computes something else.
+
+    transformers 4.56 and 4.57 bind the class's own.
+    """
+    forward = module.__dict__.get("forward")
+    if forward is None:
+        return False
+    known = getattr(forward, "__self__", None) is module and forward.__func__ in (type(module).forward, *alike)
+    return not known
 
 
 def note(

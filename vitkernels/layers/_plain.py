@@ -22,11 +22,13 @@ def has_plain_children(
     for name, allowed in classes.items():
         child = children[name]
         if adapts and nn.Linear in allowed and _lora.is_lora(child):
-            if _own.has_hooks(child) or "forward" in child.__dict__ or _lora.why_not(child) is not None:
+            if _own.has_hooks(child) or _own.hides_forward(child) or _lora.why_not(child) is not None:
                 return False
             child = child._modules["base_layer"]
         if type(child) not in allowed:
             return False
-        if _own.has_hooks(child) or "forward" in child.__dict__ or _own.replaced(type(child)) is not None:
+        if _own.has_hooks(child) or _own.replaced(type(child)) is not None:
+            return False
+        if "forward" in child.__dict__ and _own.hides_forward(child):
             return False
     return True

@@ -107,8 +107,15 @@ class Block(nn.Module):
         """Tell whether the fused forward may run: it would skip an adapter or a hook on a child."""
         return has_plain_children(self, _CHILDREN) and self.attn.fuses() and self.mlp.fuses()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, images: fused.Packed | None = None) -> Tensor:
+        """Map tokens (B, N, C) to tokens (B, N, C); or, with ``images``, all their tokens (1, T, C) to (1, T, C).
+
+        Raises:
+            NotImplementedError: A child has an adapter or a hook, which expects no packed images.
+        """
         if self.fuses():
-            return fused.block(records.block(self), x)
+            return fused.block(records.block(self), x, attn_mask=images)
+        if images is not None:
+            raise NotImplementedError("a part of the block has a hook or an adapter, which takes no packed images")
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))

@@ -29,6 +29,17 @@ class Packed(NamedTuple):
     max_seqlen: int
 
 
+def pack(x: Tensor, valid: Tensor) -> tuple[Tensor, Packed, Tensor]:
+    """Remove from images x (B, N, C) the tokens that are not ``valid`` (B, N), bool.
+
+    Returns:
+        The T tokens that stay, (1, T, C), how they are packed, and (T,): the place of each among the B · N.
+    """
+    places = valid.flatten().nonzero()[:, 0]
+    packed = Packed(F.pad(valid.sum(1).cumsum(0), (1, 0)).int(), x.shape[1])
+    return x.flatten(0, 1)[places][None], packed, places
+
+
 def drop_path_scale(
     drop_path: DropPath | None, x: Tensor, gamma: Tensor | None = None, images: Packed | None = None
 ) -> Tensor | None:
@@ -145,6 +156,14 @@ def attention(
     if attn.proj is None:
         return out
     return _dropout(linear(attn.proj, ops.quantize_fp8(out) if in_fp8 else out, dtype), attn.proj_drop)
+
+
+def takes_masks(attn_mask: Tensor | None, is_causal: bool) -> bool:
+    """Tell whether :func:`attention` takes these masks of another library's attention."""
+    if attn_mask is None:
+        return True
+    masks = isinstance(attn_mask, Tensor) and (attn_mask.dtype == torch.bool or attn_mask.is_floating_point())
+    return masks and not is_causal
 
 
 def cross_attention(attn: Attention, queries: Tensor, x: Tensor) -> Tensor:

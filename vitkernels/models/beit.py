@@ -9,6 +9,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -206,6 +207,9 @@ class Beit(VisionTransformer):
     def _embed(self, images: Tensor, mask: Tensor | None = None, visible: Tensor | None = None) -> Tensor:
         x = super()._embed(images, mask, visible)
         return self.pos_drop(x) if self.pos_embed is None else x  # timm's ViT drops nothing without positions
+
+    def _pack(self, x: Tensor, num_visible: Tensor) -> NoReturn:
+        raise NotImplementedError(f"num_visible is given, but {type(self).__name__} takes no packed images")
 
     def _beside_tokens(self) -> tuple[records.Relative, ...]:
         return () if self.rel_pos_bias is None else (self.rel_pos_bias(),)

@@ -23,6 +23,7 @@ from vitkernels.layers import (
     PatchEmbed,
     SwiGLU,
     SwiGLUPacked,
+    fused,
     resample_pos_embed,
     sincos1d,
     sincos2d,
@@ -430,15 +431,34 @@ class VisionTransformer(nn.Module):
             x = self.pos_drop(x)
         return self.norm_pre(self.patch_drop(x))
 
-    def _run_block(self, block: nn.Module, x: Tensor) -> Tensor:
-        beside = self._beside_tokens()
+    def _pack(self, x: Tensor, num_visible: Tensor) -> tuple[Tensor, fused.Packed]:
+        """Return of tokens (B, R + V, C) the first R + ``num_visible`` of each image, (1, T, C), and where each begins.
+
+        Raises:
+            ValueError: ``num_visible`` is no (B,), or the model drops some of the patches that it counts.
+        """
+        if num_visible.shape != x.shape[:1]:
+            raise ValueError(f"num_visible has shape {tuple(num_visible.shape)}; expected ({x.shape[0]},), the images")
+        if isinstance(self.patch_drop, PatchDropout):
+            raise ValueError("num_visible is given, but patch_drop_rate drops some of the patches that it counts")
+        valid = torch.arange(x.shape[1], device=x.device) < self.num_prefix_tokens + num_visible.unsqueeze(1)
+        return fused.pack(x, valid)[:2]
+
+    def _run_block(self, block: nn.Module, x: Tensor, *images: fused.Packed) -> Tensor:
+        beside = *self._beside_tokens(), *images
         return checkpoint(block, x, *beside, use_reentrant=False) if self.grad_checkpointing else block(x, *beside)
 
     def _beside_tokens(self) -> tuple[object, ...]:
         """Return what each block takes beside its tokens."""
         return ()
 
-    def forward_features(self, x: Tensor, mask: Tensor | None = None, visible: Tensor | None = None) -> Tensor:
+    def forward_features(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        visible: Tensor | None = None,
+        num_visible: Tensor | None = None,
+    ) -> Tensor:
         """Map images (B, I, Y, X) to tokens (B, R + N, C) after the blocks and ``norm``.
 
         Args:
@@ -447,15 +467,25 @@ class VisionTransformer(nn.Module):
                 (:func:`vitkernels.layers.blockwise_mask`).
             visible: (B, V), indices of patches: these alone are embedded, and the result is (B, R + V, C), as MAE
                 trains its encoder (:func:`vitkernels.layers.random_mask`).
+            num_visible: (B,), integers from 0 to V: so many of each image's ``visible`` patches enter the blocks, the
+                first ones. The tokens of all images are then packed into one row without padding, and the result is
+                (T, C): R + ``num_visible[0]`` tokens of the first image, then those of the second, ….
 
         Raises:
-            ValueError: The images do not fit, both are given, or the model has no mask token for a mask; or it has
-                biases by relative position, which need all patches.
+            ValueError: The images do not fit, ``mask`` and ``visible`` are both given, ``num_visible`` comes without
+                ``visible`` or beside ``patch_drop_rate``, or the model has no mask token for a mask; or it has biases
+                by relative position, which need all patches.
+            NotImplementedError: A block cannot take packed images: it is BEiT's or EVA's, or a part of it has a hook.
         """
-        x = self._embed(x, mask, visible)
+        if num_visible is not None and visible is None:
+            raise ValueError("num_visible is given without visible, the patches that it counts")
+        x, packed = self._embed(x, mask, visible), ()
+        if num_visible is not None:
+            x, *packed = self._pack(x, num_visible)
         for block in self.blocks:
-            x = self._run_block(block, x)
-        return self.norm(x)
+            x = self._run_block(block, x, *packed)
+        x = self.norm(x)
+        return x if num_visible is None else x[0]
 
     def forward_intermediates(
         self,

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from vitkernels import reference, runtime
-from vitkernels.ops._checks import check_like, check_shape, check_tensor, dtypes_and_devices_match
+from vitkernels.ops._checks import check_tensor, dtypes_and_devices_match
 from vitkernels.ops._layer_norm import NormWanted, autocasts, check_eps, check_parameter, layer_norm
 from vitkernels.ops._layer_norm.backward import layer_norm_backward, sum_dtypes
 from vitkernels.ops._layer_norm.forward import forward_outputs, layer_norm_forward
-from vitkernels.ops._linear import linear
+from vitkernels.ops._linear import check_weights, linear
 from vitkernels.ops._once import once_differentiable
 from vitkernels.ops._patch_embed import patch_embed
 from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
@@ -125,7 +125,8 @@ def patch_merging(
     Args:
         x: (B, Y, X, C), fp16, bf16, fp32 or fp64; B may be 0, Y, X and C may not. Images that are not contiguous are
             copied, and so are those with odd sides with ``norm_last``. Beside such images there are zeros.
-        weight: (F, 4C), ``x``'s dtype (any floating one under autocast): the upper left patch first, then that below.
+        weight: (F, 4C) with F ≥ 1, ``x``'s dtype (any floating one under autocast): the upper left patch first, then
+            that below.
         bias: (F,), or None.
         norm_weight, norm_bias: (4C,), with ``norm_last`` (F,); ``x``'s dtype or fp32, or None for ones and zeros.
         eps: Added to the variance, ≥ 0.
@@ -147,13 +148,11 @@ def patch_merging(
     if x.ndim != 4 or 0 in x.shape[1:]:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}; expected (B, Y, X, C), and only B may be 0")
     _, Y, X, C = x.shape
-    check_like(op, "weight", weight, "x", x, dtype=runtime.autocast_dtype(x) is None)
-    if weight.ndim != 2 or weight.shape[1] != 4 * C:
-        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}; expected (F, {4 * C}), for four patches")
-    if bias is not None:
-        check_like(op, "bias", bias, "weight", weight)
-        check_shape(op, "bias", bias, weight.shape[:1], "the weight's rows")
-    size, why = (weight.shape[0], "the weight's rows") if norm_last else (4 * C, "the channels of four patches")
+    F = check_weights(
+        op, "weight", weight, "bias", bias, x, 4 * C, dtypes_and_devices_match(x, weight, bias),
+        runtime.autocast_dtype(x) is None,
+    )  # fmt: skip
+    size, why = (F, "the weight's rows") if norm_last else (4 * C, "the channels of four patches")
     matched = dtypes_and_devices_match(x, norm_weight, norm_bias)
     for name, parameter in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         if parameter is not None:

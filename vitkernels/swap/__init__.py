@@ -139,7 +139,7 @@ def restore(model: nn.Module) -> Report:
         if rule is None or not isinstance(module, rule.fused):
             continue
         name = rule.fused.__qualname__ if type(module) is rule.fused else type(module).__name__
-        if _rules.hides_forward(module):
+        if _own.hides_forward(module):
             reason = "a forward is bound to the instance, which may call this class's: undo that first"
             entries.append(Kept(path, name, reason, known=True))
         elif type(module) is rule.fused:

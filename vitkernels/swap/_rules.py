@@ -110,23 +110,14 @@ def why_not(rule: Rule, module: nn.Module) -> str | None:
 
 def why_not_swap(rule: Rule, module: nn.Module) -> str | None:
     """Return why ``module`` is not swapped: the reason of :func:`why_not`, or one that rules out the class swap."""
-    if hides_forward(module):
+    if _own.hides_forward(module):
         return "its forward is bound to the instance, which hides that of any class"
     return _strange_attribute(rule, module) or why_not(rule, module)
 
 
-def hides_forward(module: nn.Module) -> bool:
-    """Tell whether a forward bound to ``module`` hides its class's; transformers 4.56 and 4.57 bind the class's own."""
-    forward = module.__dict__.get("forward")
-    if forward is None:
-        return False
-    own = getattr(forward, "__self__", None) is module and forward.__func__ is type(module).forward
-    return not own
-
-
 def become(module: nn.Module, cls: type[nn.Module]) -> None:
     """Set the class of ``module``, unless a forward bound to the instance may call a method of its present class."""
-    if not hides_forward(module):
+    if not _own.hides_forward(module):
         vars(module).pop("forward", None)
         module.__class__ = cls
 
@@ -173,7 +164,7 @@ def _blocked(rule: Rule, module: nn.Module, dtypes: set[torch.dtype], read: dict
         read[original] = None
         if _own.has_hooks(child):
             return f"a hook on {name}, which fusion would not call"
-        if hides_forward(child):
+        if _own.hides_forward(child):
             return f"the forward of {name} is bound to the instance, and fusion would not call it"
         if child_rule is None:
             reason = _strange_parameters(child, PARAMETERS.get(original, frozenset()), dtypes)
@@ -187,7 +178,7 @@ def _blocked(rule: Rule, module: nn.Module, dtypes: set[torch.dtype], read: dict
 def _why_not_lora(child: nn.Module) -> str | None:
     if _own.has_hooks(child):
         return "a hook, which fusion would not call"
-    if hides_forward(child):
+    if _own.hides_forward(child):
         return "its forward is bound to the instance, and fusion would not call it"
     return _lora.why_not(child)
 

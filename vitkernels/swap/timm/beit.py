@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from vitkernels.layers import fused, records
 from vitkernels.swap._limits import head_dim_limit
 from vitkernels.swap._rules import Rule, add, runs_fused
-from vitkernels.swap.timm.layers import takes_masks
 from vitkernels.swap.timm.vision_transformer import BRANCHES
 
 
@@ -36,7 +35,7 @@ class FusedBlock(Block):
 def _takes(attn: nn.Module, x: Tensor, shared: Tensor | None) -> bool:
     """Tell whether the bias is one table or one mask and fits x; else the original adds them up, or raises."""
     if attn.window_size is None:
-        return takes_masks(shared, False)
+        return fused.takes_masks(shared, False)
     return shared is None and x.shape[1] == 1 + attn.window_size[0] * attn.window_size[1]
 
 

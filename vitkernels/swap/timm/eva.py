@@ -16,7 +16,6 @@ from vitkernels.swap.timm.layers import (
     attention_limit,
     given,
     head_dim,
-    takes_masks,
 )
 from vitkernels.swap.timm.vision_transformer import BRANCHES
 
@@ -88,7 +87,7 @@ def _runs(
     attn_mask: Tensor | None,
     is_causal: bool,
 ) -> bool:
-    return runs_fused(rule, module, x) and takes_masks(attn_mask, is_causal) and _takes_rope(attn, x, rope)
+    return runs_fused(rule, module, x) and fused.takes_masks(attn_mask, is_causal) and _takes_rope(attn, x, rope)
 
 
 def _takes_rope(attn: nn.Module, x: Tensor, rope: Tensor | None) -> bool:

@@ -5,7 +5,6 @@ Pickle needs the subclasses at module level.
 
 from __future__ import annotations
 
-import torch
 from timm.layers import (
     Attention,
     DropPath,
@@ -57,7 +56,7 @@ class FusedAttention(Attention):
     """timm's Attention on the kernels: qkv, attention on the packed qkv, proj; supports masks and QK-norm."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if runs_fused(ATTENTION, self, x) and takes_masks(attn_mask, is_causal):
+        if runs_fused(ATTENTION, self, x) and fused.takes_masks(attn_mask, is_causal):
             return fused.attention(records.attention(self), x, attn_mask=attn_mask, is_causal=is_causal)
         return super().forward(x, **given(attn_mask, is_causal))
 
@@ -114,17 +113,6 @@ class FusedPatchEmbed(PatchEmbed):
         if self.strict_img_size:
             return (height, width) == tuple(self.img_size)
         return height % self.patch_size[0] == 0 and width % self.patch_size[1] == 0
-
-
-def takes_masks(attn_mask: Tensor | None, is_causal: bool) -> bool:
-    """Tell whether the kernels support these masks; other ones go to the original, which may raise."""
-    if attn_mask is None:
-        return True
-    return not is_causal and isinstance(attn_mask, Tensor) and _is_mask(attn_mask)
-
-
-def _is_mask(mask: Tensor) -> bool:
-    return mask.dtype == torch.bool or mask.is_floating_point()
 
 
 def given(attn_mask: Tensor | None, is_causal: bool) -> dict:

@@ -126,11 +126,11 @@ class FusedNaFlexVit(NaFlexVit):
         embeds = self._forward_embeds(patches, patch_coord, patch_valid, attn_mask=patch_valid)
         x, patch_valid = embeds["patches"], embeds["patch_valid"]
         valid = F.pad(patch_valid.bool(), (self.num_prefix_tokens, 0), value=True)  # (B, N)
-        index = valid.flatten().nonzero()[:, 0]  # (T,)
-        options = {"attn_mask": fused.Packed(F.pad(valid.sum(1).cumsum(0), (1, 0)).int(), x.shape[1])}
+        tokens, packed, index = fused.pack(x, valid)
+        options = {"attn_mask": packed}
         if embeds["rope_embeds"] is not None:
             options["rope"] = self._with_prefix(embeds["rope_embeds"]).flatten(0, 1)[index]
-        return _Images(x.flatten(0, 1)[index][None], options, patch_valid, index, x.shape[:2])
+        return _Images(tokens, options, patch_valid, index, x.shape[:2])
 
     def _packs(self, patches: Tensor) -> bool:
         if torch.compiler.is_compiling() or self.rope_is_mixed or not runs_fused(NAFLEX_VIT, self, patches):

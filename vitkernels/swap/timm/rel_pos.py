@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from timm.layers import RelPosBias, RelPosBiasTf, RelPosMlp
 from torch import Tensor, nn
 
-from vitkernels.layers import records
+from vitkernels.layers import fused, records
 from vitkernels.layers.records import Attention, Relative
 from vitkernels.swap._rules import PARAMETERS
-from vitkernels.swap.timm.layers import ABSENT, takes_masks
+from vitkernels.swap.timm.layers import ABSENT
 
 REL_POS = (RelPosBias, RelPosBiasTf, RelPosMlp, ABSENT)
 PARAMETERS |= {cls: frozenset({"relative_position_bias_table"}) for cls in (RelPosBias, RelPosBiasTf)}
@@ -44,7 +44,7 @@ def relative(attn: Attention, rel_pos: nn.Module | None, shared: Tensor | None) 
 def takes_tokens(rel_pos: nn.Module | None, shared: Tensor | None, tokens: int) -> bool:
     """Tell whether the bias is for so many tokens; for others the original raises."""
     if rel_pos is None:
-        return takes_masks(shared, False)
+        return fused.takes_masks(shared, False)
     return tokens == rel_pos.window_area + _prefix_tokens(rel_pos)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vitkernels.layers import fused, records
 from vitkernels.swap._limits import layer_scales_limit
 from vitkernels.swap._rules import PARAMETERS, Rule, add, runs_fused
-from vitkernels.swap.timm.layers import ACTIVATIONS, DROP_PATHS, NORMS, given, takes_masks
+from vitkernels.swap.timm.layers import ACTIVATIONS, DROP_PATHS, NORMS, given
 
 
 class FusedGeGluMlp(GeGluMlp):
@@ -28,7 +28,7 @@ class FusedBlock(Block):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if isinstance(attn_mask, fused.Packed):  # only from FusedNaFlexVit, which has checked this block
             return fused.block(records.block(self), x, attn_mask=attn_mask)
-        if runs_fused(BLOCK, self, x) and takes_masks(attn_mask, is_causal):
+        if runs_fused(BLOCK, self, x) and fused.takes_masks(attn_mask, is_causal):
             return fused.block(records.block(self), x, attn_mask=attn_mask, is_causal=is_causal)
         return super().forward(x, **given(attn_mask, is_causal))
 
@@ -37,7 +37,7 @@ class FusedResPostBlock(ResPostBlock):
     """timm's ResPostBlock, with norms after the branches, as a chain of kernels."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if runs_fused(RES_POST_BLOCK, self, x) and takes_masks(attn_mask, is_causal):
+        if runs_fused(RES_POST_BLOCK, self, x) and fused.takes_masks(attn_mask, is_causal):
             return fused.post_norm_block(records.block(self), x, attn_mask=attn_mask, is_causal=is_causal)
         return super().forward(x, **given(attn_mask, is_causal))
 

@@ -195,6 +195,14 @@ class Block(NamedTuple):
     fp8: bool = False
 
 
+def linears(record: Block | Attention | Mlp) -> list[Linear]:
+    """Return the linear layers of ``record``."""
+    if isinstance(record, Block):
+        return linears(record.attn) + linears(record.mlp)
+    layers = (record.qkv, record.proj) if isinstance(record, Attention) else (record.fc1, record.fc2)
+    return [layer for some in layers for layer in ([some] if isinstance(some, Linear) else some or ())]
+
+
 PRECISION = "_vitkernels_precision"  # the attribute of a module that accelerate() gave a precision
 
 

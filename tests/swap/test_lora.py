@@ -2,11 +2,15 @@
 
 import contextlib
 import copy
+import io
 
 import pytest
 import torch
 from parity import assert_parity, shake
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from vitkernels import accelerate, ops, restore, use_backend
 from vitkernels.models import VisionTransformer
@@ -431,9 +435,10 @@ def reload(model: nn.Module, path, **options) -> None:
 def hot_swap(model: nn.Module, path) -> None:
     """Load another adapter's numbers into the place of this one, whatever their ranks."""
     torch.manual_seed(7)
-    other = adapted(build().to(first(model).weight.device), r=2, lora_alpha=6, target_modules=["qkv", "fc2"])
+    depth, device = len(model.base_model.model.blocks), first(model).weight.device
+    other = adapted(build(depth=depth).to(device), r=2, lora_alpha=6, target_modules=["qkv", "fc2"])
     other.save_pretrained(path)
-    hotswap.hotswap_adapter(model, str(path), "default", torch_device=str(first(model).weight.device))
+    hotswap.hotswap_adapter(model, str(path), "default", torch_device=str(device))
 
 
 def scale_by_a_tensor(model: nn.Module, path) -> None:
@@ -554,3 +559,74 @@ def test_checkpointed(reentrant, device, calls):
     actual = grads()
     assert calls.count("lora_linear") == 2 * 2 * 6, "each layer runs twice, six projections fused"
     close(actual, expected)
+
+
+@pytest.mark.usefixtures("computed_by_pytorch")
+def test_switched_after_compiling(device, images):
+    """A compiled model is traced anew, except for what PEFT prepares so that it need not be."""
+    model = build(depth=1).to(device)
+    plain = add_second(adapted(copy.deepcopy(model))).eval()
+    accelerate(model)
+    model = add_second(adapted(model)).eval()
+    model.load_state_dict(plain.state_dict())
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for change in (
+        lambda each: None,
+        lambda each: each.set_adapter("other"),
+        lambda each: first(each).set_scale("other", 3.0),
+        lambda each: each.merge_adapter(),
+    ):
+        change(plain)
+        change(model)
+        with use_backend("torch"):
+            expected = plain(images)
+        close(compiled(images), expected)
+
+
+@pytest.mark.usefixtures("computed_by_pytorch")
+def test_hot_swapped_without_compiling_again(device, images, tmp_path):
+    model = build(depth=1).to(device)
+    plain = adapted(copy.deepcopy(model))
+    accelerate(model)
+    model = adapted(model)
+    for each in (plain, model):
+        scale_by_a_tensor(each, None)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    before = compiled(images)
+    for each, path in ((plain, tmp_path / "plain"), (model, tmp_path / "model")):
+        hot_swap(each, path)
+    with use_backend("torch"):
+        expected = plain(images)
+    assert not torch.allclose(expected, before, atol=1e-2)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        close(compiled(images), expected)
+
+
+@pytest.mark.usefixtures("computed_by_pytorch")
+def test_pickled(model, images):
+    accelerate(model)
+    model = adapted(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(images), model(images))
+
+
+@pytest.mark.parametrize("within", ["the blocks", "an adapted layer"])
+@pytest.mark.usefixtures("computed_by_pytorch", "lone_process_group")
+def test_fsdp2(within, model, images, calls):
+    """A layer that FSDP2 gathers by itself has hooks, so it stays PEFT's."""
+    plain = adapted(copy.deepcopy(model))
+    accelerate(model)
+    model = adapted(model)
+    mesh = init_device_mesh(images.device.type, (1,))
+    for block in model.base_model.model.blocks:
+        if within == "an adapted layer":
+            fully_shard(block.attn.qkv, mesh=mesh)
+        fully_shard(block, mesh=mesh)
+    with use_backend("torch"):
+        expected = gradients(plain, images)
+    calls.clear()
+    actual = gradients(model, images)
+    close({n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in actual.items()}, expected)
+    assert calls == 2 * (BLOCK if within == "the blocks" else ["lora_mlp"])

@@ -207,7 +207,7 @@ def test_no_pass_over_the_output(activation, device, monkeypatch):
         return product(a, b, **options)
 
     product = _product.product
-    for module in ("_lora", "_linear"):
+    for module in ("_low_rank", "_linear"):
         monkeypatch.setattr(f"vitkernels.ops.{module}.product", spy)
     with torch.no_grad():
         ops.lora_linear(**layer(*SMALL, device=device), activation=activation)

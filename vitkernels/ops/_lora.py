@@ -185,7 +185,7 @@ class LoraLinearFunction(torch.autograd.Function):
         needed = list(ctx.needs_input_grad[:7])
         grads = [None] * 7
         if any(needed):
-            results = lora_linear_bwd(dy, *saved, ctx.activation, needed, ctx.dtypes[0], ctx.dtypes[2])
+            results = lora_linear_bwd(dy, *saved, ctx.activation, needed, ctx.dtypes[0], _widest(ctx.dtypes[2:]))
             grads = _of_dtypes(results, needed, (None, *ctx.dtypes, None, None))
         dresidual = dy.to(ctx.residual_dtype) if ctx.needs_input_grad[7] else None
         return *grads, dresidual, None
@@ -194,6 +194,14 @@ class LoraLinearFunction(torch.autograd.Function):
 def _of_other_dtypes(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     """Return the tensors that a backward saves in x's dtype alone."""
     return tuple(t for t in tensors if t is not None and t.dtype != x.dtype)
+
+
+def _widest(dtypes: list[torch.dtype | None]) -> torch.dtype:
+    """Return the dtype in which the gradients of all A's and B's lose nothing: each may be in x's dtype or in fp32."""
+    first, *others = [dtype for dtype in dtypes if dtype is not None]
+    for dtype in others:
+        first = torch.promote_types(first, dtype)
+    return first
 
 
 def _of_dtypes(grads, needed, dtypes) -> list[Tensor | None]:
@@ -446,8 +454,7 @@ class LoraMlpFunction(torch.autograd.Function):
         grads = [None] * 10
         if any(needed):
             *saved, path = saved
-            lora_dtype = ctx.dtypes[4] or ctx.dtypes[6]
-            results = lora_mlp_bwd(dy, *saved, ctx.activation, needed, ctx.dtypes[0], lora_dtype, path)
+            results = lora_mlp_bwd(dy, *saved, ctx.activation, needed, ctx.dtypes[0], _widest(ctx.dtypes[4:]), path)
             grads = _of_dtypes(results, needed, (None, *ctx.dtypes, None))
         dresidual = dy.to(ctx.residual_dtype) if ctx.needs_input_grad[10] else None
         return *grads, dresidual, *[None] * 3

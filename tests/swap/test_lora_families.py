@@ -34,6 +34,7 @@ import test_torchvision  # noqa: E402
 import test_torchvision_maxvit  # noqa: E402
 import test_window_blocks  # noqa: E402
 from parity import assert_parity, shake  # noqa: E402
+from timm.models import vitamin  # noqa: E402
 
 from vitkernels import accelerate, models, use_backend  # noqa: E402
 
@@ -85,15 +86,21 @@ MODELS = {
     "maxvit, mlp": block(test_maxvit_blocks.BLOCKS, "windows, mlp", "rel_pos.mlp.fc1", "rel_pos.mlp.fc2"),
     "maxvit, parallel": block(test_maxvit_blocks.BLOCKS, "parallel"),
     "mvitv2": Case(test_mvitv2.build, (2, 64, 32)),
+    "mvitv2, widened behind": Case(lambda: test_mvitv2.build(expand_attn=False), (2, 64, 32)),
+    "vitamin, mlp": Case(lambda: nn.Sequential(shake(vitamin.GeGluMlp(32, 64).eval())), (2, 7, 32)),
     "mobilevit": Case(lambda: nn.Sequential(test_mobilevit.build()), (2, 8, 8, 6)),
     "sam": Case(lambda: test_sam_timm.build((32, 40)), (2, 3, 32, 40), ("head.fc",)),
     "beit": Case(lambda: test_relative_models.build("beit", (32, 32)), left_out=("qkv",)),
+    "beit, without biases": Case(lambda: test_relative_models.build("beit", (32, 32), qkv_bias=False)),
     "relative": Case(lambda: test_relative_models.build("bias", (32, 32))),
     "relative, shared": Case(
         lambda: test_relative_models.build("mlp, shared", (32, 32)), outside=("head", "mlp.fc1", "mlp.fc2")
     ),
     "swin": Case(lambda: test_swin_timm.build("swin", (40, 28), (4, 3)), (2, 3, 40, 28), ("reduction", "head.fc")),
     "swinv2": Case(lambda: test_swin_timm.build("swinv2"), outside=WITH_TABLE_MLP, left_out=("qkv",)),
+    "swinv2, without biases": Case(
+        lambda: test_swin_timm.build("swinv2", qkv_bias=False), outside=WITH_TABLE_MLP
+    ),
     "swinv2 cr": Case(
         lambda: test_swin_timm.build("swinv2 cr"), outside=("reduction", "head.fc"), left_out=("mlp.fc1", "mlp.fc2")
     ),
@@ -104,7 +111,11 @@ MODELS = {
     ),
     "torchvision, maxvit": Case(lambda: nn.Sequential(test_torchvision_maxvit.build("grid")), (2, 32, 8, 8)),
     "microsoft, swin": Case(lambda: test_microsoft_swin.build(1), outside=("reduction",)),
+    "microsoft, swinv2": Case(
+        lambda: test_microsoft_swin.build(2), outside=(*WITH_TABLE_MLP, "reduction"), left_out=("attn.qkv", "attn.proj")
+    ),
     "dinov2's own": Case(lambda: test_dino.dinov2().eval()),
+    "dinov2's own, plain": Case(lambda: test_dino.dinov2(test_dino.Block, attn_class=test_dino.Attention).eval()),
     "dinov2's own, gated": Case(lambda: test_dino.dinov2(ffn_layer=test_dino.SwiGLUFFNFused).eval()),
     "dinov3's own, masked bias": Case(lambda: test_dino.DINOv3(mask_k_bias=True).eval()),
     "dinov3's own, gated": Case(lambda: test_dino.DINOv3(ffn_layer=test_dino.SwiGLUFFN).eval()),
@@ -118,6 +129,7 @@ MODELS = {
     "transformers, mobilevit": Case(test_hf_mobilevit.block, (2, 4, 16, 12)),
     "transformers, dinov2, gated": of_hf("dinov2, swiglu"),
     "transformers, dinov3, gated": of_hf("dinov3, gated"),
+    "transformers, dinov2, registers": of_hf("dinov2, registers"),
     "transformers, beit": of_hf("beit", "classifier"),
     "transformers, data2vec": of_hf("data2vec", "classifier", *(("query", "key", "value") if hf_models.OLD else ())),
 }  # fmt: skip
@@ -126,7 +138,7 @@ MODELS = {
 def adapted(model: nn.Module, left_out: tuple[str, ...] = (), **more) -> nn.Module:
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     options = {"r": 3, "lora_alpha": 5, "init_lora_weights": False, **more}
-    targets = [name for name in layers if not name.endswith(left_out or ("nothing",))]
+    targets = [name for name in layers if not name.endswith(left_out)]
     return peft.inject_adapter_in_model(peft.LoraConfig(target_modules=targets, **options), model)
 
 
@@ -158,7 +170,7 @@ LIE_ALIKE = {
 
 
 @ops_are_other_tests
-@pytest.mark.parametrize("drops", [False, True], ids=["", "dropout"])
+@pytest.mark.parametrize("drops", [False, True], ids=["no dropout", "dropout"])
 @pytest.mark.parametrize("name", MODELS)
 def test_each_family(name, drops, device):
     """With dropout in front of each adapter, too, or with all dropped."""
@@ -200,6 +212,28 @@ def test_merged_and_parted(name, device):
                 change(layer)
             torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
             assert len(computed_by_peft(model, x)) < len(layers) / 2
+
+
+@ops_are_other_tests
+def test_open_clip(device):
+    pytest.importorskip("open_clip")
+    import test_open_clip
+
+    model = adapted(test_open_clip.tower(), ("out_proj",)).to(device)
+    x = torch.randn(2, 3, 32, 32, device=device)
+    assert not blames(assert_parity(model, x))
+    assert computed_by_peft(model, x) == []
+
+
+@ops_are_other_tests
+@pytest.mark.parametrize("name", ["dinov2 giant", "relative"])
+def test_no_images(name, device):
+    case = MODELS[name]
+    model = adapted(case.make(), case.left_out).to(device)
+    x = torch.randn(0, *case.shape[1:], device=device)
+    expected = model(x)
+    accelerate(model)
+    assert model(x).shape == expected.shape
 
 
 IGNORED = {

@@ -216,6 +216,33 @@ def test_weights_in_fp8_written_in_place_are_captured_anew(mechanism, computed_b
         assert not torch.equal(graphed(x), before)
 
 
+SWITCHES = {
+    "set": lambda model: model.set_adapter("other"),
+    "disable": lambda model: model.base_model.disable_adapter_layers(),
+    "merge": lambda model: model.merge_adapter(),
+    "scale": lambda model: model.base_model.model.blocks[0].attn.qkv.scale_layer(3.0),
+}
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_switched_adapters_are_captured_anew(switch, mechanism):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["qkv"], modules_to_save=["head"], init_lora_weights=False)
+    model = peft.get_peft_model(timm_vit(), config)
+    model.add_adapter("other", config)
+    model.eval()
+    model.base_model.model.head.modules_to_save["other"].weight.data.normal_()
+    graphed, x = compile_inference(model), images()
+    before = graphed(x)
+    graphed(x)
+    assert graphed.captures == 1
+    SWITCHES[switch](model)
+    wanted = expected(model, x)
+    assert torch.equal(graphed(x), wanted) and graphed.captures == 2
+    assert torch.equal(graphed(x), wanted) and graphed.captures == 2
+    assert (switch == "merge") == torch.allclose(wanted, before, atol=1e-4)
+
+
 def test_a_restored_model_is_captured_anew(mechanism):
     model, x = timm_vit(), images()
     graphed = compile_inference(model)

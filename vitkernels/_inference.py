@@ -59,9 +59,9 @@ def compile_inference(
             which the graph normalizes and casts to the model's dtype. Not for a model that normalizes them itself.
         clone_outputs: Return copies. Otherwise the graph's own tensors, which the next call, of any shape, overwrites.
         check_model: Before each replay, look for parameters, buffers, submodules or hooks that were replaced, added or
-            moved since the capture, or weights in FP8 that were written in place, and capture anew. Other values
-            written in place count without a new capture, whatever this is. Without the look, call
-            :meth:`GraphedModel.reset` after such a change.
+            moved since the capture, for weights in FP8 that were written in place, and for PEFT's adapters that were
+            switched, merged or scaled, and capture anew. Other values written in place count without a new capture,
+            whatever this is. Without the look, call :meth:`GraphedModel.reset` after such a change.
 
     Returns:
         A callable of one tensor, on the model's device or on the CPU. Threads may share it: their calls run one after
@@ -380,19 +380,26 @@ class _Normalize:
 
 
 class _Snapshot:
-    """What a graph took from a model and would not see change: addresses of tensors, submodules, classes and hooks."""
+    """What a graph took from a model and would not see change: addresses, submodules, classes, hooks, adapters."""
 
     def __init__(self, model: nn.Module):
         self._modules = list(model.modules())
         self._classes = [*map(type, self._modules)]
-        self._dicts, places = [], []
+        self._containers, places = [], []
         for module in self._modules:
-            places.append((module.__dict__, "training", module.training))
-            for held in (module._modules, module._parameters, module._buffers):
+            own = module.__dict__
+            places.append((own, "training", module.training))
+            helds = [module._modules, module._parameters, module._buffers]
+            if hasattr(module, "_disable_adapters"):  # PEFT switches, merges and scales by attributes of its layers
+                places += [(own, name, own.get(name)) for name in ("_disable_adapters", "_active_adapter")]
+                lists = (own.get("_active_adapter"), own.get("merged_adapters"))
+                self._containers += [names for names in lists if isinstance(names, list)]
+                helds.append(own.get("scaling", {}))
+            for held in helds:
                 places += [(held, name, value) for name, value in held.items()]
-                self._dicts.append(held)
-            self._dicts += [module._forward_hooks, module._forward_pre_hooks]
-        self._sizes = [*map(len, self._dicts)]
+                self._containers.append(held)
+            self._containers += [module._forward_hooks, module._forward_pre_hooks]
+        self._sizes = [*map(len, self._containers)]
         self._holders, self._names, self._values = zip(*places, strict=True)
         # A graph reads a weight's values in FP8, which are made anew when the weight is written. Held here, they stay
         # in memory.
@@ -404,7 +411,7 @@ class _Snapshot:
         """Tell whether any of it has changed since."""
         # Loops in C: for ViT-B 62 µs on one core of a busy CPU, where loops in Python took 83.
         return not (
-            [*map(len, self._dicts)] == self._sizes
+            [*map(len, self._containers)] == self._sizes
             and all(map(operator.is_, map(dict.get, self._holders, self._names), self._values))
             and [*map(Tensor.data_ptr, self._tensors)] == self._addresses
             and [*map(type, self._modules)] == self._classes

@@ -207,11 +207,22 @@ def test_no_pass_over_the_output(activation, device, monkeypatch):
         return product(a, b, **options)
 
     product = _product.product
-    for module in ("_lora", "_linear"):
+    for module in ("_low_rank", "_linear"):
         monkeypatch.setattr(f"vitkernels.ops.{module}.product", spy)
     with torch.no_grad():
         ops.lora_linear(**layer(*SMALL, device=device), activation=activation)
     assert widths == [(4, False), (12, True)]
+
+
+@pytest.mark.parametrize("wide", ["lora_b", "up2"])
+def test_a_gradient_of_fp32_beside_one_of_16_bits(wide, device):
+    """It is not rounded to 16 bits."""
+    of = {"dtype": torch.bfloat16, "device": device}
+    tensors, op = (layer(*USUAL, **of), ops.lora_linear) if wide == "lora_b" else (layers(*USUAL, **of), LORA_MLP)
+    tensors[wide] = tensors[wide].detach().float().requires_grad_()
+    op(**tensors).sum().backward()
+    grad = tensors[wide].grad
+    assert grad.dtype == torch.float32 and not torch.equal(grad, grad.bfloat16().float())
 
 
 X, W, A, B = torch.zeros(2, 3, 8), torch.zeros(4, 8), torch.zeros(2, 8), torch.zeros(4, 2)

@@ -2,11 +2,15 @@
 
 import contextlib
 import copy
+import io
 
 import pytest
 import torch
 from parity import assert_parity, shake
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from vitkernels import accelerate, ops, restore, use_backend
 from vitkernels.models import VisionTransformer
@@ -14,6 +18,7 @@ from vitkernels.testing import check
 
 timm = pytest.importorskip("timm")
 peft = pytest.importorskip("peft")
+hotswap = pytest.importorskip("peft.utils.hotswap")
 
 ALL = ["qkv", "proj", "fc1", "fc2"]
 TINY = {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 2, "num_classes": 5, "init_values": 0.5}
@@ -415,3 +420,213 @@ def test_own_model(device, images, calls):
     close(model(images), expected)
     assert [call for call in calls if call != "linear"] == 2 * BLOCK  # its head is a linear op
     close(gradients(model, images), grads)
+
+
+def reload(model: nn.Module, path, **options) -> None:
+    model.save_pretrained(path)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.mul_(-0.5)  # so that what is loaded differs from what stays
+    model.load_adapter(path, "again", **options)
+    model.set_adapter("again")
+
+
+def hot_swap(model: nn.Module, path) -> None:
+    """Load another adapter's numbers into the place of this one, whatever their ranks."""
+    torch.manual_seed(7)
+    depth, device = len(model.base_model.model.blocks), first(model).weight.device
+    other = adapted(build(depth=depth).to(device), r=2, lora_alpha=6, target_modules=["qkv", "fc2"])
+    other.save_pretrained(path)
+    hotswap.hotswap_adapter(model, str(path), "default", torch_device=str(device))
+
+
+def scale_by_a_tensor(model: nn.Module, path) -> None:
+    """As PEFT prepares a model that is compiled: ranks padded, and the scaling a tensor."""
+    hotswap.prepare_model_for_compiled_hotswap(model, target_rank=6)
+    assert isinstance(first(model).scaling["default"], torch.Tensor)
+
+
+def each_layer(method: str, *args):
+    def call(model: nn.Module, path) -> None:
+        for module in model.modules():
+            if isinstance(module, peft.tuners.lora.LoraLayer):
+                getattr(module, method)(*args)
+
+    return call
+
+
+def delete(name: str):
+    return lambda model, _: (add_second(model), model.delete_adapter(name))
+
+
+def merge(*names: str):
+    return lambda model, _: (add_second(model), model.merge_adapter(list(names)))
+
+
+def merge_and_part(model: nn.Module, path) -> None:
+    add_second(model).merge_adapter()
+    model.unmerge_adapter()
+
+
+METHODS = {
+    "delete one of two": delete("other"),
+    "delete the first of two": delete("default"),
+    "merge one of two": merge("other"),
+    "merge two and part them": merge_and_part,
+    "merge safely": lambda model, _: model.merge_adapter(safe_merge=True),
+    "load into low memory": lambda model, path: reload(model, path, low_cpu_mem_usage=True),
+    "load as it is": reload,
+    "hot swap": hot_swap,
+    "scale by a tensor": scale_by_a_tensor,
+    "set the scale": each_layer("set_scale", "default", 0.3),
+    "scale and take it back": lambda *a: (each_layer("scale_layer", 3.0)(*a), each_layer("unscale_layer")(*a)),
+    "freeze one of two": lambda model, _: add_second(model).set_requires_grad("other", False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.usefixtures("computed_by_pytorch")
+def test_methods_of_peft(method, model, images, calls, tmp_path):
+    """After each, an accelerated model computes and trains what one does that was never accelerated."""
+    plain, model = adapted(copy.deepcopy(model), modules_to_save=["head"]), adapted(model, modules_to_save=["head"])
+    accelerate(model)
+    close(model(images), plain(images))
+    for each, path in ((plain, tmp_path / "plain"), (model, tmp_path / "model")):
+        torch.manual_seed(5)
+        METHODS[method](each, path)
+    with use_backend("torch"):
+        expected, grads = plain(images), gradients(plain, images)
+    calls.clear()
+    close(model(images), expected)
+    assert calls == 2 * ["block"] or calls[-1] == "lora_mlp", "a block runs unfused"
+    close(gradients(model, images), grads)
+
+
+CONFIGS = {
+    "ranks and scales by layer": {"rank_pattern": {"fc1": 2, r"blocks\.1\.attn\.qkv": 7}, "alpha_pattern": {"proj": 9}},
+    "one layer of all": {"target_modules": ["blocks.1.mlp.fc1"]},
+    "biases of the base": {"bias": "all"},
+    "biases of adapted layers": {"bias": "lora_only"},
+    "PiSSA": {"init_lora_weights": "pissa"},
+    "OLoRA": {"init_lora_weights": "olora"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "rsLoRA": {"use_rslora": True},
+    "a norm saved whole": {"modules_to_save": ["norm1"]},
+    "all linear layers": {"target_modules": "all-linear"},
+    "patches by a convolution": {"target_modules": ["qkv", "patch_embed.proj"], "exclude_modules": None},
+    "a parameter": {"target_modules": ["fc1"], "target_parameters": ["qkv.weight"]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+@pytest.mark.usefixtures("computed_by_pytorch")
+def test_configurations_of_peft(case, model, images, calls):
+    early, late = adapted(copy.deepcopy(model), **CONFIGS[case]), model
+    with use_backend("torch"):
+        expected, grads = early(images), gradients(early, images)
+    accelerate(early)
+    accelerate(late)
+    for each in (early, adapted(late, **CONFIGS[case])):
+        calls.clear()
+        close(each(images), expected)
+        assert [name for name in calls if "lora" in name], "no adapter runs fused"
+        close(gradients(each, images), grads)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.usefixtures("computed_by_pytorch")
+def test_checkpointed(reentrant, device, calls):
+    """transformers' gradient checkpointing, which computes the forward again in the backward."""
+    transformers = pytest.importorskip("transformers")
+    size = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 64}
+    model = shake(transformers.ViTModel(transformers.ViTConfig(**size, image_size=32, patch_size=16)), 0.2)
+    options = config(target_modules="all-linear", exclude_modules=None, lora_dropout=0.2)
+    model = peft.get_peft_model(model.to(device), options).train()
+    accelerate(model)
+    images = torch.randn(2, 3, 32, 32, device=device)
+
+    def grads() -> dict[str, torch.Tensor]:
+        torch.manual_seed(3)
+        model.zero_grad()
+        model(pixel_values=images).last_hidden_state.square().mean().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = grads()
+    calls.clear()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    actual = grads()
+    assert calls.count("lora_linear") == 2 * 2 * 6, "each layer runs twice, six projections fused"
+    close(actual, expected)
+
+
+@pytest.mark.usefixtures("computed_by_pytorch")
+def test_switched_after_compiling(device, images):
+    """A compiled model is traced anew, except for what PEFT prepares so that it need not be."""
+    model = build(depth=1).to(device)
+    plain = add_second(adapted(copy.deepcopy(model))).eval()
+    accelerate(model)
+    model = add_second(adapted(model)).eval()
+    model.load_state_dict(plain.state_dict())
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for change in (
+        lambda each: None,
+        lambda each: each.set_adapter("other"),
+        lambda each: first(each).set_scale("other", 3.0),
+        lambda each: each.merge_adapter(),
+    ):
+        change(plain)
+        change(model)
+        with use_backend("torch"):
+            expected = plain(images)
+        close(compiled(images), expected)
+
+
+@pytest.mark.usefixtures("computed_by_pytorch")
+def test_hot_swapped_without_compiling_again(device, images, tmp_path):
+    model = build(depth=1).to(device)
+    plain = adapted(copy.deepcopy(model))
+    accelerate(model)
+    model = adapted(model)
+    for each in (plain, model):
+        scale_by_a_tensor(each, None)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    before = compiled(images)
+    for each, path in ((plain, tmp_path / "plain"), (model, tmp_path / "model")):
+        hot_swap(each, path)
+    with use_backend("torch"):
+        expected = plain(images)
+    assert not torch.allclose(expected, before, atol=1e-2)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        close(compiled(images), expected)
+
+
+@pytest.mark.usefixtures("computed_by_pytorch")
+def test_pickled(model, images):
+    accelerate(model)
+    model = adapted(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(images), model(images))
+
+
+@pytest.mark.parametrize("within", ["the blocks", "an adapted layer"])
+@pytest.mark.usefixtures("computed_by_pytorch", "lone_process_group")
+def test_fsdp2(within, model, images, calls):
+    """A layer that FSDP2 gathers by itself has hooks, so it stays PEFT's."""
+    plain = adapted(copy.deepcopy(model))
+    accelerate(model)
+    model = adapted(model)
+    mesh = init_device_mesh(images.device.type, (1,))
+    for block in model.base_model.model.blocks:
+        if within == "an adapted layer":
+            fully_shard(block.attn.qkv, mesh=mesh)
+        fully_shard(block, mesh=mesh)
+    with use_backend("torch"):
+        expected = gradients(plain, images)
+    calls.clear()
+    actual = gradients(model, images)
+    close({n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in actual.items()}, expected)
+    assert calls == 2 * (BLOCK if within == "the blocks" else ["lora_mlp"])

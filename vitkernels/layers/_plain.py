@@ -9,19 +9,17 @@ from torch import nn
 from vitkernels.layers import _lora, _own
 
 
-def has_plain_children(
-    module: nn.Module, classes: Mapping[str, tuple[type[nn.Module], ...]], *, adapts: bool = False
-) -> bool:
+def has_plain_children(module: nn.Module, classes: Mapping[str, tuple[type[nn.Module], ...]]) -> bool:
     """Tell whether each child named in ``classes`` is exactly of a listed class, without hooks or a replaced forward.
 
     The forward must not be replaced on the child or on its class. Adapters, parametrizations and quantized layers
-    change the class. Fusing such a child would silently skip its changes. With ``adapts`` the fused forward computes
-    PEFT's LoRA, so a Linear may have it.
+    change the class. Fusing such a child would silently skip its changes. PEFT's LoRA alone may be around a Linear: the
+    fused forward computes it.
     """
     children = module._modules  # this runs at every call, and attribute look-ups would double its time
     for name, allowed in classes.items():
         child = children[name]
-        if adapts and nn.Linear in allowed and _lora.is_lora(child):
+        if nn.Linear in allowed and _lora.is_lora(child):
             if _own.has_hooks(child) or _own.hides_forward(child) or _lora.why_not(child) is not None:
                 return False
             child = child._modules["base_layer"]

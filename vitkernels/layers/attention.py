@@ -67,7 +67,7 @@ class Attention(nn.Module):
 
     def fuses(self) -> bool:
         """Tell whether the fused forward may run: it would skip a hook or an adapter other than LoRA on a child."""
-        return has_plain_children(self, _CHILDREN, adapts=True)
+        return has_plain_children(self, _CHILDREN)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fuses():

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from vitkernels import ops
-from vitkernels.layers.records import Attention, Block, Linear, Mlp, Norm
+from vitkernels.layers import records
+from vitkernels.layers.records import Attention, Block, Mlp, Norm
 from vitkernels.ops._fp8 import INPUTS
 from vitkernels.ops._fp8.rows import MAX_ROW
 
@@ -67,14 +68,6 @@ def forget(module: nn.Module) -> None:
         _entries.pop(id(parameter), None)
 
 
-def linears(record: Block | Attention | Mlp) -> list[Linear]:
-    """Return the layers of ``record`` whose products run in FP8."""
-    if isinstance(record, Block):
-        return linears(record.attn) + linears(record.mlp)
-    layers = (record.qkv, record.proj) if isinstance(record, Attention) else (record.fc1, record.fc2)
-    return [layer for some in layers for layer in ([some] if isinstance(some, Linear) else some or ())]
-
-
 def limit(record: Block | Attention | Mlp) -> str | None:
     """Return why the products of ``record`` cannot run in FP8, or None if they can."""
     if isinstance(record, Block):
@@ -86,7 +79,7 @@ def limit(record: Block | Attention | Mlp) -> str | None:
         return "its MLP is gated"
     elif record.norm is not None or record.input_norm is not None:
         return "its MLP has a norm"
-    for layer in linears(record):
+    for layer in records.linears(record):
         if layer.lora is not None:
             return "an adapter of a layer does not run in FP8"
         width, dtype = layer.weight.shape[1], layer.weight.dtype
@@ -109,7 +102,7 @@ def check_inference(record: Block | Attention | Mlp, x: Tensor) -> None:
     Raises:
         NotImplementedError: Something is, or a layer has.
     """
-    if any(layer.lora is not None for layer in linears(record)):
+    if any(layer.lora is not None for layer in records.linears(record)):
         raise NotImplementedError(
             "fp8: a layer has got an adapter, which does not run in FP8: call vitkernels.accelerate(model) again"
         )

@@ -132,8 +132,9 @@ def attention(
     }
     if not packed:
         options |= {"attn_mask": attn_mask, "num_prefix_tokens": 0 if rope is None else attn.num_prefix_tokens}
-    if isinstance(attn.qkv, Linear):
-        qkv = _heads(attn, linear(attn.qkv, x, dtype).view(B, N, attn.qkv.weight.shape[0]))
+    if isinstance(attn.qkv, Linear) or attn.positions is not None:
+        projected = _packed(attn.qkv, x, dtype)
+        qkv = _heads(attn, projected.view(B, N, projected.shape[-1]))
         if attn.positions is not None:
             out = attend_by_position(attn, qkv)
         elif packed:
@@ -176,11 +177,25 @@ def cross_attention(attn: Attention, queries: Tensor, x: Tensor) -> Tensor:
     return _dropout(linear(attn.proj, out.transpose(1, 2).flatten(2)), attn.proj_drop)
 
 
+def _packed(qkv: Linear | tuple[Linear, ...], x: Tensor | ops.Fp8, dtype: torch.dtype | None) -> Tensor:
+    """Return queries, keys and values side by side; of three layers their results are copied."""
+    if isinstance(qkv, Linear):
+        return linear(qkv, x, dtype)
+    return torch.cat([linear(layer, x, dtype) for layer in qkv], dim=-1)
+
+
 def _heads(attn: Attention, packed: Tensor) -> Tensor:
     """View packed queries, keys and values, or their bias, (..., 3 · H · D) as (..., 3, H, D)."""
     if attn.head_first:
         return packed.unflatten(-1, (attn.num_heads, 3, attn.head_dim)).transpose(-2, -3)
     return packed.unflatten(-1, (3, attn.num_heads, attn.head_dim))
+
+
+def _packed_bias(layers: Linear | tuple[Linear, ...], like: Tensor) -> Tensor:
+    """Return what the projections make of a token of zeros."""
+    layers = (layers,) if isinstance(layers, Linear) else layers
+    biases = [like.new_zeros(len(weight)) if bias is None else bias for weight, bias, _ in layers]
+    return torch.cat(biases) if len(biases) > 1 else biases[0]
 
 
 def attend_by_position(attn: Attention, qkv: Tensor) -> Tensor:
@@ -193,8 +208,7 @@ def attend_by_position(attn: Attention, qkv: Tensor) -> Tensor:
         )  # fmt: skip
     (Y, X), size = positions.image, positions.size or positions.image
     if Y % size[0] or X % size[1]:
-        bias = attn.qkv.bias
-        options["padding"] = qkv.new_zeros(qkv.shape[2:]) if bias is None else _heads(attn, bias)
+        options["padding"] = _heads(attn, _packed_bias(attn.qkv, qkv))
     image = qkv.unflatten(1, (Y, X))
     if isinstance(positions, Decomposed):
         out = ops.decomposed_attention(
@@ -219,7 +233,8 @@ def mlp(
 ) -> Tensor:
     """Return ``residual + drop_path_scale · layer_scale · mlp(x)``; only a :func:`_plain_mlp` takes a drop_path_scale.
 
-    It is one op, unless features are dropped, an MLP without gate has a norm, or the norm of a gated one is an RMSNorm.
+    It is one op, unless features are dropped, an MLP without gate has a norm, or a gated one has an RMSNorm or an
+    adapter.
     """
     if mlp.fp8:
         fp8.check_inference(mlp, x)
@@ -236,7 +251,9 @@ def mlp(
             lora = {f"lora{i}": fc.lora and fc.lora[:2] for i, fc in enumerate((fc1, fc2), start=1)}
             return ops.lora_mlp(x, *fc1[:2], *fc2[:2], **lora, **options)
         hidden = linear(fc1, x, activation=activation)
-    elif not drops and (mlp.norm is None or not mlp.norm.rms):
+    elif not (
+        drops or (mlp.norm is not None and mlp.norm.rms) or any(fc.lora is not None for fc in records.linears(mlp))
+    ):
         weights, biases = fc1.plain if isinstance(fc1, Linear) else zip(*(layer.plain for layer in fc1), strict=True)
         if isinstance(biases, tuple) and biases[0] is None:
             biases = None
@@ -254,9 +271,10 @@ def mlp(
     else:
         if isinstance(fc1, Linear):
             gate, value = linear(fc1, x).chunk(2, dim=-1)[:: -1 if mlp.gate_last else 1]
+            gate = reference.activate(gate, activation)
         else:
-            gate, value = (linear(layer, x) for layer in fc1)
-        hidden = reference.activate(gate, activation) * value
+            gate, value = linear(fc1[0], x, activation=activation), linear(fc1[1], x)
+        hidden = gate * value
     hidden = norm(mlp.norm, _dropout(hidden, mlp.drop1))
     if not mlp.drop2:
         return linear(fc2, hidden, residual=residual, layer_scale=layer_scale)

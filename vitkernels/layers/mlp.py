@@ -58,7 +58,7 @@ class Mlp(nn.Module):
 
     def fuses(self) -> bool:
         """Tell whether the fused forward may run: it would skip a hook or an adapter other than LoRA on a child."""
-        return has_plain_children(self, _CHILDREN, adapts=True)
+        return has_plain_children(self, _CHILDREN)
 
     def forward(self, x: Tensor) -> Tensor:
         if Mlp.fuses(self):  # by its class: the hub's layer runs this on other libraries' modules (tools/hub)

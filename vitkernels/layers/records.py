@@ -195,6 +195,14 @@ class Block(NamedTuple):
     fp8: bool = False
 
 
+def linears(record: Block | Attention | Mlp) -> list[Linear]:
+    """Return the linear layers of ``record``."""
+    if isinstance(record, Block):
+        return linears(record.attn) + linears(record.mlp)
+    layers = (record.qkv, record.proj) if isinstance(record, Attention) else (record.fc1, record.fc2)
+    return [layer for some in layers for layer in ([some] if isinstance(some, Linear) else some or ())]
+
+
 PRECISION = "_vitkernels_precision"  # the attribute of a module that accelerate() gave a precision
 
 
@@ -240,11 +248,16 @@ def _lora(module: nn.Module) -> Lora | None:
         return None
     a = [parameter(downs[name], "weight") for name in names]
     b = [parameter(ups[name], "weight") for name in names]
-    b = [up if scaling[name] == 1 else up * scaling[name] for name, up in zip(names, b, strict=True)]
+    b = [_scaled(up, scaling[name]) for name, up in zip(names, b, strict=True)]
     if len(names) > 1:  # dropout would draw for each of them
         return Lora(torch.cat(a), torch.cat(b, dim=1))
     drop = children["lora_dropout"]._modules[names[0]]
     return Lora(a[0], b[0], 0.0 if isinstance(drop, nn.Identity) else dropout(drop))
+
+
+def _scaled(up: Tensor, scale: float | Tensor) -> Tensor:
+    """Return ``up * scale``. A tensor, which PEFT makes of it for ``torch.compile``, is not read: that would wait."""
+    return up if not isinstance(scale, Tensor) and scale == 1 else up * scale
 
 
 def active_adapters(module: nn.Module) -> list[str]:

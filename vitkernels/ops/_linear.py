@@ -229,7 +229,7 @@ def linear_backward(dy, x, weight, bias, z, gamma, activation, needed, dtype=Non
     return dx, dweight, dbias, dgamma, x.new_empty(0, dtype=wide_dtype(x.dtype))
 
 
-def _fake_forward(x, weight, bias, gamma, residual, activation, out_dtype=None, save_z=False):
+def fake_linear_forward(x, weight, bias, gamma, residual, activation, out_dtype=None, save_z=False):
     shape = (*x.shape[:-1], weight.shape[0])
     out_dtype = out_dtype or promoted_dtype(x, residual, gamma)
     return x.new_empty(shape, dtype=out_dtype), x.new_empty(shape if save_z else (0,))
@@ -272,7 +272,7 @@ linear_fwd = register(
     "ScalarType? out_dtype=None, bool save_z=False) -> (Tensor, Tensor)",
     launcher=linear_forward,
     reference=_reference_forward,
-    fake=_fake_forward,
+    fake=fake_linear_forward,
     work="linear",
 )
 linear_bwd = register(

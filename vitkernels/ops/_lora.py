@@ -28,11 +28,12 @@ from vitkernels.ops._linear import (
     check_epilogue,
     check_input,
     check_weights,
+    fake_linear_forward,
     linear_forward,
     weight_gradients,
 )
-from vitkernels.ops._low_rank import LowRank
-from vitkernels.ops._mlp import MlpWanted, mlp_gradients
+from vitkernels.ops._low_rank import LowRank, update
+from vitkernels.ops._mlp import MlpWanted, fake_mlp_forward, mlp_gradients, mlp_products
 from vitkernels.ops._once import once_differentiable
 from vitkernels.ops._product import product
 from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
@@ -41,8 +42,8 @@ from vitkernels.runtime import promoted_dtype, wide_dtype
 
 def lora_linear_forward(x, weight, bias, a, b, lora_x, gamma, residual, activation, out_dtype=None, save_z=False):
     """Launch the forward on (..., K); return ``(y, z, u)``, z empty unless saved, u (M, R)."""
-    update, u = _update(x if lora_x is None else lora_x, a, b)
-    y, z = linear_forward(x, weight, bias, gamma, residual, activation, out_dtype, save_z, low_rank=update)
+    low, u = update(x if lora_x is None else lora_x, (a, b))
+    y, z = linear_forward(x, weight, bias, gamma, residual, activation, out_dtype, save_z, low_rank=low)
     return y, z, u
 
 
@@ -76,13 +77,13 @@ def lora_linear_backward(
             dtypes=(dtype, wide if gamma is None else gamma.dtype),
         )  # fmt: skip
         gamma, of_weights = None, [wanted.dweight, False, False]
-    update = low.upstream(dy, gamma, wanted.dlora_x if lora_x is not None else wanted.dx)
+    upstream = low.upstream(dy, gamma, wanted.dlora_x if lora_x is not None else wanted.dx)
     dx, dlora_x = x.new_empty(0), x.new_empty(0)
     if wanted.dx:
         folded, alpha = fold_layer_scale(weight, gamma)
-        dx = product(dy, folded, alpha=alpha, low_rank=update if lora_x is None else None)[0].view(x.shape)
+        dx = product(dy, folded, alpha=alpha, low_rank=upstream if lora_x is None else None)[0].view(x.shape)
     if wanted.dlora_x:
-        dlora_x = product(*update, alpha=low.alpha)[0].view(x.shape)
+        dlora_x = product(*upstream, alpha=low.alpha)[0].view(x.shape)
     grads = weight_gradients(dy, rows, weight, bias, gamma, [*of_weights, False], dtype)
     da, db, update_dgamma = low.gradients(dy, rows if lora_x is None else _rows(lora_x), gamma, of_weights[2])
     if dbias is None:
@@ -95,9 +96,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _fake_linear_forward(x, weight, bias, a, b, lora_x, gamma, residual, activation, out_dtype=None, save_z=False):
-    lead, shape = x.shape[:-1], (*x.shape[:-1], weight.shape[0])
-    y = x.new_empty(shape, dtype=out_dtype or promoted_dtype(x, residual, gamma))
-    return y, x.new_empty(shape if save_z else (0,)), x.new_empty((lead.numel(), a.shape[0]))
+    u = x.new_empty((x.shape[:-1].numel(), a.shape[0]))
+    return *fake_linear_forward(x, weight, bias, gamma, residual, activation, out_dtype, save_z), u
 
 
 def _fake_linear_backward(
@@ -185,7 +185,7 @@ class LoraLinearFunction(torch.autograd.Function):
         needed = list(ctx.needs_input_grad[:7])
         grads = [None] * 7
         if any(needed):
-            results = lora_linear_bwd(dy, *saved, ctx.activation, needed, ctx.dtypes[0], ctx.dtypes[2])
+            results = lora_linear_bwd(dy, *saved, ctx.activation, needed, ctx.dtypes[0], _widest(ctx.dtypes[2:]))
             grads = _of_dtypes(results, needed, (None, *ctx.dtypes, None, None))
         dresidual = dy.to(ctx.residual_dtype) if ctx.needs_input_grad[7] else None
         return *grads, dresidual, None
@@ -194,6 +194,14 @@ class LoraLinearFunction(torch.autograd.Function):
 def _of_other_dtypes(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     """Return the tensors that a backward saves in x's dtype alone."""
     return tuple(t for t in tensors if t is not None and t.dtype != x.dtype)
+
+
+def _widest(dtypes: list[torch.dtype | None]) -> torch.dtype:
+    """Return the dtype in which the gradients of all A's and B's lose nothing: each may be in x's dtype or in fp32."""
+    first, *others = [dtype for dtype in dtypes if dtype is not None]
+    for dtype in others:
+        first = torch.promote_types(first, dtype)
+    return first
 
 
 def _of_dtypes(grads, needed, dtypes) -> list[Tensor | None]:
@@ -282,21 +290,9 @@ def lora_mlp_forward(
     path=None,
 ):  # fmt: skip
     """Launch the forward on (..., C); return ``(y, z, h, u1, u2)``, z and h empty unless saved, u1 and u2 if unused."""
-    low1, u1 = _update(x, a1, up1)
-    h, z = linear_forward(x, w1, b1, None, None, activation or "none", save_z=save_z, act_path=path, low_rank=low1)
-    low2, u2 = _update(h, a2, up2)
-    out_dtype = out_dtype or promoted_dtype(x, residual, gamma, path)
-    bias_path = None if b2 is None else path
-    y, _ = linear_forward(h, w2, b2, gamma, residual, None, out_dtype, bias_path=bias_path, low_rank=low2)
-    return y, z, h if save_act else x.new_empty(0), u1, u2
-
-
-def _update(x: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[tuple[Tensor, Tensor] | None, Tensor]:
-    """Return the factors of x Aᵀ Bᵀ for a product, and x Aᵀ alone; None and an empty tensor without A and B."""
-    if a is None:
-        return None, x.new_empty(0)
-    u, _ = product(_rows(x), a.t())
-    return (u, b.t()), u
+    lora = None if a1 is None else (a1, up1), None if a2 is None else (a2, up2)
+    results, us = mlp_products(x, w1, b1, w2, b2, gamma, residual, activation, out_dtype, save_z, save_act, path, lora)
+    return *results, *(x.new_empty(0) if u is None else u for u in us)
 
 
 class LoraMlpWanted(NamedTuple):
@@ -344,10 +340,9 @@ def _fake_mlp_forward(
     x, w1, b1, w2, b2, a1, up1, a2, up2, gamma, residual, activation, out_dtype=None, save_z=False, save_act=False,
     path=None,
 ):  # fmt: skip
-    lead = x.shape[:-1]
-    y = x.new_empty((*lead, w2.shape[0]), dtype=out_dtype or promoted_dtype(x, residual, gamma, path))
-    z, act = (x.new_empty((*lead, w1.shape[0]) if save else (0,)) for save in (save_z, save_act))
-    return y, z, act, *(x.new_empty((0,) if a is None else (lead.numel(), a.shape[0])) for a in (a1, a2))
+    plain = fake_mlp_forward(x, w1, b1, w2, b2, gamma, residual, activation, out_dtype, save_z, save_act, path)
+    rows = x.shape[:-1].numel()
+    return *plain, *(x.new_empty((0,) if a is None else (rows, a.shape[0])) for a in (a1, a2))
 
 
 def _fake_mlp_backward(
@@ -459,8 +454,7 @@ class LoraMlpFunction(torch.autograd.Function):
         grads = [None] * 10
         if any(needed):
             *saved, path = saved
-            lora_dtype = ctx.dtypes[4] or ctx.dtypes[6]
-            results = lora_mlp_bwd(dy, *saved, ctx.activation, needed, ctx.dtypes[0], lora_dtype, path)
+            results = lora_mlp_bwd(dy, *saved, ctx.activation, needed, ctx.dtypes[0], _widest(ctx.dtypes[4:]), path)
             grads = _of_dtypes(results, needed, (None, *ctx.dtypes, None))
         dresidual = dy.to(ctx.residual_dtype) if ctx.needs_input_grad[10] else None
         return *grads, dresidual, *[None] * 3

@@ -18,6 +18,15 @@ from vitkernels.ops._linear import weight_gradients
 from vitkernels.ops._product import product
 
 
+def update(x: Tensor, lora: tuple[Tensor, Tensor] | None) -> tuple[tuple[Tensor, Tensor], Tensor] | tuple[None, None]:
+    """Return u and Bᵀ, whose product is the update of x (..., K) by A and B, and u alone; None without them."""
+    if lora is None:
+        return None, None
+    a, b = lora
+    u, _ = product(x.reshape(x.shape[:-1].numel(), x.shape[-1]), a.t())
+    return (u, b.t()), u
+
+
 class LowRank:
     """The update in a backward: first :meth:`upstream`, for the gradient of x, then :meth:`gradients`."""
 

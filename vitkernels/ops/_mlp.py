@@ -30,6 +30,7 @@ from vitkernels.ops._linear import (
     linear_forward,
     weight_gradients,
 )
+from vitkernels.ops._low_rank import update
 from vitkernels.ops._once import once_differentiable
 from vitkernels.ops._product import product, product_dact
 from vitkernels.ops._registry import needs_grad, reference_gradients, register, uses_kernels
@@ -40,10 +41,22 @@ def mlp_forward(
     x, w1, b1, w2, b2, gamma, residual, activation, out_dtype=None, save_z=False, save_act=False, path=None
 ):  # fmt: skip
     """Launch the forward on (..., C); return ``(y, z, h)``, the last two empty unless saved."""
-    h, z = linear_forward(x, w1, b1, None, None, activation or "none", save_z=save_z, act_path=path)
+    lora = None, None
+    return mlp_products(x, w1, b1, w2, b2, gamma, residual, activation, out_dtype, save_z, save_act, path, lora)[0]
+
+
+def mlp_products(x, w1, b1, w2, b2, gamma, residual, activation, out_dtype, save_z, save_act, path, lora):
+    """Return what :func:`mlp_forward` does, and each layer's u, None if unused.
+
+    ``lora`` holds LoRA's A and B or None for each layer.
+    """
+    low1, u1 = update(x, lora[0])
+    h, z = linear_forward(x, w1, b1, None, None, activation or "none", save_z=save_z, act_path=path, low_rank=low1)
+    low2, u2 = update(h, lora[1])
     out_dtype = out_dtype or promoted_dtype(x, residual, gamma, path)
-    y, _ = linear_forward(h, w2, b2, gamma, residual, None, out_dtype, bias_path=None if b2 is None else path)
-    return y, z, h if save_act else x.new_empty(0)
+    bias_path = None if b2 is None else path
+    y, _ = linear_forward(h, w2, b2, gamma, residual, None, out_dtype, bias_path=bias_path, low_rank=low2)
+    return (y, z, h if save_act else x.new_empty(0)), (u1, u2)
 
 
 class MlpWanted(NamedTuple):
@@ -110,7 +123,7 @@ def mlp_gradients(dy, x, w1, w2, b2, gamma, z, act, activation, wanted, dtype, p
     return (dx, dw1, db1, *d_last), updates
 
 
-def _fake_forward(
+def fake_mlp_forward(
     x, w1, b1, w2, b2, gamma, residual, activation, out_dtype=None, save_z=False, save_act=False, path=None
 ):  # fmt: skip
     lead = x.shape[:-1]
@@ -178,7 +191,7 @@ mlp_fwd = register(
     "Tensor? path=None) -> (Tensor, Tensor, Tensor)",
     launcher=mlp_forward,
     reference=_reference_forward,
-    fake=_fake_forward,
+    fake=fake_mlp_forward,
     work="mlp",
 )
 mlp_bwd = register(

@@ -106,7 +106,7 @@ def _set_precision(module: nn.Module, entry: Swapped | Kept) -> None:
     if isinstance(entry, Swapped) and entry.precision is not None:
         fp8.forget(module)  # of parameters that were written through their data
         vars(module)[records.PRECISION] = entry.precision
-        for layer in fp8.linears(_rule(module).products(module)):
+        for layer in records.linears(_rule(module).products(module)):
             fp8.weight(layer.weight)
     elif vars(module).pop(records.PRECISION, None) is not None:
         fp8.forget(module)

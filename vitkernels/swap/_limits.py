@@ -19,6 +19,15 @@ def packed_heads_limit(attn: nn.Module) -> str | None:
     return head_dim_limit(attn.qkv.in_features // attn.num_heads)
 
 
+def ignored_adapter(attn: nn.Module) -> str | None:
+    """An adapter on ``qkv`` does nothing: timm adds biases of its own in one product with the weight of ``qkv``."""
+    own, qkv = vars(attn), attn._modules.get("qkv")
+    biased = attn._parameters.get("q_bias") is not None and not own.get("qkv_bias_separate")
+    if biased and qkv is not None and "base_layer" in qkv._modules:
+        return "timm reads the weight of qkv and does not call it, so an adapter on qkv does nothing until it is merged"
+    return None
+
+
 def block_heads_limit(block: nn.Module) -> str | None:
     """:func:`packed_heads_limit` of a block's attention."""
     return packed_heads_limit(block.attn)

@@ -215,6 +215,7 @@ def rules(
         },
         "PatchMerging": {
             "bypassed": _patch_merging.CHILDREN,
+            "adapts": False,
             "attributes": frozenset({"input_resolution", "dim"}),
         },
         "PatchEmbed": {

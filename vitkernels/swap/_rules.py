@@ -29,6 +29,9 @@ PARAMETERS: dict[type[nn.Module], frozenset[str]] = {
     nn.Linear: frozenset({"weight", "bias"}),
 }
 
+# Attributes that any module may have. PEFT leaves its configuration at the root of a model that has adapters.
+_HARMLESS = frozenset({"training", "forward", "peft_config"})
+
 # The end of the reason for a parameter that FSDP2 has sharded. FSDP2 makes it a plain Parameter while the module runs.
 SHARDED = "is a DTensor, not a plain Parameter"
 
@@ -43,7 +46,8 @@ class Rule:
         bypassed: The children that the fused forward reads but does not call: the allowed classes of each by name. A
             grandchild whose parent has no rule is named by its path, ``"mlp.c_fc"``. With ``NoneType`` among the
             classes the child may be absent.
-        adapts: Whether the fused forward computes PEFT's LoRA around these children that are a Linear.
+        adapts: Whether the fused forward computes PEFT's LoRA around these children that are a Linear. Not where the
+            original reads the weight of one and does not call it: an adapter then does nothing.
         called: The children that the fused forward still calls.
         parameters: The names of the module's own parameters.
         optional_parameters: The names of further parameters that it may have or lack.
@@ -58,7 +62,7 @@ class Rule:
     original: type[nn.Module]
     fused: type[nn.Module]
     bypassed: Mapping[str, tuple[type[nn.Module], ...]] = dataclasses.field(default_factory=dict)
-    adapts: bool = False
+    adapts: bool = True
     called: frozenset[str] = frozenset()
     parameters: frozenset[str] = frozenset()
     optional_parameters: frozenset[str] = frozenset()
@@ -124,7 +128,7 @@ def become(module: nn.Module, cls: type[nn.Module]) -> None:
 
 def _strange_attribute(rule: Rule, module: nn.Module) -> str | None:
     for name, value in vars(module).items():
-        known = name[0] == "_" or name in ("training", "forward") or name in rule.attributes
+        known = name[0] == "_" or name in _HARMLESS or name in rule.attributes
         if not known and value is not None and value is not False:
             return f"it has an attribute {name!r} that is unknown here and may change what it computes"
     for name in rule.bypassed:

@@ -82,11 +82,11 @@ def _rope(rope: tuple[Tensor, Tensor] | None, tokens: int) -> tuple[ops.Rope | N
 def _attention(attn: SelfAttention, prefix: int) -> records.Attention:
     children = attn._modules
     qkv = children["qkv"]
-    weight, bias = records.linear(qkv).plain
-    if bias is not None and isinstance(qkv, LinearKMaskedBias):
-        bias = bias * qkv.bias_mask.to(bias.dtype)
+    read, base = records.linear(qkv), qkv._modules.get("base_layer", qkv)
+    if read.bias is not None and isinstance(base, LinearKMaskedBias):
+        read = read._replace(bias=read.bias * base.bias_mask.to(read.bias.dtype))
     return records.Attention(
-        records.Linear(weight, bias),
+        read,
         records.linear(children["proj"]),
         attn.num_heads,
         qkv.in_features // attn.num_heads,

@@ -71,6 +71,7 @@ add(
             PatchEmbed: FusedPatchEmbed,
         },
         {
+            "adapts": False,  # the original reads the weight of qkv
             "parameters": frozenset({"logit_scale"}),
             "optional_parameters": frozenset({"q_bias", "v_bias"}),
         },

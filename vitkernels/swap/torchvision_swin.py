@@ -149,6 +149,7 @@ ATTENTION = Rule(
     ShiftedWindowAttention,
     FusedShiftedWindowAttention,
     bypassed={"qkv": (nn.Linear,), "proj": (nn.Linear,)},
+    adapts=False,  # torchvision reads their weights
     parameters=frozenset({"relative_position_bias_table"}),
     attributes=frozenset({"window_size", "shift_size", "num_heads", "attention_dropout", "dropout"}),
     limit=packed_heads_limit,
@@ -158,6 +159,7 @@ ATTENTION_V2 = Rule(
     ShiftedWindowAttentionV2,
     FusedShiftedWindowAttentionV2,
     bypassed=ATTENTION.bypassed | TABLE_MLP,
+    adapts=False,
     parameters=frozenset({"logit_scale"}),
     attributes=ATTENTION.attributes,
     limit=packed_heads_limit,
@@ -185,7 +187,7 @@ BLOCK_V2 = Rule(
     limited_by=("stochastic_depth.mode",),
 )
 MERGING, MERGING_V2 = (
-    Rule(original, swapped, bypassed=_patch_merging.CHILDREN, attributes=frozenset({"dim"}))
+    Rule(original, swapped, bypassed=_patch_merging.CHILDREN, adapts=False, attributes=frozenset({"dim"}))
     for original, swapped in ((PatchMerging, FusedPatchMerging), (PatchMergingV2, FusedPatchMergingV2))
 )
 add(MLP_RULE, ATTENTION, ATTENTION_V2, BLOCK, BLOCK_V2, MERGING, MERGING_V2)

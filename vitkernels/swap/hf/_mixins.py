@@ -92,7 +92,6 @@ def attention_options(*linears: str) -> dict[str, object]:
     """Return the rule's options for an attention with the projections ``linears``."""
     return {
         "bypassed": dict.fromkeys(linears, (nn.Linear,)),
-        "adapts": True,
         "attributes": frozenset(
             {
                 "all_head_size", "attention_dropout", "attention_head_size", "config", "dropout", "dropout_prob",
@@ -103,10 +102,9 @@ def attention_options(*linears: str) -> dict[str, object]:
     }  # fmt: skip
 
 
-def mlp_options(act: str, *linears: str, adapts: bool = False) -> dict[str, object]:
+def mlp_options(act: str, *linears: str) -> dict[str, object]:
     """Return the rule's options for an MLP with the activation ``act`` and the layers ``linears``."""
     return {
-        "adapts": adapts,
         "bypassed": {act: (nn.GELU, nn.SiLU, *_ACTIVATIONS), **dict.fromkeys(linears, (nn.Linear,))},
         "attributes": frozenset({"config", "hidden_size", "intermediate_size"}),
         "limit": _mlp_limit,
@@ -235,8 +233,10 @@ def attend(attn: records.Attention, x: Tensor, mask: Tensor | records.Relative |
     return fused.attention(attn, x, attn_mask=mask, **options)
 
 
-def packed(*layers: records.Linear) -> records.Linear:
-    """Pack the projections of queries, keys and values, of which some may have no bias."""
+def packed(*layers: records.Linear) -> records.Linear | tuple[records.Linear, ...]:
+    """Pack the projections of queries, keys and values, of which some may have no bias; not those with an adapter."""
+    if any(layer.lora is not None for layer in layers):
+        return layers
     weights, biases = zip(*(layer.plain for layer in layers), strict=True)
     if all(bias is None for bias in biases):
         return records.Linear(torch.cat(weights))
@@ -328,7 +328,7 @@ class Mlp(Kind):
     """``fc2(act(fc1(x)))``."""
 
     _takes = frozenset({"hidden_states"})
-    _options = mlp_options("activation_fn", "fc1", "fc2", adapts=True)
+    _options = mlp_options("activation_fn", "fc1", "fc2")
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if runs_fused(self._rule, self, hidden_states):
@@ -340,7 +340,7 @@ class UpDownMlp(Mlp):
     """:class:`Mlp` under DINOv3's names."""
 
     _takes = frozenset({"x"})
-    _options = mlp_options("act_fn", "up_proj", "down_proj", adapts=True)
+    _options = mlp_options("act_fn", "up_proj", "down_proj")
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)
@@ -520,7 +520,6 @@ class BeitLayer(_Layer):
             attn, window = self.attention, tuple(size // self.patch_size for size in resolution)
             reads = isinstance(attn, _Attention) and attn._fuses(hidden_states, None, kwargs)
             reads = reads and not (records.runs_fp8(attn) or kwargs.get("is_causal"))
-            reads = reads and all(layer.lora is None for layer in attn._record(attn).qkv)
             attention_mask = relative_bias(
                 self, hidden_states, attention_mask, window, interpolate_pos_encoding, reads=reads
             )

@@ -11,7 +11,6 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitkernels import ops
 from vitkernels.layers import fused, records
 from vitkernels.swap._rules import runs_fused
 from vitkernels.swap.hf import _mixins as new
@@ -52,7 +51,7 @@ class SelfOutput(Kind):
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         if not runs_fused(self._rule, self, hidden_states):
             return super().forward(hidden_states, input_tensor)
-        projected = ops.linear(hidden_states, self.dense.weight, self.dense.bias)
+        projected = fused.linear(records.linear(self.dense), hidden_states)
         return F.dropout(projected, self.dropout.p, self.dropout.training)
 
 
@@ -65,7 +64,7 @@ class Intermediate(Kind):
     def forward(self, hidden_states: Tensor) -> Tensor:
         if not runs_fused(self._rule, self, hidden_states):
             return super().forward(hidden_states)
-        return ops.linear(hidden_states, self.dense.weight, self.dense.bias, activation=activation(self))
+        return fused.linear(records.linear(self.dense), hidden_states, activation=activation(self))
 
 
 class Output(Kind):
@@ -77,10 +76,10 @@ class Output(Kind):
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         if not runs_fused(self._rule, self, hidden_states):
             return super().forward(hidden_states, input_tensor)
-        dense, drop = self.dense, self.dropout
-        if drop.training and drop.p:
-            return F.dropout(ops.linear(hidden_states, dense.weight, dense.bias), drop.p) + input_tensor
-        return ops.linear(hidden_states, dense.weight, dense.bias, residual=input_tensor)
+        dense, drop = records.linear(self.dense), records.dropout(self.dropout)
+        if drop:
+            return F.dropout(fused.linear(dense, hidden_states), drop) + input_tensor
+        return fused.linear(dense, hidden_states, residual=input_tensor)
 
 
 class SizedPatchEmbeddings(Kind):
@@ -234,7 +233,7 @@ def cut_children(own: dict[str, type[nn.Module]], prefix: str, inner: str) -> di
 
 
 def cut_attention(attention: nn.Module, inner: str) -> records.Attention:
-    """Read the attention of such a layer; the three projections are packed at each call."""
+    """Read the attention of such a layer, with the three projections packed."""
     attn, output = attention._modules[inner], attention.output
     return records.Attention(
         new.packed(*map(records.linear, (attn.query, attn.key, attn.value))),

@@ -7,8 +7,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitkernels import ops
-from vitkernels.layers import records
+from vitkernels.layers import fused, records
 from vitkernels.swap._rules import runs_fused
 from vitkernels.swap.hf import _mixins as new
 from vitkernels.swap.hf import _mixins_4 as old
@@ -22,7 +21,6 @@ class SelfAttention(new._Attention):
     )
     _options = new.attention_options("query", "key", "value")
     _options = _options | {
-        "adapts": False,
         "bypassed": {**_options["bypassed"], "dropout": (nn.Dropout,)},
         "attributes": _options["attributes"] | {"has_relative_position_bias"},
     }
@@ -63,7 +61,7 @@ class Output(new.Kind):
     def forward(self, hidden_states: Tensor, *unused) -> Tensor:
         if not runs_fused(self._rule, self, hidden_states):
             return super().forward(hidden_states, *unused)
-        projected = ops.linear(hidden_states, self.dense.weight, self.dense.bias)
+        projected = fused.linear(records.linear(self.dense), hidden_states)
         return F.dropout(projected, self.dropout.p, self.dropout.training)
 
 

@@ -185,6 +185,7 @@ class PatchMerging(Kind):
     _takes = frozenset({"input_feature", "input_dimensions"})
     _options: ClassVar = {
         "bypassed": _patch_merging.CHILDREN,
+        "adapts": False,
         "attributes": frozenset({"input_resolution", "dim"}),
     }
     _norm_last: ClassVar = False

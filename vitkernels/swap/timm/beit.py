@@ -6,7 +6,7 @@ from timm.models.beit import Attention, Block
 from torch import Tensor, nn
 
 from vitkernels.layers import fused, records
-from vitkernels.swap._limits import head_dim_limit
+from vitkernels.swap._limits import head_dim_limit, ignored_adapter
 from vitkernels.swap._rules import Rule, add, runs_fused
 from vitkernels.swap.timm.vision_transformer import BRANCHES
 
@@ -47,7 +47,7 @@ def _with_positions(attn: nn.Module, record: records.Attention) -> records.Atten
 
 
 def _attention_limit(attn: nn.Module) -> str | None:
-    return head_dim_limit(attn.proj.in_features // attn.num_heads)
+    return head_dim_limit(attn.proj.in_features // attn.num_heads) or ignored_adapter(attn)
 
 
 ATTENTION = Rule(
@@ -64,7 +64,7 @@ ATTENTION = Rule(
         {"num_heads", "scale", "fused_attn", "qkv_bias_separate", "window_size", "num_relative_distance"}
     ),
     limit=_attention_limit,
-    limited_by=("num_heads", "proj.in_features"),
+    limited_by=("num_heads", "proj.in_features", "qkv_bias_separate"),
 )
 BLOCK = Rule(
     Block,

@@ -21,7 +21,7 @@ from timm.layers.format import Format, nchw_to
 from torch import Tensor, nn
 
 from vitkernels.layers import fused, records
-from vitkernels.swap._limits import head_dim_limit, one_dim, patches_limit
+from vitkernels.swap._limits import head_dim_limit, ignored_adapter, one_dim, patches_limit
 from vitkernels.swap._rules import Rule, add, runs_fused
 
 
@@ -134,7 +134,7 @@ def head_dim(attn: nn.Module) -> int:
 
 def attention_limit(attn: nn.Module) -> str | None:
     """Return why no attention kernel supports ``attn``, or None if one does."""
-    return head_dim_limit(head_dim(attn))
+    return head_dim_limit(head_dim(attn)) or ignored_adapter(attn)
 
 
 def _glu_limit(mlp: GluMlp) -> str | None:
@@ -153,7 +153,7 @@ ABSENT = type(None)
 NORM_ATTRIBUTES = frozenset({"normalized_shape", "eps", "elementwise_affine"})
 DROP_PATHS = (nn.Identity, DropPath)
 # What attention_limit reads; see head_dim.
-ATTENTION_LIMITED_BY = ("head_dim", "num_heads", "proj.in_features")
+ATTENTION_LIMITED_BY = ("head_dim", "num_heads", "proj.in_features", "qkv_bias_separate")
 # The children of every attention in this folder, except those that make queries, keys and values.
 ATTENTION_CHILDREN = {
     "q_norm": (nn.Identity, *NORMS),
@@ -200,13 +200,12 @@ ATTENTION = Rule(
     Attention,
     FusedAttention,
     bypassed={"qkv": (nn.Linear,), **ATTENTION_CHILDREN},
-    adapts=True,
     called=frozenset({"gate"}),
     attributes=frozenset({"num_heads", "head_dim", "attn_dim", "scale", "fused_attn"}),
     limit=attention_limit,
     limited_by=ATTENTION_LIMITED_BY,
 )
-MLP = Rule(Mlp, FusedMlp, bypassed={"fc1": (nn.Linear,), **MLP_CHILDREN}, adapts=True)
+MLP = Rule(Mlp, FusedMlp, bypassed={"fc1": (nn.Linear,), **MLP_CHILDREN})
 GLU_MLP = Rule(
     GluMlp,
     FusedGluMlp,

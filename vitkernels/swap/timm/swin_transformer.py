@@ -116,6 +116,7 @@ MERGING = Rule(
     PatchMerging,
     FusedPatchMerging,
     bypassed=MERGING_CHILDREN,
+    adapts=False,
     attributes=frozenset({"dim", "out_dim"}),
 )
 add(ATTENTION, BLOCK, MERGING)

@@ -133,6 +133,7 @@ MERGING = Rule(
     PatchMerging,
     FusedPatchMerging,
     bypassed=MERGING_CHILDREN,
+    adapts=False,
     attributes=frozenset({"dim", "out_dim"}),
 )
 add(ATTENTION, ATTENTION_CR, BLOCK, BLOCK_CR, MERGING)

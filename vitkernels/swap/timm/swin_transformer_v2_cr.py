@@ -19,5 +19,5 @@ class FusedPatchMerging(PatchMerging):
         return super().forward(x)
 
 
-MERGING = Rule(PatchMerging, FusedPatchMerging, bypassed=MERGING_CHILDREN)
+MERGING = Rule(PatchMerging, FusedPatchMerging, bypassed=MERGING_CHILDREN, adapts=False)
 add(MERGING)

@@ -108,7 +108,7 @@ def _attention_fuses(attn: nn.Module) -> bool:
     children |= {"proj": (nn.Linear,), "proj_drop": drops}
     return (
         _holds(attn, children, {"gate"})
-        and has_plain_children(attn, children, adapts=True)
+        and has_plain_children(attn, children)
         and all(_norms_last_dim(attn._modules[name]) for name in ("q_norm", "k_norm", "norm"))
         and attn.head_dim <= MAX_HEAD_DIM
     )

@@ -19,6 +19,8 @@ _HOME = {
     "compare_precision": "swap.accuracy",
     "compile_inference": "_inference",
     "explain": "swap",
+    "full_state_dict": "swap.parallelize",
+    "parallelize": "swap.parallelize",
     "restore": "swap",
     "backend": "runtime",
     "use_backend": "runtime",

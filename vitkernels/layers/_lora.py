@@ -10,7 +10,7 @@ import sys
 import torch
 from torch import nn
 
-from vitkernels.layers import _own, records
+from vitkernels.layers import _own, records, sharded
 
 # The attributes of PEFT's Linear that are known: another one may change what it computes.
 _ATTRIBUTES = frozenset({
@@ -43,6 +43,8 @@ def why_not(module: nn.Module) -> str | None:
         return "its adapter is for a transposed weight"
     if module.disable_adapters and module.merged:
         return "its adapters are disabled and still merged, which PEFT undoes when it is called"
+    if sharded.MARK in children["base_layer"].__dict__:
+        return "its base layer is sharded over processes"
     names, weight = records.active_adapters(module), getattr(children["base_layer"], "weight", None)
     if not isinstance(weight, torch.Tensor):
         return f"its base layer is a {type(children['base_layer']).__name__}, which has no weight"

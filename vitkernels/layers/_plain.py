@@ -6,10 +6,25 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from vitkernels.layers import _lora, _own
+from vitkernels.layers import _lora, _own, sharded
 
 
 def has_plain_children(module: nn.Module, classes: Mapping[str, tuple[type[nn.Module], ...]]) -> bool:
+    """Tell whether a fused forward may read the children named in ``classes``; see :func:`_are_plain`.
+
+    Raises:
+        RuntimeError: It may not, and the module's layers are sharded: then there is no other forward.
+    """
+    plain = _are_plain(module, classes)
+    if not plain and sharded.MARK in module.__dict__:
+        raise RuntimeError(
+            f"a {type(module).__name__} that vitkernels.parallelize sharded has only a fused forward, and a hook, an "
+            "adapter or another class of a child forbids it; undo that"
+        )
+    return plain
+
+
+def _are_plain(module: nn.Module, classes: Mapping[str, tuple[type[nn.Module], ...]]) -> bool:
     """Tell whether each child named in ``classes`` is exactly of a listed class, without hooks or a replaced forward.
 
     The forward must not be replaced on the child or on its class. Adapters, parametrizations and quantized layers

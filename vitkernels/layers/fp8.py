@@ -80,6 +80,8 @@ def limit(record: Block | Attention | Mlp) -> str | None:
     elif record.norm is not None or record.input_norm is not None:
         return "its MLP has a norm"
     for layer in records.linears(record):
+        if layer.group is not None:
+            return "its layers are sharded over processes"
         if layer.lora is not None:
             return "an adapter of a layer does not run in FP8"
         width, dtype = layer.weight.shape[1], layer.weight.dtype

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitkernels import ops, reference, runtime
-from vitkernels.layers import fp8, records
+from vitkernels.layers import fp8, records, sharded
 from vitkernels.layers.records import Attention, Block, Decomposed, DropPath, Linear, Mlp, Norm, Relative
 
 
@@ -94,7 +94,7 @@ def linear(
     if isinstance(x, ops.Fp8):
         weight, bias = layer.plain
         return ops.linear_fp8(x, fp8.weight(weight), bias, dtype=dtype, **epilogue)
-    weight, bias, lora = layer
+    weight, bias, lora, _ = layer
     if lora is None:
         return ops.linear(x, weight, bias, **epilogue)
     # In the adapter's dtype, in which PEFT drops: the same elements for a seed.
@@ -116,6 +116,10 @@ def attention(
     ``rope`` does not rotate the first ``attn.num_prefix_tokens`` tokens. With :class:`Packed`, x is (1, T, C), and the
     tables of ``rope`` broadcast to (H, T, D). For an x in FP8, ``dtype`` is that of everything else.
     """
+    group = attn.proj.group if attn.proj is not None else None
+    if group is not None:
+        attn, attn_mask, rope = _own_part(group, attn, attn_mask, rope)
+        x = group.enter(x)
     if attn.fp8:
         fp8.check_inference(attn, x)
         dtype, x = x.dtype, ops.quantize_fp8(x)
@@ -156,6 +160,9 @@ def attention(
         out = out * attn.gate(x).sigmoid()
     if attn.proj is None:
         return out
+    if group is not None:
+        out = group.sum(linear(attn.proj._replace(bias=group.share(attn.proj.bias)), out))
+        return _dropout(out, attn.proj_drop)
     return _dropout(linear(attn.proj, ops.quantize_fp8(out) if in_fp8 else out, dtype), attn.proj_drop)
 
 
@@ -165,6 +172,31 @@ def takes_masks(attn_mask: Tensor | None, is_causal: bool) -> bool:
         return True
     masks = isinstance(attn_mask, Tensor) and (attn_mask.dtype == torch.bool or attn_mask.is_floating_point())
     return masks and not is_causal
+
+
+def _own_part(
+    group: sharded.Group, attn: Attention, attn_mask: Tensor | Packed | None, rope: ops.Rope | None
+) -> tuple[Attention, Tensor | Packed | None, ops.Rope | None]:
+    """Return what this process's heads take: the norms, shared by all heads, and their own masks, tables and biases."""
+    if attn.attn_drop:
+        raise NotImplementedError("attention whose heads are sharded cannot drop weights; set attn_drop to 0")
+    positions = attn.positions
+    if isinstance(positions, Relative):
+        positions = positions._replace(bias_table=group.own_heads(positions.bias_table, -1))
+    elif positions is not None:
+        raise NotImplementedError("attention in windows or with decomposed positions cannot be sharded")
+    q_norm, k_norm = (
+        n
+        and n._replace(
+            **{name: t if t is None else group.enter(t) for name, t in zip(n._fields[:2], n[:2], strict=True)}
+        )
+        for n in (attn.q_norm, attn.k_norm)
+    )
+    if isinstance(attn_mask, Tensor):
+        attn_mask = group.own_heads(attn_mask)
+    if rope is not None:
+        rope = rope._replace(cos=group.own_heads(rope.cos), sin=group.own_heads(rope.sin))
+    return attn._replace(q_norm=q_norm, k_norm=k_norm, positions=positions), attn_mask, rope
 
 
 def cross_attention(attn: Attention, queries: Tensor, x: Tensor) -> Tensor:
@@ -236,6 +268,8 @@ def mlp(
     It is one op, unless features are dropped, an MLP without gate has a norm, or a gated one has an RMSNorm or an
     adapter.
     """
+    if mlp.fc2.group is not None:
+        return _sharded_mlp(mlp, x, residual, layer_scale, drop_path_scale)
     if mlp.fp8:
         fp8.check_inference(mlp, x)
         return _mlp_fp8(mlp, ops.quantize_fp8(x), x.dtype, residual=residual, layer_scale=layer_scale)
@@ -284,6 +318,23 @@ def mlp(
     return out if residual is None else residual + out
 
 
+def _sharded_mlp(
+    whole: Mlp, x: Tensor, residual: Tensor | None, layer_scale: Tensor | None, drop_path_scale: Tensor | None
+) -> Tensor:
+    if whole.drop1 or whole.drop2:
+        raise NotImplementedError("an MLP whose hidden features are sharded cannot drop any; set its dropout to 0")
+    group, fc2 = whole.fc2.group, whole.fc2
+    own = whole._replace(input_norm=None, fc2=fc2._replace(bias=group.share(fc2.bias), group=None))
+    out = mlp(
+        own,
+        group.enter(norm(whole.input_norm, x)),
+        residual=residual if group.rank == 0 else None,
+        layer_scale=None if layer_scale is None else group.enter(layer_scale),
+        drop_path_scale=drop_path_scale,
+    )
+    return group.sum(out, residual)
+
+
 def _mlp_fp8(mlp: Mlp, x: ops.Fp8, dtype: torch.dtype, **epilogue: Tensor | None) -> Tensor:
     hidden = linear(mlp.fc1, x, torch.float8_e4m3fn, activation=mlp.activation)
     return linear(mlp.fc2, hidden, dtype, **epilogue)
@@ -299,8 +350,8 @@ def block(
 ) -> Tensor:
     """A pre-norm block: ``x + γ1 · attn(norm1(x))``, then ``x + γ2 · mlp(norm2(x))``, with DropPath on both branches.
 
-    A block is one op if it is plain, has no mask, rope, dropout or adapter, and the tuning table picks our attention
-    kernels.
+    A block is one op if it is plain, has no mask, rope, dropout, adapter or shards, and the tuning table picks our
+    attention kernels.
     Otherwise LayerScale, DropPath and the first residual sum are fused with norm2, the second ones with a plain MLP.
     """
     norm1, attn, norm2, mlp_, gamma1, gamma2, path1, path2, in_fp8 = block
@@ -387,6 +438,7 @@ def _is_plain(block: Block) -> bool:
         and mlp_.input_norm is None
         and _plain_mlp(mlp_)
         and attn.qkv.lora is attn.proj.lora is mlp_.fc1.lora is mlp_.fc2.lora is None
+        and attn.proj.group is mlp_.fc2.group is None
     )
 
 

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vitkernels.layers import sharded
+
 
 class Lora(NamedTuple):
     """``dropout(x) · aᵀ · bᵀ``, an update of low rank: a (rank, in), b (out, rank) with its scaling.
@@ -29,11 +31,15 @@ class Lora(NamedTuple):
 
 
 class Linear(NamedTuple):
-    """``x · weightᵀ + bias``: weight (out, in), bias (out,) or None; and ``lora`` of x besides."""
+    """``x · weightᵀ + bias``: weight (out, in), bias (out,) or None; and ``lora`` of x besides.
+
+    With ``group``, weight and bias are this process's shards, but the bias of a row-parallel layer, which is whole.
+    """
 
     weight: Tensor
     bias: Tensor | None = None
     lora: Lora | None = None
+    group: sharded.Group | None = None
 
     @property
     def plain(self) -> tuple[Tensor, Tensor | None]:
@@ -119,6 +125,7 @@ class Attention(NamedTuple):
         qkv: The packed projection, or three: queries, keys, values. Keys and values may have fewer heads. For
             :func:`fused.cross_attention` three, or two: queries, and keys and values packed.
         proj: The output projection; None if the caller has it.
+        num_heads: The number of heads; of this process, if the layers are sharded.
         q_norm, k_norm: Norms of each head's queries and keys.
         norm: Norm in front of ``proj``.
         gate: Module whose sigmoid multiplies what enters ``proj``; it is called.
@@ -235,6 +242,9 @@ def linear(module: nn.Module) -> Linear:
     """Read a Linear, or PEFT's around one that :func:`vitkernels.layers._lora.why_not` has passed."""
     base = module._modules.get("base_layer")
     if base is None:
+        if sharded.MARK in module.__dict__:
+            weight, bias, group = sharded.read(module)
+            return Linear(weight, bias, group=group)
         return Linear(parameter(module, "weight"), parameter(module, "bias"))
     return linear(base)._replace(lora=_lora(module))
 
@@ -307,11 +317,16 @@ def attention(module: nn.Module) -> Attention:
     packed, drop = children.get("qkv"), children.get("attn_drop")
     if packed is None:
         qkv = tuple(linear(children[name]) for name in next(n for n in _SEPARATE if children.keys() >= set(n)))
+        heads = heads // qkv[0].group.size if qkv[0].group else heads
         head_dim = qkv[0].weight.shape[0] // heads
     else:
         qkv = linear(packed)
+        heads = heads // qkv.group.size if qkv.group else heads
         if module._parameters.get("q_bias") is not None:  # EVA stores it in three parts; that of the keys is zero
-            qkv = qkv._replace(bias=torch.cat((module.q_bias, module.k_bias, module.v_bias)))
+            biases = (module.q_bias, module.k_bias, module.v_bias)
+            if qkv.group:
+                biases = [qkv.group.own_heads(bias, -1) for bias in biases]
+            qkv = qkv._replace(bias=torch.cat(biases))
         head_dim = qkv.weight.shape[0] // (3 * heads)
     calls_torch = own.get("fused_attn", False)
     return Attention(

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from vitkernels import ops
-from vitkernels.layers import _own, fp8, records
+from vitkernels.layers import _own, fp8, records, sharded
 from vitkernels.ops._fp8.rows import arch_limit
 from vitkernels.swap import _rules
 from vitkernels.swap._parts import part_of
@@ -126,6 +126,8 @@ def explain(model: nn.Module, *, precision: str | None = None) -> Report:
 def restore(model: nn.Module) -> Report:
     """Undo :func:`accelerate`: give every swapped module of ``model`` its original class back, in place.
 
+    It undoes :func:`vitkernels.parallelize`, too, which all processes of the mesh must do together.
+
     Returns:
         Which modules were swapped back (``was`` is the fused class), and which could not be.
 
@@ -133,6 +135,8 @@ def restore(model: nn.Module) -> Report:
         TypeError: ``model`` is not a ``torch.nn.Module``.
     """
     _check(model)
+    for module in [m for m in model.modules() if sharded.MARK in vars(m)]:
+        importlib.import_module(f"{__name__}.parallelize").make_whole(module)
     entries: list[Swapped | Kept] = []
     for path, module in model.named_modules():
         rule = _rule(module)

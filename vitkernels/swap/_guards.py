@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from vitkernels.layers import _lora, _own
+from vitkernels.layers import _lora, _own, sharded
 
 _MISSING = object()
 
@@ -143,11 +143,16 @@ class _Writer:
             if parameter is None:
                 self._unless(f"p[{name!r}] is not None")
                 continue
-            if type(parameter) is not nn.Parameter or self.dtype not in (None, parameter.dtype):
+            is_shard = sharded.MARK in vars(module)
+            if not (type(parameter) is nn.Parameter or is_shard) or self.dtype not in (None, parameter.dtype):
                 return False
+            if is_shard:
+                self._unless(f"{sharded.MARK!r} not in {d}")
             self.dtype = parameter.dtype
             self.lines.append(f"t = p[{name!r}]")
-            self._unless(f"type(t) is not Parameter or t.dtype is not {self._constant(self.dtype)}")
+            self._unless(
+                f"type(t) is not {self._constant(type(parameter))} or t.dtype is not {self._constant(self.dtype)}"
+            )
         return True
 
     def _values(self, rule, module: nn.Module, d: str) -> bool:

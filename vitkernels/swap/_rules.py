@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from vitkernels import ops, runtime
-from vitkernels.layers import _lora, _own, records
+from vitkernels.layers import _lora, _own, records, sharded
 from vitkernels.ops._checks import FLOATING
 from vitkernels.swap._guards import Guards
 
@@ -56,6 +56,8 @@ class Rule:
         limited_by: The attributes, as paths below the module, from which alone ``limit`` follows. As long as they keep
             their values it is not called again; None: it is called each time.
         products: Reads the record of the module whose products can run in FP8; None if they cannot for this class.
+        shards: The layers that :func:`vitkernels.parallelize` can shard, if the fused forward is that of
+            :func:`fused.attention` or :func:`fused.mlp`.
         guards: See :mod:`vitkernels.swap._guards`.
     """
 
@@ -70,6 +72,7 @@ class Rule:
     limit: Callable[[nn.Module], str | None] | None = None
     limited_by: tuple[str, ...] | None = None
     products: Callable[[nn.Module], records.Block | records.Attention | records.Mlp] | None = None
+    shards: sharded.Layers | None = None
     guards: Guards = dataclasses.field(default_factory=Guards, repr=False, compare=False)
 
     def takes_lora(self, path: str, child: nn.Module | None) -> bool:
@@ -81,8 +84,13 @@ def runs_fused(rule: Rule, module: nn.Module, x: Tensor) -> bool:
     """Tell whether ``module`` runs its fused forward on ``x`` in this call.
 
     Where no kernels run, a module in FP8 still does, so that its accuracy can be seen without a GPU; the backend
-    ``torch`` alone asks for the original forward.
+    ``torch`` alone asks for the original forward. A module whose layers are sharded has no other forward.
+
+    Raises:
+        RuntimeError: Such a module cannot run fused.
     """
+    if sharded.MARK in module.__dict__:
+        return _must_run_fused(rule, module)
     if not ops.uses_kernels(x) and not (records.runs_fp8(module) and runtime.backend() != "torch"):
         return False
     if torch.compiler.is_compiling():
@@ -92,6 +100,16 @@ def runs_fused(rule: Rule, module: nn.Module, x: Tensor) -> bool:
     if why_not(rule, module) is not None:
         return False
     rule.guards.add(rule, module, RULES)
+    return True
+
+
+def _must_run_fused(rule: Rule, module: nn.Module) -> bool:
+    reason = why_not(rule, module)
+    if reason is not None:
+        raise RuntimeError(
+            f"a {rule.original.__name__} that vitkernels.parallelize sharded has only a fused forward, and {reason}; "
+            "undo that, or call vitkernels.restore(model)"
+        )
     return True
 
 
@@ -207,7 +225,7 @@ def _strange_parameters(
     for name, parameter in found.items():
         if parameter is None:
             continue
-        if type(parameter) not in _own.PLAIN:
+        if type(parameter) not in _own.PLAIN and sharded.MARK not in module.__dict__:
             return f"{name} is a {type(parameter).__name__}, not a plain Parameter"
         if parameter.dtype not in FLOATING:
             return f"{name} has dtype {str(parameter.dtype).removeprefix('torch.')}"

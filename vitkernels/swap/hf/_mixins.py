@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vitkernels import ops
-from vitkernels.layers import fused, records
+from vitkernels.layers import fused, records, sharded
 from vitkernels.swap._limits import head_dim_limit, patches_limit
 from vitkernels.swap._rules import PARAMETERS, Rule, runs_fused
 
@@ -99,6 +99,7 @@ def attention_options(*linears: str) -> dict[str, object]:
             }
         ),
         "limit": _attention_limit,
+        "shards": sharded.Layers(linears[:3], linears[3]) if len(linears) == 4 else None,
     }  # fmt: skip
 
 
@@ -108,6 +109,7 @@ def mlp_options(act: str, *linears: str) -> dict[str, object]:
         "bypassed": {act: (nn.GELU, nn.SiLU, *_ACTIVATIONS), **dict.fromkeys(linears, (nn.Linear,))},
         "attributes": frozenset({"config", "hidden_size", "intermediate_size"}),
         "limit": _mlp_limit,
+        "shards": sharded.Layers(linears[:-1], linears[-1]) if len(linears) > 1 else None,
     }
 
 

@@ -7,7 +7,7 @@ from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import Tensor, nn
 
 from vitkernels import ops
-from vitkernels.layers import fused, records
+from vitkernels.layers import fused, records, sharded
 from vitkernels.swap._rules import Rule, add, runs_fused
 from vitkernels.swap.timm.layers import (
     ABSENT,
@@ -102,6 +102,7 @@ _ATTRIBUTES = frozenset(
     {"num_heads", "head_dim", "scale", "num_prefix_tokens", "fused_attn", "qkv_bias_separate", "rotate_half"}
 )
 _PROJECTIONS = dict.fromkeys(("qkv", "q_proj", "k_proj", "v_proj"), (nn.Linear, ABSENT))
+_SHARDS = sharded.Layers(tuple(_PROJECTIONS), "proj", packed=3)
 _EVA_BRANCHES = BRANCHES | {"attn": (EvaAttention, AttentionRope)}
 
 EVA_ATTENTION = Rule(
@@ -111,6 +112,7 @@ EVA_ATTENTION = Rule(
     called=frozenset({"gate"}),
     optional_parameters=frozenset({"q_bias", "v_bias"}),
     attributes=_ATTRIBUTES,
+    shards=_SHARDS,
     limit=attention_limit,
     limited_by=ATTENTION_LIMITED_BY,
 )
@@ -120,6 +122,7 @@ ATTENTION_ROPE = Rule(
     bypassed=_PROJECTIONS | ATTENTION_CHILDREN,
     called=frozenset({"gate"}),
     attributes=_ATTRIBUTES | {"num_kv_heads", "num_kv_groups", "attn_dim", "kv_dim"},
+    shards=_SHARDS,
     limit=attention_limit,
     limited_by=ATTENTION_LIMITED_BY,
 )

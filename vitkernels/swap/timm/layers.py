@@ -20,7 +20,7 @@ from timm.layers.activations import GELU, GELUTanh, QuickGELU
 from timm.layers.format import Format, nchw_to
 from torch import Tensor, nn
 
-from vitkernels.layers import fused, records
+from vitkernels.layers import fused, records, sharded
 from vitkernels.swap._limits import head_dim_limit, ignored_adapter, one_dim, patches_limit
 from vitkernels.swap._rules import Rule, add, runs_fused
 
@@ -202,10 +202,11 @@ ATTENTION = Rule(
     bypassed={"qkv": (nn.Linear,), **ATTENTION_CHILDREN},
     called=frozenset({"gate"}),
     attributes=frozenset({"num_heads", "head_dim", "attn_dim", "scale", "fused_attn"}),
+    shards=sharded.ATTENTION,
     limit=attention_limit,
     limited_by=ATTENTION_LIMITED_BY,
 )
-MLP = Rule(Mlp, FusedMlp, bypassed={"fc1": (nn.Linear,), **MLP_CHILDREN})
+MLP = Rule(Mlp, FusedMlp, bypassed={"fc1": (nn.Linear,), **MLP_CHILDREN}, shards=sharded.MLP)
 GLU_MLP = Rule(
     GluMlp,
     FusedGluMlp,
@@ -213,8 +214,14 @@ GLU_MLP = Rule(
     attributes=frozenset({"chunk_dim", "gate_last"}),
     limit=_glu_limit,
     limited_by=("chunk_dim",),
+    shards=sharded.PACKED_GATED_MLP,
 )
-SWIGLU = Rule(SwiGLU, FusedSwiGLU, bypassed={"fc1_g": (nn.Linear,), "fc1_x": (nn.Linear,), **MLP_CHILDREN})
+SWIGLU = Rule(
+    SwiGLU,
+    FusedSwiGLU,
+    bypassed={"fc1_g": (nn.Linear,), "fc1_x": (nn.Linear,), **MLP_CHILDREN},
+    shards=sharded.GATED_MLP,
+)
 PATCH_EMBED = Rule(
     PatchEmbed,
     FusedPatchEmbed,

@@ -327,7 +327,7 @@ def mesh(tmp_path_factory):
     dist.destroy_process_group()
 
 
-@hostile(30, "a DTensor as any tensor", "`TypeError` that names `local_map`")
+@hostile(30, "a DTensor as any tensor", "`TypeError` that names `parallelize` and `local_map`")
 @each_op()
 def test_dtensor(op, mesh, no_launch):
     from torch.distributed.tensor import DTensor, Replicate
@@ -335,7 +335,7 @@ def test_dtensor(op, mesh, no_launch):
     made = call(op)
     for name, t in made.tensors.items():
         sharded = DTensor.from_local(t.detach(), mesh, [Replicate()])
-        with pytest.raises(TypeError, match=f"{op}: .* is a DTensor; .*local_map"):
+        with pytest.raises(TypeError, match=f"{op}: .* is a DTensor; .*vitkernels.parallelize.*local_map"):
             made.changed(**{name: sharded})()
 
 

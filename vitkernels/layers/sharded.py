@@ -108,9 +108,11 @@ class _Enter(torch.autograd.Function):
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, processes):
-        ctx.mark_dirty(x)
+        # ctx.mark_dirty refuses a view that an op of ours returned, such as (B, N, C) of its rows. And an all-reduce
+        # gives x no new version: an op that kept x for its backward would silently read the sum.
         dist.all_reduce(x, group=processes)
-        return x
+        torch.autograd.graph.increment_version(x)
+        return x.view_as(x)
 
     @staticmethod
     def backward(ctx, grad):

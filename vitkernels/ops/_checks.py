@@ -25,7 +25,7 @@ def check_tensor(op: str, name: str, x: Tensor, *, dtypes: Sequence[torch.dtype]
         raise TypeError(f"{op}: {name} is a {type(x).__name__}; expected a torch.Tensor")
     if type(x).__name__ == "DTensor":
         raise TypeError(
-            f"{op}: {name} is a DTensor; kernels work on local tensors: "
+            f"{op}: {name} is a DTensor; kernels work on local tensors: shard a model by vitkernels.parallelize, or "
             "call the op through torch.distributed.tensor.experimental.local_map"
         )
     if x.dtype not in dtypes:

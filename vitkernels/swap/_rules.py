@@ -107,8 +107,8 @@ def _must_run_fused(rule: Rule, module: nn.Module) -> bool:
     reason = why_not(rule, module)
     if reason is not None:
         raise RuntimeError(
-            f"a {rule.original.__name__} that vitkernels.parallelize sharded has only a fused forward, and {reason}; "
-            "undo that, or call vitkernels.restore(model)"
+            f"{rule.original.__name__}: vitkernels.parallelize sharded it, so it has only a fused forward, and "
+            f"{reason}; undo that, or call vitkernels.restore(model)"
         )
     return True
 

@@ -201,6 +201,17 @@ def drops(mesh: DeviceMesh) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(outs)
 
 
+def autocast(mesh: DeviceMesh) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs of kernels under autocast, where the residual is fp32 and the branch bf16; sharded and whole."""
+    whole = model_of("vit").float()
+    sharded, _ = parallel(whole, mesh)
+    x = images(whole).float()
+    with torch.autocast("cpu", torch.bfloat16), vitkernels.use_backend("emulated"):
+        out = sharded(x).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        return out, whole(x).detach()
+
+
 def compiled(mesh: DeviceMesh) -> tuple[torch.Tensor, torch.Tensor]:
     whole = model_of("vit")
     sharded, _ = parallel(whole, mesh)
@@ -216,6 +227,7 @@ def work(rank: int, world: int, folder: str) -> None:
     results["training"] = training(mesh, folder)
     results["errors"] = errors(mesh)
     results["drops"] = drops(mesh)
+    results["autocast"] = autocast(mesh)
     results["compiled"] = compiled(mesh)
     torch.save(results, f"{folder}/results{rank}.pt")
     dist.barrier()

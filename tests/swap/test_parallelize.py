@@ -99,6 +99,12 @@ def test_drop_path_and_compile(results):
     torch.testing.assert_close(*results["compiled"], rtol=1e-11, atol=1e-12)
 
 
+def test_autocast(both):
+    for result in both:
+        torch.testing.assert_close(*result["autocast"], rtol=0.1, atol=0.02)
+    torch.testing.assert_close(both[0]["autocast"][0], both[1]["autocast"][0], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("case", "text"),
     {

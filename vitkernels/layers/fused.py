@@ -332,6 +332,8 @@ def _sharded_mlp(
         layer_scale=None if layer_scale is None else group.enter(layer_scale),
         drop_path_scale=drop_path_scale,
     )
+    if residual is not None:  # under autocast it may be wider, and all processes must sum one dtype
+        out = out.to(runtime.promoted_dtype(out, residual))
     return group.sum(out, residual)
 
 

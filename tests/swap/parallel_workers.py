@@ -212,6 +212,22 @@ def autocast(mesh: DeviceMesh) -> tuple[torch.Tensor, torch.Tensor]:
         return out, whole(x).detach()
 
 
+def masks(mesh: DeviceMesh) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The gradients of masks that have heads, share them or lack them, by a sharded attention and a whole one."""
+    whole = model_of("vit")
+    sharded, _ = parallel(whole, mesh)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(3, 5, 48, dtype=torch.double, generator=generator)
+    found = []
+    for shape in ((3, 4, 5, 5), (3, 1, 5, 5), (5, 5)):
+        mask = torch.randn(shape, dtype=torch.double, generator=generator, requires_grad=True)
+        for backend in ("torch", "emulated"):
+            with vitkernels.use_backend(backend):
+                outs = [model.blocks[0].attn(x, attn_mask=mask) for model in (sharded, whole)]
+            found.append(tuple(torch.autograd.grad(out.square().sum(), mask)[0] for out in outs))
+    return found
+
+
 def compiled(mesh: DeviceMesh) -> tuple[torch.Tensor, torch.Tensor]:
     whole = model_of("vit")
     sharded, _ = parallel(whole, mesh)
@@ -228,6 +244,7 @@ def work(rank: int, world: int, folder: str) -> None:
     results["errors"] = errors(mesh)
     results["drops"] = drops(mesh)
     results["autocast"] = autocast(mesh)
+    results["masks"] = masks(mesh)
     results["compiled"] = compiled(mesh)
     torch.save(results, f"{folder}/results{rank}.pt")
     dist.barrier()

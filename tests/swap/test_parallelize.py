@@ -99,6 +99,11 @@ def test_drop_path_and_compile(results):
     torch.testing.assert_close(*results["compiled"], rtol=1e-11, atol=1e-12)
 
 
+def test_gradients_of_masks(results):
+    for sharded, whole in results["masks"]:
+        torch.testing.assert_close(sharded, whole, rtol=1e-9, atol=1e-11)
+
+
 def test_autocast(both):
     for result in both:
         torch.testing.assert_close(*result["autocast"], rtol=0.1, atol=0.02)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -72,12 +73,14 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> Report:
             raise ValueError(f"parallelize: {name} is on {tensor.device}, and the mesh on {mesh.device_type}")
     if any(records.runs_fp8(module) for module in model.modules()):
         raise ValueError("parallelize: the model runs in FP8, whose scales are of whole weights; restore it first")
+    # How many modules hold each module and parameter.
+    held = Counter(id(x) for m in model.modules() for x in (*m._modules.values(), *m._parameters.values()))
     plans, swapped, kept = [], [], []
     for path, module in model.named_modules():
         names = _names(module)
         if names is None:
             continue
-        plan = _plan(module, names, mesh.size())
+        plan = _plan(module, names, mesh.size(), held)
         if isinstance(plan, str):
             kept.append(Kept(path, type(module).__name__, plan, known=True))
         else:
@@ -136,7 +139,7 @@ def _names(module: nn.Module) -> sharded.Layers | None:
     return rule.shards if rule is not None and cls is rule.fused else None
 
 
-def _plan(module: nn.Module, names: sharded.Layers, size: int) -> _Plan | str:
+def _plan(module: nn.Module, names: sharded.Layers, size: int, held: Counter[int]) -> _Plan | str:
     """Return how to shard ``module`` over ``size`` processes, or why that cannot be."""
     children = module._modules
     columns = [children[name] for name in names.columns if children.get(name) is not None]
@@ -147,6 +150,8 @@ def _plan(module: nn.Module, names: sharded.Layers, size: int) -> _Plan | str:
             return f"one of its layers is a {type(layer).__name__}, not a Linear"
     if any(type(p) is not nn.Parameter for layer in (*columns, rows) for p in layer.parameters()):
         return "one of its weights is not a plain Parameter"
+    if any(held[id(x)] > 1 for layer in (*columns, rows) for x in (layer, *layer.parameters())):
+        return "another module holds one of its weights, too"
     for name in ("norm", "gate"):
         if not isinstance(children.get(name), (nn.Identity, type(None))):
             return f"its {name} reads the features of all processes"

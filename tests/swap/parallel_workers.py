@@ -182,6 +182,20 @@ def errors(mesh: DeviceMesh) -> dict:
     return found
 
 
+def tied(mesh: DeviceMesh) -> tuple[list[str], dict[str, torch.Size]]:
+    """Why a model with a tied weight keeps two MLPs whole; and the shapes of a model's weights, one MLP in it twice."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, **SMALL)
+    vitkernels.accelerate(model)
+    model.blocks[1].mlp.fc1.weight = model.blocks[0].mlp.fc1.weight
+    reasons = [entry.reason for entry in vitkernels.parallelize(model, mesh).kept]
+    vitkernels.accelerate(vitkernels.restore(model) and model)
+    model.blocks[1].mlp = model.blocks[0].mlp
+    vitkernels.parallelize(model, mesh)
+    state = vitkernels.full_state_dict(model)
+    assert not any(isinstance(t, DTensor) for t in state.values()), "full_state_dict left shards"
+    return reasons, {key: t.shape for key, t in state.items() if key.endswith("mlp.fc1.weight")}
+
+
 def parallel_report(mesh: DeviceMesh) -> vitkernels.Report:
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, **{**SMALL, "num_heads": 3})
     vitkernels.accelerate(model)
@@ -245,6 +259,7 @@ def work(rank: int, world: int, folder: str) -> None:
     results["drops"] = drops(mesh)
     results["autocast"] = autocast(mesh)
     results["masks"] = masks(mesh)
+    results["tied"] = tied(mesh)
     results["compiled"] = compiled(mesh)
     torch.save(results, f"{folder}/results{rank}.pt")
     dist.barrier()
@@ -269,6 +284,7 @@ def work_on_four(rank: int, world: int, folder: str) -> None:
         output_of(sharded, x.chunk(2)[mesh.get_local_rank("dp")]).square().mean().backward()
     output_of(whole, x).square().mean().backward()
     results = {"gradients": gradients(sharded, whole), "expected": gradients(whole, whole)}
+    results["state"], results["expected state"] = vitkernels.full_state_dict(sharded), whole.state_dict()
     again, _ = parallel(model_of("vit"), init_device_mesh("cpu", (4,)))
     state = get_model_state_dict(again)
     dcp.load(state, checkpoint_id=f"{folder}/checkpoint")

@@ -81,6 +81,7 @@ def test_training_saving_and_loading(results):
 def test_fsdp_over_the_other_dimension_of_a_mesh(both):
     four = both[0]["four"]
     torch.testing.assert_close(four["gradients"], four["expected"], rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(four["state"], four["expected state"], rtol=0, atol=0)
 
 
 def test_the_checkpoint_of_two_processes_on_four(both):
@@ -102,6 +103,12 @@ def test_drop_path_and_compile(results):
 def test_gradients_of_masks(results):
     for sharded, whole in results["masks"]:
         torch.testing.assert_close(sharded, whole, rtol=1e-9, atol=1e-11)
+
+
+def test_tied_weights_and_modules(results):
+    reasons, shapes = results["tied"]
+    assert reasons == ["another module holds one of its weights, too"] * 2
+    assert shapes == {f"blocks.{i}.mlp.fc1.weight": (4 * CHANNELS, CHANNELS) for i in (0, 1)}
 
 
 def test_autocast(both):

@@ -103,15 +103,20 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Every process of the mesh must call it, and gets all of it, on the model's device.
     """
-    shards = {
-        f"{path}.{name}" if path else name: name
-        for path, module in model.named_modules()
+    state = model.state_dict(keep_vars=True)
+    # By the tensors: a module may have several paths, and wrappers change the keys.
+    names = {
+        id(parameter): name
+        for module in model.modules()
         if sharded.MARK in vars(module)
         for name, parameter in module._parameters.items()
-        if isinstance(parameter, DTensor)
     }
-    state = model.state_dict()
-    return {key: _whole(t, shards[key]) if key in shards else t for key, t in state.items()}
+    whole = {}
+    for key, t in state.items():
+        whole[key] = t.detach() if isinstance(t, Tensor) else t
+        if isinstance(t, DTensor):
+            whole[key] = _whole(whole[key], names[id(t)]) if id(t) in names else whole[key].full_tensor()
+    return whole
 
 
 def make_whole(module: nn.Module) -> None:

@@ -226,7 +226,7 @@ def _heads(attn: Attention, packed: Tensor) -> Tensor:
 def _packed_bias(layers: Linear | tuple[Linear, ...], like: Tensor) -> Tensor:
     """Return what the projections make of a token of zeros."""
     layers = (layers,) if isinstance(layers, Linear) else layers
-    biases = [like.new_zeros(len(weight)) if bias is None else bias for weight, bias, _ in layers]
+    biases = [like.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
     return torch.cat(biases) if len(biases) > 1 else biases[0]
 
 

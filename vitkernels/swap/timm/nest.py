@@ -29,13 +29,14 @@ class FusedTransformerLayer(TransformerLayer):
 def _block(layer: TransformerLayer) -> records.Block:
     """Read ``layer``. Its ``proj`` takes the heads of each channel side by side, not the channels of each head."""
     block = records.block(layer)
-    attn, (weight, bias, lora) = block.attn, block.attn.proj
+    attn, proj = block.attn, block.attn.proj
 
     def by_head(columns: Tensor) -> Tensor:
         return columns.unflatten(1, (attn.head_dim, attn.num_heads)).transpose(1, 2).flatten(1)
 
-    lora = lora and lora._replace(a=by_head(lora.a))
-    return block._replace(attn=attn._replace(proj=records.Linear(by_head(weight), bias, lora)))
+    lora = proj.lora and proj.lora._replace(a=by_head(proj.lora.a))
+    proj = proj._replace(weight=by_head(proj.weight), lora=lora)
+    return block._replace(attn=attn._replace(proj=proj))
 
 
 LAYER = Rule(

@@ -179,6 +179,9 @@ def errors(mesh: DeviceMesh) -> dict:
     found["uneven"] = str([entry.reason for entry in parallel_report(mesh).kept])
     wrong = sharded()
     found["shape"] = error_of(lambda: wrong.load_state_dict(sharded(embed_dim=96).state_dict()))
+    state = sharded().state_dict()
+    state = {key: torch.zeros(48, 144) if key.endswith("qkv.weight") else t for key, t in state.items()}
+    found["transposed"] = error_of(lambda: wrong.load_state_dict(state))
     return found
 
 

@@ -133,6 +133,7 @@ def test_autocast(both):
         "fp8": "NotImplementedError: accelerate: strict, and 6 modules cannot run in fp8",
         "uneven": "['its 3 heads cannot be shared evenly by 2 processes', "
         "'its 3 heads cannot be shared evenly by 2 processes']",
+        "transposed": "RuntimeError: Error(s) in loading state_dict for VisionTransformer",
         "shape": "RuntimeError: Error(s) in loading state_dict for VisionTransformer",
     }.items(),
 )

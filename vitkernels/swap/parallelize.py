@@ -219,7 +219,8 @@ def _shard_loaded(layer: nn.Module, state_dict: dict, prefix: str, *args: object
     for name, parameter in layer._parameters.items():
         given = state_dict.get(prefix + name)
         if isinstance(parameter, DTensor) and isinstance(given, Tensor) and not isinstance(given, DTensor):
-            if given.ndim == parameter.ndim - 1 and given.numel() == parameter.numel():
+            packs = given.ndim == parameter.ndim - 1 and given.shape[1:] == parameter.shape[2:]
+            if packs and given.numel() == parameter.numel():
                 given = given.reshape(parameter.shape)
             if given.shape == parameter.shape:  # else load_state_dict names the sizes
                 given = given.to(parameter.device)

@@ -199,6 +199,18 @@ def tied(mesh: DeviceMesh) -> tuple[list[str], dict[str, torch.Size]]:
     return reasons, {key: t.shape for key, t in state.items() if key.endswith("mlp.fc1.weight")}
 
 
+def layouts(mesh: DeviceMesh) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Buffers that differ between the processes and are expanded, transposed or empty, after ``parallelize``."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, **SMALL)
+    vitkernels.accelerate(model)
+    start = 10.0 * dist.get_rank()
+    model.register_buffer("expanded", torch.arange(start, start + 3)[:, None].expand(3, 4000))
+    model.register_buffer("transposed", torch.arange(start, start + 6).view(2, 3).t())
+    model.register_buffer("empty", torch.zeros(0, 3))
+    vitkernels.parallelize(model, mesh)
+    return model.expanded, model.transposed, model.empty
+
+
 def parallel_report(mesh: DeviceMesh) -> vitkernels.Report:
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, **{**SMALL, "num_heads": 3})
     vitkernels.accelerate(model)
@@ -263,6 +275,7 @@ def work(rank: int, world: int, folder: str) -> None:
     results["autocast"] = autocast(mesh)
     results["masks"] = masks(mesh)
     results["tied"] = tied(mesh)
+    results["layouts"] = layouts(mesh)
     results["compiled"] = compiled(mesh)
     torch.save(results, f"{folder}/results{rank}.pt")
     dist.barrier()

@@ -111,6 +111,11 @@ def test_tied_weights_and_modules(results):
     assert shapes == {f"blocks.{i}.mlp.fc1.weight": (4 * CHANNELS, CHANNELS) for i in (0, 1)}
 
 
+def test_buffers_become_those_of_the_first_process(results):
+    expected = torch.arange(3.0)[:, None].expand(3, 4000), torch.arange(6.0).view(2, 3).t(), torch.zeros(0, 3)
+    torch.testing.assert_close(results["layouts"], expected, rtol=0, atol=0)
+
+
 def test_autocast(both):
     for result in both:
         torch.testing.assert_close(*result["autocast"], rtol=0.1, atol=0.02)

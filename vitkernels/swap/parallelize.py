@@ -190,7 +190,12 @@ def _check_draws(model: nn.Module, mesh: DeviceMesh) -> None:
 def _make_equal(model: nn.Module, mesh: DeviceMesh) -> None:
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
-            dist.broadcast(tensor.detach(), group_src=0, group=mesh.get_group())
+            # As wide as in memory and contiguous: a broadcast writes as if each element had a place of its own.
+            own = tensor.detach()[tuple(slice(None) if stride else slice(1) for stride in tensor.stride())]
+            sent = own.contiguous()
+            dist.broadcast(sent, group_src=0, group=mesh.get_group())
+            if sent is not own:
+                own.copy_(sent)
 
 
 def _shard(plan: _Plan, mesh: DeviceMesh) -> None:

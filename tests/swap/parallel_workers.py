@@ -169,6 +169,7 @@ def errors(mesh: DeviceMesh) -> dict:
     found["twice"] = error_of(lambda: vitkernels.parallelize(sharded(), mesh))
     torch.manual_seed(rank)
     found["other seeds"] = error_of(lambda: sharded(drop_path_rate=0.5))
+    found["patch dropout"] = error_of(lambda: sharded(patch_drop_rate=0.5))
     torch.manual_seed(0)
     found["attention dropout"] = error_of(lambda: sharded(attn_drop_rate=0.5)(x))
     found["dropout"] = error_of(lambda: sharded(proj_drop_rate=0.5)(x))

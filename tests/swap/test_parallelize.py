@@ -131,6 +131,7 @@ def test_autocast(both):
         "two dims": "ValueError: parallelize: the mesh has 2 dimensions",
         "twice": "ValueError: parallelize: blocks.0.attn.qkv.weight is a DTensor already",
         "other seeds": "ValueError: parallelize: the model drops at random, and the processes would draw different",
+        "patch dropout": "ValueError: parallelize: the model drops at random, and the processes would draw different",
         "attention dropout": "NotImplementedError: attention whose heads are sharded cannot drop weights",
         "dropout": "NotImplementedError: an MLP whose hidden features are sharded cannot drop any",
         "hook": "RuntimeError: Attention: vitkernels.parallelize sharded it, so it has only a fused forward, and a "

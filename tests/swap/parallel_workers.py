@@ -194,6 +194,7 @@ def errors(mesh: DeviceMesh) -> dict:
     found["twice"] = error_of(lambda: vitkernels.parallelize(sharded(), mesh))
     torch.manual_seed(rank)
     found["other seeds"] = error_of(lambda: sharded(drop_path_rate=0.5))
+    found["patch dropout"] = error_of(lambda: sharded(patch_drop_rate=0.5))
     torch.manual_seed(0)
     found["attention dropout"] = error_of(lambda: sharded(attn_drop_rate=0.5)(x))
     found["dropout"] = error_of(lambda: sharded(proj_drop_rate=0.5)(x))
@@ -203,7 +204,36 @@ def errors(mesh: DeviceMesh) -> dict:
     found["fp8"] = error_of(lambda: vitkernels.accelerate(sharded(), precision="fp8", strict=True))
     wrong = sharded()
     found["shape"] = error_of(lambda: wrong.load_state_dict(sharded(embed_dim=96).state_dict()))
+    state = sharded().state_dict()
+    state = {key: torch.zeros(48, 144) if key.endswith("qkv.weight") else t for key, t in state.items()}
+    found["transposed"] = error_of(lambda: wrong.load_state_dict(state))
     return found
+
+
+def tied(mesh: DeviceMesh) -> tuple[list[str], dict[str, torch.Size]]:
+    """Why a model with a tied weight keeps two MLPs whole; and the shapes of a model's weights, one MLP in it twice."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, **SMALL)
+    vitkernels.accelerate(model)
+    model.blocks[1].mlp.fc1.weight = model.blocks[0].mlp.fc1.weight
+    reasons = [entry.reason for entry in vitkernels.parallelize(model, mesh).kept]
+    vitkernels.accelerate(vitkernels.restore(model) and model)
+    model.blocks[1].mlp = model.blocks[0].mlp
+    vitkernels.parallelize(model, mesh)
+    state = vitkernels.full_state_dict(model)
+    assert not any(isinstance(t, DTensor) for t in state.values()), "full_state_dict left shards"
+    return reasons, {key: t.shape for key, t in state.items() if key.endswith("mlp.fc1.weight")}
+
+
+def layouts(mesh: DeviceMesh) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Buffers that differ between the processes and are expanded, transposed or empty, after ``parallelize``."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, **SMALL)
+    vitkernels.accelerate(model)
+    start = 10.0 * dist.get_rank()
+    model.register_buffer("expanded", torch.arange(start, start + 3)[:, None].expand(3, 4000))
+    model.register_buffer("transposed", torch.arange(start, start + 6).view(2, 3).t())
+    model.register_buffer("empty", torch.zeros(0, 3))
+    vitkernels.parallelize(model, mesh)
+    return model.expanded, model.transposed, model.empty
 
 
 def drops(mesh: DeviceMesh) -> tuple[torch.Tensor, ...]:
@@ -216,6 +246,33 @@ def drops(mesh: DeviceMesh) -> tuple[torch.Tensor, ...]:
         with vitkernels.use_backend("torch"):
             outs.append(model(images(whole, batch=8)).detach())
     return tuple(outs)
+
+
+def autocast(mesh: DeviceMesh) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs of kernels under autocast, where the residual is fp32 and the branch bf16; sharded and whole."""
+    whole = model_of("vit").float()
+    sharded, _ = parallel(whole, mesh)
+    x = images(whole).float()
+    with torch.autocast("cpu", torch.bfloat16), vitkernels.use_backend("emulated"):
+        out = sharded(x).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        return out, whole(x).detach()
+
+
+def masks(mesh: DeviceMesh) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The gradients of masks that have heads, share them or lack them, by a sharded attention and a whole one."""
+    whole = model_of("vit")
+    sharded, _ = parallel(whole, mesh)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(3, 5, 48, dtype=torch.double, generator=generator)
+    found = []
+    for shape in ((3, 4, 5, 5), (3, 1, 5, 5), (5, 5)):
+        mask = torch.randn(shape, dtype=torch.double, generator=generator, requires_grad=True)
+        for backend in ("torch", "emulated"):
+            with vitkernels.use_backend(backend):
+                outs = [model.blocks[0].attn(x, attn_mask=mask) for model in (sharded, whole)]
+            found.append(tuple(torch.autograd.grad(out.square().sum(), mask)[0] for out in outs))
+    return found
 
 
 def compiled(mesh: DeviceMesh) -> tuple[torch.Tensor, ...]:
@@ -239,6 +296,10 @@ def work(rank: int, world: int, folder: str) -> None:
     results["training"] = training(mesh, folder)
     results["errors"] = errors(mesh)
     results["drops"] = drops(mesh)
+    results["autocast"] = autocast(mesh)
+    results["masks"] = masks(mesh)
+    results["tied"] = tied(mesh)
+    results["layouts"] = layouts(mesh)
     results["compiled"] = compiled(mesh)
     torch.save(results, f"{folder}/results{rank}.pt")
     dist.barrier()
@@ -263,6 +324,7 @@ def work_on_four(rank: int, world: int, folder: str) -> None:
         output_of(sharded, x.chunk(2)[mesh.get_local_rank("dp")]).square().mean().backward()
     output_of(whole, x).square().mean().backward()
     results = {"gradients": gradients(sharded, whole), "expected": gradients(whole, whole)}
+    results["state"], results["expected state"] = vitkernels.full_state_dict(sharded), whole.state_dict()
     again, _ = parallel(model_of("vit"), init_device_mesh("cpu", (4,)))
     state = get_model_state_dict(again)
     dcp.load(state, checkpoint_id=f"{folder}/checkpoint")

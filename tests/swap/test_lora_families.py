@@ -72,6 +72,12 @@ def naflexvit() -> nn.Module:
     return shake(timm.create_model("naflexvit_base_patch16_gap", **size).eval())
 
 
+def sam2() -> nn.Module:
+    import test_hf_sam2  # skips where transformers is older than its SAM 2
+
+    return test_hf_sam2.build()
+
+
 def block(blocks: dict, name: str, *outside: str) -> Case:
     make, shapes = blocks[name]
     return Case(lambda: nn.Sequential(shake(make().eval())), shapes[-1], outside)
@@ -125,6 +131,9 @@ MODELS = {
     ),
     "transformers, donut": Case(lambda: test_hf_swin.build("donut"), (2, 3, 40, 28)),
     "transformers, sam": Case(lambda: test_hf_sam.build("sam", 32)),
+    "transformers, got_ocr2": Case(lambda: test_hf_sam.build("got_ocr2", 32)),
+    "transformers, slanext": Case(lambda: test_hf_sam.build("slanext", 32)),
+    "transformers, sam2": Case(sam2, (2, 3, 64, 64)),
     "transformers, vitdet": Case(test_hf_vitdet.build),
     "transformers, mobilevit": Case(test_hf_mobilevit.block, (2, 4, 16, 12)),
     "transformers, dinov2, gated": of_hf("dinov2, swiglu"),

@@ -81,6 +81,7 @@ def test_training_saving_and_loading(results):
 def test_fsdp_over_the_other_dimension_of_a_mesh(both):
     four = both[0]["four"]
     torch.testing.assert_close(four["gradients"], four["expected"], rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(four["state"], four["expected state"], rtol=0, atol=0)
 
 
 def test_the_checkpoint_of_two_processes_on_four(both):
@@ -124,6 +125,28 @@ def test_what_sequence_parallelism_sends(results):
     assert sent["c10d::_reduce_scatter_base_"] == scatters * (tokens + tokens // 2)
 
 
+def test_gradients_of_masks(results):
+    for sharded, whole in results["masks"]:
+        torch.testing.assert_close(sharded, whole, rtol=1e-9, atol=1e-11)
+
+
+def test_tied_weights_and_modules(results):
+    reasons, shapes = results["tied"]
+    assert reasons == ["another module holds one of its weights, too"] * 2
+    assert shapes == {f"blocks.{i}.mlp.fc1.weight": (4 * CHANNELS, CHANNELS) for i in (0, 1)}
+
+
+def test_buffers_become_those_of_the_first_process(results):
+    expected = torch.arange(3.0)[:, None].expand(3, 4000), torch.arange(6.0).view(2, 3).t(), torch.zeros(0, 3)
+    torch.testing.assert_close(results["layouts"], expected, rtol=0, atol=0)
+
+
+def test_autocast(both):
+    for result in both:
+        torch.testing.assert_close(*result["autocast"], rtol=0.1, atol=0.02)
+    torch.testing.assert_close(both[0]["autocast"][0], both[1]["autocast"][0], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("case", "text"),
     {
@@ -133,6 +156,7 @@ def test_what_sequence_parallelism_sends(results):
         "two dims": "ValueError: parallelize: the mesh has 2 dimensions",
         "twice": "ValueError: parallelize: blocks.0.attn.qkv.weight is a DTensor already",
         "other seeds": "ValueError: parallelize: the model drops at random, and the processes would draw different",
+        "patch dropout": "ValueError: parallelize: the model drops at random, and the processes would draw different",
         "attention dropout": "NotImplementedError: attention whose heads are sharded cannot drop weights",
         "dropout": "NotImplementedError: an MLP whose hidden features are sharded cannot drop any",
         "hook": "RuntimeError: Attention: vitkernels.parallelize sharded it, so it has only a fused forward, and a "
@@ -141,6 +165,7 @@ def test_what_sequence_parallelism_sends(results):
         "uneven": "['its 3 heads cannot be shared evenly by 2 processes', "
         "'its 3 heads cannot be shared evenly by 2 processes']",
         "no block": "ValueError: parallelize: sequence is set, and no block's attention and MLP can both be sharded",
+        "transposed": "RuntimeError: Error(s) in loading state_dict for VisionTransformer",
         "shape": "RuntimeError: Error(s) in loading state_dict for VisionTransformer",
     }.items(),
 )

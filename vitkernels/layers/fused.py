@@ -220,7 +220,7 @@ def _heads(attn: Attention, packed: Tensor) -> Tensor:
 def _packed_bias(layers: Linear | tuple[Linear, ...], like: Tensor) -> Tensor:
     """Return what the projections make of a token of zeros."""
     layers = (layers,) if isinstance(layers, Linear) else layers
-    biases = [like.new_zeros(len(weight)) if bias is None else bias for weight, bias, *_ in layers]
+    biases = [like.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
     return torch.cat(biases) if len(biases) > 1 else biases[0]
 
 
@@ -326,6 +326,8 @@ def _sharded_mlp(
         layer_scale=group.enter(layer_scale)[0],
         drop_path_scale=drop_path_scale,
     )
+    if residual is not None:  # under autocast it may be wider, and all processes must sum one dtype
+        out = out.to(runtime.promoted_dtype(out, residual))
     return group.tokens_out(out, residual)
 
 

@@ -111,7 +111,8 @@ class Group(NamedTuple):
     def own_heads(self, x: Tensor, dim: int = -3) -> Tensor:
         """Return this process's heads of x, such as a mask (B, H, N, N); all of x if ``dim`` is 1 or missing."""
         if x.ndim < -dim or x.shape[dim] == 1:
-            return x
+            # Its gradient, too, is a sum over all heads; that of the narrowed is no other tensor's, as enter() asks.
+            return self.enter(x)[0].narrow(-1, 0, x.shape[-1]) if x.requires_grad else x
         heads = x.shape[dim] // self.size
         return self.enter(x)[0].narrow(dim, self.rank * heads, heads)
 

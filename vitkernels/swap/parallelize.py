@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -78,12 +79,14 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, *, sequence: bool = False) -
             raise ValueError(f"parallelize: {name} is on {tensor.device}, and the mesh on {mesh.device_type}")
     if any(records.runs_fp8(module) for module in model.modules()):
         raise ValueError("parallelize: the model runs in FP8, whose scales are of whole weights; restore it first")
+    # How many modules hold each module and parameter.
+    held = Counter(id(x) for m in model.modules() for x in (*m._modules.values(), *m._parameters.values()))
     plans, swapped, kept = [], [], []
     for path, module in model.named_modules():
         names = _names(module)
         if names is None:
             continue
-        plan = _plan(module, names, mesh.size())
+        plan = _plan(module, names, mesh.size(), held)
         if isinstance(plan, str):
             kept.append(Kept(path, type(module).__name__, plan, known=True))
         else:
@@ -113,15 +116,20 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Every process of the mesh must call it, and gets all of it, on the model's device.
     """
-    shards = {
-        f"{path}.{name}" if path else name: name
-        for path, module in model.named_modules()
+    state = model.state_dict(keep_vars=True)
+    # By the tensors: a module may have several paths, and wrappers change the keys.
+    names = {
+        id(parameter): name
+        for module in model.modules()
         if sharded.MARK in vars(module)
         for name, parameter in module._parameters.items()
-        if isinstance(parameter, DTensor)
     }
-    state = model.state_dict()
-    return {key: _whole(t, shards[key]) if key in shards else t for key, t in state.items()}
+    whole = {}
+    for key, t in state.items():
+        whole[key] = t.detach() if isinstance(t, Tensor) else t
+        if isinstance(t, DTensor):
+            whole[key] = _whole(whole[key], names[id(t)]) if id(t) in names else whole[key].full_tensor()
+    return whole
 
 
 def make_whole(module: nn.Module) -> None:
@@ -149,7 +157,7 @@ def _names(module: nn.Module) -> sharded.Layers | None:
     return rule.shards if rule is not None and cls is rule.fused else None
 
 
-def _plan(module: nn.Module, names: sharded.Layers, size: int) -> _Plan | str:
+def _plan(module: nn.Module, names: sharded.Layers, size: int, held: Counter[int]) -> _Plan | str:
     """Return how to shard ``module`` over ``size`` processes, or why that cannot be."""
     children = module._modules
     columns = [children[name] for name in names.columns if children.get(name) is not None]
@@ -160,6 +168,8 @@ def _plan(module: nn.Module, names: sharded.Layers, size: int) -> _Plan | str:
             return f"one of its layers is a {type(layer).__name__}, not a Linear"
     if any(type(p) is not nn.Parameter for layer in (*columns, rows) for p in layer.parameters()):
         return "one of its weights is not a plain Parameter"
+    if any(held[id(x)] > 1 for layer in (*columns, rows) for x in (layer, *layer.parameters())):
+        return "another module holds one of its weights, too"
     for name in ("norm", "gate"):
         if not isinstance(children.get(name), (nn.Identity, type(None))):
             return f"its {name} reads the features of all processes"
@@ -195,7 +205,8 @@ def _can_share_tokens(block: nn.Module, shards: set[nn.Module]) -> bool:
 
 def _check_draws(model: nn.Module, mesh: DeviceMesh) -> None:
     """Raise if modules of ``model`` drop something and the processes would not draw the same."""
-    if not any(getattr(m, "p", 0) or getattr(m, "drop_prob", 0) for m in model.modules()):
+    rates = [getattr(m, name, 0) for m in model.modules() for name in ("p", "drop_prob", "prob")]
+    if not any(isinstance(rate, (int, float)) and 0 < rate <= 1 for rate in rates):
         return
     generator = torch if mesh.device_type == "cpu" else torch.get_device_module(mesh.device_type)
     state = generator.get_rng_state().to(torch.int64)
@@ -214,7 +225,12 @@ def _check_draws(model: nn.Module, mesh: DeviceMesh) -> None:
 def _make_equal(model: nn.Module, mesh: DeviceMesh) -> None:
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
-            dist.broadcast(tensor.detach(), group_src=0, group=mesh.get_group())
+            # As wide as in memory and contiguous: a broadcast writes as if each element had a place of its own.
+            own = tensor.detach()[tuple(slice(None) if stride else slice(1) for stride in tensor.stride())]
+            sent = own.contiguous()
+            dist.broadcast(sent, group_src=0, group=mesh.get_group())
+            if sent is not own:
+                own.copy_(sent)
 
 
 def _shard(plan: _Plan, mesh: DeviceMesh) -> None:
@@ -243,7 +259,8 @@ def _shard_loaded(layer: nn.Module, state_dict: dict, prefix: str, *args: object
     for name, parameter in layer._parameters.items():
         given = state_dict.get(prefix + name)
         if isinstance(parameter, DTensor) and isinstance(given, Tensor) and not isinstance(given, DTensor):
-            if given.ndim == parameter.ndim - 1 and given.numel() == parameter.numel():
+            packs = given.ndim == parameter.ndim - 1 and given.shape[1:] == parameter.shape[2:]
+            if packs and given.numel() == parameter.numel():
                 given = given.reshape(parameter.shape)
             if given.shape == parameter.shape:  # else load_state_dict names the sizes
                 given = given.to(parameter.device)

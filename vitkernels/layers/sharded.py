@@ -155,15 +155,20 @@ def _all_reduced(x: Tensor, processes: dist.ProcessGroup) -> Tensor:
     return x
 
 
+# Before PyTorch 2.13 they have other names, of which it warns; a build without torch.distributed has neither.
+_all_gather = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
+_reduce_scatter = getattr(dist, "reduce_scatter_single", getattr(dist, "reduce_scatter_tensor", None))
+
+
 def _gathered(x: Tensor, group: Group) -> Tensor:
     whole = x.new_empty((x.shape[0] * group.size, *x.shape[1:]))
-    dist.all_gather_into_tensor(whole, x.contiguous(), group=group.processes)
+    _all_gather(whole, x.contiguous(), group=group.processes)
     return whole
 
 
 def _scattered(x: Tensor, group: Group) -> Tensor:
     part = x.new_empty((x.shape[0] // group.size, *x.shape[1:]))
-    dist.reduce_scatter_tensor(part, x.contiguous(), group=group.processes)
+    _reduce_scatter(part, x.contiguous(), group=group.processes)
     return part
 
 

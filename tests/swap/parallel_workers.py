@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 import vitkernels
@@ -173,6 +174,7 @@ def errors(mesh: DeviceMesh) -> dict:
     torch.manual_seed(0)
     found["attention dropout"] = error_of(lambda: sharded(attn_drop_rate=0.5)(x))
     found["dropout"] = error_of(lambda: sharded(proj_drop_rate=0.5)(x))
+    found["second derivative"] = error_of(lambda: second_derivative(sharded(), x))
     hooked = sharded()
     hooked.blocks[1].attn.qkv.register_forward_hook(lambda *args: None)
     found["hook"] = error_of(lambda: hooked(x))
@@ -184,6 +186,13 @@ def errors(mesh: DeviceMesh) -> dict:
     state = {key: torch.zeros(48, 144) if key.endswith("qkv.weight") else t for key, t in state.items()}
     found["transposed"] = error_of(lambda: wrong.load_state_dict(state))
     return found
+
+
+def second_derivative(model: nn.Module, x: torch.Tensor) -> None:
+    x = x.clone().requires_grad_()
+    with vitkernels.use_backend("torch"), sdpa_kernel(SDPBackend.MATH):  # which PyTorch differentiates twice
+        (grad,) = torch.autograd.grad(model(x).square().mean(), x, create_graph=True)
+        grad.square().sum().backward()
 
 
 def tied(mesh: DeviceMesh) -> tuple[list[str], dict[str, torch.Size]]:

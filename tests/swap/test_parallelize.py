@@ -134,6 +134,7 @@ def test_autocast(both):
         "patch dropout": "ValueError: parallelize: the model drops at random, and the processes would draw different",
         "attention dropout": "NotImplementedError: attention whose heads are sharded cannot drop weights",
         "dropout": "NotImplementedError: an MLP whose hidden features are sharded cannot drop any",
+        "second derivative": "RuntimeError: trying to differentiate twice a function that was marked with",
         "hook": "RuntimeError: Attention: vitkernels.parallelize sharded it, so it has only a fused forward, and a "
         "hook on qkv",
         "fp8": "NotImplementedError: accelerate: strict, and 6 modules cannot run in fp8",

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 MARK = "_vitkernels_sharded"  # the attribute of a Linear with shards, and of each module whose forward reads one
 
@@ -100,6 +101,7 @@ class _Enter(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         grad = grad.contiguous()
         dist.all_reduce(grad, group=ctx.processes)
@@ -116,6 +118,7 @@ class _Sum(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         return grad, grad if ctx.needs_input_grad[1] else None, None
 
@@ -126,5 +129,6 @@ class _Share(torch.autograd.Function):
         return bias.view_as(bias) if is_first else torch.zeros_like(bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         return grad, None

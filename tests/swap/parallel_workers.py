@@ -178,6 +178,8 @@ def errors(mesh: DeviceMesh) -> dict:
     hooked = sharded()
     hooked.blocks[1].attn.qkv.register_forward_hook(lambda *args: None)
     found["hook"] = error_of(lambda: hooked(x))
+    vitkernels.accelerate(hooked)
+    found["hook, accelerated again"] = error_of(lambda: hooked(x))
     found["fp8"] = error_of(lambda: vitkernels.accelerate(sharded(), precision="fp8", strict=True))
     found["uneven"] = str([entry.reason for entry in parallel_report(mesh).kept])
     wrong = sharded()

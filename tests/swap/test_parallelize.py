@@ -137,6 +137,8 @@ def test_autocast(both):
         "second derivative": "RuntimeError: trying to differentiate twice a function that was marked with",
         "hook": "RuntimeError: Attention: vitkernels.parallelize sharded it, so it has only a fused forward, and a "
         "hook on qkv",
+        "hook, accelerated again": "RuntimeError: Attention: vitkernels.parallelize sharded it, so it has only a fused forward, and a "
+        "hook on qkv",
         "fp8": "NotImplementedError: accelerate: strict, and 6 modules cannot run in fp8",
         "uneven": "['its 3 heads cannot be shared evenly by 2 processes', "
         "'its 3 heads cannot be shared evenly by 2 processes']",

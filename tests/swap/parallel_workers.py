@@ -181,6 +181,10 @@ def errors(mesh: DeviceMesh) -> dict:
     vitkernels.accelerate(hooked)
     found["hook, accelerated again"] = error_of(lambda: hooked(x))
     found["fp8"] = error_of(lambda: vitkernels.accelerate(sharded(), precision="fp8", strict=True))
+    strange = timm.create_model("vit_tiny_patch16_224", img_size=32, **SMALL)
+    vitkernels.accelerate(strange)
+    strange.blocks[0].attn.qkv.__class__ = type("Linear", (nn.Linear,), {"__module__": "elsewhere"})
+    found["other Linear"] = vitkernels.parallelize(strange, mesh).kept[0].reason
     found["uneven"] = str([entry.reason for entry in parallel_report(mesh).kept])
     wrong = sharded()
     found["shape"] = error_of(lambda: wrong.load_state_dict(sharded(embed_dim=96).state_dict()))

@@ -140,6 +140,7 @@ def test_autocast(both):
         "hook, accelerated again": "RuntimeError: Attention: vitkernels.parallelize sharded it, so it has only a fused forward, and a "
         "hook on qkv",
         "fp8": "NotImplementedError: accelerate: strict, and 6 modules cannot run in fp8",
+        "other Linear": "one of its layers is a elsewhere.Linear, not torch's own Linear",
         "uneven": "['its 3 heads cannot be shared evenly by 2 processes', "
         "'its 3 heads cannot be shared evenly by 2 processes']",
         "transposed": "RuntimeError: Error(s) in loading state_dict for VisionTransformer",

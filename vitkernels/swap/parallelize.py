@@ -152,7 +152,7 @@ def _plan(module: nn.Module, names: sharded.Layers, size: int, held: Counter[int
     packed = names.packed if len(columns) == 1 else 1
     for layer in (*columns, rows):
         if type(layer) is not nn.Linear:
-            return f"one of its layers is a {type(layer).__name__}, not a Linear"
+            return f"one of its layers is a {type(layer).__module__}.{type(layer).__name__}, not torch's own Linear"
     if any(type(p) is not nn.Parameter for layer in (*columns, rows) for p in layer.parameters()):
         return "one of its weights is not a plain Parameter"
     if any(held[id(x)] > 1 for layer in (*columns, rows) for x in (layer, *layer.parameters())):

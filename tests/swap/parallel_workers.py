@@ -185,6 +185,9 @@ def errors(mesh: DeviceMesh) -> dict:
     vitkernels.accelerate(strange)
     strange.blocks[0].attn.qkv.__class__ = type("Linear", (nn.Linear,), {"__module__": "elsewhere"})
     found["other Linear"] = vitkernels.parallelize(strange, mesh).kept[0].reason
+    swin = timm.create_model("swin_tiny_patch4_window7_224", img_size=56, embed_dim=16, depths=(2,), num_heads=(2,))
+    vitkernels.accelerate(swin)
+    found["windows"] = str([entry.module for entry in vitkernels.parallelize(swin, mesh).kept])
     found["uneven"] = str([entry.reason for entry in parallel_report(mesh).kept])
     wrong = sharded()
     found["shape"] = error_of(lambda: wrong.load_state_dict(sharded(embed_dim=96).state_dict()))

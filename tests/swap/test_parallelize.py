@@ -141,6 +141,7 @@ def test_autocast(both):
         "hook on qkv",
         "fp8": "NotImplementedError: accelerate: strict, and 6 modules cannot run in fp8",
         "other Linear": "one of its layers is a elsewhere.Linear, not torch's own Linear",
+        "windows": "['layers.0.blocks.0.attn', 'layers.0.blocks.1.attn']",
         "uneven": "['its 3 heads cannot be shared evenly by 2 processes', "
         "'its 3 heads cannot be shared evenly by 2 processes']",
         "transposed": "RuntimeError: Error(s) in loading state_dict for VisionTransformer",

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from vitkernels import layers
 from vitkernels.layers import records, sharded
 from vitkernels.swap import _rules
+from vitkernels.swap._parts import part_of
 from vitkernels.swap.report import Kept, Report, Swapped
 
 # The layers of the library's own modules, which have no rule.
@@ -79,6 +80,9 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> Report:
     for path, module in model.named_modules():
         names = _names(module)
         if names is None:
+            if part_of(module) in ("attention", "an MLP"):
+                reason = "it is not swapped, or its fused forward takes no shards"
+                kept.append(Kept(path, type(module).__name__, reason, known=True))
             continue
         plan = _plan(module, names, mesh.size(), held)
         if isinstance(plan, str):

@@ -171,6 +171,10 @@ def errors(mesh: DeviceMesh) -> dict:
     torch.manual_seed(rank)
     found["other seeds"] = error_of(lambda: sharded(drop_path_rate=0.5))
     found["patch dropout"] = error_of(lambda: sharded(patch_drop_rate=0.5))
+    masked = timm.create_model("vit_tiny_patch16_224", img_size=32, **SMALL)
+    vitkernels.accelerate(masked)
+    masked.blocks[0].random_masking = lambda x: x  # as transformers' ViTMAE has it
+    found["random masks"] = error_of(lambda: vitkernels.parallelize(masked, mesh))
     torch.manual_seed(0)
     found["attention dropout"] = error_of(lambda: sharded(attn_drop_rate=0.5)(x))
     found["dropout"] = error_of(lambda: sharded(proj_drop_rate=0.5)(x))

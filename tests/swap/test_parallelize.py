@@ -132,6 +132,7 @@ def test_autocast(both):
         "twice": "ValueError: parallelize: blocks.0.attn.qkv.weight is a DTensor already",
         "other seeds": "ValueError: parallelize: the model drops at random, and the processes would draw different",
         "patch dropout": "ValueError: parallelize: the model drops at random, and the processes would draw different",
+        "random masks": "ValueError: parallelize: the model drops at random, and the processes would draw different",
         "attention dropout": "NotImplementedError: attention whose heads are sharded cannot drop weights",
         "dropout": "NotImplementedError: an MLP whose hidden features are sharded cannot drop any",
         "second derivative": "RuntimeError: trying to differentiate twice a function that was marked with",

@@ -176,7 +176,8 @@ def _plan(module: nn.Module, names: sharded.Layers, size: int, held: Counter[int
 def _check_draws(model: nn.Module, mesh: DeviceMesh) -> None:
     """Raise if modules of ``model`` drop something and the processes would not draw the same."""
     rates = [getattr(m, name, 0) for m in model.modules() for name in ("p", "drop_prob", "prob")]
-    if not any(isinstance(rate, (int, float)) and 0 < rate <= 1 for rate in rates):
+    drops = any(isinstance(rate, (int, float)) and 0 < rate <= 1 for rate in rates)
+    if not drops and not any(hasattr(m, "random_masking") for m in model.modules()):  # transformers' ViTMAE
         return
     generator = torch if mesh.device_type == "cpu" else torch.get_device_module(mesh.device_type)
     state = generator.get_rng_state().to(torch.int64)

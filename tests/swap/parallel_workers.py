@@ -1,6 +1,7 @@
 """What each of two processes runs for test_parallelize.py."""
 
 import copy
+import pickle
 
 import conftest  # noqa: F401  sets up the emulated GPU and torchvision, before timm is imported
 import timm
@@ -142,6 +143,7 @@ def training(mesh: DeviceMesh, folder: str) -> dict:
     vitkernels.restore(again)
     results["restored"] = dict(again.state_dict())
     results["class"] = type(again.blocks[0]).__qualname__
+    results["pickle has ours"] = b"vitkernels" in pickle.dumps(again)
     return results
 
 

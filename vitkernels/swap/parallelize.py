@@ -128,6 +128,9 @@ def make_whole(module: nn.Module) -> None:
     for layer in (module, *module.children()):
         if vars(layer).pop(sharded.MARK, None) is None:
             continue
+        hooks = layer._load_state_dict_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook.hook is _shard_loaded]:
+            del hooks[key]
         for name, parameter in layer._parameters.items():
             if isinstance(parameter, DTensor):
                 whole = _whole(parameter.detach(), name)

@@ -62,7 +62,9 @@ def test_ranks(rank, dtype, device):
     check_op(ops.lora_linear, reference.lora_linear, tensors)
 
 
-@pytest.mark.parametrize(("dtype", "ranks"), drawn(6, [torch.float32, *HALVES], [(1, 16), (8, 0), (0, 64)]), ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "ranks"), drawn(8, [torch.float32, *HALVES], [(1, 16), (8, 0), (0, 64), (0, 0)]), ids=str
+)
 def test_ranks_of_an_mlp(ranks, dtype, device):
     tensors = layers(*(SMALL if dtype == torch.float32 else USUAL), ranks, dtype=dtype, device=device)
     check_op(LORA_MLP, PLAIN_MLP, tensors)

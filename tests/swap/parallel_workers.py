@@ -52,6 +52,7 @@ def model_of(name: str) -> nn.Module:
 
 
 NAMES = (*TIMM, "own", "ViT", "DINOv3ViT")
+SHARING = (*TIMM, "own")  # whose blocks can share their tokens out
 
 
 def images(model: nn.Module, batch: int = 3) -> torch.Tensor:
@@ -74,16 +75,16 @@ def gradients(model: nn.Module, like: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def parallel(model: nn.Module, mesh: DeviceMesh) -> tuple[nn.Module, vitkernels.Report]:
+def parallel(model: nn.Module, mesh: DeviceMesh, **options: bool) -> tuple[nn.Module, vitkernels.Report]:
     model = copy.deepcopy(model)
     vitkernels.accelerate(model)
-    return model, vitkernels.parallelize(model, mesh)
+    return model, vitkernels.parallelize(model, mesh, **options)
 
 
-def run(model: nn.Module, like: nn.Module) -> dict:
+def run(model: nn.Module, like: nn.Module, batch: int = 3) -> dict:
     parameters = {(p.to_local() if isinstance(p, DTensor) else p).data_ptr() for p in model.parameters()}
     with Kept(parameters) as kept, Sent() as sent:
-        out = output_of(model, images(like))
+        out = output_of(model, images(like, batch))
         out.square().mean().backward()
     return {
         "output": out.detach(), "gradients": gradients(model, like), "sent": dict(sent.bytes), "kept": kept.total,
@@ -107,6 +108,26 @@ def agreement(name: str, mesh: DeviceMesh) -> dict:
             results[backend] = run(sharded, whole)
     results["plain"] = run(whole, whole)
     return results
+
+
+def sequence(name: str, mesh: DeviceMesh) -> dict:
+    """With sequence parallelism; a batch of 3 then runs without."""
+    whole = model_of(name)
+    model, _ = parallel(whole, mesh, sequence=True)
+    results = {"plain": run(whole, whole, batch=4), "odd": output_of(model, images(whole)).detach()}
+    for backend in ("torch", "emulated"):
+        model.zero_grad()
+        with vitkernels.use_backend(backend):
+            results[backend] = run(model, whole, batch=4)
+    with vitkernels.use_backend("emulated"):
+        results["not shared"] = run(parallel(whole, mesh)[0], whole, batch=4)
+    seen = []
+    handle = model.blocks[0].register_forward_hook(lambda block, args, out: seen.append(out.full_tensor().detach()))
+    model(images(whole, batch=4))
+    handle.remove()
+    whole.blocks[0].register_forward_hook(lambda block, args, out: seen.append(out.detach()))
+    whole(images(whole, batch=4))
+    return results | {"between": tuple(seen)}
 
 
 def training(mesh: DeviceMesh, folder: str) -> dict:
@@ -169,6 +190,10 @@ def errors(mesh: DeviceMesh) -> dict:
     found["not accelerated"] = error_of(lambda: vitkernels.parallelize(plain, mesh))
     found["no mesh"] = error_of(lambda: vitkernels.parallelize(plain, 2))
     found["two dims"] = error_of(lambda: vitkernels.parallelize(plain, init_device_mesh("cpu", (1, 2))))
+    uneven = timm.create_model("vit_tiny_patch16_224", img_size=32, **{**SMALL, "num_heads": 3})
+    vitkernels.accelerate(uneven)
+    found["no block"] = error_of(lambda: vitkernels.parallelize(uneven, mesh, sequence=True))
+    found["uneven"] = str([entry.reason for entry in vitkernels.parallelize(uneven, mesh).kept])
     found["twice"] = error_of(lambda: vitkernels.parallelize(sharded(), mesh))
     torch.manual_seed(rank)
     found["other seeds"] = error_of(lambda: sharded(drop_path_rate=0.5))
@@ -194,7 +219,6 @@ def errors(mesh: DeviceMesh) -> dict:
     swin = timm.create_model("swin_tiny_patch4_window7_224", img_size=56, embed_dim=16, depths=(2,), num_heads=(2,))
     vitkernels.accelerate(swin)
     found["windows"] = str([entry.module for entry in vitkernels.parallelize(swin, mesh).kept])
-    found["uneven"] = str([entry.reason for entry in parallel_report(mesh).kept])
     wrong = sharded()
     found["shape"] = error_of(lambda: wrong.load_state_dict(sharded(embed_dim=96).state_dict()))
     state = sharded().state_dict()
@@ -236,19 +260,12 @@ def layouts(mesh: DeviceMesh) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     return model.expanded, model.transposed, model.empty
 
 
-def parallel_report(mesh: DeviceMesh) -> vitkernels.Report:
-    model = timm.create_model("vit_tiny_patch16_224", img_size=32, **{**SMALL, "num_heads": 3})
-    vitkernels.accelerate(model)
-    return vitkernels.parallelize(model, mesh)
-
-
-def drops(mesh: DeviceMesh) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs with DropPath in training, sharded and whole, from one seed."""
+def drops(mesh: DeviceMesh) -> tuple[torch.Tensor, ...]:
+    """Outputs with DropPath in training from one seed: whole, sharded, and with sequence parallelism."""
     torch.manual_seed(0)
     whole = timm.create_model("vit_tiny_patch16_224", img_size=32, **SMALL, drop_path_rate=0.5).double().train()
-    sharded, _ = parallel(whole, mesh)
     outs = []
-    for model in (sharded, whole):
+    for model in (whole, parallel(whole, mesh)[0], parallel(whole, mesh, sequence=True)[0]):
         torch.manual_seed(5)
         with vitkernels.use_backend("torch"):
             outs.append(model(images(whole, batch=8)).detach())
@@ -282,11 +299,16 @@ def masks(mesh: DeviceMesh) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return found
 
 
-def compiled(mesh: DeviceMesh) -> tuple[torch.Tensor, torch.Tensor]:
+def compiled(mesh: DeviceMesh) -> tuple[torch.Tensor, ...]:
     whole = model_of("vit")
-    sharded, _ = parallel(whole, mesh)
-    sharded.blocks.compile(backend="aot_eager")
-    return sharded(images(whole)).detach(), whole(images(whole)).detach()
+    x = images(whole, batch=4)
+    outs = [whole(x).detach()]
+    for sequence in (False, True):
+        sharded, _ = parallel(whole, mesh, sequence=sequence)
+        for block in sharded.blocks:
+            block.compile(backend="aot_eager")
+        outs.append(sharded(x).detach())
+    return tuple(outs)
 
 
 def work(rank: int, world: int, folder: str) -> None:
@@ -294,6 +316,7 @@ def work(rank: int, world: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     mesh = init_device_mesh("cpu", (world,))
     results = {name: agreement(name, mesh) for name in NAMES}
+    results["sequence"] = {name: sequence(name, mesh) for name in SHARING}
     results["training"] = training(mesh, folder)
     results["errors"] = errors(mesh)
     results["drops"] = drops(mesh)

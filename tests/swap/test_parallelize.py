@@ -95,9 +95,34 @@ def test_all_processes_hold_the_same(both):
         torch.testing.assert_close(both[0][name]["emulated"]["output"], both[1][name]["emulated"]["output"], **same)
 
 
-def test_drop_path_and_compile(results):
-    torch.testing.assert_close(*results["drops"], rtol=1e-11, atol=1e-12)
-    torch.testing.assert_close(*results["compiled"], rtol=1e-11, atol=1e-12)
+@pytest.mark.parametrize("way", ["drops", "compiled"])
+def test_drop_path_and_compile(way, results):
+    whole, *sharded = results[way]
+    for out in sharded:
+        torch.testing.assert_close(out, whole, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", workers.SHARING)
+def test_sequence_parallelism(name, results):
+    result = results["sequence"][name]
+    for backend in ("torch", "emulated"):
+        torch.testing.assert_close(result[backend]["output"], result["plain"]["output"], rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(result[backend]["gradients"], result["plain"]["gradients"], rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(result["odd"], results[name]["plain"]["output"], rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(*result["between"], rtol=1e-11, atol=1e-12)
+    assert result["emulated"]["kept"] < result["not shared"]["kept"]
+
+
+def test_what_sequence_parallelism_sends(results):
+    """A block gathers tokens twice and scatters them twice, forward and backward: the bytes given are counted. The
+    first takes its part of what all hold, the last gathers all. Norms' gradients are summed together."""
+    tokens = 8 * 4 * TOKENS * CHANNELS
+    sent = results["sequence"]["own"]["emulated"]["sent"]
+    assert sent.keys() == {"c10d::allreduce_", "c10d::_allgather_base_", "c10d::_reduce_scatter_base_"}
+    assert sent["c10d::allreduce_"] == DEPTH * 8 * 4 * CHANNELS
+    gathers, scatters = DEPTH * 4 + 2, DEPTH * 4
+    assert sent["c10d::_allgather_base_"] == gathers * (tokens + tokens // 2)
+    assert sent["c10d::_reduce_scatter_base_"] == scatters * (tokens + tokens // 2)
 
 
 def test_gradients_of_masks(results):
@@ -145,6 +170,7 @@ def test_autocast(both):
         "windows": "['layers.0.blocks.0.attn', 'layers.0.blocks.1.attn']",
         "uneven": "['its 3 heads cannot be shared evenly by 2 processes', "
         "'its 3 heads cannot be shared evenly by 2 processes']",
+        "no block": "ValueError: parallelize: sequence is set, and no block's attention and MLP can both be sharded",
         "transposed": "RuntimeError: Error(s) in loading state_dict for VisionTransformer",
         "shape": "RuntimeError: Error(s) in loading state_dict for VisionTransformer",
     }.items(),

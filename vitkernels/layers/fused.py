@@ -119,7 +119,7 @@ def attention(
     group = attn.proj.group if attn.proj is not None else None
     if group is not None:
         attn, attn_mask, rope = _own_part(group, attn, attn_mask, rope)
-        x = group.enter(x)
+        x = group.tokens_in(x)
     if attn.fp8:
         fp8.check_inference(attn, x)
         dtype, x = x.dtype, ops.quantize_fp8(x)
@@ -161,7 +161,7 @@ def attention(
     if attn.proj is None:
         return out
     if group is not None:
-        out = group.sum(linear(attn.proj._replace(bias=group.share(attn.proj.bias)), out))
+        out = group.tokens_out(linear(attn.proj._replace(bias=group.share(attn.proj.bias)), out))
         return _dropout(out, attn.proj_drop)
     return _dropout(linear(attn.proj, ops.quantize_fp8(out) if in_fp8 else out, dtype), attn.proj_drop)
 
@@ -185,13 +185,7 @@ def _own_part(
         positions = positions._replace(bias_table=group.own_heads(positions.bias_table, -1))
     elif positions is not None:
         raise NotImplementedError("attention in windows or with decomposed positions cannot be sharded")
-    q_norm, k_norm = (
-        n
-        and n._replace(
-            **{name: t if t is None else group.enter(t) for name, t in zip(n._fields[:2], n[:2], strict=True)}
-        )
-        for n in (attn.q_norm, attn.k_norm)
-    )
+    q_norm, k_norm = (n and Norm(*group.enter(*n[:2]), *n[2:]) for n in (attn.q_norm, attn.k_norm))
     if isinstance(attn_mask, Tensor):
         attn_mask = group.own_heads(attn_mask)
     if rope is not None:
@@ -327,14 +321,14 @@ def _sharded_mlp(
     own = whole._replace(input_norm=None, fc2=fc2._replace(bias=group.share(fc2.bias), group=None))
     out = mlp(
         own,
-        group.enter(norm(whole.input_norm, x)),
+        group.tokens_in(norm(whole.input_norm, x)),
         residual=residual if group.rank == 0 else None,
-        layer_scale=None if layer_scale is None else group.enter(layer_scale),
+        layer_scale=group.enter(layer_scale)[0],
         drop_path_scale=drop_path_scale,
     )
     if residual is not None:  # under autocast it may be wider, and all processes must sum one dtype
         out = out.to(runtime.promoted_dtype(out, residual))
-    return group.sum(out, residual)
+    return group.tokens_out(out, residual)
 
 
 def _mlp_fp8(mlp: Mlp, x: ops.Fp8, dtype: torch.dtype, **epilogue: Tensor | None) -> Tensor:
@@ -356,7 +350,9 @@ def block(
     attention kernels.
     Otherwise LayerScale, DropPath and the first residual sum are fused with norm2, the second ones with a plain MLP.
     """
-    norm1, attn, norm2, mlp_, gamma1, gamma2, path1, path2, in_fp8 = block
+    norm1, attn, norm2, mlp_, gamma1, gamma2, path1, path2, in_fp8, shares_tokens = block
+    if shares_tokens and x.shape[0] % mlp_.fc2.group.size == 0 and not isinstance(attn_mask, Packed):
+        return _token_sharing_block(block, x, attn_mask=attn_mask, is_causal=is_causal, rope=rope)
     if in_fp8:
         fp8.check_inference(block, x)
         normed = ops.layer_norm_fp8(x, norm1.weight, norm1.bias, norm1.eps)
@@ -384,6 +380,32 @@ def block(
         return behind_attention(block, branch, x)
     # (T, 1, C): DropPath scales rows.
     return behind_attention(block, branch.transpose(0, 1), x.transpose(0, 1), attn_mask).transpose(0, 1)
+
+
+def _token_sharing_block(block: Block, x: Tensor, **options: object) -> Tensor:
+    """:func:`block` with sequence parallelism: outside the sharded layers, this process's images alone."""
+    group = block.mlp.fc2.group._replace(shares_tokens=True)
+    norm1, norm2 = block.norm1, block.norm2
+    # Each process has gradients of its own tokens alone.
+    *shared, gamma1, gamma2 = group.enter(*norm1[:2], *norm2[:2], block.gamma1, block.gamma2)
+    norm1, norm2 = norm1._replace(weight=shared[0], bias=shared[1]), norm2._replace(weight=shared[2], bias=shared[3])
+    attn = block.attn._replace(proj=block.attn.proj._replace(group=group))
+    mlp_ = block.mlp._replace(fc2=block.mlp.fc2._replace(group=group))
+    batch, rows = x.shape[0], group.share_tokens(x)
+
+    def own_scale(path: DropPath | None, gamma: Tensor | None) -> Tensor | None:
+        scale = drop_path_scale(path, rows.new_empty((batch, 1, 1)), gamma)  # drawn for all images on all processes
+        return None if scale is None else group.own_rows(scale)
+
+    branch = attention(attn, norm(norm1, rows), **options)
+    normed, rows = add_norm(
+        norm2, branch, rows, layer_scale=gamma1, drop_path_scale=own_scale(block.drop_path1, gamma1)
+    )
+    scale = own_scale(block.drop_path2, gamma2)
+    branch = mlp(mlp_, normed)
+    branch = branch if gamma2 is None else branch * gamma2
+    rows = rows + branch if scale is None else torch.addcmul(rows, branch, scale.reshape(-1, 1, 1))
+    return group.pass_tokens(rows, last=block.shares_tokens == sharded.LAST)
 
 
 def behind_attention(block: Block, branch: Tensor, x: Tensor, images: Packed | None = None) -> Tensor:

@@ -188,7 +188,8 @@ class DropPath(NamedTuple):
 class Block(NamedTuple):
     """A Transformer block; ``gamma1`` and ``gamma2`` are its LayerScales (C,), or None.
 
-    With ``fp8`` all of its products run in FP8. A record of what is behind the attention has no ``norm1`` and ``attn``.
+    With ``fp8`` all of its products run in FP8. ``shares_tokens`` is the block's mark of :mod:`sharded` if it runs with
+    sequence parallelism. A record of what is behind the attention has no ``norm1`` and ``attn``.
     """
 
     norm1: Norm | None
@@ -200,6 +201,7 @@ class Block(NamedTuple):
     drop_path1: DropPath | None = None
     drop_path2: DropPath | None = None
     fp8: bool = False
+    shares_tokens: str | None = None
 
 
 def linears(record: Block | Attention | Mlp) -> list[Linear]:
@@ -373,7 +375,11 @@ def block(module: nn.Module) -> Block:
     """Read timm's blocks."""
     children = module._modules
     behind = behind_attention(module, mlp(children["mlp"]))
-    return behind._replace(norm1=norm(children["norm1"]), attn=attention(children["attn"]))
+    return behind._replace(
+        norm1=norm(children["norm1"]),
+        attn=attention(children["attn"]),
+        shares_tokens=module.__dict__.get(sharded.MARK),
+    )
 
 
 def behind_attention(module: nn.Module, mlp: Mlp) -> Block:

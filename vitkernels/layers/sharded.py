@@ -4,6 +4,10 @@ A column-parallel layer has some of the output features, a row-parallel one some
 arXiv 1909.08053). The weights are DTensors. Between the two layers a process computes on its own heads or hidden
 features alone; in front of the first and behind the second all processes hold the same tokens. So a branch costs one
 all-reduce forward and one backward. Its biases, LayerScale, DropPath and residual stay in the products' epilogues.
+
+With sequence parallelism (arXiv 2205.05198) a process holds its own images' tokens alone outside these layers: in front
+of the first they are gathered, behind the second each process gets its part of the sum, which costs as much as an
+all-reduce. It is the batch that is shared out, since a ViT's number of tokens is often prime (197).
 """
 
 from __future__ import annotations
@@ -15,7 +19,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-MARK = "_vitkernels_sharded"  # the attribute of a Linear with shards, and of each module whose forward reads one
+# The attribute of a Linear with shards ("columns" or "rows"), of an attention or MLP of such layers ("whole"), and of a
+# block that passes on this process's tokens (PASSES), or takes these and returns all (LAST).
+MARK = "_vitkernels_sharded"
+PASSES, LAST = "passes tokens", "last"
 
 
 class Layers(NamedTuple):
@@ -43,29 +50,57 @@ class Group(NamedTuple):
     """The processes that hold a layer's shards.
 
     Attributes:
-        processes: The group of ``torch.distributed``.
+        mesh: The mesh of the shards.
+        processes: Its group of ``torch.distributed``.
         rank: This process's number in it.
         size: How many processes there are.
+        shares_tokens: Whether a process holds its own part of the batch outside the sharded layers.
     """
 
+    mesh: dist.device_mesh.DeviceMesh
     processes: dist.ProcessGroup
     rank: int
     size: int
+    shares_tokens: bool = False
 
-    def enter(self, x: Tensor) -> Tensor:
-        """Return x, which is the same on all processes; its gradient is summed over them, since each uses its own part.
+    def enter(self, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return ``tensors``, which are the same on all processes; their gradients are summed over them in one go.
 
-        The sum is written over the gradient that comes in, so nothing else may read that.
+        Each process uses them for its own part of the work.
         """
-        return _Enter.apply(x, self.processes)
+        return _Enter.apply(self.processes, *tensors)
 
-    def sum(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Return the sum of x over the processes, written over x; the gradient of x is that of the sum.
+    def tokens_in(self, x: Tensor) -> Tensor:
+        """Return the tokens that a column-parallel layer takes: all."""
+        return _Gather.apply(x, self) if self.shares_tokens else self.enter(x)[0]
 
-        ``residual`` is in the first process's x already. The other processes get its gradient here.
+    def tokens_out(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Return the tokens behind a row-parallel layer: the sum of x over the processes, or this process's part of it.
+
+        The sum is written over x; the gradient of x is that of the sum. ``residual`` is in the first process's x
+        already. The other processes get its gradient here.
         """
+        if self.shares_tokens:
+            return _Scatter.apply(x, self)
         passed = residual is not None and self.rank > 0
         return _Sum.apply(x, residual if passed else None, self.processes)
+
+    def own_rows(self, x: Tensor) -> Tensor:
+        """Return this process's part of x along dim 0."""
+        rows = x.shape[0] // self.size
+        return x.narrow(0, self.rank * rows, rows)
+
+    def share_tokens(self, x: Tensor) -> Tensor:
+        """Return this process's tokens of x (B, N, C), which all processes hold or which is a DTensor."""
+        from torch.distributed.tensor import DTensor  # takes a third of a second
+
+        return x.to_local() if isinstance(x, DTensor) else _Split.apply(x, self)
+
+    def pass_tokens(self, x: Tensor, *, last: bool) -> Tensor:
+        """Return this process's tokens x as a DTensor of all, or behind the ``last`` block all tokens."""
+        from torch.distributed.tensor import DTensor, Shard
+
+        return _Collect.apply(x, self) if last else DTensor.from_local(x, self.mesh, [Shard(0)], run_check=False)
 
     def share(self, bias: Tensor | None) -> Tensor | None:
         """Return this process's summand of ``bias``: all of it in the first process, else zeros.
@@ -78,16 +113,16 @@ class Group(NamedTuple):
         """Return this process's heads of x, such as a mask (B, H, N, N); all of x if ``dim`` is 1 or missing."""
         if x.ndim < -dim or x.shape[dim] == 1:
             # Its gradient, too, is a sum over all heads; that of the narrowed is no other tensor's, as enter() asks.
-            return self.enter(x).narrow(-1, 0, x.shape[-1]) if x.requires_grad else x
+            return self.enter(x)[0].narrow(-1, 0, x.shape[-1]) if x.requires_grad else x
         heads = x.shape[dim] // self.size
-        return self.enter(x).narrow(dim, self.rank * heads, heads)
+        return self.enter(x)[0].narrow(dim, self.rank * heads, heads)
 
 
 def read(module: nn.Module) -> tuple[Tensor, Tensor | None, Group]:
     """Return the local weight (out, in) and bias of a sharded Linear, and the group that shares them."""
     weight, bias = module._parameters["weight"], module._parameters["bias"]
     mesh = weight.device_mesh
-    group = Group(mesh.get_group(), mesh.get_local_rank(), mesh.size())
+    group = Group(mesh, mesh.get_group(), mesh.get_local_rank(), mesh.size())
     local = weight.to_local()
     if module.__dict__[MARK] == "columns":
         bias = None if bias is None else bias.to_local().reshape(-1)
@@ -96,16 +131,90 @@ def read(module: nn.Module) -> tuple[Tensor, Tensor | None, Group]:
 
 class _Enter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, processes):
+    def forward(ctx, processes, *tensors):
         ctx.processes = processes
-        return x.view_as(x)
+        ctx.set_materialize_grads(False)
+        return tuple(None if t is None else t.view_as(t) for t in tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        wanted = [i for i, grad in enumerate(grads) if grad is not None and ctx.needs_input_grad[i + 1]]
+        sums = list(grads)
+        if len(wanted) == 1:
+            # A gradient of all tokens, in place: nothing else reads what an op of ours returned.
+            sums[wanted[0]] = _all_reduced(grads[wanted[0]].contiguous(), ctx.processes)
+        elif wanted:
+            flat = _all_reduced(torch.cat([grads[i].reshape(-1) for i in wanted]), ctx.processes)
+            parts = flat.split([grads[i].numel() for i in wanted])
+            for i, part in zip(wanted, parts, strict=True):
+                sums[i] = part.view_as(grads[i]).to(grads[i].dtype)
+        return None, *sums
+
+
+def _all_reduced(x: Tensor, processes: dist.ProcessGroup) -> Tensor:
+    dist.all_reduce(x, group=processes)
+    return x
+
+
+def _gathered(x: Tensor, group: Group) -> Tensor:
+    whole = x.new_empty((x.shape[0] * group.size, *x.shape[1:]))
+    dist.all_gather_into_tensor(whole, x.contiguous(), group=group.processes)
+    return whole
+
+
+def _scattered(x: Tensor, group: Group) -> Tensor:
+    part = x.new_empty((x.shape[0] // group.size, *x.shape[1:]))
+    dist.reduce_scatter_tensor(part, x.contiguous(), group=group.processes)
+    return part
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return _gathered(x, group)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        grad = grad.contiguous()
-        dist.all_reduce(grad, group=ctx.processes)
-        return grad, None
+        return _scattered(grad, ctx.group), None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return _scattered(x, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return _gathered(grad, ctx.group), None
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return group.own_rows(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return _gathered(grad, ctx.group), None
+
+
+class _Collect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return _gathered(x, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return ctx.group.own_rows(grad), None
 
 
 class _Sum(torch.autograd.Function):

@@ -13,6 +13,7 @@ Source: LoRA arXiv 2106.09685.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -198,10 +199,8 @@ def _of_other_dtypes(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
 
 def _widest(dtypes: list[torch.dtype | None]) -> torch.dtype:
     """Return the dtype in which the gradients of all A's and B's lose nothing: each may be in x's dtype or in fp32."""
-    first, *others = [dtype for dtype in dtypes if dtype is not None]
-    for dtype in others:
-        first = torch.promote_types(first, dtype)
-    return first
+    given = [dtype for dtype in dtypes if dtype is not None]
+    return functools.reduce(torch.promote_types, given) if given else torch.float32
 
 
 def _of_dtypes(grads, needed, dtypes) -> list[Tensor | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ class _Plan(NamedTuple):
     packed: int
 
 
-def parallelize(model: nn.Module, mesh: DeviceMesh) -> Report:
+def parallelize(model: nn.Module, mesh: DeviceMesh, *, sequence: bool = False) -> Report:
     """Shard the attentions and MLPs of an accelerated ``model`` over the processes of ``mesh``, in place.
 
     Each process gets some heads and some hidden features (Megatron-LM, arXiv 1909.08053). All processes of the mesh
@@ -49,6 +50,11 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> Report:
         model: A model after :func:`vitkernels.accelerate`, or of :mod:`vitkernels.models`; the same on all processes.
         mesh: One dimension of a device mesh, on the model's device: ``init_device_mesh("cuda", (8,))``, or
             ``mesh["tp"]``. The other dimensions may hold FSDP2, applied after this call.
+        sequence: Also share the tokens out between the sharded layers (sequence parallelism, arXiv 2205.05198), where
+            consecutive pre-norm blocks of timm's ViT and EVA or of :mod:`vitkernels.models` are sharded whole: norms,
+            residuals and what they keep for the backward then take a process's own images alone, for the same traffic.
+            Between these blocks the tokens are a DTensor; hooks see it. A batch that the number of processes does not
+            divide runs without.
 
     Returns:
         Which attentions and MLPs were sharded, and which were not and why; these run whole on every process.
@@ -56,8 +62,8 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> Report:
     Raises:
         TypeError: ``model`` is not a module, or ``mesh`` not a DeviceMesh.
         ValueError: The mesh has several dimensions; the model is sharded already, has FP8 layers, or parameters on
-            another device; it draws random numbers, and the processes would draw different ones; or nothing can be
-            sharded. The model is unchanged.
+            another device; it draws random numbers, and the processes would draw different ones; nothing can be
+            sharded, or with ``sequence`` no block. The model is unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"parallelize: expected a torch.nn.Module, got a {type(model).__name__}")
@@ -95,10 +101,17 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> Report:
             f"parallelize: {type(model).__name__} has no attention or MLP that can be sharded over {mesh.size()}; call "
             f"vitkernels.accelerate first\n{Report((), tuple(kept)).rows()}"
         )
+    blocks = _runs_of_blocks(model, {plan.module for plan in plans}) if sequence else []
+    if sequence and not blocks:
+        raise ValueError("parallelize: sequence is set, and no block's attention and MLP can both be sharded")
     _check_draws(model, mesh)
     _make_equal(model, mesh)
     for plan in plans:
         _shard(plan, mesh)
+    for *first, last in blocks:
+        for block in first:
+            setattr(block, sharded.MARK, sharded.PASSES)
+        setattr(last, sharded.MARK, sharded.LAST)
     return Report(tuple(swapped), tuple(kept))
 
 
@@ -174,6 +187,27 @@ def _plan(module: nn.Module, names: sharded.Layers, size: int, held: Counter[int
             what = "heads" if head > 1 else "hidden features"
             return f"its {units} {what} cannot be shared evenly by {size} processes"
     return _Plan(module, columns, rows, packed)
+
+
+def _runs_of_blocks(model: nn.Module, shards: set[nn.Module]) -> list[list[nn.Module]]:
+    """Return the runs of consecutive blocks, each in one container, that can pass their tokens on among themselves."""
+    runs = []
+    for container in model.modules():
+        if not isinstance(container, (nn.Sequential, nn.ModuleList)):
+            continue
+        for can_share, run in itertools.groupby(container, lambda block: _can_share_tokens(block, shards)):
+            runs += [list(run)] if can_share else []
+    return runs
+
+
+def _can_share_tokens(block: nn.Module, shards: set[nn.Module]) -> bool:
+    rule = _rules.RULES.get(type(block))
+    reads_block = rule is not None and type(block) is rule.fused and rule.products is records.block
+    if not (type(block) is layers.Block or reads_block):
+        return False
+    children = block._modules
+    norms = (children["norm1"], children["norm2"])
+    return {children["attn"], children["mlp"]} <= shards and not any(isinstance(n, nn.Identity) for n in norms)
 
 
 def _check_draws(model: nn.Module, mesh: DeviceMesh) -> None:

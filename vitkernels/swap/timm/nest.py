@@ -35,8 +35,7 @@ def _block(layer: TransformerLayer) -> records.Block:
         return columns.unflatten(1, (attn.head_dim, attn.num_heads)).transpose(1, 2).flatten(1)
 
     lora = proj.lora and proj.lora._replace(a=by_head(proj.lora.a))
-    proj = proj._replace(weight=by_head(proj.weight), lora=lora)
-    return block._replace(attn=attn._replace(proj=proj))
+    return block._replace(attn=attn._replace(proj=proj._replace(weight=by_head(proj.weight), lora=lora)))
 
 
 LAYER = Rule(

@@ -171,6 +171,9 @@ class TestModels:
             vit.forward_features(images, num_visible=counts)
         with pytest.raises(ValueError, match=r"num_visible has shape \(1,\); expected \(2,\), the images"):
             vit.forward_features(images, visible=drawn.visible, num_visible=counts[:1])
+        for wrong in (counts > 1, counts / 2, [1, 2]):  # as the mask of the visible patches, or a ratio
+            with pytest.raises(TypeError, match=r"num_visible is a .*; expected a tensor of int32 or int64"):
+                vit.forward_features(images, visible=drawn.visible, num_visible=wrong)
         with pytest.raises(ValueError, match="patch_drop_rate drops some"):
             make("vit", patch_drop_rate=0.5).forward_features(images, visible=drawn.visible, num_visible=counts)
         vit.blocks[0].norm1.register_forward_hook(lambda *args: None)

@@ -1,6 +1,7 @@
 """What each of two processes runs for test_parallelize.py."""
 
 import copy
+import pickle
 
 import conftest  # noqa: F401  sets up the emulated GPU and torchvision, before timm is imported
 import timm
@@ -13,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 import vitkernels
@@ -162,6 +164,7 @@ def training(mesh: DeviceMesh, folder: str) -> dict:
     vitkernels.restore(again)
     results["restored"] = dict(again.state_dict())
     results["class"] = type(again.blocks[0]).__qualname__
+    results["pickle has ours"] = b"vitkernels" in pickle.dumps(again)
     return results
 
 
@@ -195,19 +198,40 @@ def errors(mesh: DeviceMesh) -> dict:
     torch.manual_seed(rank)
     found["other seeds"] = error_of(lambda: sharded(drop_path_rate=0.5))
     found["patch dropout"] = error_of(lambda: sharded(patch_drop_rate=0.5))
+    masked = timm.create_model("vit_tiny_patch16_224", img_size=32, **SMALL)
+    vitkernels.accelerate(masked)
+    masked.blocks[0].random_masking = lambda x: x  # as transformers' ViTMAE has it
+    found["random masks"] = error_of(lambda: vitkernels.parallelize(masked, mesh))
     torch.manual_seed(0)
     found["attention dropout"] = error_of(lambda: sharded(attn_drop_rate=0.5)(x))
     found["dropout"] = error_of(lambda: sharded(proj_drop_rate=0.5)(x))
+    found["second derivative"] = error_of(lambda: second_derivative(sharded(), x))
     hooked = sharded()
     hooked.blocks[1].attn.qkv.register_forward_hook(lambda *args: None)
     found["hook"] = error_of(lambda: hooked(x))
+    vitkernels.accelerate(hooked)
+    found["hook, accelerated again"] = error_of(lambda: hooked(x))
     found["fp8"] = error_of(lambda: vitkernels.accelerate(sharded(), precision="fp8", strict=True))
+    strange = timm.create_model("vit_tiny_patch16_224", img_size=32, **SMALL)
+    vitkernels.accelerate(strange)
+    strange.blocks[0].attn.qkv.__class__ = type("Linear", (nn.Linear,), {"__module__": "elsewhere"})
+    found["other Linear"] = vitkernels.parallelize(strange, mesh).kept[0].reason
+    swin = timm.create_model("swin_tiny_patch4_window7_224", img_size=56, embed_dim=16, depths=(2,), num_heads=(2,))
+    vitkernels.accelerate(swin)
+    found["windows"] = str([entry.module for entry in vitkernels.parallelize(swin, mesh).kept])
     wrong = sharded()
     found["shape"] = error_of(lambda: wrong.load_state_dict(sharded(embed_dim=96).state_dict()))
     state = sharded().state_dict()
     state = {key: torch.zeros(48, 144) if key.endswith("qkv.weight") else t for key, t in state.items()}
     found["transposed"] = error_of(lambda: wrong.load_state_dict(state))
     return found
+
+
+def second_derivative(model: nn.Module, x: torch.Tensor) -> None:
+    x = x.clone().requires_grad_()
+    with vitkernels.use_backend("torch"), sdpa_kernel(SDPBackend.MATH):  # which PyTorch differentiates twice
+        (grad,) = torch.autograd.grad(model(x).square().mean(), x, create_graph=True)
+        grad.square().sum().backward()
 
 
 def tied(mesh: DeviceMesh) -> tuple[list[str], dict[str, torch.Size]]:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 # The attribute of a Linear with shards ("columns" or "rows"), of an attention or MLP of such layers ("whole"), and of a
 # block that passes on this process's tokens (PASSES), or takes these and returns all (LAST).
@@ -136,6 +137,7 @@ class _Enter(torch.autograd.Function):
         return tuple(None if t is None else t.view_as(t) for t in tensors)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads):
         wanted = [i for i, grad in enumerate(grads) if grad is not None and ctx.needs_input_grad[i + 1]]
         sums = list(grads)
@@ -179,6 +181,7 @@ class _Gather(torch.autograd.Function):
         return _gathered(x, group)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         return _scattered(grad, ctx.group), None
 
@@ -190,6 +193,7 @@ class _Scatter(torch.autograd.Function):
         return _scattered(x, group)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         return _gathered(grad, ctx.group), None
 
@@ -201,6 +205,7 @@ class _Split(torch.autograd.Function):
         return group.own_rows(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         return _gathered(grad, ctx.group), None
 
@@ -212,6 +217,7 @@ class _Collect(torch.autograd.Function):
         return _gathered(x, group)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         return ctx.group.own_rows(grad), None
 
@@ -226,6 +232,7 @@ class _Sum(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         return grad, grad if ctx.needs_input_grad[1] else None, None
 
@@ -236,5 +243,6 @@ class _Share(torch.autograd.Function):
         return bias.view_as(bias) if is_first else torch.zeros_like(bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         return grad, None

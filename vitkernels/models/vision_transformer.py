@@ -435,8 +435,12 @@ class VisionTransformer(nn.Module):
         """Return of tokens (B, R + V, C) the first R + ``num_visible`` of each image, (1, T, C), and where each begins.
 
         Raises:
+            TypeError: ``num_visible`` is no tensor of integers.
             ValueError: ``num_visible`` is no (B,), or the model drops some of the patches that it counts.
         """
+        if not isinstance(num_visible, Tensor) or num_visible.dtype not in (torch.int32, torch.int64):
+            given = getattr(num_visible, "dtype", type(num_visible).__name__)
+            raise TypeError(f"num_visible is a {given}; expected a tensor of int32 or int64")
         if num_visible.shape != x.shape[:1]:
             raise ValueError(f"num_visible has shape {tuple(num_visible.shape)}; expected ({x.shape[0]},), the images")
         if isinstance(self.patch_drop, PatchDropout):

@@ -97,7 +97,8 @@ def accelerate(model: nn.Module, *, strict: bool = False, precision: str | None 
     for module, entry in plan:
         rule = _rules.RULES.get(type(module))
         if rule is not None:
-            _rules.become(module, rule.fused if isinstance(entry, Swapped) else rule.original)
+            fuses = isinstance(entry, Swapped) or sharded.MARK in vars(module)  # which has no other forward
+            _rules.become(module, rule.fused if fuses else rule.original)
         _set_precision(module, entry)
     return report
 

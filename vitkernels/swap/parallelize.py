@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from vitkernels import layers
 from vitkernels.layers import records, sharded
 from vitkernels.swap import _rules
+from vitkernels.swap._parts import part_of
 from vitkernels.swap.report import Kept, Report, Swapped
 
 # The layers of the library's own modules, which have no rule.
@@ -85,6 +86,9 @@ def parallelize(model: nn.Module, mesh: DeviceMesh, *, sequence: bool = False) -
     for path, module in model.named_modules():
         names = _names(module)
         if names is None:
+            if part_of(module) in ("attention", "an MLP"):
+                reason = "it is not swapped, or its fused forward takes no shards"
+                kept.append(Kept(path, type(module).__name__, reason, known=True))
             continue
         plan = _plan(module, names, mesh.size(), held)
         if isinstance(plan, str):
@@ -137,6 +141,9 @@ def make_whole(module: nn.Module) -> None:
     for layer in (module, *module.children()):
         if vars(layer).pop(sharded.MARK, None) is None:
             continue
+        hooks = layer._load_state_dict_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook.hook is _shard_loaded]:
+            del hooks[key]
         for name, parameter in layer._parameters.items():
             if isinstance(parameter, DTensor):
                 whole = _whole(parameter.detach(), name)
@@ -165,7 +172,7 @@ def _plan(module: nn.Module, names: sharded.Layers, size: int, held: Counter[int
     packed = names.packed if len(columns) == 1 else 1
     for layer in (*columns, rows):
         if type(layer) is not nn.Linear:
-            return f"one of its layers is a {type(layer).__name__}, not a Linear"
+            return f"one of its layers is a {type(layer).__module__}.{type(layer).__name__}, not torch's own Linear"
     if any(type(p) is not nn.Parameter for layer in (*columns, rows) for p in layer.parameters()):
         return "one of its weights is not a plain Parameter"
     if any(held[id(x)] > 1 for layer in (*columns, rows) for x in (layer, *layer.parameters())):
@@ -206,7 +213,8 @@ def _can_share_tokens(block: nn.Module, shards: set[nn.Module]) -> bool:
 def _check_draws(model: nn.Module, mesh: DeviceMesh) -> None:
     """Raise if modules of ``model`` drop something and the processes would not draw the same."""
     rates = [getattr(m, name, 0) for m in model.modules() for name in ("p", "drop_prob", "prob")]
-    if not any(isinstance(rate, (int, float)) and 0 < rate <= 1 for rate in rates):
+    drops = any(isinstance(rate, (int, float)) and 0 < rate <= 1 for rate in rates)
+    if not drops and not any(hasattr(m, "random_masking") for m in model.modules()):  # transformers' ViTMAE
         return
     generator = torch if mesh.device_type == "cpu" else torch.get_device_module(mesh.device_type)
     state = generator.get_rng_state().to(torch.int64)

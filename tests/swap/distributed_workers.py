@@ -1,8 +1,14 @@
 """What each of two processes runs for test_gets_along_distributed.py."""
 
 import collections
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import conftest  # noqa: F401  sets up the emulated GPU and torchvision, before timm is imported
+import pytest
 import timm
 import torch
 import torch.distributed as dist
@@ -17,6 +23,17 @@ from vitkernels import accelerate
 from vitkernels.layers import fused
 
 BATCH = 4
+
+
+def start(work: Callable[[int, int, str], None], processes: int, folder: Path) -> None:
+    """Run ``work(rank, processes, folder)`` in so many processes."""
+    with pytest.MonkeyPatch.context() as patch:  # one process imports what all use, and they are forked from it
+        # Other folders of tests have a conftest.py, too.
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]))
+        multiprocessing.get_context("forkserver").set_forkserver_preload([work.__module__])
+        torch.multiprocessing.start_processes(
+            work, (processes, str(folder)), nprocs=processes, start_method="forkserver"
+        )
 
 
 def build() -> nn.Module:

@@ -1,9 +1,5 @@
 """DistributedDataParallel and FSDP2 over an accelerated model: two processes, gloo, gradients as of one process."""
 
-import multiprocessing
-import os
-import sys
-
 import pytest
 import torch
 
@@ -17,10 +13,7 @@ import distributed_workers as workers
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_processes")
-    with pytest.MonkeyPatch.context() as patch:  # one process imports what both use, and they are forked from it
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        multiprocessing.get_context("forkserver").set_forkserver_preload([workers.__name__])
-        torch.multiprocessing.start_processes(workers.work, (2, str(folder)), nprocs=2, start_method="forkserver")
+    workers.start(workers.work, 2, folder)
     return torch.load(folder / "results.pt", weights_only=True)
 
 

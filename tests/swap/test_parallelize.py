@@ -1,9 +1,5 @@
 """Tensor parallelism: two processes, gloo, against one process that has the whole model."""
 
-import multiprocessing
-import os
-import sys
-
 import pytest
 import torch
 
@@ -12,6 +8,7 @@ pytest.importorskip("transformers")
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("this build of PyTorch has no gloo", allow_module_level=True)
 
+import distributed_workers
 import parallel_workers as workers
 
 DEPTH, TOKENS, BATCH, CHANNELS = 2, 5, 3, 48
@@ -25,13 +22,8 @@ def results(request, both):
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tensor_parallel")
-    with pytest.MonkeyPatch.context() as patch:  # one process imports what both use, and they are forked from it
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        multiprocessing.get_context("forkserver").set_forkserver_preload([workers.__name__])
-        torch.multiprocessing.start_processes(workers.work, (2, str(folder)), nprocs=2, start_method="forkserver")
-        torch.multiprocessing.start_processes(
-            workers.work_on_four, (4, str(folder)), nprocs=4, start_method="forkserver"
-        )
+    distributed_workers.start(workers.work, 2, folder)
+    distributed_workers.start(workers.work_on_four, 4, folder)
     return [
         torch.load(folder / f"results{rank}.pt", weights_only=True)
         | {"four": torch.load(folder / "results_of_four.pt", weights_only=True)}

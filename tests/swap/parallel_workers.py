@@ -272,15 +272,16 @@ def drops(mesh: DeviceMesh) -> tuple[torch.Tensor, ...]:
     return tuple(outs)
 
 
-def autocast(mesh: DeviceMesh) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs of kernels under autocast, where the residual is fp32 and the branch bf16; sharded and whole."""
-    whole = model_of("vit").float()
+def autocast(mesh: DeviceMesh) -> tuple[torch.Tensor, ...]:
+    """Outputs under autocast, where the residual is fp32 and the branch bf16: sharded, whole; and that in fp64."""
+    wide = model_of("vit")
+    whole, x = copy.deepcopy(wide).float(), images(wide, batch=16)
     sharded, _ = parallel(whole, mesh)
-    x = images(whole).float()
     with torch.autocast("cpu", torch.bfloat16), vitkernels.use_backend("emulated"):
-        out = sharded(x).detach()
+        out = sharded(x.float()).detach()
     with torch.autocast("cpu", torch.bfloat16):
-        return out, whole(x).detach()
+        yardstick = whole(x.float()).detach()
+    return out, yardstick, wide(x).detach()
 
 
 def masks(mesh: DeviceMesh) -> list[tuple[torch.Tensor, torch.Tensor]]:

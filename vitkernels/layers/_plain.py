@@ -17,10 +17,8 @@ def has_plain_children(module: nn.Module, classes: Mapping[str, tuple[type[nn.Mo
     """
     plain = _are_plain(module, classes)
     if not plain and sharded.MARK in module.__dict__:
-        raise RuntimeError(
-            f"{type(module).__name__}: vitkernels.parallelize sharded it, so it has only a fused forward, and a hook, "
-            "an adapter or another class of a child forbids that; undo it, or call vitkernels.restore(model)"
-        )
+        reason = "a hook, an adapter or another class of a child forbids that"
+        raise sharded.no_other_forward(type(module).__name__, reason)
     return plain
 
 

@@ -24,6 +24,18 @@ from torch.autograd.function import once_differentiable
 MARK = "_vitkernels_sharded"
 PASSES, LAST = "passes tokens", "last"
 
+# Before PyTorch 2.13 they have other names, of which it warns; a build without torch.distributed has neither.
+_all_gather = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
+_reduce_scatter = getattr(dist, "reduce_scatter_single", getattr(dist, "reduce_scatter_tensor", None))
+
+
+def no_other_forward(name: str, reason: str) -> RuntimeError:
+    """Return the error of a sharded module of the class ``name`` that cannot run fused for that ``reason``."""
+    return RuntimeError(
+        f"{name}: vitkernels.parallelize sharded it, so it has only a fused forward, and {reason}; undo that, or call "
+        "vitkernels.restore(model)"
+    )
+
 
 class Layers(NamedTuple):
     """The linear layers of an attention or an MLP that can be sharded.
@@ -72,7 +84,7 @@ class Group(NamedTuple):
 
     def tokens_in(self, x: Tensor) -> Tensor:
         """Return the tokens that a column-parallel layer takes: all."""
-        return _Gather.apply(x, self) if self.shares_tokens else self.enter(x)[0]
+        return _Move.apply(x, self.gathered, self.scattered) if self.shares_tokens else self.enter(x)[0]
 
     def tokens_out(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Return the tokens behind a row-parallel layer: the sum of x over the processes, or this process's part of it.
@@ -81,7 +93,7 @@ class Group(NamedTuple):
         already. The other processes get its gradient here.
         """
         if self.shares_tokens:
-            return _Scatter.apply(x, self)
+            return _Move.apply(x, self.scattered, self.gathered)
         passed = residual is not None and self.rank > 0
         return _Sum.apply(x, residual if passed else None, self.processes)
 
@@ -90,17 +102,31 @@ class Group(NamedTuple):
         rows = x.shape[0] // self.size
         return x.narrow(0, self.rank * rows, rows)
 
+    def gathered(self, x: Tensor) -> Tensor:
+        """Return the parts x of all processes, along dim 0."""
+        whole = x.new_empty((x.shape[0] * self.size, *x.shape[1:]))
+        _all_gather(whole, x.contiguous(), group=self.processes)
+        return whole
+
+    def scattered(self, x: Tensor) -> Tensor:
+        """Return this process's part along dim 0 of the sum of x over the processes."""
+        part = x.new_empty((x.shape[0] // self.size, *x.shape[1:]))
+        _reduce_scatter(part, x.contiguous(), group=self.processes)
+        return part
+
     def share_tokens(self, x: Tensor) -> Tensor:
         """Return this process's tokens of x (B, N, C), which all processes hold or which is a DTensor."""
         from torch.distributed.tensor import DTensor  # takes a third of a second
 
-        return x.to_local() if isinstance(x, DTensor) else _Split.apply(x, self)
+        return x.to_local() if isinstance(x, DTensor) else _Move.apply(x, self.own_rows, self.gathered)
 
     def pass_tokens(self, x: Tensor, *, last: bool) -> Tensor:
         """Return this process's tokens x as a DTensor of all, or behind the ``last`` block all tokens."""
         from torch.distributed.tensor import DTensor, Shard
 
-        return _Collect.apply(x, self) if last else DTensor.from_local(x, self.mesh, [Shard(0)], run_check=False)
+        if last:
+            return _Move.apply(x, self.gathered, self.own_rows)
+        return DTensor.from_local(x, self.mesh, [Shard(0)], run_check=False)
 
     def share(self, bias: Tensor | None) -> Tensor | None:
         """Return this process's summand of ``bias``: all of it in the first process, else zeros.
@@ -157,69 +183,18 @@ def _all_reduced(x: Tensor, processes: dist.ProcessGroup) -> Tensor:
     return x
 
 
-# Before PyTorch 2.13 they have other names, of which it warns; a build without torch.distributed has neither.
-_all_gather = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
-_reduce_scatter = getattr(dist, "reduce_scatter_single", getattr(dist, "reduce_scatter_tensor", None))
+class _Move(torch.autograd.Function):
+    """``there``, a linear map of tokens between the processes, with ``back``, its adjoint, for the gradient."""
 
-
-def _gathered(x: Tensor, group: Group) -> Tensor:
-    whole = x.new_empty((x.shape[0] * group.size, *x.shape[1:]))
-    _all_gather(whole, x.contiguous(), group=group.processes)
-    return whole
-
-
-def _scattered(x: Tensor, group: Group) -> Tensor:
-    part = x.new_empty((x.shape[0] // group.size, *x.shape[1:]))
-    _reduce_scatter(part, x.contiguous(), group=group.processes)
-    return part
-
-
-class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return _gathered(x, group)
+    def forward(ctx, x, there, back):
+        ctx.back = back
+        return there(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return _scattered(grad, ctx.group), None
-
-
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return _scattered(x, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return _gathered(grad, ctx.group), None
-
-
-class _Split(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return group.own_rows(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return _gathered(grad, ctx.group), None
-
-
-class _Collect(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return _gathered(x, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return ctx.group.own_rows(grad), None
+        return ctx.back(grad), None, None
 
 
 class _Sum(torch.autograd.Function):

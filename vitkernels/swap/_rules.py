@@ -106,10 +106,7 @@ def runs_fused(rule: Rule, module: nn.Module, x: Tensor) -> bool:
 def _must_run_fused(rule: Rule, module: nn.Module) -> bool:
     reason = why_not(rule, module)
     if reason is not None:
-        raise RuntimeError(
-            f"{rule.original.__name__}: vitkernels.parallelize sharded it, so it has only a fused forward, and "
-            f"{reason}; undo that, or call vitkernels.restore(model)"
-        )
+        raise sharded.no_other_forward(rule.original.__name__, reason)
     return True
 
 

@@ -175,7 +175,7 @@ class VitDetLayer(Kind):
 
 def _read_vitdet(attn: nn.Module, image: tuple[int, int], window_size: int) -> records.Attention:
     positions = sam_positions(attn, attn.use_relative_position_embeddings, image, window_size)
-    return _attention(attn, attn.num_heads, positions, attn.scale)
+    return read_attention(attn, attn.num_heads, positions, attn.scale)
 
 
 def _vitdet_mlp(mlp: nn.Module) -> records.Mlp:
@@ -186,12 +186,13 @@ def _vitdet_mlp(mlp: nn.Module) -> records.Mlp:
 def _read(attn: nn.Module, image: tuple[int, int], window_size: int) -> records.Attention:
     """Read ``attn`` in windows, or over the ``image``, for which its tables are resized."""
     # PyTorch's attention, which it calls, scales by 1/√D whatever ``scale`` is.
-    return _attention(attn, attn.num_attention_heads, sam_positions(attn, attn.use_rel_pos, image, window_size))
+    return read_attention(attn, attn.num_attention_heads, sam_positions(attn, attn.use_rel_pos, image, window_size))
 
 
-def _attention(
+def read_attention(
     attn: nn.Module, heads: int, positions: records.Decomposed | records.Windows | None, scale: float | None = None
 ) -> records.Attention:
+    """Read an attention that has ``qkv``, packed, and ``proj``."""
     qkv = records.linear(attn.qkv)
     head_dim = qkv.weight.shape[0] // (3 * heads)
     return records.Attention(qkv, records.linear(attn.proj), heads, head_dim, scale, positions=positions)

@@ -16,6 +16,7 @@ from vitkernels.swap import _hieradet
 from vitkernels.swap._limits import head_dim_limit
 from vitkernels.swap._rules import runs_fused
 from vitkernels.swap.hf import _mixins as new
+from vitkernels.swap.hf import _sam as sam
 from vitkernels.swap.hf._mixins import Kind
 
 
@@ -84,10 +85,7 @@ def _fuses(module: Kind, x: Tensor, kwargs: dict[str, object]) -> bool:
 
 
 def _attention(attn: nn.Module) -> records.Attention:
-    heads = attn.num_attention_heads
-    return records.Attention(
-        records.linear(attn.qkv), records.linear(attn.proj), heads, attn.dim_out // heads, attn.scale
-    )
+    return sam.read_attention(attn, attn.num_attention_heads, None, attn.scale)
 
 
 def _attention_limit(attn: nn.Module) -> str | None:

@@ -404,8 +404,7 @@ def _token_sharing_block(block: Block, x: Tensor, **options: object) -> Tensor:
     scale = own_scale(block.drop_path2, gamma2)
     branch = mlp(mlp_, normed)
     branch = branch if gamma2 is None else branch * gamma2
-    rows = rows + branch if scale is None else torch.addcmul(rows, branch, scale.reshape(-1, 1, 1))
-    return group.pass_tokens(rows, last=block.shares_tokens == sharded.LAST)
+    return group.pass_tokens(_add_scaled(scale, branch, rows), last=block.shares_tokens == sharded.LAST)
 
 
 def behind_attention(block: Block, branch: Tensor, x: Tensor, images: Packed | None = None) -> Tensor:
@@ -468,7 +467,10 @@ def _is_plain(block: Block) -> bool:
 
 def add_dropped(drop_path: DropPath | None, branch: Tensor, x: Tensor, images: Packed | None = None) -> Tensor:
     """Return ``x + branch``, with the samples dropped that ``drop_path`` draws."""
-    scale = drop_path_scale(drop_path, branch, images=images)
+    return _add_scaled(drop_path_scale(drop_path, branch, images=images), branch, x)
+
+
+def _add_scaled(scale: Tensor | None, branch: Tensor, x: Tensor) -> Tensor:
     return x + branch if scale is None else torch.addcmul(x, branch, scale.reshape(-1, 1, 1))
 
 

@@ -319,23 +319,23 @@ def attention(module: nn.Module) -> Attention:
     packed, drop = children.get("qkv"), children.get("attn_drop")
     if packed is None:
         qkv = tuple(linear(children[name]) for name in next(n for n in _SEPARATE if children.keys() >= set(n)))
-        heads = heads // qkv[0].group.size if qkv[0].group else heads
-        head_dim = qkv[0].weight.shape[0] // heads
+        rows, group = qkv[0].weight.shape[0], qkv[0].group
     else:
         qkv = linear(packed)
-        heads = heads // qkv.group.size if qkv.group else heads
-        if module._parameters.get("q_bias") is not None:  # EVA stores it in three parts; that of the keys is zero
-            biases = (module.q_bias, module.k_bias, module.v_bias)
-            if qkv.group:
-                biases = [qkv.group.own_heads(bias, -1) for bias in biases]
-            qkv = qkv._replace(bias=torch.cat(biases))
-        head_dim = qkv.weight.shape[0] // (3 * heads)
+        rows, group = qkv.weight.shape[0] // 3, qkv.group
+    if group is not None:
+        heads //= group.size
+    if packed is not None and module._parameters.get("q_bias") is not None:
+        biases = (module.q_bias, module.k_bias, module.v_bias)  # EVA's three parts; that of the keys is zero
+        if group is not None:
+            biases = [group.own_heads(bias, -1) for bias in biases]
+        qkv = qkv._replace(bias=torch.cat(biases))
     calls_torch = own.get("fused_attn", False)
     return Attention(
         qkv,
         linear(children["proj"]),
         heads,
-        head_dim,
+        rows // heads,
         None if calls_torch else own.get("scale"),
         norm(children.get("q_norm")),
         norm(children.get("k_norm")),
